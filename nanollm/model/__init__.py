@@ -1,0 +1,1 @@
+"""Mathematics only: no files, no ranks, no optimizers, no text."""

@@ -1,0 +1,55 @@
+"""What must be remembered of the tokens already seen?
+
+Per token and block: the normalised key-value latent and the rotated shared key, nothing else.
+Source: DeepSeek-V2 report, arXiv:2405.04434, section 2.1.2.
+Letters: L blocks, B rows, S slots, T new tokens, C kv_lora_rank, R rotary width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nanollm.model.config import ModelConfig
+
+
+@dataclass
+class LatentCache:
+    """The latents of B sequences of different lengths; slot s of a row holds the token at position s."""
+
+    slots: Tensor
+    """(L, B, S, C + R)"""
+    lengths: Tensor
+    """(B,) int64 on the CPU: tokens each row holds. Shorten it to forget; what lies beyond is never read."""
+
+    @classmethod
+    def empty(
+        cls,
+        config: ModelConfig,
+        rows: int,
+        length: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> "LatentCache":
+        """Room for `rows` sequences of at most `length` tokens."""
+        slots = torch.zeros(config.n_blocks, rows, length, config.cache_width, dtype=dtype, device=device)
+        return cls(slots, torch.zeros(rows, dtype=torch.int64))
+
+    def next_positions(self, count: int) -> Tensor:
+        """Positions of `count` new tokens in each row: (B, count) int64. Raises ValueError when a row would overflow."""
+        if int(self.lengths.max()) + count > self.slots.shape[2]:
+            raise ValueError(
+                f"the cache has room for {self.slots.shape[2]} tokens per row, got {int(self.lengths.max()) + count}; "
+                "make it longer or shorten the prompt"
+            )
+        return (self.lengths[:, None] + torch.arange(count)).to(self.slots.device)
+
+    def write(self, block: int, entries: Tensor, positions: Tensor) -> Tensor:
+        """Store entries (B, T, C + R) at positions (B, T) and return all slots in use, (B, S', C + R)."""
+        rows = torch.arange(len(entries), device=entries.device)[:, None]
+        self.slots[block][rows, positions] = entries.to(self.slots.dtype)
+        return self.slots[block, :, : int(self.lengths.max()) + entries.shape[1]]
+
+    def select(self, rows: Tensor) -> "LatentCache":
+        """A cache of only these rows: a mask (B,) of booleans or indices, on the CPU."""
+        return LatentCache(self.slots[:, rows.to(self.slots.device)], self.lengths[rows])

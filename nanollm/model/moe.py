@@ -1,0 +1,98 @@
+"""Which experts see which tokens, and how much each answer weighs?
+
+Sources: DeepSeek-V3 report, arXiv:2412.19437, section 2.1.2; balancing by bias, arXiv:2408.15664.
+Letters: B rows, T tokens, N = B*T tokens flattened, D model width, F expert width, E experts, K experts per token.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from nanollm.model.config import ModelConfig
+from nanollm.model.layers import SwiGLU, swiglu
+
+
+def route(x: Tensor, centroids: Tensor, bias: Tensor, k: int, normalise: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Choose k experts for each token and the weight of each.
+
+    x (N, D) any float; centroids (E, D); bias (E,) float32, steers the choice but never the weight.
+    Returns experts (N, K) int64, weights (N, K) float32 and the scores (N, E) float32 they come from.
+    """
+    scores = torch.sigmoid(x.float() @ centroids.float().T)  # (N, E)
+    experts = (scores.detach() + bias).topk(k, dim=-1).indices  # (N, K)
+    weights = scores.gather(-1, experts)  # without the bias
+    if normalise:
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+    return experts, weights, scores
+
+
+def balance_loss(scores: Tensor, experts: Tensor) -> Tensor:
+    """Sequence-wise balance loss, DeepSeek-V3 equations 17 to 20 without the factor alpha.
+
+    scores (B, T, E) before the bias; experts (B, T, K). Returns (B,): 1 where all experts share a sequence equally.
+    """
+    shares = scores / scores.sum(-1, keepdim=True)
+    chosen = torch.zeros_like(scores).scatter(-1, experts, 1.0)
+    n_experts, k = scores.shape[-1], experts.shape[-1]
+    return (chosen.mean(1) * n_experts / k * shares.mean(1)).sum(-1)
+
+
+class Experts(nn.Module):
+    """E SwiGLU networks whose weights lie in three tensors; each computes only the tokens it was given."""
+
+    def __init__(self, n_experts: int, d_model: int, d_expert: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Parameter(torch.empty(n_experts, d_expert, d_model))
+        self.up_proj = nn.Parameter(torch.empty(n_experts, d_expert, d_model))
+        self.down_proj = nn.Parameter(torch.empty(n_experts, d_model, d_expert))
+
+    def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """x (N, D); experts and weights (N, K). Returns the weighted answers (N, D) and tokens per expert (E,)."""
+        counts = torch.bincount(experts.flatten(), minlength=len(self.gate_proj))  # (E,)
+        order = experts.flatten().argsort(stable=True)  # (N*K,) choices, expert by expert
+        token = order // experts.shape[-1]
+        groups = x.index_select(0, token).split(counts.tolist())
+        answers = [
+            swiglu(group, self.gate_proj[e], self.up_proj[e], self.down_proj[e]) for e, group in enumerate(groups)
+        ]
+        weighted = torch.cat(answers) * weights.flatten()[order, None].to(x.dtype)
+        return torch.zeros_like(x).index_add(0, token, weighted), counts
+
+
+class MoE(nn.Module):
+    """Shared experts, which every token passes, plus the chosen routed experts."""
+
+    balance_bias: Tensor
+    load: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        c = self.config = config
+        self.centroids = nn.Parameter(torch.empty(c.n_routed_experts, c.d_model))
+        self.experts = Experts(c.n_routed_experts, c.d_model, c.d_expert)
+        # n summed SwiGLU networks are one of n times the width.
+        self.shared = SwiGLU(c.d_model, c.n_shared_experts * c.d_expert)
+        self.register_buffer("balance_bias", torch.zeros(c.n_routed_experts))
+        # Tokens per expert since the last call of `balance`; training passes only.
+        self.register_buffer("load", torch.zeros(c.n_routed_experts, dtype=torch.int64), persistent=False)
+        self.balance_losses: Tensor | None = None  # (B,) of the last training pass
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, T, D) to (B, T, D)."""
+        c = self.config
+        flat = x.flatten(0, 1)  # (N, D)
+        experts, weights, scores = route(flat, self.centroids, self.balance_bias, c.experts_per_token, c.norm_topk_prob)
+        routed, counts = self.experts(flat, experts, weights * c.routed_scaling_factor)
+        if self.training and torch.is_grad_enabled():
+            self.load += counts
+            self.balance_losses = balance_loss(scores.view(*x.shape[:2], -1), experts.view(*x.shape[:2], -1))
+        return self.shared(x) + routed.view_as(x)
+
+    @torch.no_grad()
+    def balance(self, rate: float) -> None:
+        """Make overloaded experts a little harder to choose and idle ones easier; start counting anew.
+
+        arXiv:2408.15664, algorithm 1: the bias moves by `rate` in the direction of (mean load - load).
+        """
+        load = self.load.float()
+        self.balance_bias += rate * torch.sign(load.mean() - load)
+        self.load.zero_()

@@ -1,0 +1,96 @@
+"""How do token ids become logits?
+
+Letters: B rows, T tokens, D model width, V vocabulary.
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from nanollm.model.attention import LatentAttention
+from nanollm.model.cache import LatentCache
+from nanollm.model.config import ModelConfig
+from nanollm.model.layers import RMSNorm, SwiGLU, rotary_table
+from nanollm.model.moe import MoE
+
+
+class Block(nn.Module):
+    """Attention, then a dense SwiGLU or a Mixture of Experts, each behind a norm and added to the stream."""
+
+    def __init__(self, config: ModelConfig, index: int) -> None:
+        super().__init__()
+        self.index = index
+        self.attention_norm = RMSNorm(config.d_model, config.rms_norm_eps)
+        self.attention = LatentAttention(config)
+        self.ffn_norm = RMSNorm(config.d_model, config.rms_norm_eps)
+        self.ffn = MoE(config) if config.is_moe(index) else SwiGLU(config.d_model, config.d_ff)
+
+    def forward(self, x: Tensor, table: tuple[Tensor, Tensor], positions: Tensor, cache: LatentCache | None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), table, positions, cache, self.index)
+        return x + self.ffn(self.ffn_norm(x))
+
+
+class Trunk(nn.Module):
+    """Everything but the head: token ids to normalised hidden states."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.d_model)
+        self.blocks = nn.ModuleList(Block(config, index) for index in range(config.n_blocks))
+        self.norm = RMSNorm(config.d_model, config.rms_norm_eps)
+
+    def forward(self, tokens: Tensor, positions: Tensor | None = None, cache: LatentCache | None = None) -> Tensor:
+        """tokens (B, T) int64; positions (B, T) if they do not simply count on. Returns hidden (B, T, D).
+
+        With a cache the tokens continue its rows, and its lengths grow by T.
+        """
+        count = tokens.shape[1]
+        if positions is None:
+            positions = torch.arange(count, device=tokens.device) if cache is None else cache.next_positions(count)
+        table = rotary_table(positions, self.config.qk_rope_head_dim, self.config.rope_theta)
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = block(x, table, positions, cache)
+        if cache is not None:
+            cache.lengths += count
+        return self.norm(x)
+
+
+class Transformer(nn.Module):
+    """The language model. Its head is a module of its own so that the loss can call it in chunks."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.trunk = Trunk(config)
+        self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+
+    def forward(self, tokens: Tensor, positions: Tensor | None = None, cache: LatentCache | None = None) -> Tensor:
+        """tokens (B, T) int64 to logits (B, T, V); positions and cache as in Trunk."""
+        return self.head(self.trunk(tokens, positions, cache))
+
+    def moe_layers(self) -> Iterator[MoE]:
+        """The Mixture-of-Experts layers, first block first."""
+        return (module for module in self.modules() if isinstance(module, MoE))
+
+    @torch.no_grad()
+    def init(self, seed: int) -> "Transformer":
+        """Draw every matrix from a normal distribution and set every norm to one; the same seed gives the same bits.
+
+        Standard deviation sqrt(2 / (5 D)), arXiv:1910.05895; matrices that write to the residual stream are smaller by
+        sqrt(2 blocks), as in GPT-2, so that the stream keeps its scale however deep the model is.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        std = math.sqrt(2 / (5 * self.config.d_model))
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 1:
+                parameter.fill_(1.0)
+                continue
+            writes_to_stream = name.endswith(("o_proj.weight", "down_proj.weight", "down_proj"))
+            scale = std / math.sqrt(2 * self.config.n_blocks) if writes_to_stream else std
+            # Drawn on the CPU so that every device starts from the same bits.
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+        return self

@@ -1,0 +1,102 @@
+"""Routing: who computes what, with which weight, and how the load is balanced."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from nanollm.model.layers import swiglu
+from nanollm.model.moe import Experts, MoE, balance_loss, route
+from nanollm.model.transformer import Transformer
+from tests.model.conftest import TINY
+
+
+@pytest.mark.parametrize("k", [1, 2, 5])
+@torch.no_grad()
+def test_grouped_experts_equal_a_loop_over_tokens(rng, k):
+    experts = Experts(5, 12, 20)
+    for parameter in experts.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=rng))
+    x = torch.randn(23, 12, generator=rng)
+    chosen = torch.rand(23, 5, generator=rng).topk(k).indices
+    weights = torch.rand(23, k, generator=rng)
+    expected = torch.zeros_like(x)
+    for token in range(23):
+        for expert, weight in zip(chosen[token], weights[token], strict=True):
+            one = swiglu(x[token], experts.gate_proj[expert], experts.up_proj[expert], experts.down_proj[expert])
+            expected[token] += weight * one
+    answers, counts = experts(x, chosen, weights)
+    torch.testing.assert_close(answers, expected, atol=1e-4, rtol=1e-4)
+    assert counts.tolist() == [(chosen == expert).sum() for expert in range(5)]
+
+
+@pytest.mark.parametrize("favourite", range(5))
+def test_one_expert_may_get_every_token_and_the_others_none(tiny_model, rng, favourite):
+    layer = tiny_model.trunk.blocks[1].ffn
+    layer.balance_bias.zero_()[favourite] = 100.0
+    x = torch.randn(2, 9, TINY.d_model, generator=rng)
+    layer.train()
+    layer(x).sum().backward()
+    assert layer.load[favourite] == 18
+    assert all(torch.isfinite(parameter.grad).all() for parameter in layer.parameters())
+
+
+def test_only_chosen_experts_compute(rng):
+    experts = Experts(3, 12, 20)
+    for parameter in experts.parameters():
+        parameter.data.fill_(0.1)[2] = torch.nan
+    answers, _ = experts(torch.ones(4, 12), torch.tensor([[0], [1], [0], [1]]), torch.ones(4, 1))
+    assert torch.isfinite(answers).all()
+
+
+def test_the_bias_steers_the_choice_but_never_the_weight(rng):
+    x, centroids = torch.randn(50, 8, generator=rng), torch.randn(4, 8, generator=rng)
+    _, weights, scores = route(x, centroids, torch.zeros(4), k=2, normalise=False)
+    experts, biased_weights, _ = route(x, centroids, torch.tensor([0.0, 0.0, 0.0, 10.0]), k=2, normalise=False)
+    assert (experts == 3).any(dim=-1).all()
+    torch.testing.assert_close(biased_weights, scores.gather(-1, experts))
+    assert not torch.equal(weights, biased_weights)
+
+
+def test_top_1_leaves_the_router_a_gradient(rng):
+    c = dataclasses.replace(TINY, experts_per_token=1, norm_topk_prob=False)
+    layer = Transformer(c).init(0).trunk.blocks[1].ffn
+    layer(torch.randn(2, 9, c.d_model, generator=rng)).square().sum().backward()
+    assert layer.centroids.grad.abs().max() > 0
+
+
+def test_balancing_by_bias_spreads_a_collapsed_load(rng):
+    x = torch.randn(1, 400, TINY.d_model, generator=rng) + 2.0  # tokens that look alike all prefer the same experts
+    layer = MoE(TINY)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=rng))
+    layer(x)
+    before = layer.load.max() / layer.load.float().mean()
+    for _ in range(300):
+        layer.balance(0.01)
+        layer(x)
+    after = layer.load.max() / layer.load.float().mean()
+    assert before > 1.8
+    assert after < 1.2
+
+
+def test_the_load_counts_training_passes_only(tiny_model, rng):
+    layer = tiny_model.trunk.blocks[1].ffn
+    x = torch.randn(2, 9, TINY.d_model, generator=rng)
+    layer(x)
+    assert layer.load.sum() == 0
+    layer.train()
+    with torch.no_grad():
+        layer(x)
+    assert layer.load.sum() == 0
+    layer(x)
+    assert layer.load.sum() == 2 * 9 * TINY.experts_per_token
+
+
+def test_balance_loss_is_one_when_all_share_and_larger_when_one_takes_all():
+    even_scores = torch.full((1, 4, 4), 0.5)
+    even = torch.tensor([[[0], [1], [2], [3]]])
+    assert balance_loss(even_scores, even).item() == pytest.approx(1.0)
+    skewed_scores = torch.tensor([0.9, 0.1, 0.1, 0.1]).expand(1, 4, 4)
+    assert balance_loss(skewed_scores, torch.zeros(1, 4, 1, dtype=torch.int64)).item() == pytest.approx(3.0)
