@@ -50,7 +50,8 @@ class LatentAttention(nn.Module):
         mask = torch.arange(entries.shape[1], device=x.device) <= positions[:, :, None]  # (B, T, S)
         if x.shape[1] < c.absorbed_is_cheaper_below:
             return self.absorbed(q_nope, q_rope, entries, mask)
-        return self.expanded(q_nope, q_rope, *entries.split([c.kv_lora_rank, c.qk_rope_head_dim], dim=-1), mask)
+        latent, k_rope = entries.split([c.kv_lora_rank, c.qk_rope_head_dim], dim=-1)
+        return self.expanded(q_nope, q_rope, latent, k_rope, mask)
 
     def queries(self, x: Tensor, table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """x (B, T, D) to the parts without position (B, T, H, N) and with it (B, T, H, R)."""

@@ -1,0 +1,1 @@
+"""Ids in, ids out: sampling and the engine that decodes with the latent cache."""

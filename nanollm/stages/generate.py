@@ -1,0 +1,72 @@
+"""A prompt becomes a continuation."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from nanollm.bundle import load_bundle
+from nanollm.generate.engine import generate
+from nanollm.generate.sampling import SamplingConfig
+from nanollm.world import DeviceName, DtypeName, World
+
+POSITIONAL = ("bundle",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(SamplingConfig):
+    """Continue one or more prompts with a trained model."""
+
+    bundle: Path
+    """Folder of a bundle, such as runs/demo/bundle."""
+    prompt: list[str]
+    """Prompts; several are continued as one batch."""
+    max_tokens: int = 128
+    """Most tokens of a continuation."""
+    seed: int = 0
+    """Prompt i draws from seed + i."""
+    stop: list[str] = field(default_factory=list)
+    """Texts at which a continuation ends; they are left out."""
+    json: bool = False
+    """Print one JSON object per prompt instead of text."""
+    device: DeviceName = "auto"
+    """Where to compute."""
+    dtype: DtypeName = "auto"
+    """What to compute in."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.prompt:
+            raise ValueError('--prompt expects at least one text, got none; for example --prompt "Once upon a time"')
+        if "" in self.stop:
+            raise ValueError("--stop expects texts of at least one character, got an empty one")
+
+
+def run(c: Config) -> str:
+    """The prompts with their continuations, in order."""
+    world = World.start(c.device, c.dtype)
+    bundle = load_bundle(c.bundle, world.dtype, world.device)
+    tokenizer = bundle.tokenizer
+
+    def stops(ids: list[int]) -> bool:
+        return any(text in tokenizer.decode(ids) for text in c.stop)
+
+    completions = generate(
+        bundle.model,
+        [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in c.prompt],
+        c,
+        max_tokens=c.max_tokens,
+        end_ids=frozenset({tokenizer.eos_id}),
+        seed=c.seed,
+        stop=stops if c.stop else None,
+    )
+    lines = []
+    for prompt, completion in zip(c.prompt, completions, strict=True):
+        text = cut_at_stop(tokenizer.decode(completion.ids), c.stop)
+        record = {"prompt": prompt, "text": text, "tokens": len(completion.ids), "finish": completion.finish}
+        lines.append(json.dumps(record, ensure_ascii=False) if c.json else prompt + text)
+    return "\n".join(lines)
+
+
+def cut_at_stop(text: str, stops: list[str]) -> str:
+    """The text before the first stop text in it."""
+    return text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))]

@@ -1,0 +1,184 @@
+"""Token files become a base model."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from nanollm import __version__
+from nanollm.bundle import save_bundle
+from nanollm.data.batches import Batch, Windows, sequential_batches
+from nanollm.data.shards import Shards
+from nanollm.durable import write_file, write_json
+from nanollm.evals.bits_per_byte import bits_per_byte
+from nanollm.generate.engine import generate
+from nanollm.generate.sampling import SamplingConfig
+from nanollm.model.config import ModelConfig
+from nanollm.model.transformer import Transformer
+from nanollm.progress import say
+from nanollm.settings import read_mapping, to_yaml
+from nanollm.text.tokenizer import Tokenizer
+from nanollm.train.checkpoint import load_newest
+from nanollm.train.loop import TrainConfig, fit
+from nanollm.train.loss import next_token_loss
+from nanollm.train.optim import OptimConfig
+from nanollm.train.runlog import RunLog, TrackerName, start_tracker
+from nanollm.train.state import TrainState
+from nanollm.world import DeviceName, DtypeName, World
+
+SAMPLE_TOKENS = 48
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Train a base model on token files; the same command goes on where an interrupted run stopped."""
+
+    model: ModelConfig
+    """The model's shape: a preset's name, a YAML file, or single values."""
+    tokenizer_path: Path
+    """The tokenizer the token files were written with: a .model file or its folder."""
+    data: Path
+    """Folder of token files, as nanollm preprocess makes it."""
+    out: Path
+    """Folder of the run: config.yaml, metrics.jsonl, checkpoints/, bundle/."""
+    train: TrainConfig
+    """Length, portions and intervals."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimizer and schedule."""
+    seed: int = 0
+    """Starts the weights and the order of the data."""
+    device: DeviceName = "auto"
+    """Where to compute."""
+    dtype: DtypeName = "auto"
+    """What to compute in; auto: bfloat16 where the hardware multiplies it fast. Master weights are always float32."""
+    validation_windows: int = 64
+    """Windows of the validation split that bits per byte are measured on (0: all)."""
+    sample_prompts: list[str] = field(default_factory=lambda: ["The", "In the beginning", "def main():"])
+    """Prompts that are continued during training, with seed 0."""
+    trackers: list[TrackerName] = field(default_factory=list)
+    """Where metrics go beside metrics.jsonl: tensorboard, wandb, trackio."""
+
+
+def plan(c: Config) -> str:
+    """What a run would do."""
+    world = World.start(c.device, c.dtype)
+    tokenizer, shards, _ = _open(c)
+    tokens = c.train.steps * c.train.batch_size * c.model.context_length
+    return (
+        f"{c.model.total_parameters:,} parameters on {world.device} in {str(world.dtype).removeprefix('torch.')}, "
+        f"tokenizer {tokenizer.fingerprint[:6]}, {c.train.steps:,} steps x {c.train.batch_size} x "
+        f"{c.model.context_length} = {tokens:,} tokens, {tokens / shards.tokens_total:.2f} epochs of {c.data}"
+    )
+
+
+def run(c: Config) -> Path:
+    """Train, and return the folder of the bundle."""
+    world = World.start(c.device, c.dtype)
+    tokenizer, shards, validation = _open(c)
+    windows = Windows(shards, c.model.context_length, c.seed)
+    _claim_folder(c, tokenizer, shards)
+
+    state = TrainState.start(Transformer(c.model).init(c.seed).to(world.device), c.optim, world.dtype)
+    if load_newest(c.out / "checkpoints", state):
+        say(f"going on from step {state.step:,} of {c.train.steps:,} in {c.out}")
+    trackers = [start_tracker(name, c.out, dataclasses.asdict(c)) for name in c.trackers]
+    log = RunLog(c.out, trackers, resume_from=state.step)
+
+    def micro_batches(step: int) -> Sequence[Batch]:
+        micros = c.train.batch_size // c.train.micro_batch_size
+        return [windows.batch(step, c.train.batch_size, micro=micro, micros=micros) for micro in range(micros)]
+
+    def loss_of(model: Transformer, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        return next_token_loss(model, batch, c.optim.balance_weight)
+
+    def validate() -> dict[str, object]:
+        batches = sequential_batches(
+            validation, c.model.context_length, c.train.micro_batch_size, c.validation_windows or None
+        )
+        score = bits_per_byte(state.model, batches, tokenizer.token_bytes)
+        say(f"step {state.step:,}: validation {score.value:.4f} bits per byte")
+        return {"val_bpb": score.value, "val_loss": score.nats / score.tokens}
+
+    def sample() -> dict[str, object]:
+        samples = continue_prompts(state.model, tokenizer, c.sample_prompts)
+        for prompt, reply in zip(c.sample_prompts, samples, strict=True):
+            say(f"step {state.step:,}: {(prompt + reply)!r}")
+        return {"samples": samples}
+
+    fit(state, micro_batches, loss_of, c.train, c.optim, c.out, log, validate, sample)
+    provenance = {
+        "made_by": f"nanollm {__version__} pretrain",
+        "config": read_mapping(c.out / "config.yaml"),
+        "inputs": json.loads((c.out / "inputs.json").read_bytes()),
+        "tokens_seen": state.step * c.train.batch_size * c.model.context_length,
+    }
+    return save_bundle(c.out / "bundle", c.model, state.weights(), tokenizer, provenance)
+
+
+def continue_prompts(model: Transformer, tokenizer: Tokenizer, prompts: Sequence[str]) -> list[str]:
+    """A short continuation of each prompt, always drawn with the same seed."""
+    completions = generate(
+        model,
+        [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts],
+        SamplingConfig(temperature=0.8, top_k=50),
+        max_tokens=SAMPLE_TOKENS,
+        end_ids=frozenset({tokenizer.eos_id}),
+    )
+    return [tokenizer.decode(completion.ids) for completion in completions]
+
+
+def _open(c: Config) -> tuple[Tokenizer, Shards, Shards]:
+    """Tokenizer, training and validation split, each held to the others."""
+    tokenizer = Tokenizer.load(c.tokenizer_path)
+    if tokenizer.vocab_size > c.model.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size:,} pieces, model.vocab_size is {c.model.vocab_size:,}; "
+            f"set --model.vocab_size {tokenizer.vocab_size} or train a smaller tokenizer"
+        )
+    for prompt in c.sample_prompts:
+        if len(tokenizer.encode(prompt)) + 1 >= c.model.context_length:
+            raise ValueError(
+                f"sample prompt {prompt[:40]!r} does not fit the context of {c.model.context_length} tokens"
+            )
+    train = Shards.open(c.data, "train", tokenizer_fingerprint=tokenizer.fingerprint)
+    return tokenizer, train, Shards.open(c.data, "val", tokenizer_fingerprint=tokenizer.fingerprint)
+
+
+# What decides which numbers come out at which step; the rest (intervals, length, rates) may change on the way.
+FIXED = ("model", "seed", "train.batch_size", "inputs")
+
+
+def _claim_folder(c: Config, tokenizer: Tokenizer, shards: Shards) -> None:
+    """Write config.yaml and inputs.json, or hold this run to those that are there."""
+    c.out.mkdir(parents=True, exist_ok=True)
+    config, inputs = c.out / "config.yaml", c.out / "inputs.json"
+    now = {"data": shards.fingerprint, "tokenizer": tokenizer.fingerprint}
+    if config.exists() and inputs.exists():
+        before = read_mapping(config) | {"inputs": json.loads(inputs.read_bytes())}
+        _check_same_run(c.out, before, dataclasses.asdict(c) | {"inputs": now})
+    write_json(inputs, now)
+    write_file(config, to_yaml(c).encode())
+
+
+def _check_same_run(folder: Path, before: dict[str, object], now: dict[str, object]) -> None:
+    old, new = _flat(before), _flat(now)
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) == new.get(key):
+            continue
+        if any(f"{key}.".startswith(f"{fixed}.") for fixed in FIXED):
+            raise ValueError(
+                f"{folder} was begun with {key} = {old.get(key)}, this run has {new.get(key)}; "
+                f"go on with the old value or choose another --out"
+            )
+        say(f"{folder} goes on with {key} = {new.get(key)} instead of {old.get(key)}")
+
+
+def _flat(mapping: object, prefix: str = "") -> dict[str, str]:
+    """Nested settings as dotted keys, and values as text that is the same from YAML and from a dataclass."""
+    if isinstance(mapping, dict):
+        return {k: v for key, inner in mapping.items() for k, v in _flat(inner, f"{prefix}{key}.").items()}
+    plain = list(mapping) if isinstance(mapping, tuple) else mapping
+    return {prefix.removesuffix("."): plain.as_posix() if isinstance(plain, Path) else str(plain)}

@@ -1,0 +1,175 @@
+"""In which order do things happen in a run?
+
+Straight down the page: a step, its numbers, now and then a look at validation text, a sample, a checkpoint. The
+evaluations are handed in; this file knows neither text nor files of data.
+"""
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import TypeVar
+
+from nanollm.data.batches import Batch
+from nanollm.progress import Progress, say
+from nanollm.train.checkpoint import save_checkpoint
+from nanollm.train.optim import OptimConfig, lr_at
+from nanollm.train.runlog import RunLog
+from nanollm.train.state import TrainState
+from nanollm.train.step import LossFunction, StepStats, train_step
+
+MAX_SKIPPED_IN_A_ROW = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How long, in which portions, and how often to look, log and save."""
+
+    steps: int
+    """Optimizer steps in all."""
+    batch_size: int = 32
+    """Sequences per optimizer step."""
+    micro_batch_size: int = 8
+    """Sequences per forward pass; must divide batch_size. Smaller takes less memory and gives the same step."""
+    log_every: int = 10
+    """Steps between two lines of metrics.jsonl."""
+    validate_every: int = 100
+    """Steps between two looks at validation text (0: only at the start and the end)."""
+    sample_every: int = 0
+    """Steps between two samples (0: only at the start and the end)."""
+    save_every: int = 200
+    """Steps between two checkpoints (0: only at the end and when interrupted)."""
+    keep_last: int = 2
+    """Checkpoints kept; older ones are deleted."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "micro_batch_size", "log_every", "keep_last"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"train.{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("validate_every", "sample_every", "save_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"train.{name} must be at least 0, got {getattr(self, name)}")
+        if self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"train.batch_size must be a multiple of train.micro_batch_size ({self.micro_batch_size}), "
+                f"got {self.batch_size}"
+            )
+
+
+Outcome = TypeVar("Outcome")
+
+Check = Callable[[], dict[str, object]]
+"""An evaluation of the model as it stands: names and values for the log."""
+
+
+def fit(
+    state: TrainState,
+    micro_batches: Callable[[int], Sequence[Batch]],
+    loss_of: LossFunction,
+    c: TrainConfig,
+    optim: OptimConfig,
+    folder: Path,
+    log: RunLog,
+    validate: Check,
+    sample: Check,
+) -> None:
+    """Train from `state.step` to `c.steps`; `micro_batches(step)` is a pure function of the step.
+
+    SIGINT and SIGTERM save after the step at hand and leave with exit code 130 or 143.
+    """
+    checkpoints = folder / "checkpoints"
+    clock, skipped_in_a_row = _Clock(), 0
+    total = c.steps * c.batch_size
+    with _signals() as received, Progress("train", total, "sequences", done=state.step * c.batch_size) as bar:
+        if state.step == 0:
+            log.write(0, **validate(), **sample())
+        while state.step < c.steps:
+            stats = train_step(state, micro_batches(state.step), loss_of, lr_at(state.step, c.steps, optim), optim)
+            state.step += 1
+            clock.count(stats.tokens)
+            bar.advance(c.batch_size)
+            bar.note(f"loss {stats.loss:.3f}")
+
+            skipped_in_a_row = skipped_in_a_row + 1 if stats.skipped else 0
+            if stats.skipped:
+                say(f"step {state.step}: loss {stats.loss}, gradient norm {stats.grad_norm}: the update was skipped")
+            if skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
+                raise ArithmeticError(
+                    f"steps {state.step - skipped_in_a_row + 1} to {state.step} were not finite and the run stopped; "
+                    f"the newest checkpoint in {checkpoints} is sound; try a lower optim.lr or dtype float32"
+                )
+
+            at_end = state.step == c.steps
+            values: dict[str, object] = {}
+            if _due(state.step, c.log_every) or at_end:
+                values |= _values(stats) | clock.read()
+            if _due(state.step, c.validate_every) or at_end:
+                values |= clock.paused(validate)
+            if _due(state.step, c.sample_every) or at_end:
+                values |= clock.paused(sample)
+            if values:
+                log.write(state.step, **values)
+            if _due(state.step, c.save_every) or at_end or received:
+                clock.paused(lambda: save_checkpoint(checkpoints, state, c.keep_last))
+            if received:
+                say(f"saved step {state.step} after {received[0].name}; the same command goes on from here")
+                raise SystemExit(128 + received[0])
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _values(stats: StepStats) -> dict[str, object]:
+    values: dict[str, object] = {"loss": stats.loss, "grad_norm": stats.grad_norm, "lr": stats.lr}
+    if stats.expert_load:
+        # Router health: 1 where every expert of every layer gets its share; n_experts where one gets everything.
+        values["load_max_over_mean"] = max(max(shares) * len(shares) for shares in stats.expert_load)
+        values["load_min_over_mean"] = min(min(shares) * len(shares) for shares in stats.expert_load)
+        values["expert_load"] = stats.expert_load
+    return values | ({"skipped": True} if stats.skipped else {})
+
+
+class _Clock:
+    """Tokens per second of training alone: validation, samples and saving stop the clock."""
+
+    def __init__(self) -> None:
+        self._start, self._tokens = time.perf_counter(), 0
+
+    def count(self, tokens: int) -> None:
+        self._tokens += tokens
+
+    def read(self) -> dict[str, object]:
+        rate = self._tokens / (time.perf_counter() - self._start)
+        self._start, self._tokens = time.perf_counter(), 0
+        return {"tokens_per_s": round(rate, 1)}
+
+    def paused(self, work: Callable[[], Outcome]) -> Outcome:
+        paused_at = time.perf_counter()
+        outcome = work()
+        self._start += time.perf_counter() - paused_at
+        return outcome
+
+
+@contextmanager
+def _signals() -> Iterator[list[signal.Signals]]:
+    """Collect SIGINT and SIGTERM while the block runs; a second one kills as usual."""
+    received: list[signal.Signals] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received  # Python delivers signals to the main thread only
+        return
+
+    def note(number: int, frame: FrameType | None) -> None:
+        received.append(signal.Signals(number))
+        signal.signal(number, previous[received[-1]])
+
+    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

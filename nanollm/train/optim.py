@@ -1,0 +1,141 @@
+"""How do gradients move the weights, and how fast at which step?
+
+Sources: AdamW arXiv:1711.05101; Muon https://kellerjordan.github.io/posts/muon/, scaled to AdamW's step size as in
+arXiv:2502.16982; warm-up-stable-decay arXiv:2404.06395; linear decay to zero arXiv:2502.15938.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim import AdamW, Optimizer
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """Optimizer, learning rate and its schedule."""
+
+    name: Literal["muon", "adamw"] = "muon"
+    """muon: Muon for the hidden matrices and AdamW for the rest; adamw: AdamW for everything."""
+    lr: float = 3e-3
+    """Peak learning rate, for both optimizers (Muon's step is scaled to the size of AdamW's)."""
+    warmup_steps: int = 100
+    """Optimizer steps of linear warm-up."""
+    schedule: Literal["linear", "cosine", "wsd"] = "linear"
+    """After the warm-up: linear decay, cosine decay, or constant and then linear decay."""
+    decay_fraction: float = 0.2
+    """wsd only: the last part of all steps in which the rate decays."""
+    final_lr_fraction: float = 0.0
+    """Learning rate of the last step, as a fraction of the peak."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay; matrices only."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's decay rates of the two moments."""
+    momentum: float = 0.95
+    """Muon's momentum."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this global norm (0: never)."""
+    balance_rate: float = 1e-3
+    """Step of the router's balancing bias after each optimizer step (0: off)."""
+    balance_weight: float = 0.0
+    """Weight of the sequence-wise balance loss (0: off)."""
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "weight_decay", "max_grad_norm", "balance_rate", "balance_weight", "warmup_steps"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"optim.{name} must be at least 0, got {value}")
+        for name, value in (("betas", self.betas[0]), ("betas", self.betas[1]), ("momentum", self.momentum)):
+            if not 0 <= value < 1:
+                raise ValueError(f"optim.{name} must be at least 0 and below 1, got {value}")
+        for name in ("decay_fraction", "final_lr_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"optim.{name} must be between 0 and 1, got {getattr(self, name)}")
+
+
+def lr_at(step: int, steps: int, c: OptimConfig) -> float:
+    """Learning rate of optimizer step `step`, counted from 0, of `steps` in all."""
+    warmup = min(1.0, (step + 1) / (c.warmup_steps + 1))
+    begin = c.warmup_steps if c.schedule != "wsd" else round(steps * (1 - c.decay_fraction))
+    progress = min(1.0, max(0, step - begin) / max(1, steps - begin))
+    remaining = (1 + math.cos(math.pi * progress)) / 2 if c.schedule == "cosine" else 1 - progress
+    return c.lr * warmup * (c.final_lr_fraction + (1 - c.final_lr_fraction) * remaining)
+
+
+def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
+    """Whether Muon may orthogonalise it: a matrix, or a stack of them, between two hidden layers."""
+    return parameter.dim() >= 2 and not name.endswith(("embed.weight", "head.weight", "centroids"))
+
+
+def build_optimizers(parameters: Mapping[str, Tensor], c: OptimConfig, dtype: torch.dtype) -> list[Optimizer]:
+    """Optimizers over named float32 parameters; `dtype` is what Muon orthogonalises in."""
+    with_muon = {n for n, p in parameters.items() if c.name == "muon" and is_hidden_matrix(n, p)}
+    rest = {n: p for n, p in parameters.items() if n not in with_muon}
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in rest.values() if p.dim() >= 2], "weight_decay": c.weight_decay},
+        {"params": [p for p in rest.values() if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    optimizers: list[Optimizer] = [AdamW(groups, lr=c.lr, betas=c.betas, fused=True)]
+    if with_muon:
+        matrices = [p for n, p in parameters.items() if n in with_muon]
+        optimizers.append(Muon(matrices, lr=c.lr, momentum=c.momentum, weight_decay=c.weight_decay, dtype=dtype))
+    return optimizers
+
+
+class Muon(Optimizer):
+    """Momentum whose direction is made orthogonal: torch.optim.Muon (match_rms_adamw), but for stacks, and in batches.
+
+    A three-dimensional parameter is a stack of matrices, each orthogonalised for itself. Matrices of the same shape
+    go through the Newton-Schulz iteration together.
+    """
+
+    def __init__(
+        self, params: Iterable[Tensor], *, lr: float, momentum: float, weight_decay: float, dtype: torch.dtype
+    ) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "dtype": dtype})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            by_shape: defaultdict[torch.Size, list[Tensor]] = defaultdict(list)
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    by_shape[parameter.shape[-2:]].append(parameter)
+            for shape, parameters in by_shape.items():
+                directions = torch.cat([self._direction(p, group["momentum"]) for p in parameters])  # (K, M, N)
+                moves = orthogonalise(directions, group["dtype"])
+                step_size = group["lr"] * 0.2 * math.sqrt(max(shape))
+                sizes = [p.numel() // shape.numel() for p in parameters]
+                for parameter, move in zip(parameters, moves.split(sizes), strict=True):
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                    parameter.add_(move.view_as(parameter), alpha=-step_size)
+
+    def _direction(self, parameter: Tensor, momentum: float) -> Tensor:
+        """Nesterov momentum of a parameter's gradient as a stack (k, M, N)."""
+        state, grad = self.state[parameter], parameter.grad
+        assert grad is not None
+        buffer = state.setdefault("momentum_buffer", torch.zeros_like(grad))
+        buffer.lerp_(grad, 1 - momentum)
+        return grad.lerp(buffer, momentum).view(-1, *grad.shape[-2:])
+
+
+def orthogonalise(stack: Tensor, dtype: torch.dtype) -> Tensor:
+    """Nearly the nearest orthogonal matrix to each of (K, M, N): five steps of a quintic Newton-Schulz iteration.
+
+    Computed in `dtype`, returned as float32. Singular values end between about 0.7 and 1.2.
+    """
+    a, b, c = NEWTON_SCHULZ
+    tall = stack.shape[-2] > stack.shape[-1]
+    x = stack.mT if tall else stack
+    x = x.to(dtype)
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).float()

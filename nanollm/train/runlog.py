@@ -1,0 +1,96 @@
+"""What happened in a run, step by step?
+
+`metrics.jsonl` is always written: one JSON object per line, flushed, cut back on resume to the step it resumes from.
+Trackers are optional and only ever receive the same numbers.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from nanollm.durable import write_file
+
+TrackerName = Literal["tensorboard", "wandb", "trackio"]
+Tracker = Callable[[int, Mapping[str, float]], None]
+
+
+class RunLog:
+    """The metrics of one run folder."""
+
+    def __init__(self, folder: Path, trackers: Sequence[Tracker] = (), *, resume_from: int = 0) -> None:
+        self.path = folder / "metrics.jsonl"
+        self.trackers = trackers
+        if self.path.exists():
+            write_file(self.path, _lines_up_to(self.path.read_bytes(), resume_from))
+
+    def write(self, step: int, **values: Any) -> None:
+        """One line for `step`; values that are not finite are written as null, which JSON knows."""
+        line = {"step": step} | {name: _plain(value) for name, value in values.items()}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        numbers = {name: float(value) for name, value in values.items() if isinstance(value, int | float)}
+        for tracker in self.trackers:
+            tracker(step, numbers)
+
+
+def _lines_up_to(content: bytes, step: int) -> bytes:
+    """The complete lines of steps up to `step`: what a killed run wrote after its last checkpoint is written again."""
+    kept = []
+    for line in content.splitlines(keepends=True):
+        if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+            break
+        kept.append(line)
+    return b"".join(kept)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+
+
+def start_tracker(name: TrackerName, folder: Path, settings: Mapping[str, Any]) -> Tracker:
+    """Open a tracker for this run. Its package comes with `pip install "nanollm[track]"`."""
+    try:
+        return _STARTERS[name](folder, settings)
+    except ImportError as error:
+        raise ValueError(
+            f'tracker {name} needs the package {error.name}; install it with: pip install "nanollm[track]"'
+        ) from error
+
+
+def _tensorboard(folder: Path, settings: Mapping[str, Any]) -> Tracker:
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def track(step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            writer.add_scalar(name, value, step)
+        writer.flush()
+
+    return track
+
+
+def _wandb(folder: Path, settings: Mapping[str, Any]) -> Tracker:
+    import wandb
+
+    run = wandb.init(project="nanollm", name=folder.name, dir=str(folder), config=dict(settings), resume="allow")
+    return lambda step, values: run.log(dict(values), step=step)
+
+
+def _trackio(folder: Path, settings: Mapping[str, Any]) -> Tracker:
+    import trackio
+
+    run = trackio.init(project="nanollm", name=folder.name, config=dict(settings), resume="allow")
+    return lambda step, values: run.log(dict(values), step=step)
+
+
+_STARTERS = {"tensorboard": _tensorboard, "wandb": _wandb, "trackio": _trackio}

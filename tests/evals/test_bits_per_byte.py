@@ -1,0 +1,34 @@
+"""Bits per byte are the text's negative log2-probability over its bytes, whatever the tokens."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from nanollm.data.batches import IGNORE, Batch
+from nanollm.evals.bits_per_byte import bits_per_byte
+from nanollm.model.transformer import Transformer
+from tests.model.conftest import TINY
+
+SIZES = np.array([0] * 4 + [1 + i % 3 for i in range(TINY.vocab_size - 4)], dtype=np.int32)
+
+
+def test_it_equals_the_sum_by_hand():
+    model = Transformer(TINY).init(0)
+    tokens = torch.tensor([[1, 10, 20, 30], [40, 50, 2, 60]])
+    targets = torch.tensor([[10, 20, 30, 2], [50, 2, 60, IGNORE]])  # 2 is a mark: it has no bytes
+    score = bits_per_byte(model, [Batch(tokens[:1], targets[:1]), Batch(tokens[1:], targets[1:])], SIZES)
+    log_probabilities = model(tokens).log_softmax(-1)
+    pairs = [(0, 0, 10), (0, 1, 20), (0, 2, 30), (1, 0, 50), (1, 2, 60)]
+    nats = -sum(log_probabilities[row, at, token].item() for row, at, token in pairs)
+    n_bytes = sum(SIZES[token] for _, _, token in pairs)
+    assert (score.tokens, score.bytes) == (5, n_bytes)
+    assert score.nats == pytest.approx(nats, rel=1e-5)
+    assert score.value == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-5)
+    assert model.training
+
+
+def test_text_without_bytes_is_refused():
+    with pytest.raises(ValueError, match="no text to measure"):
+        bits_per_byte(Transformer(TINY).init(0), [Batch(torch.tensor([[1]]), torch.tensor([[2]]))], SIZES)

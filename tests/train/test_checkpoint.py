@@ -1,0 +1,92 @@
+"""Resumed = uninterrupted, and what is damaged is never loaded."""
+
+import pytest
+import torch
+
+from nanollm.train.checkpoint import checkpoints, load_newest, save_checkpoint, verify
+from nanollm.train.loss import next_token_loss
+from nanollm.train.optim import OptimConfig
+from nanollm.train.step import train_step
+
+
+def train(state, batch_at, steps):
+    for step in range(state.step, state.step + steps):
+        train_step(state, [batch_at(step)], next_token_loss, 1e-2, OptimConfig())
+        state.step += 1
+    return state
+
+
+def bits(state):
+    """Everything that decides how training goes on."""
+    slots = {
+        (name, kind): value
+        for optimizer in state.optimizers
+        for name, master in state.masters.items()
+        for kind, value in optimizer.state.get(master, {}).items()
+    }
+    return {**state.weights(), **slots, **dict(state.model.named_parameters(prefix="model"))}
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_resumed_training_has_the_bits_of_uninterrupted_training(start, batch_at, tmp_path, name, dtype):
+    expected = bits(train(start(dtype, name=name), batch_at, 10))
+    save_checkpoint(tmp_path, train(start(dtype, name=name), batch_at, 5), keep_last=1)
+    resumed = start(dtype, name=name)
+    assert load_newest(tmp_path, resumed)
+    got = bits(train(resumed, batch_at, 5))
+    assert got.keys() == expected.keys()
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+def test_only_the_newest_checkpoints_are_kept(start, tmp_path):
+    state = start()
+    for state.step in (1, 2, 10):
+        save_checkpoint(tmp_path, state, keep_last=2)
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-00000010", "step-00000002"]
+
+
+@pytest.mark.parametrize("file", ["weights.safetensors", "optimizer.safetensors", "state.json"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "delete"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(start, batch_at, tmp_path, capsys, file, damage):
+    state = train(start(), batch_at, 1)
+    save_checkpoint(tmp_path, state, keep_last=3)
+    newest = save_checkpoint(tmp_path, train(state, batch_at, 1), keep_last=3) / file
+    content = bytearray(newest.read_bytes())
+    if damage == "delete":
+        newest.unlink()
+    else:
+        content[len(content) // 2] ^= 1
+        newest.write_bytes(content if damage == "flip" else content[: len(content) // 2])
+    fresh = start()
+    assert load_newest(tmp_path, fresh)
+    assert fresh.step == 1
+    assert file in capsys.readouterr().err
+
+
+def test_every_byte_of_a_checkpoint_is_guarded(start, tmp_path):
+    path = save_checkpoint(tmp_path, start(), keep_last=1)
+    assert verify(path)["step"] == 0
+    for file in path.iterdir():
+        whole = file.read_bytes()
+        for at in range(0, len(whole), max(1, len(whole) // 25)):
+            if whole[at : at + 1].isspace():
+                continue  # blanks between JSON values mean nothing
+            file.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
+            with pytest.raises(ValueError, match=file.name):
+                verify(path)
+        file.write_bytes(whole)
+
+
+def test_what_a_killed_save_left_behind_is_removed_and_never_loaded(start, tmp_path):
+    save_checkpoint(tmp_path, start(), keep_last=1)
+    (tmp_path / "step-00000099.tmp").mkdir()
+    (tmp_path / "step-00000099.tmp" / "weights.safetensors").write_bytes(b"half")
+    state = start()
+    assert load_newest(tmp_path, state)
+    assert state.step == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000000"]
+
+
+def test_an_empty_folder_starts_from_nothing(start, tmp_path):
+    assert not load_newest(tmp_path / "none", start())

@@ -1,0 +1,44 @@
+"""The memory a step is said to take is what autograd really keeps."""
+
+import pytest
+import torch
+
+from nanollm.model.config import ModelConfig
+from nanollm.model.transformer import Transformer
+from nanollm.settings import load_preset
+from nanollm.train.loss import next_token_loss
+from nanollm.train.memory import kept_bytes_per_token, training_memory
+from nanollm.train.optim import OptimConfig
+from nanollm.train.state import TrainState
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("preset", ["nano-1m", "nano-5m"])
+def test_kept_bytes_are_predicted_within_5_percent(batch_at, preset, dtype):
+    config = ModelConfig(**load_preset("model", preset))
+    state = TrainState.start(Transformer(config).init(0), OptimConfig(), dtype)
+    batch = batch_at(0, rows=2, length=config.context_length)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in state.model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if (address := tensor.untyped_storage().data_ptr()) not in weights:
+            kept[address] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        next_token_loss(state.model, batch)
+    measured = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    bytes_per_token = kept_bytes_per_token(config, 4 if dtype == torch.float32 else 2)
+    predicted = batch.tokens.numel() * (bytes_per_token + 4 * config.vocab_size)  # and the log-probabilities
+    assert predicted == pytest.approx(measured, rel=0.05)
+
+
+def test_states_are_counted_per_parameter():
+    c = ModelConfig(**load_preset("model", "nano-327m"))
+    memory = training_memory(c, sequences=1, compute_bytes=2, optimizer="adamw")
+    assert memory.weights == 6 * 327_007_232
+    assert memory.gradients == 6 * 327_007_232
+    assert memory.optimizer == 8 * 327_007_232
+    muon = training_memory(c, sequences=1, compute_bytes=2, optimizer="muon")
+    assert muon.optimizer == 4 * 327_007_232 + 4 * 2 * 50_304 * 768

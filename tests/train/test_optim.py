@@ -1,0 +1,98 @@
+"""Optimizers against torch's own, and schedules at the steps where they turn."""
+
+import pytest
+import torch
+
+from nanollm.model.transformer import Transformer
+from nanollm.train.optim import Muon, OptimConfig, build_optimizers, is_hidden_matrix, lr_at, orthogonalise
+
+
+def test_muon_equals_torch_muon_on_matrices():
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(8, 24), (24, 8), (16, 16), (8, 24)]
+    ours = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+    theirs = [parameter.detach().clone().requires_grad_() for parameter in ours]
+    settings = {"lr": 0.02, "momentum": 0.9, "weight_decay": 0.1}
+    optimizers = [
+        Muon(ours, dtype=torch.bfloat16, **settings),
+        torch.optim.Muon(theirs, adjust_lr_fn="match_rms_adamw", **settings),
+    ]
+    for _ in range(5):
+        for parameter, other in zip(ours, theirs, strict=True):
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+            other.grad = parameter.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for parameter, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(parameter, other, atol=1e-3, rtol=1e-3)  # batched bfloat16 products round differently
+
+
+def test_muon_treats_each_expert_as_a_matrix_of_its_own():
+    generator = torch.Generator().manual_seed(0)
+    stack = torch.randn(3, 8, 12, generator=generator).requires_grad_()
+    alone = [matrix.clone().requires_grad_() for matrix in stack.detach()]
+    stack.grad = torch.randn(3, 8, 12, generator=generator)
+    for matrix, grad in zip(alone, stack.grad, strict=True):
+        matrix.grad = grad.clone()
+    for parameters in ([stack], alone):
+        Muon(parameters, lr=0.02, momentum=0.9, weight_decay=0.1, dtype=torch.float32).step()
+    torch.testing.assert_close(stack, torch.stack([matrix.detach() for matrix in alone]))
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 30), (2, 30, 6), (1, 16, 16)])
+def test_orthogonalised_matrices_have_singular_values_near_one(shape):
+    stack = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    values = torch.linalg.svdvals(orthogonalise(stack, torch.float32))
+    assert values.min() > 0.3
+    assert values.max() < 1.3
+
+
+def test_muon_gets_the_hidden_matrices_and_adamw_decays_no_norm(config):
+    parameters = dict(Transformer(config).init(0).named_parameters())
+    adamw, muon = build_optimizers(parameters, OptimConfig(name="muon"), torch.float32)
+    in_muon = {id(p) for group in muon.param_groups for p in group["params"]}
+    decayed, undecayed = ({id(p) for p in group["params"]} for group in adamw.param_groups)
+    for name, parameter in parameters.items():
+        assert (id(parameter) in in_muon) == is_hidden_matrix(name, parameter), name
+        assert (id(parameter) in undecayed) == ("norm" in name), name
+        assert (id(parameter) in decayed) == name.endswith(("embed.weight", "head.weight", "centroids")), name
+    assert len(in_muon | decayed | undecayed) == len(parameters)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "step", "expected"),
+    [
+        ("linear", 0, 1 / 11),
+        ("linear", 10, 1.0),
+        ("linear", 55, 0.5 + 0.5 * 0.1),
+        ("linear", 100, 0.1),
+        ("cosine", 55, 0.5 + 0.5 * 0.1),
+        ("cosine", 100, 0.1),
+        ("wsd", 10, 1.0),
+        ("wsd", 79, 1.0),
+        ("wsd", 90, 0.5 + 0.5 * 0.1),
+        ("wsd", 100, 0.1),
+    ],
+)
+def test_schedules_are_counted_in_steps(schedule, step, expected):
+    c = OptimConfig(lr=2.0, warmup_steps=10, schedule=schedule, final_lr_fraction=0.1)
+    assert lr_at(step, 100, c) == pytest.approx(2.0 * expected)
+
+
+def test_the_last_step_of_a_linear_schedule_still_moves():
+    assert 0 < lr_at(99, 100, OptimConfig(lr=1.0, warmup_steps=10)) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lr": -1.0}, "optim.lr must be at least 0, got -1.0"),
+        ({"lr": float("nan")}, "optim.lr must be at least 0"),
+        ({"betas": (0.9, 1.0)}, "optim.betas must be at least 0 and below 1"),
+        ({"warmup_steps": -1}, "optim.warmup_steps"),
+        ({"final_lr_fraction": 1.5}, "optim.final_lr_fraction must be between 0 and 1"),
+    ],
+)
+def test_impossible_settings_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        OptimConfig(**change)

@@ -1,0 +1,72 @@
+"""metrics.jsonl tells a run once, however often it was interrupted."""
+
+import json
+import math
+import sys
+
+import pytest
+
+from nanollm.train.runlog import RunLog, read_metrics, start_tracker
+
+
+def test_each_line_is_one_json_object_and_is_there_at_once(tmp_path):
+    log = RunLog(tmp_path)
+    log.write(3, loss=1.5, bad=math.nan, shares=[[0.5, 0.5]])
+    assert read_metrics(tmp_path) == [{"step": 3, "loss": 1.5, "bad": None, "shares": [[0.5, 0.5]]}]
+
+
+def test_resuming_cuts_away_what_will_be_told_again(tmp_path):
+    log = RunLog(tmp_path)
+    for step in (0, 10, 20, 30):
+        log.write(step, loss=1.0)
+    with log.path.open("a") as file:
+        file.write('{"step": 40, "lo')  # killed in the middle of a line
+    resumed = RunLog(tmp_path, resume_from=20)
+    resumed.write(30, loss=2.0)
+    assert [(line["step"], line["loss"]) for line in read_metrics(tmp_path)] == [(0, 1.0), (10, 1.0), (20, 1.0), (30, 2.0)]
+
+
+def test_trackers_receive_the_numbers(tmp_path):
+    seen = []
+    RunLog(tmp_path, [lambda step, values: seen.append((step, values))]).write(1, loss=2.0, samples=["text"])
+    assert seen == [(1, {"loss": 2.0})]
+
+
+def test_tensorboard_writes_its_events(tmp_path):
+    pytest.importorskip("tensorboard")
+    start_tracker("tensorboard", tmp_path, {})(5, {"loss": 2.5})
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(5, 2.5)]
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_wandb_and_trackio_get_the_run_and_its_numbers(tmp_path, monkeypatch, name):
+    """A small stand-in with the calls that both packages share."""
+    calls = []
+
+    class Run:
+        def log(self, values, step):
+            calls.append((step, values))
+
+    class Package:
+        @staticmethod
+        def init(**settings):
+            calls.append(settings["config"])
+            return Run()
+
+    monkeypatch.setitem(sys.modules, name, Package)
+    start_tracker(name, tmp_path, {"seed": 1})(7, {"loss": 0.5})
+    assert calls == [{"seed": 1}, (7, {"loss": 0.5})]
+
+
+def test_a_tracker_that_is_not_installed_says_how_to_install_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match=r'install it with: pip install "nanollm\[track\]"'):
+        start_tracker("wandb", tmp_path, {})
+
+
+def test_lines_are_json_that_any_reader_takes(tmp_path):
+    RunLog(tmp_path).write(1, loss=math.inf)
+    assert json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail) == {"step": 1, "loss": None}
