@@ -57,7 +57,7 @@ class Config:
     validation_windows: int = 64
     """Windows of the validation split that bits per byte are measured on (0: all)."""
     sample_prompts: list[str] = field(default_factory=lambda: ["The", "In the beginning", "def main():"])
-    """Prompts that are continued during training, with seed 0."""
+    """Prompts that are continued during training, with seed 0; none: no samples."""
     trackers: list[TrackerName] = field(default_factory=list)
     """Where metrics go beside metrics.jsonl: tensorboard, wandb, trackio."""
 
@@ -103,6 +103,8 @@ def run(c: Config) -> Path:
         return {"val_bpb": score.value, "val_loss": score.nats / score.tokens}
 
     def sample() -> dict[str, object]:
+        if not c.sample_prompts:
+            return {}
         samples = continue_prompts(state.model, tokenizer, c.sample_prompts)
         for prompt, reply in zip(c.sample_prompts, samples, strict=True):
             say(f"step {state.step:,}: {(prompt + reply)!r}")

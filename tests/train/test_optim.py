@@ -24,7 +24,9 @@ def test_muon_equals_torch_muon_on_matrices():
         for optimizer in optimizers:
             optimizer.step()
     for parameter, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(parameter, other, atol=1e-3, rtol=1e-3)  # batched bfloat16 products round differently
+        torch.testing.assert_close(
+            parameter, other, atol=1e-3, rtol=1e-3
+        )  # batched bfloat16 products round differently
 
 
 def test_muon_treats_each_expert_as_a_matrix_of_its_own():

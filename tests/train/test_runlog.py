@@ -23,7 +23,12 @@ def test_resuming_cuts_away_what_will_be_told_again(tmp_path):
         file.write('{"step": 40, "lo')  # killed in the middle of a line
     resumed = RunLog(tmp_path, resume_from=20)
     resumed.write(30, loss=2.0)
-    assert [(line["step"], line["loss"]) for line in read_metrics(tmp_path)] == [(0, 1.0), (10, 1.0), (20, 1.0), (30, 2.0)]
+    assert [(line["step"], line["loss"]) for line in read_metrics(tmp_path)] == [
+        (0, 1.0),
+        (10, 1.0),
+        (20, 1.0),
+        (30, 2.0),
+    ]
 
 
 def test_trackers_receive_the_numbers(tmp_path):

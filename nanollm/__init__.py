@@ -1,0 +1,28 @@
+"""Small language models from raw text to replies: latent attention, mixture of experts, one command per step.
+
+The command line is the front door (`nanollm --help`). Notebooks find the five names they need here; each is imported
+when it is first used, so that `import nanollm` costs nothing.
+"""
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Tokenizer": "nanollm.text.tokenizer",
+    "ModelConfig": "nanollm.model.config",
+    "Transformer": "nanollm.model.transformer",
+    "load_bundle": "nanollm.bundle",
+    "generate": "nanollm.generate.engine",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'nanollm' has no attribute {name!r}; it offers {', '.join(_HOMES)}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*_HOMES, "__version__"]

@@ -1,0 +1,137 @@
+"""Which verb did the user type, and what do they learn when something goes wrong?
+
+A verb is a module of `nanollm.stages`, imported only when it is asked for. stdout carries the result and nothing else.
+Exit codes: 0 done, 2 the user's mistake (one line on stderr), 1 a fault of ours (a traceback), 130 interrupted.
+"""
+
+import importlib
+import io
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from nanollm import __version__
+
+VERBS = {
+    "Start here": {
+        "demo": "the whole journey on built-in text: offline, two CPU cores, minutes",
+    },
+    "Prepare": {
+        "tokenizer": "train a tokenizer on a dataset or on your files",
+        "preprocess": "turn text into token files",
+    },
+    "Train": {
+        "pretrain": "train a model on token files",
+    },
+    "Use": {
+        "generate": "let a model continue a prompt",
+        "info": "parameters, memory and arithmetic of a model",
+    },
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code. argv None: the arguments of this process."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a narrow code page must not stop a run
+    name = " ".join(["nanollm", *arguments[:1]]) if arguments and arguments[0] in all_verbs() else "nanollm"
+    try:
+        output = dispatch(arguments)
+        if output is not None:
+            print(str(output).rstrip("\n"), flush=True)
+        return 0
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader (head, less) has gone. Python flushes stdout once more at exit: give it somewhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 141
+    except Exception as error:
+        if is_users_mistake(error):
+            print(f"{name}: {one_line(error)}", file=sys.stderr)
+            return 2
+        traceback.print_exc()
+        return 1
+
+
+def dispatch(arguments: list[str]) -> object:
+    """Do what the arguments say and return what belongs on stdout, if anything."""
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        return overview()
+    if arguments[0] == "--version":
+        return f"nanollm {__version__}"
+    verb, *rest = arguments
+    if verb not in all_verbs():
+        raise ValueError(f"unknown verb {verb!r}; {suggestion(verb)}")
+    return run_stage(verb, importlib.import_module(f"nanollm.stages.{verb}"), rest)
+
+
+def run_stage(verb: str, stage: ModuleType, arguments: list[str]) -> object:
+    """Run a stage with these arguments: the command line wins over --config, which wins over the defaults."""
+    from nanollm import options, settings, usage  # late: `nanollm --help` must not wait for jsonargparse
+
+    known = {option.name: option for option in options.options_of(stage.Config)}
+    positional = getattr(stage, "POSITIONAL", ())
+    switches = {name: text for name, text in options.SWITCHES.items() if name != "dry_run" or hasattr(stage, "plan")}
+    given = options.read_arguments(arguments, known, positional, switches)
+    if "help" in given.switches:
+        return usage.help_text(verb, stage.Config, known, positional, switches)
+
+    values: dict[str, Any] = {}
+    if given.config_file is not None:
+        values = options.read_settings(settings.read_mapping(Path(given.config_file)), known, given.config_file)
+    values = options.overlay(options.overlay(values, given.groups), given.values)
+    missing = options.missing(known, values)
+    if "print_config" in given.switches and missing:
+        return options.template(known, values)
+    if missing:
+        raise ValueError(f"missing {', '.join(options.ask_for(option, positional) for option in missing)}")
+    config = options.build(stage.Config, known, values)
+    if "print_config" in given.switches:
+        return settings.to_yaml(config)
+    if "dry_run" in given.switches:
+        return stage.plan(config)
+    return stage.run(config)
+
+
+def all_verbs() -> list[str]:
+    return [verb for group in VERBS.values() for verb in group]
+
+
+def overview() -> str:
+    """What `nanollm --help` prints; it must not import anything heavy."""
+    width = max(map(len, all_verbs())) + 2
+    lines = ["nanollm: train, run and measure your own small language model", "", "usage: nanollm VERB [options]"]
+    for title, verbs in VERBS.items():
+        lines += ["", title, *(f"  {verb:{width}}{summary}" for verb, summary in verbs.items())]
+    return "\n".join([*lines, "", "`nanollm VERB --help` lists the options of a verb, with defaults and units."])
+
+
+def suggestion(verb: str) -> str:
+    import difflib
+
+    near = difflib.get_close_matches(verb, all_verbs(), n=1)
+    return f"did you mean {near[0]}?" if near else f"the verbs are {', '.join(all_verbs())}"
+
+
+def is_users_mistake(error: Exception) -> bool:
+    """OSErrors are; a ValueError is if our own code raised it on purpose, and not a library underneath."""
+    if isinstance(error, OSError):
+        return True
+    if not isinstance(error, ValueError) or isinstance(error, UnicodeError):
+        return False
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return str(frames[-1].f_globals.get("__name__", "")).partition(".")[0] == "nanollm"
+
+
+def one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.strerror}: {os.fspath(error.filename)}"
+    return " ".join(str(error).split()) or type(error).__name__

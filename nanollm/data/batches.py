@@ -1,0 +1,95 @@
+"""Which tokens does a rank see at a step, and which of them must it predict?
+
+A batch is a pure function of (seed, step, rank layout): there is no iterator to save, and a run continued on another
+number of ranks sees the same windows in the same global order.
+Letters: B rows, T context length. Window i is tokens [i*T, i*T + T + 1): the first T are read, the last T predicted.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nanollm.data.order import sample_indices
+from nanollm.data.shards import Shards
+
+IGNORE = -100  # a target that is not trained
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows to read and what to predict at each place; `positions` only where a row packs several conversations."""
+
+    tokens: Tensor  # (B, T) int64
+    targets: Tensor  # (B, T) int64, IGNORE = not trained
+    positions: Tensor | None = None  # (B, T) int64
+
+    @property
+    def count(self) -> int:
+        """Number of trained targets."""
+        return int((self.targets != IGNORE).sum())
+
+
+class Windows:
+    """The windows of a split, in a fresh random order each epoch."""
+
+    def __init__(self, shards: Shards, context_length: int, seed: int) -> None:
+        if shards.tokens_total < context_length + 1:
+            raise ValueError(
+                f"one window needs context_length + 1 = {context_length + 1:,} tokens, the split {shards.split!r} of "
+                f"{shards.folder} has {shards.tokens_total:,}; prepare more text or take a smaller context_length"
+            )
+        self.shards, self.context_length, self.seed = shards, context_length, seed
+        self.windows = (shards.tokens_total - 1) // context_length
+
+    def batch(
+        self, step: int, batch_size: int, *, micro: int = 0, micros: int = 1, rank: int = 0, world: int = 1
+    ) -> Batch:
+        """The rows of one micro-batch of one rank; `batch_size` counts the windows of the step over all of them.
+
+        Micro-batch m of rank r is slice m * world + r of the step's windows, so that all slices in that order are the
+        batch that one rank would read at once.
+        """
+        slices = micros * world
+        if batch_size < 1 or batch_size % slices:
+            raise ValueError(
+                f"the batch of {batch_size} windows must divide evenly among {micros} micro-batches x {world} ranks; "
+                f"take a multiple of {slices}"
+            )
+        if not (0 <= micro < micros and 0 <= rank < world):
+            raise ValueError(f"micro-batch {micro} of {micros}, rank {rank} of {world}: counting starts at 0")
+        windows = sample_indices(step, batch_size, self.windows, self.seed)
+        rows = batch_size // slices
+        first = (micro * world + rank) * rows
+        return _gather(self.shards, windows[first : first + rows].tolist(), self.context_length)
+
+
+def sequential_batches(
+    shards: Shards, context_length: int, batch_size: int, limit: int | None = None
+) -> Iterator[Batch]:
+    """The split from its start, at most `limit` windows, for validation: each token but the first is predicted once.
+
+    The last batch may have fewer rows, and the last window's missing end is IGNORE.
+    """
+    if shards.tokens_total < 2:
+        raise ValueError(f"the split {shards.split!r} of {shards.folder} has one token: nothing to predict")
+    windows = -(-(shards.tokens_total - 1) // context_length)
+    windows = windows if limit is None else min(windows, limit)
+    for first in range(0, windows, batch_size):
+        yield _gather(shards, range(first, min(first + batch_size, windows)), context_length)
+
+
+def _gather(shards: Shards, windows: Sequence[int], context_length: int) -> Batch:
+    tokens = np.zeros((len(windows), context_length), dtype=np.int64)
+    targets = np.full((len(windows), context_length), IGNORE, dtype=np.int64)
+    for row, window in enumerate(windows):
+        start = window * context_length
+        length = min(context_length, shards.tokens_total - 1 - start)  # shorter only at the end of a split
+        ids = shards.read(start, length + 1)
+        tokens[row, :length] = ids[:-1]
+        targets[row, :length] = ids[1:]
+        if shards.has_flags:
+            targets[row, :length][shards.flags_read(start + 1, length) == 0] = IGNORE
+    return Batch(torch.from_numpy(tokens), torch.from_numpy(targets))

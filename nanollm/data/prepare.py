@@ -1,0 +1,327 @@
+"""How does text become shards, each document exactly once, however often the job is stopped?
+
+One process reads the source, writes the files and notes in `progress.json` how far both are; workers only encode.
+Killed and started again, the job cuts the files back to that note, reads past the documents before it, and goes on: the
+finished folder has the same bytes as that of a job that was never stopped, for any number of workers.
+"""
+
+import json
+import sys
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from nanollm import durable
+from nanollm.data.encode import Document, EncodedParcel, Parcel, all_text, encode_parcel, encoder
+from nanollm.data.shards import (
+    FORMAT,
+    MANIFEST,
+    PROGRESS,
+    TOKEN_LIMIT,
+    Flags,
+    Ids,
+    ShardWriter,
+    open_at,
+    read_manifest,
+    sync_file,
+)
+from nanollm.progress import Progress, say
+from nanollm.sources.files import BadRecord, OnBad
+from nanollm.text.tokenizer import Tokenizer
+
+BAD_RECORDS = "bad_records.jsonl"
+PARCEL_BYTES = 250_000  # of text
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stretch of the source; each call of `read` gives the same documents in the same order."""
+
+    read: Callable[[OnBad], Iterable[Document]]
+    split: str | None = None
+    """The split that all of it goes to; None: train or val, drawn for each document by the hash of its text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """What decides the bytes of a prepared folder, besides its source and its tokenizer."""
+
+    kind: Literal["text", "chat"]
+    seed: int = 0
+    val_fraction: float = 0.01
+    max_tokens_train: int | None = None
+    max_tokens_val: int | None = None
+    shard_tokens: int = 100_000_000
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.val_fraction < 1:
+            raise ValueError(f"val_fraction must be at least 0 and below 1, got {self.val_fraction}")
+        for name, least in (("max_tokens_train", 1), ("max_tokens_val", 0), ("shard_tokens", 1)):
+            if (value := getattr(self, name)) is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+
+    def limit(self, split: str) -> int:
+        """The most tokens that a split may have."""
+        given = {"train": self.max_tokens_train, "val": self.max_tokens_val}.get(split)
+        return sys.maxsize if given is None else given
+
+
+def prepare(
+    parts: Sequence[Part],
+    tokenizer: Tokenizer,
+    folder: Path,
+    rules: Rules,
+    *,
+    source: dict[str, Any],
+    num_workers: int = 1,
+    flush_every: int = 5_000_000,
+    strict: bool = False,
+) -> dict[str, Any]:
+    """Fill `folder` with shards, or go on filling it, and return its manifest.
+
+    `source` describes the parts in the manifest. A folder begun with another source, tokenizer or rules is refused.
+    `strict` raises ValueError at the first bad record; otherwise they are listed in bad_records.jsonl.
+    """
+    for name, value in (("num_workers", num_workers), ("flush_every", flush_every)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if tokenizer.vocab_size > TOKEN_LIMIT:
+        raise ValueError(
+            f"token files hold uint16: at most {TOKEN_LIMIT:,} pieces, this tokenizer has {tokenizer.vocab_size:,}"
+        )
+    header = {
+        "format": FORMAT,
+        "kind": rules.kind,
+        "dtype": "uint16",
+        "tokenizer": {"fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size},
+        "source": source,
+        "rules": asdict(rules),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    progress = _find_progress(folder, header)
+    if progress is None:
+        return _already_prepared(folder, strict)
+    splits = dict.fromkeys(split for part in parts for split in ([part.split] if part.split else ["train", "val"]))
+    encode = partial(encode_parcel, tokenizer=tokenizer, seed=rules.seed, val_fraction=rules.val_fraction)
+    with (
+        _Job(folder, tokenizer, rules, list(splits), progress, strict=strict) as job,
+        Progress("preprocess", rules.max_tokens_train, "tokens", done=job.train_tokens) as bar,
+        encoder(encode, num_workers) as encode_in_order,
+    ):
+        while job.part < len(parts):
+            part = parts[job.part]
+            for parcel, encoded in encode_in_order(_parcels(part, job, min(PARCEL_BYTES, 4 * flush_every))):
+                is_full = not job.take(parcel, encoded, part.split, flush_every)
+                bar.advance(job.train_tokens - bar.done)
+                if is_full:
+                    break
+            job.end_part()
+        return job.finish()
+
+
+class _Job:
+    """Writes what was encoded, in the order of the source, and knows how to go on after a kill."""
+
+    def __init__(
+        self,
+        folder: Path,
+        tokenizer: Tokenizer,
+        rules: Rules,
+        splits: list[str],
+        progress: dict[str, Any],
+        *,
+        strict: bool,
+    ) -> None:
+        self.folder, self.tokenizer, self.rules, self.strict = folder, tokenizer, rules, strict
+        self.header: dict[str, Any] = progress["header"]
+        self.part: int = progress["part"]  # the one that is being read
+        self.documents_read: int = progress["documents_read"]  # of that part
+        self.checksum: int = progress["checksum"]  # of those documents
+        self.bad_records: int = progress["bad_records"]
+        self.full: list[str] = progress["full"]  # splits that take no more
+        self.unsafe_tokens = 0  # written since the last sync
+        durable.write_json(folder / PROGRESS, progress)  # before any other file: from here on the folder is ours
+        self.bad_file = open_at(folder / BAD_RECORDS, progress["bad_bytes"])
+        self.writers = {
+            split: ShardWriter(
+                folder,
+                split,
+                shard_tokens=rules.shard_tokens,
+                flags=rules.kind == "chat",
+                resume=progress["splits"].get(split),
+            )
+            for split in splits
+        }
+
+    @property
+    def train_tokens(self) -> int:
+        return self.writers["train"].entry["tokens"]
+
+    def take(self, parcel: Parcel, encoded: EncodedParcel, split: str | None, flush_every: int) -> bool:
+        """Write a parcel; False when train is full, so that no more has to be read."""
+        for place, (ids, flags, text_bytes, is_val) in enumerate(encoded.documents()):
+            self._list_bad(parcel.bad[place])
+            name = split or ("val" if is_val else "train")
+            self._add(name, ids, flags, text_bytes)
+            if name == "train" and name in self.full:
+                return False
+        self.documents_read += len(parcel.documents)
+        self.checksum = parcel.checksum
+        if self.unsafe_tokens >= flush_every:
+            self.sync()
+        # After the sync, because a job that goes on from it meets these again.
+        self._list_bad(parcel.bad_after)
+        return True
+
+    def _add(self, split: str, ids: Ids, flags: Flags | None, text_bytes: int) -> None:
+        if split in self.full:
+            return
+        writer = self.writers[split]
+        room = self.rules.limit(split) - writer.entry["tokens"]
+        if len(ids) > room:
+            self.full.append(split)
+            if room == 0 or self.rules.kind == "chat":
+                return
+            ids = ids[:room]
+            text_bytes = int(self.tokenizer.token_bytes[ids].sum())
+        writer.add(ids, flags, text_bytes=text_bytes)
+        self.unsafe_tokens += len(ids)
+
+    def _list_bad(self, records: Iterable[BadRecord]) -> None:
+        for record in records:
+            if self.strict:
+                raise ValueError(f"{record}; repair it, or leave out --strict to list bad records and go on")
+            self.bad_records += 1
+            self.bad_file.write(json.dumps(asdict(record)).encode() + b"\n")
+
+    def end_part(self) -> None:
+        self.part, self.documents_read, self.checksum = self.part + 1, 0, 0
+        self.sync()
+
+    def sync(self) -> None:
+        """Make all files safe on disk, and then the note that says how far they are."""
+        sync_file(self.bad_file)
+        progress = {
+            "header": self.header,
+            "part": self.part,
+            "documents_read": self.documents_read,
+            "checksum": self.checksum,
+            "bad_records": self.bad_records,
+            "bad_bytes": self.bad_file.tell(),
+            "full": self.full,
+            "splits": {split: writer.sync() for split, writer in self.writers.items()},
+        }
+        durable.write_json(self.folder / PROGRESS, progress)
+        self.unsafe_tokens = 0
+
+    def finish(self) -> dict[str, Any]:
+        """Close all files, write the manifest and forget the progress."""
+        if self.train_tokens == 0:
+            val = sum(writer.entry["documents"] for writer in self.writers.values())
+            raise ValueError(
+                f"nothing to train on: {val} documents of the source went to other splits, {self.bad_records} records "
+                f"were bad (see {self.folder / BAD_RECORDS}); give more text, or a smaller --val_fraction"
+            )
+        sync_file(self.bad_file)
+        splits = {split: writer.finish() for split, writer in self.writers.items()}
+        manifest = self.header | {"bad_records": self.bad_records, "splits": splits}
+        durable.write_json(self.folder / MANIFEST, manifest)
+        self.close()
+        if self.bad_records == 0:
+            (self.folder / BAD_RECORDS).unlink()
+        (self.folder / PROGRESS).unlink()
+        durable.sync(self.folder)
+        return manifest
+
+    def close(self) -> None:
+        self.bad_file.close()
+        for writer in self.writers.values():
+            writer.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _find_progress(folder: Path, header: dict[str, Any]) -> dict[str, Any] | None:
+    """Where to begin; None if all is done. Raises ValueError if what is there does not belong to this job."""
+    if (folder / PROGRESS).exists():
+        progress: dict[str, Any] = json.loads((folder / PROGRESS).read_bytes())
+        if any(split["tokens"] for split in progress["splits"].values()):
+            _refuse_other(folder, progress["header"], header)
+            return progress
+        return _begun(header)  # nothing is lost, so the settings may change
+    if (folder / MANIFEST).exists():
+        _refuse_other(folder, read_manifest(folder)[0], header)
+        return None
+    if strangers := sorted([*folder.glob("*.npy"), *folder.glob(BAD_RECORDS)]):
+        raise ValueError(f"{strangers[0]} is not part of a preparation; give an empty or a new folder as --save_dir")
+    return _begun(header)
+
+
+def _begun(header: dict[str, Any]) -> dict[str, Any]:
+    counts = dict.fromkeys(("part", "documents_read", "checksum", "bad_records", "bad_bytes"), 0)
+    return {"header": header, **counts, "full": [], "splits": {}}
+
+
+def _refuse_other(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Name the first thing in which two headers differ."""
+    for key, new in now.items():
+        old = before.get(key)
+        if old == new:
+            continue
+        if isinstance(old, dict) and isinstance(new, dict):
+            name = next(name for name in [*new, *old] if old.get(name) != new.get(name))
+            key, old, new = f"{key} {name}", old.get(name), new.get(name)
+        if key == "tokenizer fingerprint":
+            old, new = str(old)[:6], str(new)[:6]
+        is_short = len(f"{old}{new}") <= 80
+        differs = f"with {key} {old}, this command has {new}" if is_short else f"with another {key} than this command's"
+        raise ValueError(
+            f"{folder} was begun {differs}; give another --save_dir, or remove that folder to prepare it again"
+        )
+
+
+def _already_prepared(folder: Path, strict: bool) -> dict[str, Any]:
+    manifest, _ = read_manifest(folder)
+    if strict and manifest["bad_records"]:
+        raise ValueError(f"{folder} was prepared without {manifest['bad_records']} bad records; see its {BAD_RECORDS}")
+    say(f"{folder} is already prepared with these settings; nothing to do")
+    return manifest
+
+
+def _parcels(part: Part, job: _Job, parcel_bytes: int) -> Iterator[Parcel]:
+    """The documents of a part that are not written yet, cut into parcels by their size."""
+    skip, expected = job.documents_read, job.checksum
+    number = size = checksum = 0
+    parcel, bad = Parcel(), list[BadRecord]()
+    for number, document in enumerate(part.read(bad.append), start=1):
+        text = all_text(document)
+        checksum = zlib.crc32(text, checksum)
+        if number > skip:
+            parcel.append(document, bad)
+            size += len(text)
+        elif number == skip:
+            _refuse_changed(job.folder, checksum == expected)
+            say(f"{job.folder}: {skip:,} documents are done, going on after them")
+        bad.clear()
+        if size >= parcel_bytes:
+            parcel.checksum = checksum
+            yield parcel
+            parcel, size = Parcel(), 0
+    _refuse_changed(job.folder, number >= skip)
+    parcel.checksum, parcel.bad_after = checksum, bad
+    yield parcel
+
+
+def _refuse_changed(folder: Path, is_same: bool) -> None:
+    if not is_same:
+        raise ValueError(
+            f"the source no longer begins with the documents that {folder} holds; "
+            f"remove that folder to prepare it again, or bring the source back"
+        )

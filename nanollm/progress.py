@@ -1,0 +1,138 @@
+"""How far is a long step, how fast is it, and how long will it still take?
+
+Everything goes to stderr: a live bar on a terminal, otherwise one plain line per interval and one at the end, so that
+a log file stays readable. Colours follow the terminal; NO_COLOR turns them off (https://no-color.org).
+"""
+
+import os
+import sys
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress as RichProgress
+
+INTERVAL_S = 10.0  # between two plain lines
+
+_quiet = False
+_live: "Progress | None" = None  # the one bar that owns the terminal's last line
+
+
+def set_quiet(quiet: bool) -> None:
+    """Silence every bar and line of this process; ranks other than the first are quiet."""
+    global _quiet
+    _quiet = quiet
+
+
+def say(text: str) -> None:
+    """Print one line to stderr, above the live bar if there is one."""
+    if _quiet:
+        return
+    if _live is not None and _live.console is not None:
+        _live.console.print(text, markup=False, highlight=False, soft_wrap=True)
+    else:
+        print(text, file=sys.stderr, flush=True)
+
+
+class Progress:
+    """A long step of `total` units (None: unknown), `done` of which were finished by an earlier run.
+
+    A bar that is opened inside another one writes plain lines above it.
+    """
+
+    def __init__(self, task: str, total: int | None = None, unit: str = "", *, done: int = 0) -> None:
+        self.task, self.total, self.unit, self.done = task, total, unit, done
+        self.console: Console | None = None
+        self._already = done  # finished before, so neither fast nor slow
+        self._note = ""
+        self._bar: RichProgress | None = None
+
+    def __enter__(self) -> Self:
+        self._started = self._spoken = time.monotonic()
+        if not _quiet and _live is None and _is_terminal():
+            self._open_bar()
+        return self
+
+    def advance(self, n: int = 1) -> None:
+        """Count n more units."""
+        self.done += n
+        self._show()
+
+    def note(self, text: str) -> None:
+        """Show a few words behind the numbers, until the next note."""
+        self._note = text
+        self._show()
+
+    def status(self) -> str:
+        """The numbers in one line: `1,200 of 5,000 docs, 310 docs/s, 12 s left, shard 3`."""
+        elapsed = time.monotonic() - self._started
+        rate = (self.done - self._already) / elapsed if elapsed >= 1 else 0.0  # before that it would be noise
+        parts = [self._count()]
+        if rate > 0:
+            parts.append(f"{_number(rate)} {self.unit}/s".replace(" /s", "/s"))
+        if rate > 0 and self.total is not None and self.done < self.total:
+            parts.append(f"{duration((self.total - self.done) / rate)} left")
+        return ", ".join([*parts, self._note] if self._note else parts)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._close_bar()
+        self._note = ""
+        outcome = "in" if kind is None else "stopped after"
+        say(f"{self.task}: {self.status()}, {outcome} {duration(time.monotonic() - self._started)}")
+
+    def _count(self) -> str:
+        of = "" if self.total is None else f" of {self.total:,}"
+        return f"{self.done:,}{of} {self.unit}".rstrip()
+
+    def _show(self) -> None:
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=self.done)
+        elif time.monotonic() - self._spoken >= INTERVAL_S:
+            self._spoken = time.monotonic()
+            say(f"{self.task}: {self.status()}")
+
+    def _open_bar(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, ProgressColumn, Task, TextColumn
+        from rich.progress import Progress as RichProgress
+        from rich.table import Column
+        from rich.text import Text
+
+        class Status(ProgressColumn):
+            def render(self, task: Task) -> Text:
+                return Text(task.fields["status"]())
+
+        global _live
+        self.console = Console(stderr=True)
+        status = Status(table_column=Column(no_wrap=True, overflow="ellipsis"))
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(bar_width=20), status)
+        self._bar = RichProgress(*columns, console=self.console, transient=True, refresh_per_second=4)
+        self._bar.add_task(self.task, total=self.total, completed=self.done, status=self.status)
+        self._bar.start()
+        _live = self
+
+    def _close_bar(self) -> None:
+        global _live
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar, self.console, _live = None, None, None
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: `8 s`, `3 min 05 s`, `2 h 40 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600:,} h {whole % 3600 // 60:02d} min"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 10 else f"{value:.2f}"
+
+
+def _is_terminal() -> bool:
+    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"

@@ -1,0 +1,84 @@
+"""How are the settings of a run read from YAML, found by name, and written back?
+
+Presets are the files `configs/<kind>/<name>.yaml`. They lie beside the package in the repository and inside it in an
+installed wheel, where the build copies them.
+"""
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+_PACKAGE = Path(__file__).resolve().parent
+_INSTALLED = _PACKAGE / "configs"
+CONFIGS = _INSTALLED if _INSTALLED.is_dir() else _PACKAGE.parent / "configs"
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which 3e-4 is a number, as in YAML 1.2; PyYAML alone reads it as text."""
+
+
+_FLOAT = re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
+
+
+def parse_yaml(text: str | bytes, origin: str) -> Any:
+    """The value a YAML text stands for; `origin` names the text in the error."""
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{origin}, line {mark.line + 1}" if mark else origin
+        what = getattr(error, "problem", None) or " ".join(str(error).split())
+        raise ValueError(f"{where}: not valid YAML: {what}") from None
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The settings in a YAML file, which must hold `key: value` lines at its top."""
+    settings = parse_yaml(path.read_bytes(), str(path))
+    if settings is None:
+        return {}
+    if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
+        raise ValueError(f"{path}: expected `key: value` lines, got {type(settings).__name__}")
+    return settings
+
+
+def preset_names(kind: str) -> list[str]:
+    """Names of the presets of a kind, nano-5m before nano-20m; empty for a kind without any."""
+    return sorted((path.stem for path in (CONFIGS / kind).glob("*.yaml")), key=lambda name: (len(name), name))
+
+
+def find_preset(kind: str, name: str) -> Path:
+    """The file of a preset; `name` is the preset's name or the path of a YAML file."""
+    if name.endswith((".yaml", ".yml")):
+        return Path(name)
+    names = preset_names(kind)
+    if name in names:
+        return CONFIGS / kind / f"{name}.yaml"
+    near = difflib.get_close_matches(name, names, n=1)
+    hint = f"did you mean {near[0]}? Known" if near else "known"
+    raise ValueError(f"no {kind} preset is called {name!r}; {hint}: {', '.join(names) or 'none'}; or give a .yaml file")
+
+
+def load_preset(kind: str, name: str) -> dict[str, Any]:
+    """The settings of a preset, by its name or by the path of a YAML file."""
+    return read_mapping(find_preset(kind, name))
+
+
+def to_yaml(config: Any) -> str:
+    """A config (a dataclass or a mapping) as YAML that reads back as the same config."""
+    return yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True, width=120)
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return value.as_posix() if isinstance(value, Path) else value

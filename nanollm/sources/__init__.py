@@ -1,0 +1,1 @@
+"""Where text comes from, and how an answer is judged; never torch."""

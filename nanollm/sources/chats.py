@@ -1,0 +1,35 @@
+"""Conversations that someone wrote down: .jsonl lines {"messages": [{"role": "user", "content": "..."}, ...]}."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from nanollm.sources.files import BadRecord, OnBad, _read_file, find_files, problem
+from nanollm.text.chat import Conversation, Message
+
+
+def conversations(inputs: Sequence[Path], on_bad: OnBad) -> Iterator[Conversation]:
+    """Each line that is a conversation in which the assistant speaks; any other goes to `on_bad`."""
+    for path in find_files(inputs):
+        for line, values in _read_file(path, ["messages"]):
+            found = values if isinstance(values, str) else _parse(values[0])
+            if isinstance(found, str):
+                on_bad(BadRecord(str(path), line, found))
+            else:
+                yield found
+
+
+def _parse(messages: Any) -> Conversation | str:
+    """A conversation, or why it is none."""
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        return "messages must be a list of objects with role and content"
+    for number, message in enumerate(messages, start=1):
+        if reason := problem([message.get("role"), message.get("content")], ["role", "content"]):
+            return f"message {number}: {reason}"
+    try:
+        conversation = Conversation(tuple(Message(message["role"], message["content"]) for message in messages))
+    except ValueError as error:
+        return str(error)
+    if all(message.role != "assistant" for message in conversation.messages):
+        return "the assistant says nothing, so there is nothing to learn"
+    return conversation

@@ -1,0 +1,336 @@
+"""How do files become texts, and what happens to a record that is broken?
+
+Formats: .txt (one document per file), .jsonl, .csv and .parquet (one record per line or row), each also .gz or .zst.
+Everything is read as a stream. A broken record is never dropped silently and never stops the rest: it goes to
+`on_bad` with its file, its line and the reason, and the caller decides what to do about it.
+"""
+
+import csv
+import gzip
+import importlib
+import io
+import json
+import re
+import shutil
+import tempfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, BinaryIO, cast
+
+FORMATS = (".txt", ".jsonl", ".csv", ".parquet")
+PACKINGS = ("", ".gz", ".zst")
+DOCUMENT_BYTES = 16 * 2**20  # a .txt file above this is read as several documents
+LINE_BYTES = 64 * 2**20  # a longer line of .jsonl or .csv is a bad record
+BATCH_ROWS = 256  # of Parquet, held in memory at once
+
+
+@dataclass(frozen=True)
+class BadRecord:
+    """A record that could not be used."""
+
+    path: str  # of the file, or the name of the dataset
+    line: int  # line (.txt, .jsonl) or row after the header (.csv, .parquet, hub), from 1; 0: the file
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.line}: {self.reason}" if self.line else f"{self.path}: {self.reason}"
+
+
+OnBad = Callable[[BadRecord], None]
+Row = tuple[str, ...]
+Numbered = Iterator[tuple[int, Any]]  # (line, the record's values by column, or a str: why it is bad)
+
+
+class _Unreadable(Exception):
+    """The rest of a file cannot be read."""
+
+
+def find_files(inputs: Sequence[Path], split: str | None = None) -> list[Path]:
+    """The readable files among files and folders (searched through), in order, each once.
+
+    With `split`, a folder gives only the files with that word in their names (train.jsonl, test-00000.parquet).
+    """
+    found: dict[Path, None] = {}
+    for given in map(Path, inputs):
+        if given.is_dir():
+            inside = sorted(path for path in given.rglob("*") if _format_of(path) and path.is_file())
+            chosen = [path for path in inside if split is None or split in re.split(r"[^a-z]+", path.name.lower())]
+            if not chosen:
+                wanted = "|".join(FORMATS) + ", also .gz or .zst" + (f", with {split!r} in its name" if split else "")
+                raise FileNotFoundError(f"{given} holds no file to read (expected {wanted})")
+            found.update(dict.fromkeys(chosen))
+        elif not given.exists():
+            raise FileNotFoundError(f"{given} does not exist; give a file or a folder that does")
+        elif not _format_of(given):
+            raise ValueError(
+                f"{given} is not one of {', '.join(FORMATS)} (each also .gz or .zst); convert or rename it"
+            )
+        else:
+            found[given] = None
+    return list(found)
+
+
+def read_texts(paths: Iterable[Path], text_column: str, on_bad: OnBad) -> Iterator[str]:
+    """The text of each record. A .txt file has no columns: it is one text, whatever the column's name."""
+    for (text,) in read_rows(paths, [text_column], on_bad):
+        yield text
+
+
+def read_rows(paths: Iterable[Path], columns: Sequence[str], on_bad: OnBad) -> Iterator[Row]:
+    """The values of the columns, for each record where all of them are text that is not empty."""
+    for path in map(Path, paths):
+        records = 0
+        for line, values in _read_file(path, columns):
+            records += 1
+            reason = values if isinstance(values, str) else problem(values, columns)
+            if reason:
+                on_bad(BadRecord(str(path), line, reason))
+            else:
+                yield tuple(values)
+        if not records:
+            on_bad(BadRecord(str(path), 0, "holds no records"))
+
+
+def problem(values: Sequence[Any], columns: Sequence[str]) -> str | None:
+    """Why these values cannot be used, or None."""
+    for value, column in zip(values, columns, strict=True):
+        if value is None:
+            return f"{column} is missing"
+        if not isinstance(value, str):
+            return f"{column} must be text, got {type(value).__name__}"
+        if not value or value.isspace():
+            return f"{column} is empty"
+        if not value.isascii() and _has_surrogate(value):
+            return f"{column} is not valid Unicode (a byte that is not UTF-8, or a lone surrogate)"
+    return None
+
+
+def _has_surrogate(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+def _format_of(path: Path) -> str | None:
+    """.txt for notes.txt.gz, None for what cannot be read; hidden files are not for us."""
+    name = path.name.lower()
+    known = (kind for kind in FORMATS for packing in PACKINGS if name.endswith(kind + packing))
+    return None if name.startswith(".") else next(known, None)
+
+
+def _read_file(path: Path, columns: Sequence[str]) -> Numbered:
+    """Records of one file; if it breaks off, the last one says why."""
+    read = {".txt": _read_txt, ".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}
+    line = 0
+    with path.open("rb") as file:  # a missing or forbidden file is the caller's to hear of
+        kind = _format_of(path)
+        if kind is None:
+            raise ValueError(f"{path} is not one of {', '.join(FORMATS)} (each also .gz or .zst); convert or rename it")
+        try:
+            for line, values in read[kind](_unpack(path, file), columns):
+                yield line, values
+        except (_Unreadable, OSError, EOFError, zlib.error) as error:
+            yield (
+                line and line + 1,
+                f"cannot be read {'any further' if line else 'at all'}: {' '.join(str(error).split())}",
+            )
+
+
+def _unpack(path: Path, file: BinaryIO) -> BinaryIO:
+    if path.name.lower().endswith(".gz"):
+        return cast(BinaryIO, gzip.GzipFile(fileobj=file))
+    if path.name.lower().endswith(".zst"):
+        return cast(BinaryIO, io.BufferedReader(_Zstd(file)))
+    return file
+
+
+class _Zstd(io.RawIOBase):
+    """Frames of zstd as a stream. The library's own reader takes a file that was cut short for a whole one."""
+
+    def __init__(self, file: BinaryIO):
+        self.zstd = need("zstandard", "to read .zst files")
+        self.file = file
+        self.frame: Any = None
+        self.ready = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self.ready and self._read_more():
+            pass
+        size = min(len(buffer), len(self.ready))
+        buffer[:size], self.ready = self.ready[:size], self.ready[size:]
+        return size
+
+    def _read_more(self) -> bool:
+        packed = self.frame.unused_data if self.frame and self.frame.eof else b""
+        packed = packed or self.file.read(4096)  # small: 4 KiB may unpack to 100 MB
+        if not packed:
+            if self.frame and not self.frame.eof:
+                raise EOFError("zstd data ended before the end of its frame")
+            return False
+        if self.frame is None or self.frame.eof:
+            self.frame = self.zstd.ZstdDecompressor().decompressobj()
+        try:
+            self.ready = memoryview(self.frame.decompress(packed))
+        except self.zstd.ZstdError as error:
+            raise _Unreadable(str(error)) from error
+        return True
+
+
+def _read_txt(file: BinaryIO, columns: Sequence[str]) -> Numbered:
+    """The whole file; above DOCUMENT_BYTES in parts, cut at blank lines where there are any. No character is lost."""
+    if len(columns) != 1:
+        raise ValueError(
+            f"a .txt file has one text, not the columns {', '.join(columns)}; give .jsonl, .csv or .parquet"
+        )
+    line, part = 1, file.read(DOCUMENT_BYTES + 1)
+    encoding = "utf-8-sig"  # drops a byte order mark
+    while part:
+        end = _end_of_part(part)
+        content, part = part[:end], part[end:]
+        try:
+            yield line, [content.decode(encoding).replace("\r\n", "\n")]
+        except UnicodeDecodeError as error:
+            yield line + content[: error.start].count(b"\n"), "not UTF-8; convert the file"
+        line += content.count(b"\n")
+        encoding = "utf-8"
+        part += file.read(DOCUMENT_BYTES + 1 - len(part))
+
+
+def _end_of_part(part: bytes) -> int:
+    if len(part) <= DOCUMENT_BYTES:
+        return len(part)
+    for border in (b"\n\n", b"\n\r\n", b"\n"):
+        if (at := part.rfind(border, DOCUMENT_BYTES // 2)) >= 0:
+            return at + len(border)
+    end = DOCUMENT_BYTES
+    while end > DOCUMENT_BYTES // 2 and part[end] & 0xC0 == 0x80:  # not inside a character
+        end -= 1
+    return end
+
+
+def _read_lines(file: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
+    """Numbered lines, without a byte order mark; None for a line over LINE_BYTES."""
+    number = 0
+    while line := file.readline(LINE_BYTES + 1):
+        number += 1
+        if len(line) <= LINE_BYTES or line.endswith(b"\n"):
+            yield number, line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+            continue
+        while line and not line.endswith(b"\n"):
+            line = file.readline(LINE_BYTES)
+        yield number, None
+
+
+def _read_jsonl(file: BinaryIO, columns: Sequence[str]) -> Numbered:
+    """One JSON object per line; blank lines are no records."""
+    for number, line in _read_lines(file):
+        if line is None:
+            yield number, f"the line is longer than {LINE_BYTES:,} bytes"
+        elif line.strip():
+            yield number, _parse_json(line, columns)
+
+
+def _parse_json(line: bytes, columns: Sequence[str]) -> list[Any] | str:
+    try:
+        record = json.loads(line.decode())
+    except UnicodeDecodeError:
+        return "not UTF-8"
+    except RecursionError:
+        return "malformed JSON: nested too deeply"
+    except ValueError as error:
+        return f"malformed JSON: {error}"
+    if not isinstance(record, dict):
+        return f"expected a JSON object, got {type(record).__name__}"
+    return _missing(columns, list(record)) or [record[column] for column in columns]
+
+
+def _missing(columns: Sequence[str], present: Sequence[str]) -> str | None:
+    missing = [column for column in columns if column not in present]
+    return f"no {' or '.join(missing)} here, only {', '.join(present) or 'nothing'}" if missing else None
+
+
+def _read_csv(file: BinaryIO, columns: Sequence[str]) -> Numbered:
+    """Rows under a header; a field may hold newlines, so rows are counted, not lines."""
+    csv.field_size_limit(LINE_BYTES)
+    rows = csv.reader(_csv_lines(file), strict=True)
+    try:
+        header = next(rows, [])
+    except csv.Error as error:
+        yield 0, f"malformed CSV header: {error}"
+        return
+    if header and (missing := _missing(columns, header)):
+        yield 0, missing
+        return
+    row = 0
+    while True:
+        try:
+            fields = next(rows)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            row += 1
+            yield row, f"malformed CSV at line {rows.line_num}: {error}"
+            continue
+        if not fields:
+            continue
+        row += 1
+        if len(fields) != len(header):
+            yield row, f"expected {len(header)} fields, got {len(fields)}"
+        else:
+            yield row, [fields[header.index(column)] for column in columns]
+
+
+def _csv_lines(file: BinaryIO) -> Iterator[str]:
+    for number, line in _read_lines(file):
+        if line is None:
+            raise _Unreadable(f"line {number} is longer than {LINE_BYTES:,} bytes")
+        yield line.decode(errors="surrogateescape")  # so that only the row with the wrong bytes is bad
+
+
+def _read_parquet(file: BinaryIO, columns: Sequence[str]) -> Numbered:
+    """Rows, a batch at a time. Parquet is read from its end, so a packed file is unpacked (on disk) first."""
+    arrow, parquet = need("pyarrow", "to read Parquet"), need("pyarrow.parquet", "to read Parquet")
+    with tempfile.TemporaryFile() as unpacked:
+        if not isinstance(file, io.BufferedReader) or not file.seekable():
+            shutil.copyfileobj(file, unpacked)
+            file = unpacked
+        try:
+            yield from _parquet_rows(parquet.ParquetFile(file), columns)
+        except arrow.ArrowException as error:
+            raise _Unreadable(str(error)) from error
+
+
+def _parquet_rows(table: Any, columns: Sequence[str]) -> Numbered:
+    if missing := _missing(columns, table.schema_arrow.names):
+        yield 0, missing
+        return
+    row = 0
+    for batch in table.iter_batches(batch_size=BATCH_ROWS, columns=list(columns)):
+        for values in zip(*(_strings(batch.column(column)) for column in columns), strict=True):
+            row += 1
+            yield row, list(values)
+
+
+def _strings(array: Any) -> list[Any]:
+    try:
+        return list(array.to_pylist())
+    except UnicodeDecodeError:
+        raw = array.cast("binary").to_pylist()  # so that only the row with the wrong bytes is bad
+        return [None if value is None else value.decode(errors="surrogateescape") for value in raw]
+
+
+def need(module: str, purpose: str) -> ModuleType:
+    """Import an optional dependency, or say how to get it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.split(".")[0]
+        raise ValueError(f'{package} is needed {purpose}; install it with: pip install "nanollm[data]"') from error

@@ -1,0 +1,175 @@
+"""Which source becomes which folder of token files, and what is said about it?"""
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from nanollm.data.encode import Document
+from nanollm.data.prepare import BAD_RECORDS, Part, Rules, prepare
+from nanollm.progress import say
+from nanollm.sources import builtin, chats, gsm8k, instructions, openwebtext
+from nanollm.sources.files import OnBad, find_files, read_texts
+from nanollm.sources.hub import stream_rows
+from nanollm.text.tokenizer import Tokenizer
+
+POSITIONAL = ("kind",)
+BUILTIN = Path("builtin")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Turn text into token files, split by document into train and val.
+
+    Stopped at any moment, the same command goes on where it was; the files come out the same, byte for byte.
+    """
+
+    kind: Literal["owt", "sni", "gsm8k", "text", "chat"]
+    """owt: OpenWebText; sni: Super-NaturalInstructions; gsm8k: school problems with worked solutions, with a split of
+    its own for test; text: any documents; chat: .jsonl lines {"messages": [{"role": ..., "content": ...}, ...]}."""
+    tokenizer_path: Path
+    """The .model file of the tokenizer, or the folder that holds it."""
+    save_dir: Path
+    """Folder to fill."""
+    input: list[Path] = field(default_factory=list)
+    """Files or folders to read (.txt, .jsonl, .csv, .parquet, each also .gz or .zst); none: the dataset from the hub.
+    For text, the word "builtin" stands for the documentation that is already on this machine."""
+    val_input: list[Path] = field(default_factory=list)
+    """Files or folders that become val, for text and chat; all of --input is then train."""
+    dataset_name: str | None = None
+    """Dataset of the hub: any for text, another copy of the usual one for owt and sni."""
+    text_column: str = "text"
+    """Column (.jsonl key) that holds the text, for kind text."""
+    val_fraction: float = 0.01
+    """Share of the documents that becomes val, from 0 to below 1; drawn by a hash of the text, so that equal documents
+    go to the same side."""
+    seed: int = 0
+    """Of the draw between train and val."""
+    max_tokens_train: int | None = None
+    """Tokens of train at most; reading stops there. Text is cut at exactly this number; a conversation is never cut,
+    the first that does not fit ends train. None: everything."""
+    max_tokens_val: int | None = None
+    """Tokens of val at most, cut in the same way; further documents drawn for val are left out, not moved to train."""
+    shard_tokens: int = 100_000_000
+    """A file is closed after the document that brings it to this many tokens (2 bytes each)."""
+    flush_every: int = 5_000_000
+    """Tokens between two points from which a stopped job can go on."""
+    num_workers: int = 1
+    """Processes that encode, this one included."""
+    strict: bool = False
+    """Stop at the first bad record. Otherwise bad records are counted, and listed in bad_records.jsonl."""
+
+    def __post_init__(self) -> None:
+        if self.kind == "chat" and not self.input:
+            raise ValueError("chat needs --input FILE_OR_FOLDER ... with .jsonl conversations")
+        if self.kind == "text" and bool(self.input) == bool(self.dataset_name):
+            raise ValueError("text needs either --input FILE_OR_FOLDER ... (or --input builtin) or --dataset_name NAME")
+        if self.kind != "text" and self.input and self.dataset_name:
+            raise ValueError(f"{self.kind} reads --input or --dataset_name, not both")
+        if self.kind in ("gsm8k", "chat") and self.dataset_name:
+            raise ValueError(f"--dataset_name is for owt, sni and text; {self.kind} takes --input FILE_OR_FOLDER ...")
+        if self.kind not in ("text", "chat") and self.val_input:
+            raise ValueError(f"--val_input is for text and chat; {self.kind} draws val by --val_fraction")
+
+    @property
+    def rules(self) -> Rules:
+        return Rules(
+            kind="text" if self.kind in ("owt", "text") else "chat",
+            seed=self.seed,
+            val_fraction=self.val_fraction,
+            max_tokens_train=self.max_tokens_train,
+            max_tokens_val=self.max_tokens_val,
+            shard_tokens=self.shard_tokens,
+        )
+
+
+def run(config: Config) -> Path:
+    """Prepare the folder and say what is in it."""
+    tokenizer = Tokenizer.load(config.tokenizer_path)
+    parts, source = open_source(config)
+    manifest = prepare(
+        parts,
+        tokenizer,
+        config.save_dir,
+        config.rules,
+        source=source,
+        num_workers=config.num_workers,
+        flush_every=config.flush_every,
+        strict=config.strict,
+    )
+    for line in summary(manifest, config.save_dir):
+        say(line)
+    return config.save_dir
+
+
+def open_source(config: Config) -> tuple[list[Part], dict[str, Any]]:
+    """What to read, in order, and how the manifest describes it."""
+    source: dict[str, Any] = {"dataset": config.dataset_name or config.kind}
+    if config.kind == "text":
+        source["column"] = config.text_column
+    if config.kind == "gsm8k":
+        files = find_files(config.input) if config.input else None
+        train, test = _named(files, "train"), _named(files, "test")
+        source["files"] = None if files is None else _sizes([*(train or []), *(test or [])])
+        return [Part(_reader(config, train, "train")), Part(_reader(config, test, "test"), "test")], source
+    if config.input == [BUILTIN]:
+        parts, source["dataset"] = [Part(lambda on_bad: builtin.documents())], "builtin"
+    else:
+        files = find_files(config.input) if config.input else None
+        parts, source["files"] = [Part(_reader(config, files))], None if files is None else _sizes(files)
+    if config.val_input:
+        val_files = find_files(config.val_input)
+        source["val_files"] = _sizes(val_files)
+        parts = [Part(parts[0].read, "train"), Part(_reader(config, val_files), "val")]
+    return parts, source
+
+
+def _reader(
+    config: Config, files: Sequence[Path] | None, split: str = "train"
+) -> Callable[[OnBad], Iterable[Document]]:
+    """How to read these files, or the hub where they are None."""
+    name = config.dataset_name
+    match config.kind:
+        case "owt":
+            return lambda on_bad: openwebtext.documents(files, on_bad, name or openwebtext.NAME)
+        case "sni":
+            return lambda on_bad: instructions.conversations(files, split, on_bad, name or instructions.NAME)
+        case "gsm8k":
+            return lambda on_bad: gsm8k.conversations(files, split, on_bad)
+        case "chat":
+            return lambda on_bad: chats.conversations(files or [], on_bad)
+    if files is not None:
+        return lambda on_bad: read_texts(files, config.text_column, on_bad)
+    return lambda on_bad: (row[0] for row in stream_rows(str(name), split, [config.text_column], on_bad))
+
+
+def _named(files: list[Path] | None, split: str) -> list[Path] | None:
+    """The files of one split by their names, so that a problem of the test is never trained on."""
+    if files is None:
+        return None
+    if not (named := [path for path in files if split in re.split(r"[^a-z]+", path.name.lower())]):
+        raise ValueError(f"gsm8k needs files named for their split (train.jsonl, test.jsonl); none is named {split!r}")
+    return named
+
+
+def _sizes(files: Sequence[Path]) -> list[list[str | int]]:
+    """Enough to notice another set of files, wherever they lie: names and bytes."""
+    return [[path.name, path.stat().st_size] for path in files]
+
+
+def summary(manifest: dict[str, Any], folder: Path) -> list[str]:
+    """What a prepared folder holds, one line for each thing worth knowing."""
+    lines = []
+    for split, entry in manifest["splits"].items():
+        tokens, documents = entry["tokens"], entry["documents"]
+        what = "documents" if manifest["kind"] == "text" else "conversations"
+        per_token = f", {entry['text_bytes'] / tokens:.2f} bytes of text per token" if tokens else ""
+        lines.append(f"{split}: {tokens:,} tokens in {documents:,} {what}{per_token}")
+    if not manifest["splits"].get("val", {}).get("tokens"):
+        lines.append(
+            "val is empty, so nothing can be validated on it; more documents, --val_fraction or --val_input help"
+        )
+    if bad := manifest["bad_records"]:
+        lines.append(f"{bad:,} bad records were left out; {folder / BAD_RECORDS} lists them")
+    return lines

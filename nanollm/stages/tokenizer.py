@@ -1,0 +1,193 @@
+"""A corpus becomes a tokenizer, and a report of how well it spells text that it has not seen."""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from nanollm.durable import write_json
+from nanollm.progress import Progress, say
+from nanollm.sources import builtin
+from nanollm.sources.files import BadRecord, OnBad, find_files, read_texts
+from nanollm.sources.hub import stream_rows
+from nanollm.text.tokenizer import SAMPLE_BYTES, ModelType, Tokenizer, check_sizes, cut, sample, train_on
+
+BUILTIN = "builtin"
+HELD_OUT_BYTES = 2_000_000  # enough to measure on
+SECTION_CHARS = 16_384  # a longer document is held out by sections, so that one huge file still gives some
+BAD_RECORDS_LISTED = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Train a lossless SentencePiece tokenizer with chat marks, from a dataset of the hub or from files."""
+
+    dataset_name: str | None = None
+    """Dataset of the Hugging Face hub to learn from, such as Elriggs/openwebtext-100k; or give --corpus."""
+    dataset_config: str | None = None
+    """Configuration of that dataset, if it has several."""
+    split: str = "train"
+    """Split of that dataset."""
+    corpus: list[str] = field(default_factory=list)
+    """Files or folders to learn from (.txt .jsonl .csv .parquet, each also .gz or .zst), or the word builtin."""
+    text_column: str = "text"
+    """Column that holds the text."""
+    output_dir: Path = Path("checkpoints/tokenizer")
+    """Folder for the model and its report."""
+    model_name: str = "bpe_tokenizer"
+    """Name of both files: {model_name}.model and {model_name}.json."""
+    model_type: ModelType = "bpe"
+    """How the pieces are chosen. All four are lossless; char may end up with fewer than vocab_size pieces."""
+    vocab_size: int = 50304
+    """Number of pieces, special marks and the 256 bytes included (at most 65,536)."""
+    sample_bytes: int = SAMPLE_BYTES
+    """Most bytes of text to learn from, drawn evenly from all of it; memory is about 10 times this (unigram: 22)."""
+    held_out: float = 0.01
+    """Part of the documents that only the report is computed on (0 to 0.5, at most 2 MB of text)."""
+    seed: int = 0
+    """Decides which text is sampled and which is held out."""
+
+    def __post_init__(self) -> None:
+        if bool(self.dataset_name) == bool(self.corpus):
+            given = "both" if self.corpus else "neither"
+            raise ValueError(f"give either --dataset_name NAME or --corpus FILE_OR_FOLDER..., got {given}")
+        if BUILTIN in self.corpus and len(self.corpus) > 1:
+            raise ValueError(f"--corpus {BUILTIN} stands alone, got {' '.join(self.corpus)}; ./{BUILTIN} is a file")
+        if not self.model_name or Path(self.model_name).name != self.model_name:
+            raise ValueError(
+                f"model_name must be a plain file name, got {self.model_name!r}; the folder is --output_dir"
+            )
+        if self.sample_bytes < 1:
+            raise ValueError(f"sample_bytes must be at least 1, got {self.sample_bytes}")
+        if not 0 <= self.held_out <= 0.5:
+            raise ValueError(f"held_out must be from 0 to 0.5, got {self.held_out}")
+        check_sizes(self.vocab_size, self.model_type)
+
+    @property
+    def model_path(self) -> Path:
+        return self.output_dir / f"{self.model_name}.model"
+
+
+def plan(c: Config) -> str:
+    """What a run would read and write."""
+    if c.dataset_name:
+        source = f"{c.dataset_name} ({c.split}), column {c.text_column}, streamed from the hub"
+    elif c.corpus == [BUILTIN]:
+        source = "the built-in corpus"
+    else:
+        files = find_files([Path(name) for name in c.corpus])
+        source = f"{len(files):,} files with {sum(file.stat().st_size for file in files) / 1e6:,.1f} MB"
+    return (
+        f"{c.model_type} tokenizer of {c.vocab_size:,} pieces from at most {c.sample_bytes / 1e6:,.1f} MB of {source}, "
+        f"written to {c.model_path}"
+    )
+
+
+def run(c: Config) -> Path:
+    """Train and report; returns the path of the model."""
+    started = time.monotonic()
+    _check_writable(c.output_dir)
+    bad, split = BadRecords(), HeldOut(c.held_out, c.seed)
+    kept = sample(split.training(_counted(_documents(c, bad))), c.sample_bytes, c.seed)
+    if not kept.pieces and bad.count:
+        raise ValueError(f"no record of the corpus is usable; {bad.count:,} bad, the first: {bad.listed[0]}")
+    with Progress(f"learn from {kept.bytes_kept / 1e6:,.1f} of {kept.bytes_seen / 1e6:,.1f} MB", unit="pieces") as bar:
+        tokenizer = train_on(kept, c.model_path, vocab_size=c.vocab_size, model_type=c.model_type)
+        bar.advance(tokenizer.vocab_size)
+    # A corpus of a few documents may hold none of them out; the report then says so.
+    measured = measure(tokenizer, split.texts or [piece.decode() for piece in kept.pieces[:500]])
+    on = "held-out text" if split.texts else "training text"
+    report = {
+        "settings": json.loads(json.dumps(asdict(c), default=str)),
+        "fingerprint": tokenizer.fingerprint,
+        "vocab_size": tokenizer.vocab_size,
+        "documents": split.documents,
+        "bytes_seen": kept.bytes_seen,
+        "bytes_sampled": kept.bytes_kept,
+        "measured_on": on,
+        **measured,
+        "bad_records": bad.count,
+        "first_bad_records": [str(record) for record in bad.listed],
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    write_json(c.model_path.with_suffix(".json"), report)
+    say(f"{measured['bytes_per_token']:.3f} bytes per token on {measured['bytes'] / 1e6:,.2f} MB of {on}")
+    if bad.count:
+        say(f"{bad.count:,} bad records were skipped; the first are in {c.model_path.with_suffix('.json')}")
+    return c.model_path
+
+
+class BadRecords:
+    """Counts what could not be read, says the first few aloud and keeps the first hundred for the report."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.listed: list[BadRecord] = []
+
+    def __call__(self, record: BadRecord) -> None:
+        self.count += 1
+        if len(self.listed) < BAD_RECORDS_LISTED:
+            self.listed.append(record)
+        if self.count <= 5:
+            say(f"skipped {record}")
+
+
+class HeldOut:
+    """Sets aside, by the hash of its text, a part of the documents; equal texts are never on both sides."""
+
+    def __init__(self, fraction: float, seed: int):
+        self.fraction, self.key = fraction, str(seed).encode()
+        self.documents = 0
+        self.texts: list[str] = []
+        self._room = HELD_OUT_BYTES
+
+    def training(self, documents: Iterator[str]) -> Iterator[str]:
+        """The documents to train on; the others are in `texts` once this has come to its end."""
+        first = True  # the very first section always trains, so that a tiny corpus is not held out whole
+        for document in documents:
+            self.documents += 1
+            for section in cut(document, SECTION_CHARS):
+                if first or not self._is_held_out(section):
+                    yield section
+                elif len(section.encode()) <= self._room:
+                    self.texts.append(section)
+                    self._room -= len(section.encode())
+                first = False
+
+    def _is_held_out(self, text: str) -> bool:
+        digest = hashlib.blake2b(text.encode(), digest_size=8, key=self.key).digest()
+        return int.from_bytes(digest, "little") < self.fraction * 2**64
+
+
+def measure(tokenizer: Tokenizer, texts: list[str]) -> dict[str, float]:
+    """How many bytes a token stands for, on these texts."""
+    encoded = [tokenizer.encode(text) for text in texts]
+    assert all(tokenizer.decode(ids) == text for ids, text in zip(encoded, texts, strict=True)), "lossless"
+    tokens, size = sum(map(len, encoded)), sum(len(text.encode()) for text in texts)
+    return {"texts": len(texts), "bytes": size, "tokens": tokens, "bytes_per_token": round(size / tokens, 4)}
+
+
+def _documents(c: Config, on_bad: OnBad) -> Iterator[str]:
+    if c.dataset_name:
+        rows = stream_rows(c.dataset_name, c.split, [c.text_column], on_bad, c.dataset_config)
+        return (text for (text,) in rows)
+    if c.corpus == [BUILTIN]:
+        return builtin.documents()
+    return read_texts(find_files([Path(name) for name in c.corpus]), c.text_column, on_bad)
+
+
+def _counted(documents: Iterator[str]) -> Iterator[str]:
+    with Progress("read the corpus", unit="docs") as bar:
+        for document in documents:
+            yield document
+            bar.advance()
+
+
+def _check_writable(folder: Path) -> None:
+    """Before the corpus is read, which may take an hour."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"cannot write to {folder}; choose another --output_dir")

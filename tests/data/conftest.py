@@ -1,0 +1,50 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nanollm.data.prepare import Part, Rules, prepare
+from nanollm.text.chat import Conversation
+from nanollm.text.tokenizer import Tokenizer
+
+Prepare = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="session")
+def documents() -> list[str]:
+    """Sixty different small documents, some long, some of one word."""
+    words = (Path(__file__).parents[1] / "story.txt").read_text(encoding="utf-8").split()
+    return [f"{n}. " + " ".join(words[n * 7 % len(words) :][: 1 + n * n % 83]) for n in range(60)]
+
+
+@pytest.fixture(scope="session")
+def conversations(documents: list[str]) -> list[Conversation]:
+    return [Conversation.of(f"What follows {n}?", document) for n, document in enumerate(documents)]
+
+
+@pytest.fixture
+def prepared(tokenizer: Tokenizer) -> Prepare:
+    """Prepare documents or conversations into a folder, with small files unless told otherwise."""
+
+    def fill(folder: Path, items: Any, *, num_workers: int = 1, flush_every: int = 200, **rules: Any) -> Any:
+        kind = "chat" if isinstance(items, list) and isinstance(items[0], Conversation) else "text"
+        chosen = Rules(**{"kind": kind, "val_fraction": 0.2, "shard_tokens": 300} | rules)
+        parts = [Part(lambda on_bad: items)]
+        source = {"dataset": "test"}
+        return prepare(
+            parts, tokenizer, folder, chosen, source=source, num_workers=num_workers, flush_every=flush_every
+        )
+
+    return fill
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder, by name."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def manifest_of(folder: Path) -> dict[str, Any]:
+    manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_bytes())
+    return manifest

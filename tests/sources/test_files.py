@@ -1,0 +1,306 @@
+import gzip
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanollm.sources import files
+from nanollm.sources.files import BadRecord, find_files, read_rows, read_texts
+
+TEXTS = ["one\ntwo", "  three  ", 'four, "five"\t\u00e9\U0001f600', "\u2581 \0 six"]
+
+
+def read(*paths, column="text"):
+    """The texts and the bad records, as (file name, line, reason)."""
+    bad: list[BadRecord] = []
+    texts = list(read_texts(paths, column, bad.append))
+    return texts, [(record.path.rpartition("/")[2], record.line, record.reason) for record in bad]
+
+
+def write_jsonl(path, texts):
+    path.write_text("".join(json.dumps({"id": 1, "text": text}) + "\n" for text in texts), encoding="utf-8")
+    return path
+
+
+def write_csv(path, texts):
+    rows = "".join(f'{n},"{text.replace(chr(34), chr(34) * 2)}"\n' for n, text in enumerate(texts))
+    path.write_bytes(f"id,text\n{rows}".encode())
+    return path
+
+
+def write_parquet(path, texts):
+    pq.write_table(pa.table({"id": list(range(len(texts))), "text": texts}), path, row_group_size=3)
+    return path
+
+
+WRITERS = {"jsonl": write_jsonl, "csv": write_csv, "parquet": write_parquet}
+
+
+def pack(path, packing):
+    if packing == "":
+        return path
+    content = path.read_bytes()
+    packed = path.with_name(path.name + packing)
+    packed.write_bytes(gzip.compress(content) if packing == ".gz" else zstandard.ZstdCompressor().compress(content))
+    return packed
+
+
+@pytest.mark.parametrize("packing", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("kind", WRITERS)
+def test_every_format_gives_every_text_exactly(tmp_path, kind, packing):
+    path = pack(WRITERS[kind](tmp_path / f"a.{kind}", TEXTS * 300), packing)
+    assert read(path) == (TEXTS * 300, [])
+
+
+@pytest.mark.parametrize("packing", ["", ".gz", ".zst"])
+def test_a_txt_file_is_one_document(tmp_path, packing):
+    path = tmp_path / "a.txt"
+    path.write_text("line one\n\nline two\n", encoding="utf-8")
+    assert read(pack(path, packing), column="whatever") == (["line one\n\nline two\n"], [])
+
+
+def test_byte_order_marks_and_windows_newlines_are_understood(tmp_path):
+    mark = b"\xef\xbb\xbf"
+    (tmp_path / "a.txt").write_bytes(mark + b"one\r\ntwo\r\n")
+    (tmp_path / "b.jsonl").write_bytes(mark + b'{"text": "one"}\r\n{"text": "two"}\r\n')
+    (tmp_path / "c.csv").write_bytes(mark + b"text,id\r\none,1\r\ntwo,2\r\n")
+    assert read(tmp_path / "a.txt") == (["one\ntwo\n"], [])
+    assert read(tmp_path / "b.jsonl") == (["one", "two"], [])
+    assert read(tmp_path / "c.csv") == (["one", "two"], [])
+
+
+def test_columns_come_in_the_order_asked_for(tmp_path):
+    table = {"a": ["1", "2"], "b": ["x", "y"], "c": ["p", "q"]}
+    pq.write_table(pa.table(table), tmp_path / "t.parquet")
+    (tmp_path / "t.csv").write_text("a,b,c\n1,x,p\n2,y,q\n")
+    (tmp_path / "t.jsonl").write_text('{"a": "1", "b": "x", "c": "p"}\n{"a": "2", "b": "y", "c": "q"}\n')
+    for path in tmp_path.iterdir():
+        assert list(read_rows([path], ["c", "a"], pytest.fail)) == [("p", "1"), ("q", "2")]
+
+
+def test_bad_lines_of_jsonl_are_reported_and_the_rest_is_read(tmp_path):
+    path = tmp_path / "a.jsonl"
+    lines = [
+        b'{"text": "good"}',
+        b'{"text": "cut off',
+        b" ",
+        b'{"txet": "misspelt"}',
+        b'{"text": 7}',
+        b'{"text": null}',
+        b'{"text": " \\n "}',
+        b'{"text": "lone \\ud800 surrogate"}',
+        b'{"text": "not \xff UTF-8"}',
+        b'["text"]',
+        b"[" * 100_000,
+        b'{"text": 1' + b"0" * 5000 + b"}",
+        b'{"text": "good too"}',
+    ]
+    path.write_bytes(b"\n".join(lines))
+    texts, bad = read(path)
+    assert texts == ["good", "good too"]
+    assert [line for _, line, _ in bad] == [2, 4, 5, 6, 7, 8, 9, 10, 11, 12]
+    expected = [
+        "malformed JSON: Invalid control character",
+        "no text here, only txet",
+        "text must be text, got int",
+        "text is missing",
+        "text is empty",
+        "text is not valid Unicode",
+        "not UTF-8",
+        "expected a JSON object, got list",
+        "malformed JSON: nested too deeply",
+        "malformed JSON: Exceeds the limit",
+    ]
+    for (_, _, reason), words in zip(bad, expected, strict=True):
+        assert reason.startswith(words)
+
+
+def test_bad_rows_of_csv_are_reported_by_row_and_the_rest_is_read(tmp_path):
+    path = tmp_path / "a.csv"
+    rows = [b"id,text", b'1,"two\nlines"', b"2", b"3,", b"4,not \xff UTF-8", b"5,a,b", b'6,"a"b', b"", b"7,good"]
+    path.write_bytes(b"\n".join(rows))
+    texts, bad = read(path)
+    assert texts == ["two\nlines", "good"]
+    assert [(line, reason.split(" at ")[0]) for _, line, reason in bad] == [
+        (2, "expected 2 fields, got 1"),
+        (3, "text is empty"),
+        (4, "text is not valid Unicode (a byte that is not UTF-8, or a lone surrogate)"),
+        (5, "expected 2 fields, got 3"),
+        (6, "malformed CSV"),
+    ]
+
+
+def test_an_unclosed_quote_of_csv_is_reported(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b'text\ngood\n"never closed\nrest\n')
+    texts, bad = read(tmp_path / "a.csv")
+    assert texts == ["good"]
+    assert bad == [("a.csv", 2, "malformed CSV at line 4: unexpected end of data")]
+
+
+def test_bad_rows_of_parquet_are_reported_by_row_and_the_rest_is_read(tmp_path):
+    raw = pa.array([b"good", b"not \xff UTF-8", None, b"", b"good too"], pa.binary())
+    text = pa.Array.from_buffers(pa.string(), len(raw), raw.buffers())  # as a careless writer leaves it
+    pq.write_table(pa.table({"text": text}), tmp_path / "a.parquet")
+    texts, bad = read(tmp_path / "a.parquet")
+    assert texts == ["good", "good too"]
+    assert [(line, reason.split(" (")[0]) for _, line, reason in bad] == [
+        (2, "text is not valid Unicode"),
+        (3, "text is missing"),
+        (4, "text is empty"),
+    ]
+    pq.write_table(pa.table({"text": [1, 2]}), tmp_path / "b.parquet")
+    assert [line for _, line, _ in read(tmp_path / "b.parquet")[1]] == [1, 2]
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_a_column_that_is_not_there_is_reported_with_those_that_are(tmp_path, kind):
+    path = WRITERS[kind](tmp_path / f"a.{kind}", ["x"])
+    assert read(path, column="body") == ([], [(path.name, 0, "no body here, only id, text")])
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv", "a.parquet", "a.txt.gz", "a.jsonl.zst", "a.parquet.gz"])
+def test_an_empty_file_is_reported(tmp_path, name):
+    (tmp_path / name).write_bytes(b"")
+    texts, bad = read(tmp_path / name)
+    assert texts == []
+    assert len(bad) == 1
+
+
+@pytest.mark.parametrize("packing", [".gz", ".zst"])
+@pytest.mark.parametrize("kind", [*WRITERS, "txt"])
+def test_a_packed_file_that_was_cut_short_is_reported(tmp_path, kind, packing):
+    texts = [f"{n} {n * 7919 % 1000} some text" for n in range(2000)]
+    if kind == "txt":
+        (tmp_path / "a.txt").write_text("\n".join(texts))
+    else:
+        WRITERS[kind](tmp_path / f"a.{kind}", texts)
+    path = pack(tmp_path / f"a.{kind}", packing)
+    path.write_bytes(path.read_bytes()[:-20])
+    found, bad = read(path)
+    assert found == texts[: len(found)] and len(found) < len(texts)
+    assert [name for name, _, _ in bad] == [path.name]
+    assert "cannot be read" in bad[0][2]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.csv.zst", "a.txt.gz", "a.parquet", "a.parquet.zst"])
+def test_a_file_that_is_not_what_its_name_says_is_reported(tmp_path, name):
+    (tmp_path / name).write_bytes(b"this is something else entirely " * 10)
+    texts, bad = read(tmp_path / name)
+    assert texts == []
+    assert [(file, line) for file, line, _ in bad] == [(name, 0)]
+    assert bad[0][2].startswith("cannot be read at all: ")
+
+
+def test_a_parquet_file_without_its_footer_does_not_stop_the_others(tmp_path):
+    broken, whole = write_parquet(tmp_path / "a.parquet", TEXTS), write_parquet(tmp_path / "b.parquet", TEXTS)
+    broken.write_bytes(broken.read_bytes()[:-6])
+    texts, bad = read(broken, whole)
+    assert texts == TEXTS
+    assert [(file, line) for file, line, _ in bad] == [("a.parquet", 0)]
+
+
+def test_several_zstd_frames_are_one_file(tmp_path):
+    frames = (zstandard.ZstdCompressor().compress(f'{{"text": "{n}"}}\n'.encode()) for n in range(3))
+    (tmp_path / "a.jsonl.zst").write_bytes(b"".join(frames))
+    assert read(tmp_path / "a.jsonl.zst") == (["0", "1", "2"], [])
+
+
+def test_an_endless_line_is_reported_and_not_held(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "LINE_BYTES", 1000)
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": "' + "x" * 5000 + '"}\n{"text": "b"}\n')
+    (tmp_path / "a.csv").write_text("text\na\n" + "x" * 5000 + "\nb\n")
+    assert read(tmp_path / "a.jsonl") == (["a", "b"], [("a.jsonl", 2, "the line is longer than 1,000 bytes")])
+    texts, bad = read(tmp_path / "a.csv")
+    assert texts == ["a"]
+    assert bad == [("a.csv", 2, "cannot be read any further: line 3 is longer than 1,000 bytes")]
+
+
+@given(text=st.text(st.sampled_from("ab\n\u00e9\U0001f600"), min_size=1, max_size=300))
+@settings(max_examples=100, deadline=None)
+def test_a_huge_txt_file_comes_in_parts_that_lose_no_character(tmp_path_factory, text):
+    path = tmp_path_factory.mktemp("huge") / "a.txt"
+    path.write_bytes(text.encode())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, "DOCUMENT_BYTES", 16)
+        parts = [content for _, (content,) in files._read_file(path, ["text"])]
+    assert "".join(parts) == text
+    assert all(len(part.encode()) <= 20 for part in parts)
+
+
+def test_a_huge_txt_file_is_cut_at_blank_lines(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "DOCUMENT_BYTES", 34)
+    (tmp_path / "a.txt").write_text("a paragraph\nof two lines\n\nanother paragraph\n\nand the last one")
+    texts, bad = read(tmp_path / "a.txt")
+    assert texts == ["a paragraph\nof two lines\n\n", "another paragraph\n\n", "and the last one"]
+    assert bad == []
+
+
+def test_a_txt_file_that_is_not_utf8_is_reported_with_its_line(tmp_path):
+    (tmp_path / "a.txt").write_bytes("one\ntwo\nna\u00efve".encode("latin-1"))
+    assert read(tmp_path / "a.txt") == ([], [("a.txt", 3, "not UTF-8; convert the file")])
+
+
+def test_a_folder_is_searched_in_a_fixed_order(tmp_path):
+    (tmp_path / "inner").mkdir()
+    names = ["b.txt", "a.jsonl.gz", "inner/c.parquet", "inner/D.TXT"]
+    for name in [*names, ".hidden.txt", "readme.md", "model.bin"]:
+        (tmp_path / name).write_bytes(b"x")
+    found = find_files([tmp_path])
+    assert [str(path.relative_to(tmp_path)) for path in found] == [
+        "a.jsonl.gz",
+        "b.txt",
+        "inner/D.TXT",
+        "inner/c.parquet",
+    ]
+    assert find_files([tmp_path / "b.txt", tmp_path]) == [found[1], found[0], *found[2:]]
+
+
+def test_what_cannot_be_an_input_is_refused_with_advice(tmp_path):
+    (tmp_path / "a.docx").write_bytes(b"x")
+    with pytest.raises(FileNotFoundError, match=r"none\.txt does not exist"):
+        find_files([tmp_path / "none.txt"])
+    with pytest.raises(ValueError, match=r"a\.docx is not one of \.txt, \.jsonl, \.csv, \.parquet"):
+        find_files([tmp_path / "a.docx"])
+    with pytest.raises(FileNotFoundError, match="holds no file to read"):
+        find_files([tmp_path])
+
+
+def test_a_split_is_chosen_by_the_names_in_a_folder(tmp_path):
+    for name in ("train.jsonl", "test.jsonl", "train-00000-of-00001.parquet", "latest.txt"):
+        (tmp_path / name).write_bytes(b"x")
+    assert [path.name for path in find_files([tmp_path], "test")] == ["test.jsonl"]
+    assert len(find_files([tmp_path], "train")) == 2
+    assert find_files([tmp_path / "test.jsonl"], "train") == [tmp_path / "test.jsonl"]  # named by hand
+    with pytest.raises(FileNotFoundError, match="with 'validation' in its name"):
+        find_files([tmp_path], "validation")
+
+
+def test_a_txt_file_has_no_columns(tmp_path):
+    (tmp_path / "a.txt").write_text("x")
+    with pytest.raises(ValueError, match="one text, not the columns prompt, response"):
+        list(read_rows([tmp_path / "a.txt"], ["prompt", "response"], pytest.fail))
+
+
+def test_a_bad_record_says_where(tmp_path):
+    assert str(BadRecord("a.jsonl", 3, "why")) == "a.jsonl:3: why"
+    assert str(BadRecord("a.jsonl", 0, "why")) == "a.jsonl: why"
+
+
+def test_what_on_bad_raises_reaches_the_caller(tmp_path):
+    def strict(record):
+        raise OSError("stop")
+
+    path = write_jsonl(tmp_path / "a.jsonl", ["", "good"])
+    with pytest.raises(OSError, match="stop"):
+        list(read_texts([path], "text", strict))
+
+
+def test_a_missing_library_is_named_with_the_command_that_brings_it():
+    with pytest.raises(
+        ValueError, match=r'no_such_library is needed to fly; install it with: pip install "nanollm\[data\]"'
+    ):
+        files.need("no_such_library", "to fly")

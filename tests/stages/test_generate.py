@@ -1,0 +1,67 @@
+"""A bundle continues prompts, and nothing that does not fit is tried."""
+
+import json
+
+import pytest
+
+from nanollm.bundle import save_bundle
+from nanollm.model.transformer import Transformer
+from nanollm.stages.generate import Config, cut_at_stop, run
+from tests.stages.conftest import MODEL
+
+
+@pytest.fixture
+def bundle(tmp_path, tokenizer):
+    model = Transformer(MODEL).init(0)
+    return save_bundle(tmp_path / "bundle", MODEL, model.state_dict(), tokenizer, {"made_by": "a test"})
+
+
+def records(**settings):
+    return [json.loads(line) for line in run(Config(json=True, dtype="float32", **settings)).splitlines()]
+
+
+def test_a_batch_of_prompts_gives_what_each_gives_alone(bundle):
+    prompts = ["Once upon a time", "The", "No one knew why"]
+    together = records(bundle=bundle, prompt=prompts, max_tokens=8, temperature=0.9, seed=5)
+    alone = [
+        records(bundle=bundle, prompt=[p], max_tokens=8, temperature=0.9, seed=5 + i)[0] for i, p in enumerate(prompts)
+    ]
+    assert together == alone
+    assert [record["prompt"] for record in together] == prompts
+
+
+def test_the_same_seed_gives_the_same_text_and_another_seed_another(bundle):
+    first, same, other = (records(bundle=bundle, prompt=["The"], max_tokens=12, seed=s)[0]["text"] for s in (1, 1, 2))
+    assert first == same != other
+
+
+def test_a_stop_text_ends_the_reply_and_is_left_out(bundle):
+    (free,) = records(bundle=bundle, prompt=["The"], max_tokens=20, seed=1)
+    stop = free["text"][4:6]
+    (stopped,) = records(bundle=bundle, prompt=["The"], max_tokens=20, seed=1, stop=[stop])
+    assert stopped["text"] == free["text"][: free["text"].index(stop)]
+    assert stopped["finish"] == "end"
+
+
+def test_plain_output_is_prompt_and_text(bundle):
+    text = run(Config(bundle=bundle, prompt=["The"], max_tokens=3, dtype="float32"))
+    assert text.startswith("The")
+
+
+@pytest.mark.parametrize(("stops", "expected"), [([], "abcabc"), (["ca"], "ab"), (["c", "b"], "a"), (["x"], "abcabc")])
+def test_text_is_cut_at_the_first_stop(stops, expected):
+    assert cut_at_stop("abcabc", stops) == expected
+
+
+def test_a_prompt_longer_than_the_context_is_refused(bundle):
+    with pytest.raises(ValueError, match="the model's context is 32"):
+        run(Config(bundle=bundle, prompt=["word " * 100], dtype="float32"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"prompt": []}, "--prompt expects at least one text"), ({"prompt": ["a"], "stop": [""]}, "got an empty one")],
+)
+def test_senseless_settings_are_refused(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        Config(bundle=tmp_path, **settings)

@@ -1,0 +1,39 @@
+"""What a model costs, in numbers that other tests hold to the model itself."""
+
+import json
+
+import pytest
+
+from nanollm.model.config import ModelConfig
+from nanollm.settings import load_preset
+from nanollm.stages.info import Config, run, size
+
+
+def facts(name, **settings):
+    return json.loads(run(Config(model=ModelConfig(**load_preset("model", name)), json=True, **settings)))
+
+
+def test_nano_327m_has_its_stated_size_and_cache():
+    known = facts("nano-327m")
+    assert known["parameters"]["total"] == 327_007_232
+    assert known["cache"]["numbers_per_token_and_block"] == 320
+    assert known["cache"]["bytes_per_token"] == 12_800
+    assert known["cache"]["bytes_per_token_if_keys_and_values_were_kept"] == 122_880
+    assert known["flops_per_token"]["training_at_full_context"] == pytest.approx(1.966e9, rel=1e-3)
+
+
+def test_memory_grows_with_the_micro_batch_and_shrinks_with_the_type():
+    small, large = (facts("nano-5m", micro_batch_size=n)["training_step"]["bytes"] for n in (1, 4))
+    assert large["activations"] == 4 * small["activations"]
+    assert large["weights"] == small["weights"]
+    assert facts("nano-5m", dtype="float32")["training_step"]["bytes"]["activations"] > large["activations"]
+
+
+def test_the_table_is_for_people():
+    text = run(Config(model=ModelConfig(**load_preset("model", "nano-327m"))))
+    assert "327,007,232 in all, 264,781,568 active per token" in text
+
+
+@pytest.mark.parametrize(("n_bytes", "said"), [(12, "12 bytes"), (1_500, "1.5 kB"), (2_600_000_000, "2.6 GB")])
+def test_sizes_are_said_in_the_unit_people_use(n_bytes, said):
+    assert size(n_bytes) == said

@@ -1,0 +1,302 @@
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from nanollm.data.shards import Shards
+from nanollm.sources.gsm8k import final_answer
+from nanollm.stages.preprocess import Config, run
+
+STORY = Path(__file__).parents[1] / "story.txt"
+
+
+@pytest.fixture(scope="session")
+def tokenizer_path(tokenizer, tmp_path_factory):
+    path = tmp_path_factory.mktemp("preprocess") / "story.model"
+    tokenizer.save(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def articles(tmp_path_factory):
+    """A folder of .jsonl with 4,000 different documents and three bad lines."""
+    folder = tmp_path_factory.mktemp("articles")
+    words = STORY.read_text(encoding="utf-8").split()
+    rng = random.Random(0)
+    lines = [json.dumps({"text": " ".join(rng.choices(words, k=rng.randrange(5, 200)))}) for _ in range(4000)]
+    lines[10], lines[2000], lines[3999] = "{", '{"body": ""}', '{"text": " "}'
+    for part in range(4):
+        (folder / f"part-{part}.jsonl").write_text("\n".join(lines[part * 1000 : part * 1000 + 1000]) + "\n")
+    return folder
+
+
+def content(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def documents_of(folder, split):
+    shards = Shards.open(folder, split, tokenizer_fingerprint=None, verify="sha256")
+    for start, end in pairwise([*shards.document_offsets().tolist(), shards.tokens_total]):
+        yield shards.read(start, end - start), shards.flags_read(start, end - start) if shards.has_flags else None
+
+
+def test_a_folder_of_text_becomes_token_files_and_a_few_lines_say_what(tmp_path, articles, tokenizer_path, capsys):
+    out = tmp_path / "out"
+    config = Config(kind="text", tokenizer_path=tokenizer_path, save_dir=out, input=[articles])
+    assert run(config) == out
+    said = capsys.readouterr().err
+    train, val = (Shards.open(out, split, tokenizer_fingerprint=None) for split in ("train", "val"))
+    assert train.documents + val.documents == 3997
+    per_token = train.text_bytes / train.tokens_total
+    assert f"train: {train.tokens_total:,} tokens in {train.documents:,} documents, {per_token:.2f} bytes" in said
+    assert f"val: {val.tokens_total:,} tokens in {val.documents:,} documents" in said
+    assert f"3 bad records were left out; {out / 'bad_records.jsonl'} lists them" in said
+    bad = [json.loads(line) for line in (out / "bad_records.jsonl").read_text().splitlines()]
+    assert [(Path(record["path"]).name, record["line"]) for record in bad] == [
+        ("part-0.jsonl", 11),
+        ("part-2.jsonl", 1),
+        ("part-3.jsonl", 1000),
+    ]
+
+
+def test_strict_names_file_and_line(tmp_path, articles, tokenizer_path):
+    config = Config(kind="text", tokenizer_path=tokenizer_path, save_dir=tmp_path, input=[articles], strict=True)
+    with pytest.raises(ValueError, match=r"part-0.jsonl:11: malformed JSON"):
+        run(config)
+
+
+def test_val_may_come_from_files_of_its_own(tmp_path, tokenizer_path, tokenizer):
+    for name in ("train", "val"):
+        (tmp_path / f"{name}.txt").write_text(f"This is for {name}.")
+    out = tmp_path / "out"
+    inputs = {"input": [tmp_path / "train.txt"], "val_input": [tmp_path / "val.txt"]}
+    run(Config(kind="text", tokenizer_path=tokenizer_path, save_dir=out, **inputs))
+    for name in ("train", "val"):
+        assert [tokenizer.decode(ids) for ids, _ in documents_of(out, name)] == [f"This is for {name}."]
+
+
+def test_an_empty_val_is_pointed_out(tmp_path, tokenizer_path, capsys):
+    run(Config(kind="text", tokenizer_path=tokenizer_path, save_dir=tmp_path / "out", input=[STORY]))
+    assert "val is empty" in capsys.readouterr().err
+
+
+def test_the_built_in_text_needs_no_network(tmp_path, tokenizer_path):
+    config = Config(
+        kind="text", tokenizer_path=tokenizer_path, save_dir=tmp_path, input=[Path("builtin")], max_tokens_train=20_000
+    )
+    run(config)
+    assert Shards.open(tmp_path, tokenizer_fingerprint=None).tokens_total == 20_000
+
+
+def test_conversations_of_ones_own(tmp_path, tokenizer_path, tokenizer):
+    messages = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "Four, I think."}]
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": messages}) + "\n[]\n")
+    config = Config(
+        kind="chat", tokenizer_path=tokenizer_path, save_dir=tmp_path / "out", input=[tmp_path], val_fraction=0
+    )
+    run(config)
+    ((ids, flags),) = documents_of(tmp_path / "out", "train")
+    assert tokenizer.decode(ids[flags == 1]) == "Four, I think."
+
+
+def test_a_problem_of_the_test_is_never_trained_on(tmp_path, tokenizer_path, tokenizer):
+    """Also when the two files are named one by one."""
+    for split, answer in (("train", "#### 1,080"), ("test", "#### -3.5%")):
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps({"question": f"A {split}?", "answer": answer}))
+    files = [tmp_path / "train.jsonl", tmp_path / "test.jsonl"]
+    for number, given in enumerate([files, [tmp_path]]):
+        out = tmp_path / str(number)
+        run(Config(kind="gsm8k", tokenizer_path=tokenizer_path, save_dir=out, input=given, val_fraction=0))
+        for split, answer in (("train", "#### 1,080"), ("test", "#### -3.5%")):
+            ((ids, flags),) = documents_of(out, split)
+            assert tokenizer.decode(ids) == f"A {split}?{answer}"
+            assert tokenizer.decode(ids[flags == 1]) == answer
+    with pytest.raises(ValueError, match="gsm8k needs files named for their split .* none is named 'test'"):
+        run(Config(kind="gsm8k", tokenizer_path=tokenizer_path, save_dir=tmp_path / "x", input=files[:1]))
+
+
+@pytest.mark.realdata
+def test_every_gsm8k_answer_survives_exactly(tmp_path, shared_data, tokenizer_path, tokenizer):
+    run(Config(kind="gsm8k", tokenizer_path=tokenizer_path, save_dir=tmp_path, input=[shared_data / "gsm8k"]))
+    total = 0
+    for file, splits in (("train.jsonl", ["train", "val"]), ("test.jsonl", ["test"])):
+        source = [json.loads(line)["answer"] for line in (shared_data / "gsm8k" / file).open(encoding="utf-8")]
+        decoded = [
+            tokenizer.decode(ids[flags == 1]) for split in splits for ids, flags in documents_of(tmp_path, split)
+        ]
+        assert Counter(decoded) == Counter(source)
+        assert Counter(map(final_answer, decoded)) == Counter(map(final_answer, source))
+        total += len(decoded)
+    assert total == 8_792
+
+
+@pytest.mark.realdata
+def test_real_parquet_with_two_processes_equals_one(tmp_path, shared_data, tokenizer_path):
+    for workers in (1, 2):
+        config = Config(
+            kind="owt",
+            tokenizer_path=tokenizer_path,
+            save_dir=tmp_path / str(workers),
+            input=[shared_data / "openwebtext"],
+            max_tokens_train=1_000_000,
+            shard_tokens=300_000,
+            num_workers=workers,
+        )
+        run(config)
+    assert content(tmp_path / "1") == content(tmp_path / "2")
+    run(
+        Config(
+            kind="sni",
+            tokenizer_path=tokenizer_path,
+            save_dir=tmp_path / "sni",
+            input=[shared_data / "supernatural-instructions"],
+            max_tokens_train=100_000,
+        )
+    )
+    assert 99_000 < Shards.open(tmp_path / "sni", tokenizer_fingerprint=None).tokens_total <= 100_000
+
+
+# Killed.
+
+
+def start(articles, tokenizer_path, out, workers):
+    options = {"input": articles, "tokenizer_path": tokenizer_path, "save_dir": out, "num_workers": workers}
+    options |= {"flush_every": 3_000, "shard_tokens": 50_000, "max_tokens_train": 500_000}
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    return subprocess.Popen([sys.executable, "-m", "nanollm", "preprocess", "text", *words], stderr=subprocess.PIPE)
+
+
+def finish(process):
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors.decode()
+
+
+@pytest.mark.parametrize(("kills", "workers"), [(3, 1), (3, 2)])
+def test_killed_at_random_moments_it_ends_in_the_same_bytes(tmp_path, articles, tokenizer_path, kills, workers):
+    kill_and_compare(tmp_path, articles, tokenizer_path, kills, workers)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kills", "workers"), [(15, 1), (15, 2)])
+def test_killed_many_times_it_ends_in_the_same_bytes(tmp_path, articles, tokenizer_path, kills, workers):
+    kill_and_compare(tmp_path, articles, tokenizer_path, kills, workers)
+
+
+def kill_and_compare(tmp_path, articles, tokenizer_path, kills, workers):
+    finish(start(articles, tokenizer_path, tmp_path / "whole", 1))
+    out = tmp_path / "killed"
+    rng, struck = random.Random(workers), 0
+    while struck < kills:
+        process = start(articles, tokenizer_path, out, workers)
+        progress = out / "progress.json"
+        while not progress.exists() and process.poll() is None:
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 0.6))
+        struck += process.poll() is None
+        process.kill()
+        process.communicate()
+        if not progress.exists() and (out / "manifest.json").exists():  # it was faster than the kill: begin again
+            assert content(out) == content(tmp_path / "whole")
+            for path in out.iterdir():
+                path.unlink()
+    finish(start(articles, tokenizer_path, out, workers))
+    assert content(out) == content(tmp_path / "whole")
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="there is no SIGKILL on Windows")
+def test_workers_end_with_their_parent(tmp_path, articles, tokenizer_path):
+    process = start(articles, tokenizer_path, tmp_path / "out", 2)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    if not children.exists():
+        process.kill()
+        process.communicate()
+        pytest.skip("needs /proc")
+    while not (tmp_path / "out" / "train-00000.npy").exists():
+        time.sleep(0.005)
+    workers = [int(pid) for pid in children.read_text().split()]
+    process.kill()
+    process.communicate()
+    assert workers
+    deadline = time.monotonic() + 20
+    while any(is_running(pid) for pid in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def is_running(pid):
+    try:
+        os.kill(pid, 0)
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (ProcessLookupError, FileNotFoundError):
+        return False
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+def test_memory_stays_flat(tmp_path, tokenizer_path, workers):
+    """Ten times the text, and at most 30 MB more."""
+    peaks = []
+    for megabytes in (20, 200):
+        file = tmp_path / f"{megabytes}.jsonl"
+        line = json.dumps({"text": STORY.read_text(encoding="utf-8")[:5000]}) + "\n"
+        with file.open("w") as out:
+            for number in range(megabytes * 1_000_000 // len(line)):
+                out.write(line.replace("e", str(number % 10), 1))
+        code = (
+            "import resource; from nanollm.cli import main; assert main() == 0; "
+            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        )
+        words = [
+            "preprocess",
+            "text",
+            "--input",
+            file,
+            "--tokenizer_path",
+            tokenizer_path,
+            "--num_workers",
+            str(workers),
+        ]
+        command = [sys.executable, "-c", code, *words, "--save_dir", tmp_path / f"{megabytes} out"]
+        output = subprocess.run(command, capture_output=True, check=True, text=True).stdout
+        peaks.append(int(output.split()[-1]) / 1024)
+    assert peaks[1] - peaks[0] < 30, peaks
+
+
+# What the user gets wrong.
+
+
+def test_wrong_combinations_are_refused(tmp_path):
+    common = {"tokenizer_path": tmp_path, "save_dir": tmp_path}
+    for options, complaint in [
+        ({"kind": "chat"}, "chat needs --input"),
+        ({"kind": "text"}, "text needs either --input"),
+        ({"kind": "text", "input": [tmp_path], "dataset_name": "x"}, "text needs either --input"),
+        ({"kind": "owt", "input": [tmp_path], "dataset_name": "x"}, "owt reads --input or --dataset_name, not both"),
+        ({"kind": "gsm8k", "dataset_name": "x"}, "--dataset_name is for owt, sni and text"),
+        ({"kind": "sni", "val_input": [tmp_path]}, "--val_input is for text and chat"),
+    ]:
+        with pytest.raises(ValueError, match=complaint):
+            Config(**common, **options)
+
+
+def test_missing_and_empty_files_and_folders_that_cannot_be_written_are_reported(tmp_path, tokenizer_path):
+    def prepare(file, save_dir=tmp_path / "out"):
+        run(Config(kind="text", tokenizer_path=tokenizer_path, save_dir=save_dir, input=[file]))
+
+    with pytest.raises(FileNotFoundError, match=r"nowhere.txt does not exist"):
+        prepare(tmp_path / "nowhere.txt")
+    empty = tmp_path / "empty.jsonl"
+    empty.touch()
+    with pytest.raises(ValueError, match="nothing to train on: 0 documents .* 1 records were bad"):
+        prepare(empty)
+    with pytest.raises(OSError, match=r"empty.jsonl"):
+        prepare(STORY, save_dir=empty / "below a file")
+    prepare(STORY)  # into the folder where the empty file failed

@@ -1,0 +1,197 @@
+"""A run is the same run however often it was stopped, and refuses to become another one."""
+
+import dataclasses
+import hashlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from nanollm.bundle import load_bundle
+from nanollm.settings import read_mapping, to_yaml
+from nanollm.stages import pretrain
+from nanollm.stages.pretrain import Config
+from nanollm.train.checkpoint import checkpoints
+from nanollm.train.optim import OptimConfig
+from nanollm.train.runlog import read_metrics
+
+
+def weights_of(run: Path) -> str:
+    return hashlib.sha256((run / "bundle" / "model.safetensors").read_bytes()).hexdigest()
+
+
+def told(run: Path) -> list[dict[str, object]]:
+    """The metrics without those that tell the time."""
+    return [{k: v for k, v in line.items() if k != "tokens_per_s"} for line in read_metrics(run)]
+
+
+def launch(config: Config, folder: Path) -> subprocess.Popen[str]:
+    """The same run as a user starts it: in a process of its own, from a YAML file."""
+    file = folder / f"{config.out.name}.yaml"
+    file.write_text(to_yaml(config), encoding="utf-8")
+    command = [sys.executable, "-m", "nanollm", "pretrain", "--config", str(file)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def test_a_run_leaves_config_metrics_checkpoints_and_a_bundle_that_speaks(run_config, tokenizer):
+    c = run_config()
+    bundle = pretrain.run(c)
+    assert bundle == c.out / "bundle"
+    assert {path.name for path in c.out.iterdir()} == {
+        "config.yaml",
+        "inputs.json",
+        "metrics.jsonl",
+        "checkpoints",
+        "bundle",
+    }
+    lines = read_metrics(c.out)
+    assert [line["step"] for line in lines] == list(range(13))
+    assert lines[-1]["val_bpb"] < lines[0]["val_bpb"]
+    assert [len(checkpoints(c.out / "checkpoints"))] == [c.train.keep_last]
+    loaded = load_bundle(bundle)
+    assert loaded.model.config == c.model
+    assert loaded.tokenizer.fingerprint == tokenizer.fingerprint
+    assert loaded.provenance["tokens_seen"] == 12 * 4 * 32
+
+
+def test_stopped_by_a_signal_it_saves_and_the_same_command_ends_with_the_same_bits(run_config, tmp_path):
+    expected, stopped = run_config(steps=40, out="expected"), run_config(steps=40, out="stopped")
+    reference = launch(expected, tmp_path)
+    process = launch(stopped, tmp_path)
+    wait_for_step(stopped.out, 5)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143, errors
+    assert "the same command goes on from here" in errors
+    saved = int(checkpoints(stopped.out / "checkpoints")[0].name.removeprefix("step-"))
+    assert 5 <= saved < 40
+    process = launch(stopped, tmp_path)
+    assert process.communicate(timeout=60)[0].strip() == str(stopped.out / "bundle")
+    assert reference.communicate(timeout=60)[0].strip() == str(expected.out / "bundle")
+    assert weights_of(stopped.out) == weights_of(expected.out)
+    assert told(stopped.out) == told(expected.out)
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_it_ends_with_the_same_bits(run_config, tmp_path, kills):
+    expected, killed = run_config(steps=60, out="expected"), run_config(steps=60, out="killed")
+    reference, chance = launch(expected, tmp_path), random.Random(kills)
+    for kill in range(kills):
+        process = launch(killed, tmp_path)
+        wait_for_step(killed.out, (kill * 50) // kills)
+        time.sleep(chance.uniform(0, 0.5))
+        process.kill()
+        process.communicate()
+    process = launch(killed, tmp_path)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    reference.communicate(timeout=120)
+    assert weights_of(killed.out) == weights_of(expected.out)
+    assert told(killed.out) == told(expected.out)
+
+
+def wait_for_step(run: Path, step: int) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if (run / "metrics.jsonl").exists():
+            complete = (run / "metrics.jsonl").read_text().splitlines()[:-1]
+            if len(complete) > step:
+                return
+        time.sleep(0.01)
+    raise TimeoutError(f"{run} did not reach step {step}")
+
+
+def test_a_finished_run_started_again_changes_nothing(run_config):
+    c = run_config(steps=4)
+    pretrain.run(c)
+    before = weights_of(c.out), told(c.out)
+    pretrain.run(c)
+    assert (weights_of(c.out), told(c.out)) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({"seed": 1}, "seed = 0, this run has 1"),
+        ({"model": "wider"}, "model.d_ff = 64, this run has 96"),
+        ({"data": "other"}, "inputs.data = "),
+    ],
+)
+def test_a_run_is_not_continued_as_another_one(run_config, token_files, tokenizer_path, tmp_path, change, key):
+    c = run_config(steps=2)
+    pretrain.run(c)
+    before = weights_of(c.out)
+    if "model" in change:
+        change = {"model": dataclasses.replace(c.model, d_ff=96)}
+    if "data" in change:
+        change = {"data": prepared_from(tokenizer_path, token_files.parent / "000.txt", tmp_path / "other")}
+    with pytest.raises(ValueError, match=key) as error:
+        pretrain.run(dataclasses.replace(c, **change))
+    assert "choose another --out" in str(error.value)
+    assert weights_of(c.out) == before
+    assert pretrain.run(c)  # nothing was lost
+
+
+def prepared_from(tokenizer_path: Path, file: Path, folder: Path) -> Path:
+    from nanollm.stages import preprocess
+
+    return preprocess.run(
+        preprocess.Config(
+            kind="text",
+            tokenizer_path=tokenizer_path,
+            save_dir=folder,
+            input=[file],
+            val_input=[file],
+            val_fraction=0.0,
+        )
+    )
+
+
+def test_rates_and_intervals_may_change_on_the_way_and_are_said(run_config, capsys):
+    c = run_config(steps=2)
+    pretrain.run(c)
+    pretrain.run(dataclasses.replace(c, optim=OptimConfig(warmup_steps=2, lr=1e-4)))
+    assert "goes on with optim.lr = 0.0001 instead of 0.003" in capsys.readouterr().err
+    assert read_mapping(c.out / "config.yaml")["optim"]["lr"] == 1e-4
+
+
+def test_a_tokenizer_too_large_for_the_model_is_refused(run_config):
+    c = run_config()
+    with pytest.raises(ValueError, match="the tokenizer has 600 pieces, model.vocab_size is 500"):
+        pretrain.run(dataclasses.replace(c, model=dataclasses.replace(c.model, vocab_size=500)))
+    assert not c.out.exists()
+
+
+def test_token_files_of_another_tokenizer_are_refused(run_config, tmp_path):
+    from nanollm.text.tokenizer import train
+
+    other = tmp_path / "other.model"
+    train(["some other text entirely, with other words " * 50], other, vocab_size=300)
+    with pytest.raises(ValueError, match="was written with tokenizer"):
+        pretrain.run(run_config(tokenizer_path=other))
+
+
+def test_a_corpus_smaller_than_one_window_is_refused(run_config):
+    c = run_config()
+    longer = dataclasses.replace(c.model, context_length=100_000)
+    with pytest.raises(ValueError, match="one window needs context_length"):
+        pretrain.run(dataclasses.replace(c, model=longer))
+    assert not c.out.exists()
+
+
+def test_a_plan_says_what_would_happen_and_does_nothing(run_config):
+    c = run_config()
+    assert "12 steps x 4 x 32 = 1,536 tokens" in pretrain.plan(c)
+    assert not c.out.exists()
+
+
+def test_a_run_that_explodes_stops_and_keeps_a_sound_checkpoint(run_config):
+    c = run_config(steps=60, optim=OptimConfig(name="adamw", lr=1e30, warmup_steps=0, weight_decay=0))
+    with pytest.raises(ArithmeticError, match="were not finite and the run stopped"):
+        pretrain.run(c)

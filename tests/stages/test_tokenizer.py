@@ -1,0 +1,158 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+from nanollm.sources import builtin
+from nanollm.stages.tokenizer import Config, HeldOut, plan, run
+from nanollm.text.tokenizer import Tokenizer
+from tests.conftest import STORY
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """The paragraphs of the story, many times over with a number each, as .jsonl."""
+    paragraphs = STORY.read_text(encoding="utf-8").split("\n\n")
+    rows = [json.dumps({"text": f"{n}. {paragraph}"}) for n in range(20) for paragraph in paragraphs]
+    path = tmp_path / "corpus.jsonl"
+    path.write_text("\n".join(rows), encoding="utf-8")
+    return path
+
+
+def config(source, folder, **changes) -> Config:
+    return Config(**{"corpus": [str(source)], "output_dir": folder, "vocab_size": 500, "held_out": 0.1} | changes)
+
+
+def report_of(model) -> dict:
+    return json.loads(model.with_suffix(".json").read_text(encoding="utf-8"))
+
+
+def test_it_writes_a_model_and_a_report_on_text_it_has_not_seen(corpus, tmp_path):
+    model = run(config(corpus, tmp_path / "out", model_name="mine", model_type="unigram"))
+    tokenizer, report = Tokenizer.load(model), report_of(model)
+    assert model == tmp_path / "out" / "mine.model"
+    assert sorted(path.name for path in model.parent.iterdir()) == ["mine.json", "mine.model"]
+    assert report["fingerprint"] == tokenizer.fingerprint
+    assert report["vocab_size"] == tokenizer.vocab_size == 500
+    assert report["documents"] == len(corpus.read_text().splitlines())
+    assert report["measured_on"] == "held-out text"
+    assert report["bytes_seen"] == report["bytes_sampled"]
+    assert report["bytes"] == pytest.approx(0.1 * (report["bytes_seen"] + report["bytes"]), rel=0.5)
+    assert 1.5 < report["bytes_per_token"] == round(report["bytes"] / report["tokens"], 4) < 4
+    assert report["settings"]["model_type"] == "unigram"
+
+
+def test_the_same_command_gives_the_same_bytes_and_the_seed_matters(corpus, tmp_path):
+    models = [run(config(corpus, tmp_path / str(n), seed=seed, sample_bytes=9000)) for n, seed in enumerate([5, 5, 6])]
+    first, again, other = (model.read_bytes() for model in models)
+    assert first == again != other
+    assert report_of(models[0])["bytes_sampled"] <= 9000 < report_of(models[0])["bytes_seen"]
+
+
+def test_a_hub_dataset_and_its_column_are_read(tmp_path):
+    pytest.importorskip("datasets")
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    (tmp_path / "dataset").mkdir()
+    texts = STORY.read_text(encoding="utf-8").split("\n\n") * 3
+    pq.write_table(pa.table({"body": texts}), tmp_path / "dataset" / "train-00000-of-00001.parquet")
+    source = {"corpus": [], "dataset_name": str(tmp_path / "dataset")}
+    model = run(config(None, tmp_path / "out", **source, text_column="body"))
+    assert report_of(model)["documents"] == len(texts)
+    with pytest.raises(ValueError, match="has no column text, only body; choose with --text_column"):
+        run(config(None, tmp_path / "out", **source))
+
+
+def test_the_builtin_corpus_needs_no_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(builtin, "documents", lambda: iter([STORY.read_text(encoding="utf-8")]))
+    report = report_of(run(config("builtin", tmp_path)))
+    assert report["documents"] == 1
+    assert report["measured_on"] == "training text"  # one document cannot be held out
+
+
+def test_bad_records_are_counted_named_and_said(corpus, tmp_path, capsys):
+    with corpus.open("a") as file:
+        file.write('\n{"text": 7}\n{"text"')
+    lines = len(corpus.read_text().splitlines())
+    report = report_of(run(config(corpus, tmp_path / "out")))
+    assert report["bad_records"] == 2
+    assert report["first_bad_records"][0] == f"{corpus}:{lines - 1}: text must be text, got int"
+    assert f"skipped {corpus}:{lines}: malformed JSON" in capsys.readouterr().err
+
+
+def test_a_corpus_without_a_usable_record_says_why(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"body": "x"}\n')
+    with pytest.raises(
+        ValueError, match=r"no record of the corpus is usable; 1 bad, the first:.*a\.jsonl:1: no text here, only body"
+    ):
+        run(config(tmp_path / "a.jsonl", tmp_path / "out"))
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_held_out_text_is_never_trained_on():
+    documents = [f"document {n % 500}" for n in range(1000)]  # each twice
+    split = HeldOut(0.2, seed=0)
+    trained = set(split.training(iter(documents)))
+    assert 60 < len(set(split.texts)) < 140
+    assert trained.isdisjoint(split.texts)
+    assert trained | set(split.texts) == set(documents)
+    assert split.documents == 1000
+
+
+def test_no_more_is_held_out_than_is_needed(monkeypatch):
+    monkeypatch.setattr("nanollm.stages.tokenizer.HELD_OUT_BYTES", 100)
+    split = HeldOut(0.5, seed=0)
+    list(split.training(f"document {n:4}" for n in range(1000)))
+    assert 87 <= sum(map(len, split.texts)) <= 100
+
+
+def test_nonsense_is_refused_before_anything_is_read(tmp_path):
+    for changes, words in [
+        ({"corpus": []}, "give either --dataset_name NAME or --corpus FILE_OR_FOLDER..., got neither"),
+        ({"dataset_name": "a/b"}, "got both"),
+        ({"corpus": ["builtin", "a.txt"]}, "--corpus builtin stands alone"),
+        ({"vocab_size": 65_537}, "to 65,536"),
+        ({"vocab_size": 100}, "vocab_size must be from 277"),
+        ({"model_name": "a/b"}, "model_name must be a plain file name"),
+        ({"sample_bytes": 0}, "sample_bytes must be at least 1"),
+        ({"held_out": 1.0}, "held_out must be from 0 to 0.5"),
+    ]:
+        with pytest.raises(ValueError, match=words.replace("(", r"\(")):
+            config("a.txt", tmp_path, **changes)
+
+
+def test_a_missing_corpus_or_a_file_in_the_way_is_told(corpus, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none\.txt does not exist"):
+        run(config(tmp_path / "none.txt", tmp_path / "out"))
+    with pytest.raises(OSError, match="exists"):
+        run(config(corpus, corpus))
+
+
+def test_a_plan_says_what_would_be_read_and_written(corpus, tmp_path):
+    text = plan(config(corpus, tmp_path / "out"))
+    assert "bpe tokenizer of 500 pieces" in text
+    assert "1 files with 0.1 MB" in text
+    assert str(tmp_path / "out" / "bpe_tokenizer.model") in text
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_original_command_line_works(corpus, tmp_path):
+    command = [sys.executable, "-m", "nanollm", "tokenizer", "--corpus", str(corpus), str(corpus)]
+    options = [
+        "--output_dir",
+        str(tmp_path),
+        "--model_type",
+        "bpe",
+        "--model_name",
+        "bpe_tokenizer",
+        "--vocab_size",
+        "500",
+    ]
+    done = subprocess.run(command + options, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'bpe_tokenizer.model'}\n"), done.stderr
+    done = subprocess.run([*command, *options[:-1], "60000"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "--vocab_size" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr

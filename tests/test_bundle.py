@@ -1,0 +1,71 @@
+"""There and back through the one door, and nothing damaged comes through."""
+
+import json
+
+import pytest
+import torch
+
+from nanollm.bundle import load_bundle, save_bundle
+from nanollm.model.transformer import Transformer
+from tests.model.conftest import TINY, randomised
+
+
+@pytest.fixture
+def model():
+    return randomised(Transformer(TINY).init(0)).eval()
+
+
+@pytest.fixture
+def bundle(tmp_path, model, tokenizer):
+    return save_bundle(tmp_path / "bundle", TINY, model.state_dict(), tokenizer, {"made_by": "a test"})
+
+
+def test_weights_shape_tokenizer_and_provenance_come_back(bundle, model, tokenizer):
+    loaded = load_bundle(bundle)
+    assert loaded.model.config == TINY
+    assert all(torch.equal(t, loaded.model.state_dict()[name]) for name, t in model.state_dict().items())
+    assert loaded.tokenizer.fingerprint == tokenizer.fingerprint
+    assert loaded.provenance["made_by"] == "a test"
+    tokens = torch.arange(20)[None]
+    torch.testing.assert_close(loaded.model(tokens), model(tokens), atol=0, rtol=0)
+
+
+def test_a_loaded_model_computes_in_the_asked_type_and_can_train(bundle):
+    model = load_bundle(bundle, torch.bfloat16).model.train()
+    model(torch.arange(20)[None]).float().sum().backward()
+    assert model.head.weight.dtype == torch.bfloat16
+    assert all(layer.balance_bias.dtype == torch.float32 for layer in model.moe_layers())
+    assert all(layer.load.sum() == 20 * TINY.experts_per_token for layer in model.moe_layers())
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "tokenizer.model"])
+def test_a_changed_or_missing_file_is_named(bundle, file):
+    content = bytearray((bundle / file).read_bytes())
+    content[len(content) // 2] ^= 1
+    (bundle / file).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{file} was changed"):
+        load_bundle(bundle)
+    (bundle / file).unlink()
+    with pytest.raises(FileNotFoundError, match=f"{file} is missing"):
+        load_bundle(bundle)
+
+
+def test_what_is_not_a_bundle_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="is not a bundle"):
+        load_bundle(tmp_path)
+
+
+def test_weights_that_do_not_fit_the_shape_are_refused(bundle):
+    config = json.loads((bundle / "config.json").read_text())
+    config["model"]["d_ff"] += 1
+    (bundle / "config.json").write_text(json.dumps(config))
+    (bundle / "provenance.json").write_text("{}")
+    with pytest.raises(ValueError, match="does not fit"):
+        load_bundle(bundle)
+
+
+def test_saving_again_replaces_the_bundle(bundle, model, tokenizer):
+    (bundle / "stray").write_text("x")
+    save_bundle(bundle, TINY, model.state_dict(), tokenizer, {"made_by": "again"})
+    assert load_bundle(bundle).provenance["made_by"] == "again"
+    assert not (bundle / "stray").exists()

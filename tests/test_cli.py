@@ -1,0 +1,378 @@
+"""What does a user get for the right words, and what do they learn from the wrong ones?"""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import types
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+import nanollm
+from nanollm import __version__, cli, options, settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """A shape."""
+
+    width: int
+    """Numbers per token."""
+    depth: int = 2
+    """Blocks."""
+
+    def __post_init__(self) -> None:
+        if self.width % 2:
+            raise ValueError(f"shape.width must be even, got {self.width}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optim:
+    """How weights move."""
+
+    lr: float = 3e-4
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay rates of the moments."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Build a toy.
+
+    For tests only.
+    """
+
+    kind: Literal["owt", "sni"]
+    """Which source."""
+    shape: Shape
+    """The model's shape."""
+    out: Path
+    """Folder to write."""
+    optim: Optim = field(default_factory=lambda: Optim(lr=0.5))
+    """The optimizer."""
+    teacher: Shape | None = None
+    """Shape of a second model."""
+    inputs: list[Path] = field(default_factory=list)
+    """Files or folders."""
+    prompt: str | None = None
+    """Text to start with."""
+    workers: int | Literal["auto"] = "auto"
+    """Processes."""
+    json: bool = False
+    """Print JSON."""
+
+
+REQUIRED = ["--shape", "small", "--out", "somewhere"]
+
+
+@pytest.fixture
+def toy(monkeypatch, tmp_path):
+    """A verb `toy` whose run returns its config; presets small and small-wide. Replace run or plan as needed."""
+    stage = types.ModuleType("nanollm.stages.toy")
+    stage.Config, stage.POSITIONAL, stage.run = Config, ("kind",), lambda config: seen.append(config)
+    stage.seen = seen = []
+    monkeypatch.setitem(sys.modules, "nanollm.stages.toy", stage)
+    monkeypatch.setitem(cli.VERBS["Use"], "toy", "build a toy")
+    monkeypatch.setitem(Shape.__post_init__.__globals__, "__name__", "nanollm.toy")  # as if it were ours
+    presets = tmp_path / "configs" / "shape"
+    presets.mkdir(parents=True)
+    (presets / "small.yaml").write_text("width: 4\n")
+    (presets / "small-wide.yaml").write_text("width: 8\ndepth: 3\n")
+    monkeypatch.setattr(settings, "CONFIGS", tmp_path / "configs")
+    return stage
+
+
+@pytest.fixture
+def config_of(toy):
+    """The Config that the words of a command line become."""
+
+    def parse(*words):
+        assert cli.main(["toy", *map(str, words)]) == 0
+        return toy.seen[-1]
+
+    return parse
+
+
+@pytest.fixture
+def complaint(toy, capsys):
+    """The one line that a mistake gives."""
+
+    def make(*words):
+        assert cli.main(["toy", *map(str, words)]) == 2
+        said = capsys.readouterr()
+        assert said.out == ""
+        assert said.err.count("\n") == 1
+        assert said.err.startswith("nanollm toy: ")
+        return said.err.removeprefix("nanollm toy: ").rstrip()
+
+    return make
+
+
+# Without a verb
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys; from nanollm.cli import main; main(['--help'])\n"
+        "heavy = {'torch', 'jsonargparse', 'rich', 'numpy', 'yaml', 'dataclasses'} & sys.modules.keys()\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert all(verb in done.stdout for verb in cli.all_verbs())
+
+
+def test_every_listed_verb_is_a_stage_and_every_stage_is_listed():
+    stages = {file.stem for file in (Path(cli.__file__).parent / "stages").glob("*.py")} - {"__init__"}
+    assert stages == set(cli.all_verbs())
+
+
+@pytest.mark.parametrize("verb", cli.all_verbs())
+def test_every_verb_explains_every_option(verb, capsys):
+    assert cli.main([verb, "--help"]) == 0
+    text = capsys.readouterr().out
+    for option in options.options_of(importlib.import_module(f"nanollm.stages.{verb}").Config):
+        assert option.name in text or option.name.upper() in text
+        assert option.doc, f"{verb}: {option.name} has no docstring"
+
+
+def test_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"nanollm {__version__}\n"
+
+
+def test_an_unknown_verb_gets_a_suggestion(capsys):
+    assert cli.main(["pretran"]) == 2
+    assert capsys.readouterr().err == "nanollm: unknown verb 'pretran'; did you mean pretrain?\n"
+
+
+# From words to a Config
+
+
+def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(config_of, tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("kind: sni\nshape: {width: 6}\nout: there\noptim:\n  lr: 1e-3\n  betas: [0.8, 0.9]\n")
+    config = config_of("--config", file, "--optim.lr", "2e-3")
+    assert config.optim == Optim(lr=2e-3, betas=(0.8, 0.9))
+    assert (config.kind, config.shape, config.out) == ("sni", Shape(width=6), Path("there"))
+
+
+def test_a_default_factory_keeps_its_values_beside_those_that_are_given(config_of, tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("optim: {betas: [0, 1]}\n")
+    assert config_of("owt", *REQUIRED).optim.lr == 0.5
+    assert config_of("owt", *REQUIRED, "--optim.betas", "0", "1").optim == Optim(lr=0.5, betas=(0, 1))
+    assert config_of("owt", *REQUIRED, "--config", file).optim == Optim(lr=0.5, betas=(0, 1))
+
+
+@pytest.mark.parametrize(
+    "order", [["--shape", "small-wide", "--shape.depth", "9"], ["--shape.depth", "9", "--shape", "small-wide"]]
+)
+def test_a_preset_and_single_values_in_any_order(config_of, order):
+    assert config_of("owt", "--out", "x", *order).shape == Shape(width=8, depth=9)
+
+
+def test_a_preset_on_the_command_line_replaces_the_shape_of_the_file(config_of, tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("kind: sni\nshape: small-wide\nout: there\n")
+    assert config_of("--config", file, "--shape", "small").shape == Shape(width=4)
+
+
+def test_a_shape_from_a_path_and_inline(config_of, tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("width: 12\n")
+    assert config_of("owt", "--out", "x", "--shape", file).shape == Shape(width=12)
+    assert config_of("owt", "--out", "x", "--shape", "{width: 14, depth: 1}").shape == Shape(width=14, depth=1)
+
+
+def test_an_optional_shape_by_parts_and_not_at_all(config_of):
+    assert config_of("owt", *REQUIRED, "--teacher.width", "2").teacher == Shape(width=2)
+    assert config_of("owt", *REQUIRED, "--teacher", "null").teacher is None
+
+
+def test_lists_take_words_until_the_next_option(config_of):
+    config = config_of("owt", "--inputs", "a b.txt", "c", "--json", *REQUIRED, "--optim.betas", "0.1", "0.2")
+    assert config.inputs == [Path("a b.txt"), Path("c")]
+    assert config.json
+    assert config.optim.betas == (0.1, 0.2)
+
+
+def test_a_list_in_the_file_and_a_lone_path_in_the_file(config_of, tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("inputs: [a, b]\n")
+    assert config_of("owt", *REQUIRED, "--config", file).inputs == [Path("a"), Path("b")]
+    file.write_text("inputs: a\n")
+    assert config_of("owt", *REQUIRED, "--config", file).inputs == [Path("a")]
+
+
+@pytest.mark.parametrize(
+    "text", ["a: b", "{x}", "[1, 2]", "- x", "1.0", "true", "--dashes", "# Title", "~", "öß漢🙂", "'quoted'", ""]
+)
+def test_text_arrives_as_it_was_typed(config_of, text):
+    assert config_of("owt", *REQUIRED, f"--prompt={text}").prompt == text
+
+
+def test_hyphens_and_underscores_are_the_same(toy, capsys):
+    assert cli.main(["toy", "owt", *REQUIRED, "--print-config"]) == 0
+
+
+def test_printed_settings_read_back_as_the_same_config(toy, config_of, capsys, tmp_path):
+    words = [
+        "owt",
+        "--shape",
+        "small-wide",
+        "--out",
+        "a/b",
+        "--inputs",
+        "x",
+        "--optim.lr",
+        "1e-7",
+        "--prompt",
+        "no: yes",
+    ]
+    assert cli.main(["toy", *words, "--print_config"]) == 0
+    file = tmp_path / "run.yaml"
+    file.write_text(capsys.readouterr().out)
+    assert config_of("--config", file) == config_of(*words)
+
+
+def test_settings_can_be_printed_before_the_required_ones_are_known(toy, capsys):
+    assert cli.main(["toy", "--print_config", "--optim.lr", "1e-2"]) == 0
+    printed = settings.parse_yaml(capsys.readouterr().out, "stdout")
+    assert (printed["kind"], printed["shape"], printed["optim"]["lr"]) == (None, None, 1e-2)
+
+
+def test_help_shows_defaults_choices_presets_and_what_is_required(toy, capsys):
+    assert cli.main(["toy", "-h"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "usage: nanollm toy KIND [--option value ...] Build a toy. Options" in text
+    assert "KIND Which source. (NAME is one of owt, sni; required)" in text
+    assert "--shape NAME small, small-wide, or a YAML file" in text
+    assert "--optim.lr FLOAT Peak learning rate. (default: 0.5)" in text
+    assert "--optim.betas FLOAT ... Decay rates of the moments. (default: 0.9 0.95)" in text
+    assert "--inputs PATH ... Files or folders. (default: none)" in text
+    assert "--workers INT|NAME" in text
+    assert "dry_run" not in text
+
+
+# Results
+
+
+def test_stdout_carries_the_result_and_nothing_else(toy, capsys):
+    toy.run = lambda config: config.out
+    assert cli.main(["toy", "owt", *REQUIRED]) == 0
+    assert capsys.readouterr() == ("somewhere\n", "")
+
+
+def test_a_dry_run_prints_the_plan_and_runs_nothing(toy, capsys):
+    toy.plan = lambda config: f"would write {config.out}"
+    assert cli.main(["toy", "owt", *REQUIRED, "--dry_run"]) == 0
+    assert capsys.readouterr().out == "would write somewhere\n"
+    assert toy.seen == []
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["owt", "--optim.learning_rate", "1"], "unknown option --optim.learning_rate; did you mean optim.lr?"),
+        (["owt", "--lr", "1"], "unknown option --lr; did you mean optim.lr?"),
+        (["owt", "--input", "a"], "unknown option --input; did you mean inputs?"),
+        (["owt", "--dry_run"], "unknown option --dry_run; --help lists them all"),
+        (["owt", *REQUIRED, "--optim.lr", "fast"], "optim.lr: expected float, got 'fast'"),
+        (["owt", *REQUIRED, "--optim.betas", "1"], "optim.betas: expected 2 values (float, float), got 1"),
+        (["owt", *REQUIRED, "--workers", "1.5"], "workers: expected int or auto, got '1.5'"),
+        (["owt", *REQUIRED, "--teacher.width", "x"], "teacher.width: expected int, got 'x'"),
+        (["web", *REQUIRED], "kind: expected owt or sni, got 'web'"),
+        (["owt", *REQUIRED, "--out"], "--out expects a value (path); write --out=VALUE if the value starts with --"),
+        (["owt", "--shape", "small", "--out="], "out: expected a path, got an empty text"),
+        (["owt", *REQUIRED, "more"], "did not expect 'more' here; options start with --"),
+        (["owt", *REQUIRED, "--shape.width", "3"], "shape.width must be even, got 3"),
+        (["owt", "--out", "x"], "missing --shape (one of small, small-wide, or a YAML file)"),
+        (["--shape", "small", "--out", "x"], "missing KIND (owt or sni: Which source)"),
+        (
+            ["owt", "--out", "x", "--shape", "smal"],
+            "no shape preset is called 'smal'; did you mean small? Known: small, small-wide; or give a .yaml file",
+        ),
+        (["owt", "--shape", "nope.yaml"], "No such file or directory: nope.yaml"),
+        (["--config", "a.yaml", "--config=b.yaml"], "--config was given twice; put the settings into one file"),
+        (["owt", "--config", "nope.yaml"], "No such file or directory: nope.yaml"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_clear_line(complaint, words, message):
+    assert complaint(*words) == message
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("kind: owt\noptim:\n  lrr: 1\n", "{file}: unknown option optim.lrr; did you mean optim.lr?"),
+        ("kind: [\n", "{file}, line 2: not valid YAML: expected the node content, but found '<stream end>'"),
+        ("just text\n", "{file}: expected `key: value` lines, got str"),
+        ("shape: 3\n", "{file}: shape must be the name of a preset or `key: value` lines, got 3"),
+        ("kind: owt\nout: x\nshape: small\noptim: {lr: [1]}\n", "optim.lr: expected float, got [1]"),
+        (b"kind: \xff\xfe\n", "{file}: not valid YAML: "),
+    ],
+)
+def test_a_mistake_in_the_file_is_one_clear_line(complaint, tmp_path, text, message):
+    file = tmp_path / "run.yaml"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert complaint("--config", file).startswith(message.format(file=file))
+
+
+def raising(error):
+    """A run that fails with this error, as if our own code had raised it."""
+    scope = {"__name__": "nanollm.toy", "error": error}
+    exec("def run(config):\n    raise error", scope)
+    return scope["run"]
+
+
+def test_our_value_errors_and_all_os_errors_are_the_users_mistakes(toy, complaint):
+    toy.run = raising(ValueError("train-0003.npy is truncated:\n  expected 8 bytes"))
+    assert complaint("owt", *REQUIRED) == "train-0003.npy is truncated: expected 8 bytes"
+    toy.run = raising(PermissionError(13, "Permission denied", "/locked"))
+    assert complaint("owt", *REQUIRED) == "Permission denied: /locked"
+    toy.run = raising(FileNotFoundError("no shards in data/owt"))
+    assert complaint("owt", *REQUIRED) == "no shards in data/owt"
+
+
+@pytest.mark.parametrize("run", [lambda config: json.loads("{"), raising(KeyError("x")), raising(RuntimeError("boom"))])
+def test_any_other_error_is_ours_and_shows_a_traceback(toy, capsys, run):
+    toy.run = run
+    assert cli.main(["toy", "owt", *REQUIRED]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_an_interrupted_run_exits_130_and_a_saved_one_as_it_says(toy, capsys):
+    toy.run = raising(KeyboardInterrupt())
+    assert cli.main(["toy", "owt", *REQUIRED]) == 130
+    assert capsys.readouterr().err == "nanollm toy: interrupted\n"
+    toy.run = raising(SystemExit(143))
+    with pytest.raises(SystemExit, match="143"):
+        cli.main(["toy", "owt", *REQUIRED])
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no pipes that break")
+def test_a_reader_that_goes_away_leaves_no_traceback():
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-m", "nanollm"], stdout=writer, stderr=subprocess.PIPE, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+@pytest.mark.parametrize("name", dir(nanollm))
+def test_notebooks_find_the_names_that_the_package_offers(name):
+    assert getattr(nanollm, name) is not None
+
+
+def test_a_name_that_the_package_does_not_offer_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="it offers Tokenizer"):
+        nanollm.__getattr__("Trainer")

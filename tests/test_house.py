@@ -1,0 +1,157 @@
+"""Do the files around the code say what is true?"""
+
+import ast
+import importlib
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from nanollm import cli, options, settings
+from nanollm.model.config import ModelConfig
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+LARGEST_FILE_BYTES = 500_000
+
+
+def tracked_files() -> list[Path]:
+    """Files under version control, and new ones that are not ignored."""
+    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    done = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        pytest.skip("not a git checkout")
+    return [ROOT / name for name in done.stdout.split("\0") if name and (ROOT / name).is_file()]
+
+
+def texts() -> dict[Path, str]:
+    files = {}
+    for file in tracked_files():
+        try:
+            files[file] = file.read_bytes().decode()
+        except UnicodeDecodeError:
+            continue
+    return files
+
+
+def canonical(requirement: str) -> str:
+    """The name in a requirement, as package indexes compare names."""
+    return re.sub(r"[-_.]+", "-", re.split(r"[\s<>=!~;\[]", requirement)[0]).lower()
+
+
+def runs() -> list[Path]:
+    """The YAML files of runs: configs/<verb>/*.yaml."""
+    return sorted(file for verb in cli.all_verbs() for file in (settings.CONFIGS / verb).glob("*.yaml"))
+
+
+def config_from(file: Path) -> object:
+    """What `nanollm VERB --config FILE` would run."""
+    stage = importlib.import_module(f"nanollm.stages.{file.parent.name}")
+    known = {option.name: option for option in options.options_of(stage.Config)}
+    values = options.read_settings(settings.read_mapping(file), known, origin=str(file))
+    return options.build(stage.Config, known, values)
+
+
+@pytest.mark.parametrize("file", runs(), ids=lambda file: f"{file.parent.name}/{file.name}")
+def test_every_run_in_configs_is_a_config_of_its_verb(file):
+    config_from(file)
+
+
+@pytest.mark.parametrize("name", settings.preset_names("model"))
+def test_every_model_preset_is_a_model(name):
+    ModelConfig(**settings.load_preset("model", name))
+
+
+def test_configs_holds_verbs_and_presets_only():
+    folders = {folder.name for folder in settings.CONFIGS.iterdir() if any(folder.glob("*"))}
+    assert folders <= {"model", *cli.all_verbs()}
+
+
+def test_every_dependency_is_pinned():
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    pins = [line for line in lines if line and not line.startswith("#")]
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+(; .+)?", pin) for pin in pins)
+    extras = PROJECT["optional-dependencies"]
+    wanted = {canonical(name) for name in [*PROJECT["dependencies"], *extras["data"], *extras["dev"], "hatchling"]}
+    assert wanted <= {canonical(pin) for pin in pins}
+
+
+def test_an_old_python_can_read_make_py_and_be_told_that_it_is_too_old():
+    ast.parse((ROOT / "make.py").read_text(encoding="utf-8"), feature_version=(3, 8))
+
+
+def test_make_offers_the_commands_of_make_py():
+    done = subprocess.run([sys.executable, "make.py"], cwd=ROOT, capture_output=True, text=True, check=False)
+    offered = re.findall(r"^  (\w+) ", done.stderr, re.MULTILINE)
+    assert done.returncode == 2
+    assert f"\n{' '.join(offered)}:\n" in (ROOT / "Makefile").read_text(encoding="utf-8")
+
+
+def test_the_change_log_knows_this_version():
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert f"## [{importlib.import_module('nanollm').__version__}]" in changes or "## [Unreleased]" in changes
+
+
+def test_every_room_is_on_the_map():
+    rooms = {path.stem for path in (ROOT / "nanollm").iterdir() if path.suffix in ("", ".py")} - {"__pycache__"}
+    listed = (ROOT / "docs" / "map.md").read_text(encoding="utf-8")
+    assert [room for room in sorted(rooms) if not room.startswith("__") and f"`{room}" not in listed] == []
+
+
+def test_links_between_documents_lead_somewhere():
+    broken = []
+    for file, text in texts().items():
+        if file.suffix == ".md":
+            for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)|(?:src|srcset|href)=\"([^\"#]+)\"", text):
+                link = next(filter(None, target))
+                if "://" not in link and not (file.parent / link).exists():
+                    broken.append(f"{file.relative_to(ROOT)}: {link}")
+    assert broken == []
+
+
+def commands_in(text: str) -> list[list[str]]:
+    """The `nanollm VERB ...` lines in the code blocks of a document, line continuations joined."""
+    blocks = re.findall(r"^```[^\n]*\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [match[1].split("#")[0].split() for line in lines if (match := re.search(r"\bnanollm ([a-z]\w*\b.*)", line))]
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/map.md", "CONTRIBUTING.md"])
+def test_commands_in_the_documents_exist(name):
+    file = ROOT / name
+    if not file.exists():
+        pytest.skip(f"{name} is not written yet")
+    for verb, *words in commands_in(file.read_text(encoding="utf-8")):
+        assert verb in cli.all_verbs(), f"{name} names the verb {verb}"
+        stage = importlib.import_module(f"nanollm.stages.{verb}")
+        known = {option.name for option in options.options_of(stage.Config)} | {"config", *options.SWITCHES}
+        named = {word[2:].partition("=")[0].replace("-", "_") for word in words if re.match(r"--\w", word)}
+        assert named <= known, f"{name}: nanollm {verb} has no {named - known}"
+
+
+def test_no_file_holds_a_path_of_one_machine():
+    # The pattern is written so that it does not match itself.
+    machine = re.compile(r"(?<![\w.:/])/(?:home|Users|work|root|mnt|opt|var/folders)/[\w.-]+|\b[A-Z]:\\\\?[Uu]sers")
+    found = [f"{file.relative_to(ROOT)}: {hit[0]}" for file, text in texts().items() if (hit := machine.search(text))]
+    assert found == []
+
+
+def test_no_file_is_large():
+    assert [file.name for file in tracked_files() if file.stat().st_size > LARGEST_FILE_BYTES] == []
+
+
+def test_text_files_end_in_one_newline_and_have_no_trailing_spaces():
+    def is_tidy(text: str) -> bool:
+        return "\r" not in text and not re.search(r"[ \t]+$", text, re.MULTILINE) and (not text or text[-1] == "\n")
+
+    assert [str(file.relative_to(ROOT)) for file, text in texts().items() if not is_tidy(text)] == []
+
+
+def test_the_pictures_are_what_the_script_draws():
+    done = subprocess.run(
+        [sys.executable, "docs/figures/draw.py", "--check"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
