@@ -10,9 +10,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 from nanollm import __version__
 
@@ -44,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         output = dispatch(arguments)
         if output is not None:
-            print(str(output).rstrip("\n"), flush=True)
+            print(str(output).rstrip("\n"))
+        sys.stdout.flush()
         return 0
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
@@ -75,30 +74,13 @@ def dispatch(arguments: list[str]) -> object:
 
 def run_stage(verb: str, stage: ModuleType, arguments: list[str]) -> object:
     """Run a stage with these arguments: the command line wins over --config, which wins over the defaults."""
-    from nanollm import options, settings, usage  # late: `nanollm --help` must not wait for jsonargparse
+    from nanollm import options  # late: `nanollm --help` must not wait for jsonargparse
 
-    known = {option.name: option for option in options.options_of(stage.Config)}
-    positional = getattr(stage, "POSITIONAL", ())
-    switches = {name: text for name, text in options.SWITCHES.items() if name != "dry_run" or hasattr(stage, "plan")}
-    given = options.read_arguments(arguments, known, positional, switches)
-    if "help" in given.switches:
-        return usage.help_text(verb, stage.Config, known, positional, switches)
-
-    values: dict[str, Any] = {}
-    if given.config_file is not None:
-        values = options.read_settings(settings.read_mapping(Path(given.config_file)), known, given.config_file)
-    values = options.overlay(options.overlay(values, given.groups), given.values)
-    missing = options.missing(known, values)
-    if "print_config" in given.switches and missing:
-        return options.template(known, values)
-    if missing:
-        raise ValueError(f"missing {', '.join(options.ask_for(option, positional) for option in missing)}")
-    config = options.build(stage.Config, known, values)
-    if "print_config" in given.switches:
-        return settings.to_yaml(config)
-    if "dry_run" in given.switches:
-        return stage.plan(config)
-    return stage.run(config)
+    try:
+        config, is_dry_run = options.read(verb, stage, arguments)
+    except SystemExit:
+        return None  # --help and --print_config have printed
+    return stage.plan(config) if is_dry_run else stage.run(config)
 
 
 def all_verbs() -> list[str]:

@@ -6,40 +6,27 @@ installed wheel, where the build copies them.
 
 import dataclasses
 import difflib
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
+from jsonargparse import get_loader
 
 _PACKAGE = Path(__file__).resolve().parent
 _INSTALLED = _PACKAGE / "configs"
 CONFIGS = _INSTALLED if _INSTALLED.is_dir() else _PACKAGE.parent / "configs"
 
 
-class _Loader(yaml.SafeLoader):
-    """Safe YAML in which 3e-4 is a number, as in YAML 1.2; PyYAML alone reads it as text."""
-
-
-_FLOAT = re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$")
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
-
-
-def parse_yaml(text: str | bytes, origin: str) -> Any:
-    """The value a YAML text stands for; `origin` names the text in the error."""
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The settings in a YAML file, which must hold `key: value` lines at its top. 3e-4 is a number, as in YAML 1.2."""
     try:
-        return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
+        settings = get_loader("yaml")(path.read_text(encoding="utf-8-sig"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
-        where = f"{origin}, line {mark.line + 1}" if mark else origin
+        where = f"{path}, line {mark.line + 1}" if mark else str(path)
         what = getattr(error, "problem", None) or " ".join(str(error).split())
         raise ValueError(f"{where}: not valid YAML: {what}") from None
-
-
-def read_mapping(path: Path) -> dict[str, Any]:
-    """The settings in a YAML file, which must hold `key: value` lines at its top."""
-    settings = parse_yaml(path.read_bytes(), str(path))
     if settings is None:
         return {}
     if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):

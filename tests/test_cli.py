@@ -1,8 +1,10 @@
 """What does a user get for the right words, and what do they learn from the wrong ones?"""
 
+import dataclasses
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 import types
@@ -14,6 +16,8 @@ import pytest
 
 import nanollm
 from nanollm import __version__, cli, options, settings
+from nanollm.model.config import ModelConfig
+from nanollm.stages import pretrain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,11 +59,13 @@ class Config:
     """Folder to write."""
     optim: Optim = field(default_factory=lambda: Optim(lr=0.5))
     """The optimizer."""
-    teacher: Shape | None = None
-    """Shape of a second model."""
     inputs: list[Path] = field(default_factory=list)
     """Files or folders."""
-    prompt: str | None = None
+    limit: int | None = None
+    """Most documents; null: all."""
+    stop: list[str] = field(default_factory=list)
+    """Texts to stop at."""
+    prompt: str = ""
     """Text to start with."""
     workers: int | Literal["auto"] = "auto"
     """Processes."""
@@ -134,11 +140,13 @@ def test_every_listed_verb_is_a_stage_and_every_stage_is_listed():
 
 @pytest.mark.parametrize("verb", cli.all_verbs())
 def test_every_verb_explains_every_option(verb, capsys):
+    stage = importlib.import_module(f"nanollm.stages.{verb}")
     assert cli.main([verb, "--help"]) == 0
     text = capsys.readouterr().out
-    for option in options.options_of(importlib.import_module(f"nanollm.stages.{verb}").Config):
-        assert option.name in text or option.name.upper() in text
-        assert option.doc, f"{verb}: {option.name} has no docstring"
+    assert " ".join(text.split()).startswith(f"usage: nanollm {verb} ")
+    assert not re.search(r"typing\.|<class|Literal|Unset|None\b(?!:)|ITEM|LIST_OF|FILE_OR_CLASS", text)
+    for name in options.kinds_of(stage):
+        assert re.search(rf"  --{name}( .*)?\n? {{2,}}\S", text) or name == "help", f"{verb}: {name} has no docstring"
 
 
 def test_version(capsys):
@@ -190,24 +198,49 @@ def test_a_shape_from_a_path_and_inline(config_of, tmp_path):
     assert config_of("owt", "--out", "x", "--shape", "{width: 14, depth: 1}").shape == Shape(width=14, depth=1)
 
 
-def test_an_optional_shape_by_parts_and_not_at_all(config_of):
-    assert config_of("owt", *REQUIRED, "--teacher.width", "2").teacher == Shape(width=2)
-    assert config_of("owt", *REQUIRED, "--teacher", "null").teacher is None
+def test_a_shape_in_the_file_by_name_by_path_and_changed_by_an_option(config_of, tmp_path):
+    (tmp_path / "mine.yaml").write_text("width: 12\n")
+    file = tmp_path / "run.yaml"
+    file.write_text("kind: sni\nshape: small-wide\nout: there\n")
+    assert config_of("--config", file).shape == Shape(width=8, depth=3)
+    assert config_of("--config", file, "--shape.depth", "9").shape == Shape(width=8, depth=9)
+    file.write_text(f"kind: sni\nshape: {tmp_path / 'mine.yaml'}\nout: there\n")
+    assert config_of("--config", file).shape == Shape(width=12)
 
 
 def test_lists_take_words_until_the_next_option(config_of):
     config = config_of("owt", "--inputs", "a b.txt", "c", "--json", *REQUIRED, "--optim.betas", "0.1", "0.2")
     assert config.inputs == [Path("a b.txt"), Path("c")]
     assert config.json
+    assert config.stop == []
     assert config.optim.betas == (0.1, 0.2)
 
 
-def test_a_list_in_the_file_and_a_lone_path_in_the_file(config_of, tmp_path):
+def test_a_flag_needs_no_value_and_takes_true_or_false(config_of):
+    assert not config_of("owt", *REQUIRED).json
+    assert not config_of("owt", *REQUIRED, "--json", "false").json
+    assert config_of("owt", *REQUIRED, "--json", "true").json
+    assert config_of(*REQUIRED, "--json", "owt") == config_of("owt", *REQUIRED, "--json")
+
+
+def test_a_number_and_nothing_at_all(config_of, tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("limit: 3\noptim: {lr: 3e-4}\n")
+    config = config_of("owt", *REQUIRED, "--config", file)
+    assert (config.limit, config.optim.lr) == (3, 3e-4)
+    assert config_of("owt", *REQUIRED, "--config", file, "--limit", "null").limit is None
+
+
+def test_a_list_in_the_file_and_a_lone_path_in_the_file(config_of, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a").write_text("not a list of paths\n")
     file = tmp_path / "run.yaml"
     file.write_text("inputs: [a, b]\n")
     assert config_of("owt", *REQUIRED, "--config", file).inputs == [Path("a"), Path("b")]
     file.write_text("inputs: a\n")
     assert config_of("owt", *REQUIRED, "--config", file).inputs == [Path("a")]
+    file.write_text("inputs: []\n")
+    assert config_of("owt", *REQUIRED, "--config", file).inputs == []
 
 
 @pytest.mark.parametrize(
@@ -215,6 +248,7 @@ def test_a_list_in_the_file_and_a_lone_path_in_the_file(config_of, tmp_path):
 )
 def test_text_arrives_as_it_was_typed(config_of, text):
     assert config_of("owt", *REQUIRED, f"--prompt={text}").prompt == text
+    assert config_of("owt", *REQUIRED, f"--stop={text}").stop == [text]
 
 
 def test_hyphens_and_underscores_are_the_same(toy, capsys):
@@ -241,22 +275,28 @@ def test_printed_settings_read_back_as_the_same_config(toy, config_of, capsys, t
     assert config_of("--config", file) == config_of(*words)
 
 
-def test_settings_can_be_printed_before_the_required_ones_are_known(toy, capsys):
+def test_settings_can_be_printed_before_the_required_ones_are_known(toy, config_of, capsys, tmp_path):
     assert cli.main(["toy", "--print_config", "--optim.lr", "1e-2"]) == 0
-    printed = settings.parse_yaml(capsys.readouterr().out, "stdout")
-    assert (printed["kind"], printed["shape"], printed["optim"]["lr"]) == (None, None, 1e-2)
+    file = tmp_path / "run.yaml"
+    file.write_text(capsys.readouterr().out)
+    assert settings.read_mapping(file)["optim"]["lr"] == 1e-2
+    assert "kind" not in settings.read_mapping(file)
+    assert config_of("owt", *REQUIRED, "--config", file).optim.lr == 1e-2
 
 
 def test_help_shows_defaults_choices_presets_and_what_is_required(toy, capsys):
     assert cli.main(["toy", "-h"]) == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert "usage: nanollm toy KIND [--option value ...] Build a toy. Options" in text
-    assert "KIND Which source. (NAME is one of owt, sni; required)" in text
-    assert "--shape NAME small, small-wide, or a YAML file" in text
-    assert "--optim.lr FLOAT Peak learning rate. (default: 0.5)" in text
-    assert "--optim.betas FLOAT ... Decay rates of the moments. (default: 0.9 0.95)" in text
-    assert "--inputs PATH ... Files or folders. (default: none)" in text
-    assert "--workers INT|NAME" in text
+    assert "usage: nanollm toy KIND [--option value ...] Build a toy. options:" in text
+    assert "--kind owt|sni Which source. (required)" in text
+    assert "--shape small|small-wide|file.yaml" in text
+    assert "--shape.width int Numbers per token. --shape.depth" in text  # a preset may give it
+    assert "--optim.lr float Peak learning rate. (default: 0.5)" in text
+    assert "--optim.betas float float Decay rates of the moments. (default: (0.9, 0.95))" in text
+    assert "--inputs path ... Files or folders. (default: [])" in text
+    assert "--workers int|auto" in text
+    assert "--json [true|false]" in text
+    assert "For tests only" not in text
     assert "dry_run" not in text
 
 
@@ -286,17 +326,21 @@ def test_a_dry_run_prints_the_plan_and_runs_nothing(toy, capsys):
         (["owt", "--lr", "1"], "unknown option --lr; did you mean optim.lr?"),
         (["owt", "--input", "a"], "unknown option --input; did you mean inputs?"),
         (["owt", "--dry_run"], "unknown option --dry_run; --help lists them all"),
-        (["owt", *REQUIRED, "--optim.lr", "fast"], "optim.lr: expected float, got 'fast'"),
-        (["owt", *REQUIRED, "--optim.betas", "1"], "optim.betas: expected 2 values (float, float), got 1"),
-        (["owt", *REQUIRED, "--workers", "1.5"], "workers: expected int or auto, got '1.5'"),
-        (["owt", *REQUIRED, "--teacher.width", "x"], "teacher.width: expected int, got 'x'"),
-        (["web", *REQUIRED], "kind: expected owt or sni, got 'web'"),
-        (["owt", *REQUIRED, "--out"], "--out expects a value (path); write --out=VALUE if the value starts with --"),
+        (["owt", *REQUIRED, "--optim.lr", "fast"], "optim.lr: expected float, got fast"),
+        (["owt", *REQUIRED, "--optim.lr", "null"], "optim.lr: expected float, got None"),
+        (["owt", *REQUIRED, "--optim.betas", "1"], "optim.betas: expected float float, got ['1']"),
+        (["owt", *REQUIRED, "--workers", "1.5"], "workers: expected int|auto, got 1.5"),
+        (["owt", *REQUIRED, "--limit", "x"], "limit: expected int|null, got x"),
+        (["owt", *REQUIRED, "--shape.depth", "x"], "shape.depth: expected int, got x"),
+        (["owt", "--out", "x", "--shape", "{width: x}"], "shape.width: expected int, got x"),
+        (["web", *REQUIRED], "kind: expected owt|sni, got web"),
+        (["owt", *REQUIRED, "--out"], "--out: expected one argument"),
         (["owt", "--shape", "small", "--out="], "out: expected a path, got an empty text"),
         (["owt", *REQUIRED, "more"], "did not expect 'more' here; options start with --"),
+        (["owt", *REQUIRED, "--json=maybe", "owt"], "did not expect 'owt' here; options start with --"),
         (["owt", *REQUIRED, "--shape.width", "3"], "shape.width must be even, got 3"),
-        (["owt", "--out", "x"], "missing --shape (one of small, small-wide, or a YAML file)"),
-        (["--shape", "small", "--out", "x"], "missing KIND (owt or sni: Which source)"),
+        (["owt"], "missing --shape small|small-wide|file.yaml, --out path"),
+        (["--shape", "small", "--out", "x"], "missing --kind owt|sni"),
         (
             ["owt", "--out", "x", "--shape", "smal"],
             "no shape preset is called 'smal'; did you mean small? Known: small, small-wide; or give a .yaml file",
@@ -313,11 +357,17 @@ def test_a_mistake_on_the_command_line_is_one_clear_line(complaint, words, messa
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("kind: owt\noptim:\n  lrr: 1\n", "{file}: unknown option optim.lrr; did you mean optim.lr?"),
-        ("kind: [\n", "{file}, line 2: not valid YAML: expected the node content, but found '<stream end>'"),
+        ("kind: owt\noptim:\n  lrr: 1\n", "unknown option optim.lrr; did you mean optim.lr?"),
+        ("kinds: owt\n", "unknown option kinds; did you mean kind?"),
+        ("kind: [\n", "{file}, line 2: not valid YAML: did not find expected node content"),
         ("just text\n", "{file}: expected `key: value` lines, got str"),
-        ("shape: 3\n", "{file}: shape must be the name of a preset or `key: value` lines, got 3"),
+        ("1: owt\n", "{file}: expected `key: value` lines, got dict"),
+        ("shape: 3\n", "no shape preset is called '3'; known: small, small-wide; or give a .yaml file"),
+        ("shape: null\n", "no shape preset is called 'None'; known: small, small-wide; or give a .yaml file"),
+        ("shape: smal\n", "no shape preset is called 'smal'; did you mean small? Known: small, small-wide; or give"),
         ("kind: owt\nout: x\nshape: small\noptim: {lr: [1]}\n", "optim.lr: expected float, got [1]"),
+        ("kind: owt\nout: x\nshape: small\noptim: {lr: null}\n", "optim.lr: expected float, got None"),
+        ("kind: owt\nout: 3\nshape: small\n", "out: expected path, got int"),
         (b"kind: \xff\xfe\n", "{file}: not valid YAML: "),
     ],
 )
@@ -325,6 +375,24 @@ def test_a_mistake_in_the_file_is_one_clear_line(complaint, tmp_path, text, mess
     file = tmp_path / "run.yaml"
     file.write_bytes(text if isinstance(text, bytes) else text.encode())
     assert complaint("--config", file).startswith(message.format(file=file))
+
+
+def test_the_command_line_of_a_real_verb_reads_presets_and_changes_them(capsys, tmp_path):
+    file = tmp_path / "run.yaml"
+    words = "--model nano-5m --model.context_length 128 --optim.lr 3e-4 --train.steps 9 --trackers tensorboard"
+    paths = ["--tokenizer_path", "tok", "--data", "tokens", "--out", "run"]
+    assert cli.main(["pretrain", *words.split(), *paths, "--print_config"]) == 0
+    file.write_text(capsys.readouterr().out)
+    config, is_dry_run = options.read("pretrain", pretrain, ["--config", str(file), "--dry_run"])
+    assert is_dry_run
+    assert dataclasses.asdict(config.model) == asdict_of("nano-5m") | {"context_length": 128}
+    assert (config.optim.lr, config.train.steps, config.trackers) == (3e-4, 9, ["tensorboard"])
+    file.write_text(settings.to_yaml(config))
+    assert options.read("pretrain", pretrain, ["--config", str(file)]) == (config, False)
+
+
+def asdict_of(preset):
+    return dataclasses.asdict(ModelConfig(**settings.load_preset("model", preset)))
 
 
 def raising(error):

@@ -26,6 +26,11 @@ class Batch:
     targets: Tensor  # (B, T) int64, IGNORE = not trained
     positions: Tensor | None = None  # (B, T) int64
 
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on a device."""
+        positions = None if self.positions is None else self.positions.to(device)
+        return Batch(self.tokens.to(device), self.targets.to(device), positions)
+
     @property
     def count(self) -> int:
         """Number of trained targets."""
@@ -65,20 +70,27 @@ class Windows:
         first = (micro * world + rank) * rows
         return _gather(self.shards, windows[first : first + rows].tolist(), self.context_length)
 
+    def micro_batches(self, step: int, batch_size: int, micro_batch_size: int) -> list[Batch]:
+        """All micro-batches of a step of one rank, in order."""
+        micros = batch_size // micro_batch_size
+        return [self.batch(step, batch_size, micro=micro, micros=micros) for micro in range(micros)]
+
 
 def sequential_batches(
     shards: Shards, context_length: int, batch_size: int, limit: int | None = None
 ) -> Iterator[Batch]:
-    """The split from its start, at most `limit` windows, for validation: each token but the first is predicted once.
+    """The split in order, for validation: each token but the first is predicted once.
 
-    The last batch may have fewer rows, and the last window's missing end is IGNORE.
+    With a limit, that many windows, spread evenly. The last batch may have fewer rows, and the last window's missing
+    end is IGNORE.
     """
     if shards.tokens_total < 2:
         raise ValueError(f"the split {shards.split!r} of {shards.folder} has one token: nothing to predict")
     windows = -(-(shards.tokens_total - 1) // context_length)
-    windows = windows if limit is None else min(windows, limit)
-    for first in range(0, windows, batch_size):
-        yield _gather(shards, range(first, min(first + batch_size, windows)), context_length)
+    taken = windows if limit is None else min(windows, limit)
+    chosen = [number * windows // taken for number in range(taken)]
+    for first in range(0, taken, batch_size):
+        yield _gather(shards, chosen[first : first + batch_size], context_length)
 
 
 def _gather(shards: Shards, windows: Sequence[int], context_length: int) -> Batch:

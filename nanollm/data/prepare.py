@@ -107,9 +107,9 @@ def prepare(
     splits = dict.fromkeys(split for part in parts for split in ([part.split] if part.split else ["train", "val"]))
     encode = partial(encode_parcel, tokenizer=tokenizer, seed=rules.seed, val_fraction=rules.val_fraction)
     with (
+        encoder(encode, num_workers) as encode_in_order,
         _Job(folder, tokenizer, rules, list(splits), progress, strict=strict) as job,
         Progress("preprocess", rules.max_tokens_train, "tokens", done=job.train_tokens) as bar,
-        encoder(encode, num_workers) as encode_in_order,
     ):
         while job.part < len(parts):
             part = parts[job.part]

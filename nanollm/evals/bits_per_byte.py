@@ -41,7 +41,7 @@ def bits_per_byte(model: Transformer, batches: Iterable[Batch], token_bytes: npt
     for batch in batches:
         target_bytes = torch.where(batch.targets == IGNORE, 0, sizes[batch.targets.clamp(min=0)])
         targets = batch.targets.where(target_bytes > 0, IGNORE)
-        hidden = model.trunk(batch.tokens.to(device))
+        hidden = model.trunk(batch.to(device).tokens)
         nats += cross_entropy_sum(model.head, hidden, targets.to(device)).item()
         n_bytes += int(target_bytes.sum())
         tokens += int((targets != IGNORE).sum())

@@ -36,7 +36,7 @@ class LatentCache:
         return cls(slots, torch.zeros(rows, dtype=torch.int64))
 
     def next_positions(self, count: int) -> Tensor:
-        """Positions of `count` new tokens in each row: (B, count) int64. Raises ValueError when a row would overflow."""
+        """Positions of `count` new tokens in each row: (B, count) int64; ValueError when a row would overflow."""
         if int(self.lengths.max()) + count > self.slots.shape[2]:
             raise ValueError(
                 f"the cache has room for {self.slots.shape[2]} tokens per row, got {int(self.lengths.max()) + count}; "

@@ -61,7 +61,7 @@ class ModelConfig:
                 raise ValueError(f"model.{name} must be at least 1, got {getattr(self, name)}")
         if self.vocab_size > MAX_VOCAB_SIZE:
             raise ValueError(
-                f"model.vocab_size must be at most {MAX_VOCAB_SIZE:,} (token files hold uint16), got {self.vocab_size:,}"
+                f"model.vocab_size must be at most {MAX_VOCAB_SIZE:,} (token files hold uint16), got {self.vocab_size}"
             )
         if self.qk_rope_head_dim % 2:
             raise ValueError(f"model.qk_rope_head_dim must be even (rotary pairs), got {self.qk_rope_head_dim}")

@@ -16,6 +16,7 @@ from nanollm.train.loop import TrainConfig
 from nanollm.train.optim import OptimConfig
 from nanollm.train.runlog import read_metrics
 
+TOKENS_PER_STEP = 4096
 PROMPTS = ["Return the", "The function", "This module", "If the argument is"]
 
 
@@ -27,8 +28,8 @@ class Config:
     """Folder for everything that is made. An interrupted demo goes on there."""
     model: str = "nano-1m"
     """Preset of the model."""
-    steps: int = 700
-    """Optimizer steps of pretraining, 8,192 tokens each with the default model."""
+    steps: int = 500
+    """Optimizer steps of pretraining, 4,096 tokens each."""
     seed: int = 0
     """Starts the weights and the order of the data."""
 
@@ -84,12 +85,12 @@ def journey(c: Config, model: ModelConfig) -> list[Step]:
         out=c.out / "pretrain",
         train=TrainConfig(
             steps=c.steps,
-            batch_size=max(1, 8192 // model.context_length),
-            micro_batch_size=max(1, 8192 // model.context_length),
+            batch_size=max(1, TOKENS_PER_STEP // model.context_length),
+            micro_batch_size=max(1, TOKENS_PER_STEP // model.context_length),
             validate_every=max(1, c.steps // 7),
             save_every=max(1, c.steps // 7),
         ),
-        optim=OptimConfig(lr=6e-3, warmup_steps=c.steps // 20, balance_rate=0.01),
+        optim=OptimConfig(lr=1.5e-2, warmup_steps=c.steps // 20, balance_rate=0.01),
         seed=c.seed,
         sample_prompts=PROMPTS,
     )

@@ -2,15 +2,13 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-
-import torch
 
 from nanollm import __version__
 from nanollm.bundle import save_bundle
-from nanollm.data.batches import Batch, Windows, sequential_batches
+from nanollm.data.batches import Windows, sequential_batches
 from nanollm.data.shards import Shards
 from nanollm.durable import write_file, write_json
 from nanollm.evals.bits_per_byte import bits_per_byte
@@ -55,7 +53,7 @@ class Config:
     dtype: DtypeName = "auto"
     """What to compute in; auto: bfloat16 where the hardware multiplies it fast. Master weights are always float32."""
     validation_windows: int = 64
-    """Windows of the validation split that bits per byte are measured on (0: all)."""
+    """Windows that bits per byte are measured on, spread evenly over the validation split (0: all)."""
     sample_prompts: list[str] = field(default_factory=lambda: ["The", "In the beginning", "def main():"])
     """Prompts that are continued during training, with seed 0; none: no samples."""
     trackers: list[TrackerName] = field(default_factory=list)
@@ -87,30 +85,17 @@ def run(c: Config) -> Path:
     trackers = [start_tracker(name, c.out, dataclasses.asdict(c)) for name in c.trackers]
     log = RunLog(c.out, trackers, resume_from=state.step)
 
-    def micro_batches(step: int) -> Sequence[Batch]:
-        micros = c.train.batch_size // c.train.micro_batch_size
-        return [windows.batch(step, c.train.batch_size, micro=micro, micros=micros) for micro in range(micros)]
-
-    def loss_of(model: Transformer, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        return next_token_loss(model, batch, c.optim.balance_weight)
-
-    def validate() -> dict[str, object]:
-        batches = sequential_batches(
-            validation, c.model.context_length, c.train.micro_batch_size, c.validation_windows or None
-        )
-        score = bits_per_byte(state.model, batches, tokenizer.token_bytes)
-        say(f"step {state.step:,}: validation {score.value:.4f} bits per byte")
-        return {"val_bpb": score.value, "val_loss": score.nats / score.tokens}
-
-    def sample() -> dict[str, object]:
-        if not c.sample_prompts:
-            return {}
-        samples = continue_prompts(state.model, tokenizer, c.sample_prompts)
-        for prompt, reply in zip(c.sample_prompts, samples, strict=True):
-            say(f"step {state.step:,}: {(prompt + reply)!r}")
-        return {"samples": samples}
-
-    fit(state, micro_batches, loss_of, c.train, c.optim, c.out, log, validate, sample)
+    fit(
+        state,
+        lambda step: windows.micro_batches(step, c.train.batch_size, c.train.micro_batch_size),
+        partial(next_token_loss, balance_weight=c.optim.balance_weight),
+        c.train,
+        c.optim,
+        c.out,
+        log,
+        validate=lambda: validate(c, state, tokenizer, validation),
+        sample=lambda: sample(c, state, tokenizer),
+    )
     provenance = {
         "made_by": f"nanollm {__version__} pretrain",
         "config": read_mapping(c.out / "config.yaml"),
@@ -120,16 +105,30 @@ def run(c: Config) -> Path:
     return save_bundle(c.out / "bundle", c.model, state.weights(), tokenizer, provenance)
 
 
-def continue_prompts(model: Transformer, tokenizer: Tokenizer, prompts: Sequence[str]) -> list[str]:
-    """A short continuation of each prompt, always drawn with the same seed."""
+def validate(c: Config, state: TrainState, tokenizer: Tokenizer, shards: Shards) -> dict[str, object]:
+    """Bits per byte, and loss per token, of the first windows of a split."""
+    windows = c.validation_windows or None
+    batches = sequential_batches(shards, c.model.context_length, c.train.micro_batch_size, windows)
+    score = bits_per_byte(state.model, batches, tokenizer.token_bytes)
+    say(f"step {state.step:,}: validation {score.value:.4f} bits per byte")
+    return {"val_bpb": score.value, "val_loss": score.nats / score.tokens}
+
+
+def sample(c: Config, state: TrainState, tokenizer: Tokenizer) -> dict[str, object]:
+    """A short continuation of each sample prompt, always drawn with the same seeds."""
+    if not c.sample_prompts:
+        return {}
     completions = generate(
-        model,
-        [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts],
+        state.model,
+        [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in c.sample_prompts],
         SamplingConfig(temperature=0.8, top_k=50),
         max_tokens=SAMPLE_TOKENS,
         end_ids=frozenset({tokenizer.eos_id}),
     )
-    return [tokenizer.decode(completion.ids) for completion in completions]
+    texts = [tokenizer.decode(completion.ids) for completion in completions]
+    for prompt, text in zip(c.sample_prompts, texts, strict=True):
+        say(f"step {state.step:,}: {(prompt + text)!r}")
+    return {"samples": texts}
 
 
 def _open(c: Config) -> tuple[Tokenizer, Shards, Shards]:
@@ -150,7 +149,7 @@ def _open(c: Config) -> tuple[Tokenizer, Shards, Shards]:
 
 
 # What decides which numbers come out at which step; the rest (intervals, length, rates) may change on the way.
-FIXED = ("model", "seed", "train.batch_size", "inputs")
+FIXED = ("model", "seed", "train.batch_size", "optim.name", "inputs")
 
 
 def _claim_folder(c: Config, tokenizer: Tokenizer, shards: Shards) -> None:

@@ -98,7 +98,7 @@ def fit(
             if stats.skipped:
                 say(f"step {state.step}: loss {stats.loss}, gradient norm {stats.grad_norm}: the update was skipped")
             if skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
-                raise ArithmeticError(
+                raise ValueError(
                     f"steps {state.step - skipped_in_a_row + 1} to {state.step} were not finite and the run stopped; "
                     f"the newest checkpoint in {checkpoints} is sound; try a lower optim.lr or dtype float32"
                 )

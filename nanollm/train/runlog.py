@@ -23,7 +23,8 @@ class RunLog:
         self.path = folder / "metrics.jsonl"
         self.trackers = trackers
         if self.path.exists():
-            write_file(self.path, _lines_up_to(self.path.read_bytes(), resume_from))
+            told = self.path.read_bytes() if resume_from else b""  # a run without a checkpoint begins anew
+            write_file(self.path, _lines_up_to(told, resume_from))
 
     def write(self, step: int, **values: Any) -> None:
         """One line for `step`; values that are not finite are written as null, which JSON knows."""

@@ -45,14 +45,16 @@ def train_step(
 ) -> StepStats:
     """Move the weights once, by the mean gradient over the trained tokens of all micro-batches."""
     tokens = sum(batch.count for batch in micro_batches)
-    reported = 0.0
+    device = next(state.model.parameters()).device
+    reports = []
     for batch in micro_batches:
-        loss, report = loss_of(state.model, batch)
+        loss, report = loss_of(state.model, batch.to(device))
         # One denominator for all micro-batches: one with few trained tokens must not shout louder.
         (loss * (state.loss_scale / tokens)).backward()
         state.collect_gradients()
-        reported += report.item() / tokens
+        reports.append(report)
 
+    reported = torch.stack(reports).sum().item() / tokens
     grads = [master.grad for master in state.masters.values() if master.grad is not None]
     norms = torch._foreach_norm(grads)
     grad_norm = torch.stack(norms).norm().item()

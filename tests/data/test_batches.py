@@ -77,9 +77,12 @@ def test_validation_predicts_each_token_but_the_first_once_in_order(shards, batc
     assert sum(batch.count for batch in batches) == shards.tokens_total - 1
 
 
-def test_validation_stops_at_the_limit(shards):
+def test_a_limit_takes_that_many_windows_spread_over_the_split(shards):
+    everything = torch.cat([batch.tokens for batch in sequential_batches(shards, T, batch_size=4)])
     batches = list(sequential_batches(shards, T, batch_size=4, limit=10))
     assert [len(batch.tokens) for batch in batches] == [4, 4, 2]
+    expected = [number * len(everything) // 10 for number in range(10)]
+    assert torch.equal(torch.cat([batch.tokens for batch in batches]), everything[expected])
 
 
 def test_a_corpus_smaller_than_one_window_is_refused(shards):

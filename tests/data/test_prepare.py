@@ -95,8 +95,8 @@ def test_parts_may_have_a_split_of_their_own(tmp_path, documents, tokenizer):
 
 def test_two_processes_write_what_one_writes(tmp_path, documents, conversations, prepared):
     for name, items in (("text", documents), ("chat", conversations)):
-        prepared(tmp_path / f"{name} 1", items * 5)
-        prepared(tmp_path / f"{name} 2", items * 5, num_workers=2, flush_every=900)
+        prepared(tmp_path / f"{name} 1", items * 5, flush_every=1500)
+        prepared(tmp_path / f"{name} 2", items * 5, flush_every=900, num_workers=2)
         assert content(tmp_path / f"{name} 1") == content(tmp_path / f"{name} 2")
 
 
@@ -213,9 +213,9 @@ def test_a_worker_that_dies_ends_the_job_with_a_clear_message(tmp_path, document
     source = {"dataset": "test"}
     rules = Rules(kind="text", val_fraction=0.2, shard_tokens=300)
     with pytest.raises(ChildProcessError, match=r"a worker process died, .* run the same command again"):
-        prepare([Part(read)], tokenizer, tmp_path / "a", rules, source=source, num_workers=2, flush_every=200)
-    prepared(tmp_path / "a", documents * 20)
-    prepared(tmp_path / "b", documents * 20)
+        prepare([Part(read)], tokenizer, tmp_path / "a", rules, source=source, num_workers=2, flush_every=3000)
+    prepared(tmp_path / "a", documents * 20, flush_every=3000)
+    prepared(tmp_path / "b", documents * 20, flush_every=3000)
     assert content(tmp_path / "a") == content(tmp_path / "b")
 
 

@@ -163,7 +163,7 @@ def test_rates_and_intervals_may_change_on_the_way_and_are_said(run_config, caps
 
 def test_a_tokenizer_too_large_for_the_model_is_refused(run_config):
     c = run_config()
-    with pytest.raises(ValueError, match="the tokenizer has 600 pieces, model.vocab_size is 500"):
+    with pytest.raises(ValueError, match=r"the tokenizer has 600 pieces, model\.vocab_size is 500"):
         pretrain.run(dataclasses.replace(c, model=dataclasses.replace(c.model, vocab_size=500)))
     assert not c.out.exists()
 
@@ -193,5 +193,5 @@ def test_a_plan_says_what_would_happen_and_does_nothing(run_config):
 
 def test_a_run_that_explodes_stops_and_keeps_a_sound_checkpoint(run_config):
     c = run_config(steps=60, optim=OptimConfig(name="adamw", lr=1e30, warmup_steps=0, weight_decay=0))
-    with pytest.raises(ArithmeticError, match="were not finite and the run stopped"):
+    with pytest.raises(ValueError, match="were not finite and the run stopped"):
         pretrain.run(c)

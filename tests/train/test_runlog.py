@@ -31,6 +31,12 @@ def test_resuming_cuts_away_what_will_be_told_again(tmp_path):
     ]
 
 
+def test_a_run_killed_before_its_first_checkpoint_tells_its_start_once(tmp_path):
+    RunLog(tmp_path).write(0, loss=1.0)
+    RunLog(tmp_path, resume_from=0).write(0, loss=1.0)
+    assert len(read_metrics(tmp_path)) == 1
+
+
 def test_trackers_receive_the_numbers(tmp_path):
     seen = []
     RunLog(tmp_path, [lambda step, values: seen.append((step, values))]).write(1, loss=2.0, samples=["text"])

@@ -1,0 +1,49 @@
+"""The demo runs, from nothing to a model that is better than before, and goes on where it stopped."""
+
+import itertools
+import json
+
+import pytest
+
+from nanollm.settings import load_preset
+from nanollm.sources import builtin
+from nanollm.stages import demo, preprocess
+
+
+@pytest.fixture
+def short_corpus(monkeypatch):
+    """The first documents of the real built-in corpus."""
+    documents = list(itertools.islice(builtin.documents(), 300))
+    monkeypatch.setattr(builtin, "documents", lambda: iter(documents))
+
+
+def test_the_demo_runs_offline_and_the_model_learns(short_corpus, tmp_path, capsys):
+    path = demo.run(demo.Config(out=tmp_path / "demo", steps=6))
+    summary = json.loads(path.read_text())
+    assert path == tmp_path / "demo" / "summary.json"
+    assert set(summary["seconds"]) == {"tokenizer", "preprocess", "pretrain"}
+    assert 0 < summary["pretrain"]["val_bpb_after"] < summary["pretrain"]["val_bpb_before"]
+    assert len(summary["pretrain"]["samples_after"]) == len(demo.PROMPTS)
+    said = capsys.readouterr().err
+    assert "Next:  nanollm generate" in said
+    assert "[3/3] nano-1m: 1,206,016 parameters learn to write" in said
+
+
+def test_an_interrupted_demo_goes_on_where_it_stopped(short_corpus, tmp_path, capsys, monkeypatch):
+    c = demo.Config(out=tmp_path / "demo", steps=2)
+    with monkeypatch.context() as broken:
+        broken.setattr(preprocess, "run", lambda _: (_ for _ in ()).throw(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            demo.run(c)
+    demo.run(c)
+    assert "done before" in capsys.readouterr().err
+    assert set(json.loads((c.out / "summary.json").read_text())["seconds"]) == {"tokenizer", "preprocess", "pretrain"}
+
+
+def test_a_demo_of_no_steps_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
+        demo.Config(out=tmp_path, steps=0)
+
+
+def test_the_demos_model_is_a_shipped_preset():
+    assert load_preset("model", demo.Config().model)
