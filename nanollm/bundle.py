@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nanollm.durable import new_folder, sha256_of, write_file, write_json
+from nanollm.durable import new_folder, settle, sha256_of, write_file, write_json
 from nanollm.model.config import ModelConfig
 from nanollm.model.transformer import Transformer
 from nanollm.text.tokenizer import Tokenizer
@@ -44,18 +44,31 @@ def save_bundle(
     """Write a bundle in one moment; `weights` by the names of Transformer's state_dict, any float type."""
     with new_folder(folder) as draft:
         write_json(draft / CONFIG, {"format": FORMAT, "model": dataclasses.asdict(config)})
-        save_file({n: t.detach().cpu().contiguous() for n, t in weights.items()}, draft / WEIGHTS, {"format": "pt"})
+        write_tensors(draft / WEIGHTS, weights)
         write_file(draft / TOKENIZER, tokenizer.serialized)
         files = {name: sha256_of(draft / name) for name in (CONFIG, WEIGHTS, TOKENIZER)}
         write_json(draft / PROVENANCE, {**provenance, "files": files})
     return folder
 
 
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """A safetensors file; raises OSError when the disk is full, as any other write."""
+    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(on_cpu, path, {"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{path} could not be written: {error}") from error
+
+
 def load_bundle(folder: Path | str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Bundle:
     """Read a bundle, check every file against its sha256, and let the model compute in `dtype` on `device`."""
     folder = Path(folder)
+    settle(folder)
     provenance = _read_json(folder, PROVENANCE)
-    for name, digest in provenance.get("files", {}).items():
+    digests = provenance.get("files")
+    if not isinstance(digests, dict) or digests.keys() != {CONFIG, WEIGHTS, TOKENIZER}:
+        raise ValueError(f"{folder / PROVENANCE} does not list the files of a bundle; copy the bundle again")
+    for name, digest in digests.items():
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder / name} is missing, {PROVENANCE} names it; copy the bundle again")
         if sha256_of(folder / name) != digest:

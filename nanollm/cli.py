@@ -78,7 +78,9 @@ def run_stage(verb: str, stage: ModuleType, arguments: list[str]) -> object:
 
     try:
         config, is_dry_run = options.read(verb, stage, arguments)
-    except SystemExit:
+    except SystemExit as stop:
+        if stop.code:
+            raise
         return None  # --help and --print_config have printed
     return stage.plan(config) if is_dry_run else stage.run(config)
 

@@ -7,9 +7,11 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 
 def sha256_of(path: Path) -> str:
@@ -47,13 +49,14 @@ def write_json(path: Path, value: object) -> None:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Yield a folder to fill; when the block ends well it takes the place of `path` in one moment.
+    """Yield a folder to fill; when the block ends well it takes the place of `path`, and not before.
 
-    A folder already at `path` is moved aside just before and deleted just after.
+    A folder already at `path` is moved aside just before and deleted just after; killed in between, `settle` brings it
+    back.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    settle(path)
     beside, old = path.with_name(path.name + ".tmp"), path.with_name(path.name + ".old")
-    shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir()
     try:
         yield beside
@@ -63,9 +66,43 @@ def new_folder(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise
-    shutil.rmtree(old, ignore_errors=True)
     if path.exists():
         path.rename(old)
     beside.rename(path)
     sync(path.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    settle(path)
+
+
+def settle(path: Path) -> None:
+    """Undo or finish what a killed `new_folder(path)` left: the folder is then the old one or the new one, alone."""
+    beside, old = path.with_name(path.name + ".tmp"), path.with_name(path.name + ".old")
+    if old.exists() and not path.exists():
+        old.rename(path)
+    for leftover in (beside, old):
+        if leftover.exists():
+            shutil.rmtree(leftover)
+
+
+@contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a folder while the block runs; the lock dies with this process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("ab") as file:
+        if not _try_to_lock(file):
+            raise ValueError(f"{folder} is in use by another process; wait for its end or choose another folder")
+        yield
+
+
+def _try_to_lock(file: BinaryIO) -> bool:
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True

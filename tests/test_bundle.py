@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from nanollm.bundle import load_bundle, save_bundle
+from nanollm.durable import sha256_of
 from nanollm.model.transformer import Transformer
 from tests.model.conftest import TINY, randomised
 
@@ -59,9 +60,22 @@ def test_weights_that_do_not_fit_the_shape_are_refused(bundle):
     config = json.loads((bundle / "config.json").read_text())
     config["model"]["d_ff"] += 1
     (bundle / "config.json").write_text(json.dumps(config))
-    (bundle / "provenance.json").write_text("{}")
+    provenance = json.loads((bundle / "provenance.json").read_text())
+    provenance["files"]["config.json"] = sha256_of(bundle / "config.json")
+    (bundle / "provenance.json").write_text(json.dumps(provenance))
     with pytest.raises(ValueError, match="does not fit"):
         load_bundle(bundle)
+
+
+def test_a_provenance_without_checksums_is_refused(bundle):
+    (bundle / "provenance.json").write_text("{}")
+    with pytest.raises(ValueError, match="does not list the files of a bundle"):
+        load_bundle(bundle)
+
+
+def test_a_bundle_that_a_save_was_replacing_is_found(bundle):
+    bundle.rename(bundle.with_name("bundle.old"))  # killed between the two renames
+    assert load_bundle(bundle).provenance["made_by"] == "a test"
 
 
 def test_saving_again_replaces_the_bundle(bundle, model, tokenizer):

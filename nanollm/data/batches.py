@@ -20,16 +20,14 @@ IGNORE = -100  # a target that is not trained
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows to read and what to predict at each place; `positions` only where a row packs several conversations."""
+    """Rows to read and what to predict at each place."""
 
     tokens: Tensor  # (B, T) int64
     targets: Tensor  # (B, T) int64, IGNORE = not trained
-    positions: Tensor | None = None  # (B, T) int64
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device."""
-        positions = None if self.positions is None else self.positions.to(device)
-        return Batch(self.tokens.to(device), self.targets.to(device), positions)
+        return Batch(self.tokens.to(device), self.targets.to(device))
 
     @property
     def count(self) -> int:
@@ -49,31 +47,22 @@ class Windows:
         self.shards, self.context_length, self.seed = shards, context_length, seed
         self.windows = (shards.tokens_total - 1) // context_length
 
-    def batch(
-        self, step: int, batch_size: int, *, micro: int = 0, micros: int = 1, rank: int = 0, world: int = 1
-    ) -> Batch:
-        """The rows of one micro-batch of one rank; `batch_size` counts the windows of the step over all of them.
+    def micro_batches(
+        self, step: int, batch_size: int, micro_batch_size: int, *, rank: int = 0, world: int = 1
+    ) -> list[Batch]:
+        """What one rank reads at a step, in portions; `batch_size` counts the windows of the step over all ranks.
 
         Micro-batch m of rank r is slice m * world + r of the step's windows, so that all slices in that order are the
         batch that one rank would read at once.
         """
-        slices = micros * world
-        if batch_size < 1 or batch_size % slices:
+        if micro_batch_size < 1 or batch_size < 1 or batch_size % (micro_batch_size * world):
             raise ValueError(
-                f"the batch of {batch_size} windows must divide evenly among {micros} micro-batches x {world} ranks; "
-                f"take a multiple of {slices}"
+                f"the batch of {batch_size} windows must divide evenly into micro-batches of {micro_batch_size} on "
+                f"{world} ranks; take a multiple of {micro_batch_size * world}"
             )
-        if not (0 <= micro < micros and 0 <= rank < world):
-            raise ValueError(f"micro-batch {micro} of {micros}, rank {rank} of {world}: counting starts at 0")
-        windows = sample_indices(step, batch_size, self.windows, self.seed)
-        rows = batch_size // slices
-        first = (micro * world + rank) * rows
-        return _gather(self.shards, windows[first : first + rows].tolist(), self.context_length)
-
-    def micro_batches(self, step: int, batch_size: int, micro_batch_size: int) -> list[Batch]:
-        """All micro-batches of a step of one rank, in order."""
-        micros = batch_size // micro_batch_size
-        return [self.batch(step, batch_size, micro=micro, micros=micros) for micro in range(micros)]
+        assert 0 <= rank < world
+        windows = sample_indices(step, batch_size, self.windows, self.seed).reshape(-1, world, micro_batch_size)
+        return [_gather(self.shards, portion.tolist(), self.context_length) for portion in windows[:, rank]]
 
 
 def sequential_batches(

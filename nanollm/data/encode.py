@@ -13,7 +13,6 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from hashlib import blake2b
 from multiprocessing import get_context, parent_process
 
 import numpy as np
@@ -21,6 +20,7 @@ import numpy as np
 from nanollm.data.shards import Flags, Ids
 from nanollm.sources.files import BadRecord
 from nanollm.text.chat import Conversation, encode_conversation
+from nanollm.text.draw import draw
 from nanollm.text.tokenizer import Tokenizer
 
 PARCELS_PER_WORKER = 3  # one at work, and two waiting while this process is busy
@@ -98,8 +98,7 @@ def falls_into_val(document: Document, seed: int, val_fraction: float) -> bool:
         asked = document
     else:
         asked = "\0".join(message.content for message in document.messages if message.role != "assistant")
-    number = int.from_bytes(blake2b(asked.encode(), digest_size=8, key=f"split {seed}".encode()[:64]).digest(), "big")
-    return number < val_fraction * 2**64
+    return draw(asked, f"split {seed}") < val_fraction
 
 
 def all_text(document: Document) -> bytes:

@@ -20,17 +20,15 @@ from nanollm.data.shards import (
     FORMAT,
     MANIFEST,
     PROGRESS,
-    TOKEN_LIMIT,
     Flags,
     Ids,
     ShardWriter,
     open_at,
     read_manifest,
-    sync_file,
 )
 from nanollm.progress import Progress, say
 from nanollm.sources.files import BadRecord, OnBad
-from nanollm.text.tokenizer import Tokenizer
+from nanollm.text.tokenizer import MAX_VOCAB_SIZE, Tokenizer
 
 BAD_RECORDS = "bad_records.jsonl"
 PARCEL_BYTES = 250_000  # of text
@@ -88,9 +86,9 @@ def prepare(
     for name, value in (("num_workers", num_workers), ("flush_every", flush_every)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    if tokenizer.vocab_size > TOKEN_LIMIT:
+    if tokenizer.vocab_size > MAX_VOCAB_SIZE:
         raise ValueError(
-            f"token files hold uint16: at most {TOKEN_LIMIT:,} pieces, this tokenizer has {tokenizer.vocab_size:,}"
+            f"token files hold uint16: at most {MAX_VOCAB_SIZE:,} pieces, this tokenizer has {tokenizer.vocab_size:,}"
         )
     header = {
         "format": FORMAT,

@@ -12,7 +12,6 @@ A document is never cut across two files. A folder that also holds `progress.jso
 
 import io
 import json
-import os
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from hashlib import sha256
@@ -22,12 +21,12 @@ from typing import Any, BinaryIO, Literal, TypedDict
 import numpy as np
 import numpy.typing as npt
 
+from nanollm import durable
 from nanollm.durable import sha256_of
 
 FORMAT = "nanollm-shards-1"
 MANIFEST = "manifest.json"
 PROGRESS = "progress.json"
-TOKEN_LIMIT = 65_536  # ids are kept as uint16
 
 Ids = npt.NDArray[np.uint16]
 Flags = npt.NDArray[np.uint8]
@@ -74,7 +73,8 @@ class Column:
         self.count += count
 
     def sync(self) -> None:
-        sync_file(self._file)
+        self._file.flush()
+        durable.sync(self.path)
 
     def close(self) -> None:
         self._file.close()
@@ -167,12 +167,6 @@ def open_at(path: Path, size: int) -> BinaryIO:
     file.truncate(size)
     file.seek(size)
     return file
-
-
-def sync_file(file: BinaryIO) -> None:
-    """Wait until everything written to an open file is on the disk."""
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def _header(dtype: np.dtype[Any], count: int) -> bytes:

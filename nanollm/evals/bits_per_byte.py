@@ -33,19 +33,17 @@ class BitsPerByte:
 @torch.inference_mode()
 def bits_per_byte(model: Transformer, batches: Iterable[Batch], token_bytes: npt.NDArray[np.int32]) -> BitsPerByte:
     """Read the batches' targets with the model; token_bytes (V,) says how many bytes each id stands for."""
-    was_training = model.training
-    model.eval()
     device = model.head.weight.device
     sizes = torch.from_numpy(token_bytes).long()
     nats, n_bytes, tokens = 0.0, 0, 0
-    for batch in batches:
-        target_bytes = torch.where(batch.targets == IGNORE, 0, sizes[batch.targets.clamp(min=0)])
-        targets = batch.targets.where(target_bytes > 0, IGNORE)
-        hidden = model.trunk(batch.to(device).tokens)
-        nats += cross_entropy_sum(model.head, hidden, targets.to(device)).item()
-        n_bytes += int(target_bytes.sum())
-        tokens += int((targets != IGNORE).sum())
-    model.train(was_training)
+    with model.evaluating():
+        for batch in batches:
+            target_bytes = torch.where(batch.targets == IGNORE, 0, sizes[batch.targets.clamp(min=0)])
+            targets = batch.targets.where(target_bytes > 0, IGNORE)
+            hidden = model.trunk(batch.tokens.to(device))
+            nats += cross_entropy_sum(model.head, hidden, targets.to(device)).item()
+            n_bytes += int(target_bytes.sum())
+            tokens += int((targets != IGNORE).sum())
     if n_bytes == 0:
         raise ValueError("there is no text to measure: every target is a mark without bytes")
     return BitsPerByte(nats, n_bytes, tokens)

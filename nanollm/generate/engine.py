@@ -44,27 +44,26 @@ def generate(
     check_prompts(model, prompts)
     if max_tokens < 1:
         raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
-    was_training = model.training
-    model.eval()
     completions = [Completion() for _ in prompts]
     generators = [torch.Generator().manual_seed(seed + row) for row in range(len(prompts))]
     live = list(range(len(prompts)))
-    cache, logits = prefill(model, prompts, max_tokens)
-    while True:
-        ids = sample(logits, sampling, [generators[row] for row in live])
-        still = [_take(completions[row], token, end_ids, stop) for row, token in zip(live, ids.tolist(), strict=True)]
-        for index, row in enumerate(live):
-            used = int(cache.lengths[index])  # tokens in the cache; the newest is not among them yet
-            if len(completions[row].ids) == max_tokens or used == cache.slots.shape[2]:
-                still[index] = False
-        if not any(still):
-            break
-        if not all(still):
-            keep = torch.tensor(still)
-            cache, ids = cache.select(keep), ids[keep.to(ids.device)]
-            live = [row for row, stays in zip(live, still, strict=True) if stays]
-        logits = model(ids[:, None], cache=cache)[:, -1]
-    model.train(was_training)
+    with model.evaluating():
+        cache, logits = prefill(model, prompts, max_tokens)
+        while True:
+            ids = sample(logits, sampling, [generators[row] for row in live])
+            drawn = zip(live, ids.tolist(), strict=True)
+            still = [_take(completions[row], token, end_ids, stop) for row, token in drawn]
+            for index, row in enumerate(live):
+                used = int(cache.lengths[index])  # tokens in the cache; the newest is not among them yet
+                if len(completions[row].ids) == max_tokens or used == cache.slots.shape[2]:
+                    still[index] = False
+            if not any(still):
+                break
+            if not all(still):
+                keep = torch.tensor(still)
+                cache, ids = cache.select(keep), ids[keep.to(ids.device)]
+                live = [row for row, stays in zip(live, still, strict=True) if stays]
+            logits = model(ids[:, None], cache=cache)[:, -1]
     return completions
 
 

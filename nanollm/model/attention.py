@@ -34,7 +34,7 @@ class LatentAttention(nn.Module):
     def forward(
         self, x: Tensor, table: tuple[Tensor, Tensor], positions: Tensor, cache: LatentCache | None, block: int
     ) -> Tensor:
-        """x (B, T, D) at `positions` (B, T) or (T,), with their rotary table; returns (B, T, D).
+        """x (B, T, D) with the rotary table of its positions, (T,) or with a cache (B, T); returns (B, T, D).
 
         Without a cache the T tokens see each other causally; with one, also all that the cache holds of their row.
         """

@@ -74,7 +74,8 @@ class MoE(nn.Module):
         self.register_buffer("balance_bias", torch.zeros(c.n_routed_experts))
         # Tokens per expert since the last call of `balance`; training passes only.
         self.register_buffer("load", torch.zeros(c.n_routed_experts, dtype=torch.int64), persistent=False)
-        self.balance_losses: Tensor | None = None  # (B,) of the last training pass
+        self.wants_balance_losses = False
+        self.balance_losses: Tensor | None = None  # (B,) of the last training pass, if wanted
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, T, D) to (B, T, D)."""
@@ -84,6 +85,7 @@ class MoE(nn.Module):
         routed, counts = self.experts(flat, experts, weights * c.routed_scaling_factor)
         if self.training and torch.is_grad_enabled():
             self.load += counts
+        if self.wants_balance_losses:
             self.balance_losses = balance_loss(scores.view(*x.shape[:2], -1), experts.view(*x.shape[:2], -1))
         return self.shared(x) + routed.view_as(x)
 

@@ -5,6 +5,7 @@ Letters: B rows, T tokens, D model width, V vocabulary.
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -42,14 +43,13 @@ class Trunk(nn.Module):
         self.blocks = nn.ModuleList(Block(config, index) for index in range(config.n_blocks))
         self.norm = RMSNorm(config.d_model, config.rms_norm_eps)
 
-    def forward(self, tokens: Tensor, positions: Tensor | None = None, cache: LatentCache | None = None) -> Tensor:
-        """tokens (B, T) int64; positions (B, T) if they do not simply count on. Returns hidden (B, T, D).
+    def forward(self, tokens: Tensor, cache: LatentCache | None = None) -> Tensor:
+        """tokens (B, T) int64 to hidden (B, T, D).
 
         With a cache the tokens continue its rows, and its lengths grow by T.
         """
         count = tokens.shape[1]
-        if positions is None:
-            positions = torch.arange(count, device=tokens.device) if cache is None else cache.next_positions(count)
+        positions = torch.arange(count, device=tokens.device) if cache is None else cache.next_positions(count)
         table = rotary_table(positions, self.config.qk_rope_head_dim, self.config.rope_theta)
         x = self.embed(tokens)
         for block in self.blocks:
@@ -68,13 +68,23 @@ class Transformer(nn.Module):
         self.trunk = Trunk(config)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
 
-    def forward(self, tokens: Tensor, positions: Tensor | None = None, cache: LatentCache | None = None) -> Tensor:
-        """tokens (B, T) int64 to logits (B, T, V); positions and cache as in Trunk."""
-        return self.head(self.trunk(tokens, positions, cache))
+    def forward(self, tokens: Tensor, cache: LatentCache | None = None) -> Tensor:
+        """tokens (B, T) int64 to logits (B, T, V); cache as in Trunk."""
+        return self.head(self.trunk(tokens, cache))
 
     def moe_layers(self) -> Iterator[MoE]:
         """The Mixture-of-Experts layers, first block first."""
         return (module for module in self.modules() if isinstance(module, MoE))
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Evaluation mode while the block runs, then the mode from before."""
+        was_training = self.training
+        self.eval()
+        try:
+            yield
+        finally:
+            self.train(was_training)
 
     @torch.no_grad()
     def init(self, seed: int) -> "Transformer":

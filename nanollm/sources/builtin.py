@@ -15,6 +15,7 @@ from pathlib import Path
 
 from nanollm.sources.files import problem
 
+BUILTIN = "builtin"  # what stands for it where files are asked for
 PACKAGES = ("torch", "numpy", "sympy", "networkx", "jsonargparse", "rich", "jinja2", "fsspec")
 SKIPPED_FOLDERS = frozenset(
     {"test", "tests", "testing", "site-packages", "dist-packages", "_vendor", "vendor", "idlelib", "lib2to3"}

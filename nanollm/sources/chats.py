@@ -4,23 +4,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from nanollm.sources.files import BadRecord, OnBad, _read_file, find_files, problem
+from nanollm.sources.files import OnBad, find_files, problem, read_records
 from nanollm.text.chat import Conversation, Message
 
 
 def conversations(inputs: Sequence[Path], on_bad: OnBad) -> Iterator[Conversation]:
     """Each line that is a conversation in which the assistant speaks; any other goes to `on_bad`."""
-    for path in find_files(inputs):
-        for line, values in _read_file(path, ["messages"]):
-            found = values if isinstance(values, str) else _parse(values[0])
-            if isinstance(found, str):
-                on_bad(BadRecord(str(path), line, found))
-            else:
-                yield found
+    return read_records(find_files(inputs), ["messages"], _parse, on_bad)
 
 
-def _parse(messages: Any) -> Conversation | str:
+def _parse(values: list[Any]) -> Conversation | str:
     """A conversation, or why it is none."""
+    (messages,) = values
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         return "messages must be a list of objects with role and content"
     for number, message in enumerate(messages, start=1):

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, TypeVar, cast
 
 FORMATS = (".txt", ".jsonl", ".csv", ".parquet")
 PACKINGS = ("", ".gz", ".zst")
@@ -41,6 +41,7 @@ class BadRecord:
 
 OnBad = Callable[[BadRecord], None]
 Row = tuple[str, ...]
+Parsed = TypeVar("Parsed")
 Numbered = Iterator[tuple[int, Any]]  # (line, the record's values by column, or a str: why it is bad)
 
 
@@ -57,7 +58,7 @@ def find_files(inputs: Sequence[Path], split: str | None = None) -> list[Path]:
     for given in map(Path, inputs):
         if given.is_dir():
             inside = sorted(path for path in given.rglob("*") if _format_of(path) and path.is_file())
-            chosen = [path for path in inside if split is None or split in re.split(r"[^a-z]+", path.name.lower())]
+            chosen = [path for path in inside if split is None or is_named(path, split)]
             if not chosen:
                 wanted = "|".join(FORMATS) + ", also .gz or .zst" + (f", with {split!r} in its name" if split else "")
                 raise FileNotFoundError(f"{given} holds no file to read (expected {wanted})")
@@ -73,6 +74,11 @@ def find_files(inputs: Sequence[Path], split: str | None = None) -> list[Path]:
     return list(found)
 
 
+def is_named(path: Path, split: str) -> bool:
+    """Whether the word stands in a file's name: test in test-00000.parquet, but not in latest.txt."""
+    return split in re.split(r"[^a-z]+", path.name.lower())
+
+
 def read_texts(paths: Iterable[Path], text_column: str, on_bad: OnBad) -> Iterator[str]:
     """The text of each record. A .txt file has no columns: it is one text, whatever the column's name."""
     for (text,) in read_rows(paths, [text_column], on_bad):
@@ -81,15 +87,22 @@ def read_texts(paths: Iterable[Path], text_column: str, on_bad: OnBad) -> Iterat
 
 def read_rows(paths: Iterable[Path], columns: Sequence[str], on_bad: OnBad) -> Iterator[Row]:
     """The values of the columns, for each record where all of them are text that is not empty."""
+    return read_records(paths, columns, lambda values: problem(values, columns) or tuple(values), on_bad)
+
+
+def read_records(
+    paths: Iterable[Path], columns: Sequence[str], parse: Callable[[list[Any]], Parsed | str], on_bad: OnBad
+) -> Iterator[Parsed]:
+    """What `parse` makes of the columns of each record; where that is a str, it is the reason why the record is bad."""
     for path in map(Path, paths):
         records = 0
         for line, values in _read_file(path, columns):
             records += 1
-            reason = values if isinstance(values, str) else problem(values, columns)
-            if reason:
-                on_bad(BadRecord(str(path), line, reason))
+            parsed = values if isinstance(values, str) else parse(values)
+            if isinstance(parsed, str):
+                on_bad(BadRecord(str(path), line, parsed))
             else:
-                yield tuple(values)
+                yield parsed
         if not records:
             on_bad(BadRecord(str(path), 0, "holds no records"))
 
@@ -185,7 +198,10 @@ class _Zstd(io.RawIOBase):
 
 
 def _read_txt(file: BinaryIO, columns: Sequence[str]) -> Numbered:
-    """The whole file; above DOCUMENT_BYTES in parts, cut at blank lines where there are any. No character is lost."""
+    """The whole file; above DOCUMENT_BYTES in parts, cut at blank lines where there are any.
+
+    The parts joined are the text, but for a byte order mark, which is left out, and CR LF, which becomes LF.
+    """
     if len(columns) != 1:
         raise ValueError(
             f"a .txt file has one text, not the columns {', '.join(columns)}; give .jsonl, .csv or .parquet"

@@ -42,7 +42,7 @@ def conversations(inputs: Sequence[Path] | None, split: str, on_bad: OnBad) -> I
         yield each.conversation
 
 
-def final_answer(answer: str) -> str:
+def extract_answer(answer: str) -> str:
     """The text after the last "####", without the spaces around it: "1,080" of "... #### 1,080"."""
     _, mark, final = answer.rpartition(ANSWER_MARK)
     if not mark or not final.strip():

@@ -17,10 +17,9 @@ def stream_rows(
     columns: Sequence[str],
     on_bad: OnBad,
     config_name: str | None = None,
-    data_files: str | Sequence[str] | None = None,
 ) -> Iterator[Row]:
     """The values of the columns for each row where all of them are text; the other rows go to `on_bad`, by number."""
-    rows = iter(_open(name, split, config_name, data_files))
+    rows = iter(_open(name, split, config_name))
     for number in count(1):
         try:
             row = next(rows)
@@ -38,10 +37,10 @@ def stream_rows(
             yield values
 
 
-def _open(name: str, split: str, config_name: str | None, data_files: str | Sequence[str] | None) -> Any:
+def _open(name: str, split: str, config_name: str | None) -> Any:
     datasets = need("datasets", f"to read {name} from the hub")
     try:
-        return datasets.load_dataset(name, config_name, data_files=data_files, split=split, streaming=True)
+        return datasets.load_dataset(name, config_name, split=split, streaming=True)
     except Exception as error:  # no such name, no network, no access, an old script, ...
         raise ValueError(
             f"cannot open the dataset {name} ({split}): {_line(error)}; check the name, the split and the network, "

@@ -7,7 +7,6 @@ from nanollm.sources.files import OnBad, find_files, read_texts
 from nanollm.sources.hub import stream_rows
 
 NAME = "Skylion007/openwebtext"
-SMALL = "Elriggs/openwebtext-100k"  # the same kind of text, 100,000 documents
 
 
 def documents(inputs: Sequence[Path] | None, on_bad: OnBad, name: str = NAME) -> Iterator[str]:

@@ -44,29 +44,45 @@ class Step:
 
     name: str
     title: str
-    work: Callable[[], object]
+    work: Callable[[], Path]
 
 
 def run(c: Config) -> Path:
     """Do what is not done yet; returns summary.json."""
     model = ModelConfig(**settings.load_preset("model", c.model))
-    steps = journey(c, model)
     path = c.out / "summary.json"
-    summary: dict[str, Any] = json.loads(path.read_bytes()) if path.exists() else {"seconds": {}}
+    summary = begin(c, path)
+    steps = journey(c, model)
     for number, step in enumerate(steps, start=1):
         say(f"\n[{number}/{len(steps)}] {step.title}")
-        if step.name in summary["seconds"]:
+        if Path(summary["made"].get(step.name, "")).exists() and step.name in summary["made"]:
             say(f"done before, in {duration(summary['seconds'][step.name])}")
             continue
         started = time.monotonic()
-        step.work()
-        summary["seconds"][step.name] = round(time.monotonic() - started, 1)
-        c.out.mkdir(parents=True, exist_ok=True)
-        write_json(path, summary)
+        try:
+            summary["made"][step.name] = step.work().as_posix()
+        finally:  # the seconds of a stopped step count too
+            spent = summary["seconds"].get(step.name, 0) + time.monotonic() - started
+            summary["seconds"][step.name] = round(spent, 1)
+            write_json(path, summary)
     summary["pretrain"] = outcome(c.out / "pretrain")
     write_json(path, summary)
     say(farewell(c, summary))
     return path
+
+
+def begin(c: Config, path: Path) -> dict[str, Any]:
+    """The summary of an earlier demo in the same folder with the same settings, or an empty one."""
+    chosen = {"model": c.model, "steps": c.steps, "seed": c.seed}
+    if not path.exists():
+        c.out.mkdir(parents=True, exist_ok=True)
+        return {"settings": chosen, "seconds": {}, "made": {}}
+    summary: dict[str, Any] = json.loads(path.read_bytes())
+    if summary["settings"] != chosen:
+        raise ValueError(
+            f"{c.out} holds a demo with {summary['settings']}, this one has {chosen}; choose another --out"
+        )
+    return summary
 
 
 def journey(c: Config, model: ModelConfig) -> list[Step]:

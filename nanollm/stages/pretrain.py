@@ -6,11 +6,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from nanollm import __version__
 from nanollm.bundle import save_bundle
 from nanollm.data.batches import Windows, sequential_batches
 from nanollm.data.shards import Shards
-from nanollm.durable import write_file, write_json
+from nanollm.durable import lock_folder, write_file, write_json
 from nanollm.evals.bits_per_byte import bits_per_byte
 from nanollm.generate.engine import generate
 from nanollm.generate.sampling import SamplingConfig
@@ -19,7 +21,7 @@ from nanollm.model.transformer import Transformer
 from nanollm.progress import say
 from nanollm.settings import read_mapping, to_yaml
 from nanollm.text.tokenizer import Tokenizer
-from nanollm.train.checkpoint import load_newest
+from nanollm.train.checkpoint import checkpoints, load_newest
 from nanollm.train.loop import TrainConfig, fit
 from nanollm.train.loss import next_token_loss
 from nanollm.train.optim import OptimConfig
@@ -75,38 +77,40 @@ def plan(c: Config) -> str:
 def run(c: Config) -> Path:
     """Train, and return the folder of the bundle."""
     world = World.start(c.device, c.dtype)
+    # From here on the settings say what is really used, and config.yaml with them.
+    c = dataclasses.replace(c, device=world.device.type, dtype=str(world.dtype).removeprefix("torch."))
     tokenizer, shards, validation = _open(c)
     windows = Windows(shards, c.model.context_length, c.seed)
-    _claim_folder(c, tokenizer, shards)
-
-    state = TrainState.start(Transformer(c.model).init(c.seed).to(world.device), c.optim, world.dtype)
-    if load_newest(c.out / "checkpoints", state):
-        say(f"going on from step {state.step:,} of {c.train.steps:,} in {c.out}")
-    trackers = [start_tracker(name, c.out, dataclasses.asdict(c)) for name in c.trackers]
-    log = RunLog(c.out, trackers, resume_from=state.step)
-
-    fit(
-        state,
-        lambda step: windows.micro_batches(step, c.train.batch_size, c.train.micro_batch_size),
-        partial(next_token_loss, balance_weight=c.optim.balance_weight),
-        c.train,
-        c.optim,
-        c.out,
-        log,
-        validate=lambda: validate(c, state, tokenizer, validation),
-        sample=lambda: sample(c, state, tokenizer),
-    )
-    provenance = {
-        "made_by": f"nanollm {__version__} pretrain",
-        "config": read_mapping(c.out / "config.yaml"),
-        "inputs": json.loads((c.out / "inputs.json").read_bytes()),
-        "tokens_seen": state.step * c.train.batch_size * c.model.context_length,
-    }
-    return save_bundle(c.out / "bundle", c.model, state.weights(), tokenizer, provenance)
+    with lock_folder(c.out):
+        inputs = {"data": shards.fingerprint, "tokenizer": tokenizer.fingerprint}
+        _claim_folder(c, inputs)
+        state = TrainState.start(Transformer(c.model).init(c.seed).to(world.device), c.optim, world.dtype)
+        if load_newest(c.out / "checkpoints", state):
+            say(f"going on from step {state.step:,} of {c.train.steps:,} in {c.out}")
+        settings = dataclasses.asdict(c)
+        trackers = [start_tracker(name, c.out, settings, resume_from=state.step) for name in c.trackers]
+        fit(
+            state,
+            lambda step: windows.micro_batches(step, c.train.batch_size, c.train.micro_batch_size),
+            partial(next_token_loss, balance_weight=c.optim.balance_weight),
+            c.train,
+            c.optim,
+            c.out,
+            RunLog(c.out, trackers, resume_from=state.step),
+            validate=lambda: validate(c, state, tokenizer, validation),
+            sample=lambda: sample(c, state, tokenizer),
+        )
+        provenance = {
+            "made_by": f"nanollm {__version__} pretrain, torch {torch.__version__}",
+            "config": read_mapping(c.out / "config.yaml"),
+            "inputs": inputs,
+            "tokens_seen": state.step * c.train.batch_size * c.model.context_length,
+        }
+        return save_bundle(c.out / "bundle", c.model, state.weights(), tokenizer, provenance)
 
 
 def validate(c: Config, state: TrainState, tokenizer: Tokenizer, shards: Shards) -> dict[str, object]:
-    """Bits per byte, and loss per token, of the first windows of a split."""
+    """Bits per byte, and loss per token, of some windows of a split."""
     windows = c.validation_windows or None
     batches = sequential_batches(shards, c.model.context_length, c.train.micro_batch_size, windows)
     score = bits_per_byte(state.model, batches, tokenizer.token_bytes)
@@ -144,36 +148,46 @@ def _open(c: Config) -> tuple[Tokenizer, Shards, Shards]:
             raise ValueError(
                 f"sample prompt {prompt[:40]!r} does not fit the context of {c.model.context_length} tokens"
             )
-    train = Shards.open(c.data, "train", tokenizer_fingerprint=tokenizer.fingerprint)
-    return tokenizer, train, Shards.open(c.data, "val", tokenizer_fingerprint=tokenizer.fingerprint)
+    train, val = (_open_split(c, tokenizer, split) for split in ("train", "val"))
+    return tokenizer, train, val
+
+
+def _open_split(c: Config, tokenizer: Tokenizer, split: str) -> Shards:
+    shards = Shards.open(c.data, split, tokenizer_fingerprint=tokenizer.fingerprint, verify="sha256")
+    if shards.kind != "text":
+        raise ValueError(
+            f"{c.data} holds conversations, of which only the replies are trained; pretraining reads documents "
+            f"(nanollm preprocess owt or text)"
+        )
+    return shards
 
 
 # What decides which numbers come out at which step; the rest (intervals, length, rates) may change on the way.
 FIXED = ("model", "seed", "train.batch_size", "optim.name", "inputs")
 
 
-def _claim_folder(c: Config, tokenizer: Tokenizer, shards: Shards) -> None:
+def _claim_folder(c: Config, inputs: dict[str, str]) -> None:
     """Write config.yaml and inputs.json, or hold this run to those that are there."""
-    c.out.mkdir(parents=True, exist_ok=True)
-    config, inputs = c.out / "config.yaml", c.out / "inputs.json"
-    now = {"data": shards.fingerprint, "tokenizer": tokenizer.fingerprint}
-    if config.exists() and inputs.exists():
-        before = read_mapping(config) | {"inputs": json.loads(inputs.read_bytes())}
-        _check_same_run(c.out, before, dataclasses.asdict(c) | {"inputs": now})
-    write_json(inputs, now)
-    write_file(config, to_yaml(c).encode())
+    config_file, inputs_file = c.out / "config.yaml", c.out / "inputs.json"
+    if checkpoints(c.out / "checkpoints") and not (config_file.exists() and inputs_file.exists()):
+        raise ValueError(f"{c.out} has checkpoints but not both config.yaml and inputs.json; choose another --out")
+    if config_file.exists() and inputs_file.exists():
+        before = read_mapping(config_file) | {"inputs": json.loads(inputs_file.read_bytes())}
+        _check_same_run(c.out, _flat(before), _flat(dataclasses.asdict(c) | {"inputs": inputs}))
+    write_json(inputs_file, inputs)
+    write_file(config_file, to_yaml(c).encode())
 
 
-def _check_same_run(folder: Path, before: dict[str, object], now: dict[str, object]) -> None:
-    old, new = _flat(before), _flat(now)
-    for key in sorted(old.keys() | new.keys()):
-        if old.get(key) == new.get(key):
-            continue
+def _check_same_run(folder: Path, old: dict[str, str], new: dict[str, str]) -> None:
+    changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    for key in changed:
         if any(f"{key}.".startswith(f"{fixed}.") for fixed in FIXED):
+            was, now = (str(values.get(key))[: 6 if key.startswith("inputs.") else None] for values in (old, new))
             raise ValueError(
-                f"{folder} was begun with {key} = {old.get(key)}, this run has {new.get(key)}; "
+                f"{folder} was begun with {key} = {was}, this run has {now}; "
                 f"go on with the old value or choose another --out"
             )
+    for key in changed:
         say(f"{folder} goes on with {key} = {new.get(key)} instead of {old.get(key)}")
 
 

@@ -46,8 +46,9 @@ class Tokenizer:
 
     def __init__(self, serialized: bytes, name: str = "the tokenizer"):
         self.serialized = serialized
+        self._sp = sentencepiece.SentencePieceProcessor()
         try:
-            self._sp = sentencepiece.SentencePieceProcessor(model_proto=serialized)
+            self._sp.load_from_serialized_proto(serialized)  # the constructor would let no bytes at all pass
         except RuntimeError as error:
             raise ValueError(f"{name} is not a SentencePiece model; make one with: nanollm tokenizer ...") from error
         self._bytes = [self._sp.piece_to_id(f"<0x{byte:02X}>") for byte in range(256)]
@@ -230,11 +231,13 @@ def train(
     """Learn the pieces of a tokenizer from (a uniform sample of) texts and write the model to `path`."""
     check_sizes(vocab_size, model_type)
     chosen = sample(texts, sample_bytes, seed)
-    return train_on(chosen, path, vocab_size=vocab_size, model_type=model_type, num_threads=num_threads)
+    tokenizer = train_on(chosen, vocab_size=vocab_size, model_type=model_type, num_threads=num_threads)
+    tokenizer.save(path)
+    return tokenizer
 
 
 def train_on(
-    chosen: Sample, path: Path, *, vocab_size: int, model_type: ModelType, num_threads: int = NUM_THREADS
+    chosen: Sample, *, vocab_size: int, model_type: ModelType, num_threads: int = NUM_THREADS
 ) -> Tokenizer:
     """Learn the pieces from a sample. The same sample and settings give the same bytes."""
     check_sizes(vocab_size, model_type)
@@ -265,9 +268,7 @@ def train_on(
         )
     except RuntimeError as error:
         raise ValueError(_advice(str(error), vocab_size)) from error
-    tokenizer = Tokenizer(model.getvalue())
-    tokenizer.save(path)
-    return tokenizer
+    return Tokenizer(model.getvalue())
 
 
 def check_sizes(vocab_size: int, model_type: str) -> None:

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.optim import Optimizer
 
-from nanollm.durable import new_folder, sha256_of, write_json
+from nanollm.bundle import write_tensors
+from nanollm.durable import new_folder, settle, sha256_of, write_json
 from nanollm.progress import say
 from nanollm.train.state import TrainState
 
@@ -24,37 +25,46 @@ WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "sta
 
 
 def save_checkpoint(folder: Path, state: TrainState, keep_last: int) -> Path:
-    """Write the state as `folder/step-N` and delete all but the newest `keep_last` checkpoints."""
+    """Write the state as `folder/step-N` and delete all earlier checkpoints but the newest `keep_last - 1`."""
     path = folder / f"step-{state.step:08d}"
     with new_folder(path) as draft:
-        save_file({name: tensor.detach().contiguous() for name, tensor in state.weights().items()}, draft / WEIGHTS)
-        save_file(_optimizer_tensors(state), draft / OPTIMIZER)
+        write_tensors(draft / WEIGHTS, state.weights())
+        write_tensors(draft / OPTIMIZER, _optimizer_tensors(state))
         counters = {"step": state.step, "loss_scale": state.loss_scale, "scale_age": state.scale_age}
         files = {name: sha256_of(draft / name) for name in (WEIGHTS, OPTIMIZER)}
         write_json(draft / STATE, {"counters": counters, "files": files, "sha256": _digest(counters, files)})
-    for old in checkpoints(folder)[keep_last:]:
+    earlier = [old for old in checkpoints(folder) if old.name < path.name]
+    for old in earlier[keep_last - 1 :]:
         shutil.rmtree(old)
     return path
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints, newest first."""
-    found = [p for p in folder.glob("step-*") if p.is_dir() and p.suffix == ""]
-    return sorted(found, reverse=True)
+    """Checkpoints, newest first, sound or not; those that were found damaged have another name."""
+    return sorted((path for path in folder.glob("step-*") if path.suffix == ""), reverse=True)
 
 
 def load_newest(folder: Path, state: TrainState) -> bool:
-    """Put the newest undamaged checkpoint into the state; false if there is none."""
+    """Put the newest sound checkpoint into the state; false if there never was one.
+
+    Newer ones that are damaged are said and renamed to step-N.damaged. ValueError if there are only damaged ones.
+    """
     for leftover in [*folder.glob("step-*.tmp"), *folder.glob("step-*.old")]:
-        shutil.rmtree(leftover)
+        settle(leftover.with_suffix(""))
+    damaged: list[Path] = []
     for path in checkpoints(folder):
         try:
             counters = verify(path)
-        except (ValueError, OSError) as error:
+        except (ValueError, FileNotFoundError) as error:
             say(f"passing over a damaged checkpoint: {error}")
+            damaged.append(path)
             continue
         _load(path, counters, state)
+        for bad in damaged:
+            bad.rename(bad.with_suffix(".damaged"))
         return True
+    if damaged:
+        raise ValueError(f"every checkpoint in {folder} is damaged; bring back a copy, or remove it to begin anew")
     return False
 
 
@@ -89,9 +99,10 @@ def _load(path: Path, counters: dict[str, Any], state: TrainState) -> None:
     remembered = load_file(path / OPTIMIZER)
     for optimizer, name, parameter in _named_slots(state):
         kinds = {key.rpartition(":")[2]: key for key in remembered if key.rpartition(":")[0] == name}
-        optimizer.state[parameter] = {kind: remembered[key].to(parameter.device) for kind, key in kinds.items()}
-    state.step, state.loss_scale = counters["step"], counters["loss_scale"]
-    state.scale_age = counters["scale_age"]
+        optimizer.state[parameter] = {kind: remembered[key].clone().to(parameter.device) for kind, key in kinds.items()}
+    state.step = counters["step"]
+    if state.scales_loss and counters["loss_scale"] > 1:  # not so if the run began in another type
+        state.loss_scale, state.scale_age = counters["loss_scale"], counters["scale_age"]
     state.publish()
 
 

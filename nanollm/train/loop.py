@@ -4,6 +4,7 @@ Straight down the page: a step, its numbers, now and then a look at validation t
 evaluations are handed in; this file knows neither text nor files of data.
 """
 
+import os
 import signal
 import threading
 import time
@@ -79,29 +80,26 @@ def fit(
 ) -> None:
     """Train from `state.step` to `c.steps`; `micro_batches(step)` is a pure function of the step.
 
-    SIGINT and SIGTERM save after the step at hand and leave with exit code 130 or 143.
+    SIGINT and SIGTERM save after the step at hand and leave with exit code 130 or 143; a second one leaves at once.
     """
     checkpoints = folder / "checkpoints"
-    clock, skipped_in_a_row = _Clock(), 0
+    clock, watch = _Clock(), _Watch()
     total = c.steps * c.batch_size
     with _signals() as received, Progress("train", total, "sequences", done=state.step * c.batch_size) as bar:
         if state.step == 0:
             log.write(0, **validate(), **sample())
         while state.step < c.steps:
+            if received:
+                save_checkpoint(checkpoints, state, c.keep_last)
+                say(f"saved step {state.step} after {received[0].name}; the same command goes on from here")
+                raise SystemExit(128 + received[0])
+
             stats = train_step(state, micro_batches(state.step), loss_of, lr_at(state.step, c.steps, optim), optim)
             state.step += 1
+            watch.see(state.step, stats)
             clock.count(stats.tokens)
             bar.advance(c.batch_size)
             bar.note(f"loss {stats.loss:.3f}")
-
-            skipped_in_a_row = skipped_in_a_row + 1 if stats.skipped else 0
-            if stats.skipped:
-                say(f"step {state.step}: loss {stats.loss}, gradient norm {stats.grad_norm}: the update was skipped")
-            if skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
-                raise ValueError(
-                    f"steps {state.step - skipped_in_a_row + 1} to {state.step} were not finite and the run stopped; "
-                    f"the newest checkpoint in {checkpoints} is sound; try a lower optim.lr or dtype float32"
-                )
 
             at_end = state.step == c.steps
             values: dict[str, object] = {}
@@ -113,11 +111,8 @@ def fit(
                 values |= clock.paused(sample)
             if values:
                 log.write(state.step, **values)
-            if _due(state.step, c.save_every) or at_end or received:
+            if _due(state.step, c.save_every) or at_end:
                 clock.paused(lambda: save_checkpoint(checkpoints, state, c.keep_last))
-            if received:
-                say(f"saved step {state.step} after {received[0].name}; the same command goes on from here")
-                raise SystemExit(128 + received[0])
 
 
 def _due(step: int, every: int) -> bool:
@@ -132,6 +127,24 @@ def _values(stats: StepStats) -> dict[str, object]:
         values["load_min_over_mean"] = min(min(shares) * len(shares) for shares in stats.expert_load)
         values["expert_load"] = stats.expert_load
     return values | ({"skipped": True} if stats.skipped else {})
+
+
+class _Watch:
+    """Says which updates were skipped, and ends a run in which nothing but that happens."""
+
+    def __init__(self) -> None:
+        self._in_a_row = 0
+
+    def see(self, step: int, stats: StepStats) -> None:
+        self._in_a_row = self._in_a_row + 1 if stats.skipped else 0
+        if stats.skipped:
+            say(f"step {step}: loss {stats.loss}, gradient norm {stats.grad_norm}: the update was skipped")
+        if self._in_a_row == MAX_SKIPPED_IN_A_ROW:
+            raise ValueError(
+                f"steps {step - self._in_a_row + 1} to {step} were not finite and the run stopped; its checkpoints are "
+                f"finite but may hold weights that had already run away: begin anew in another --out with a lower "
+                f"optim.lr"
+            )
 
 
 class _Clock:
@@ -157,19 +170,25 @@ class _Clock:
 
 @contextmanager
 def _signals() -> Iterator[list[signal.Signals]]:
-    """Collect SIGINT and SIGTERM while the block runs; a second one kills as usual."""
+    """Collect the first SIGINT or SIGTERM while the block runs; the second raises KeyboardInterrupt."""
     received: list[signal.Signals] = []
     if threading.current_thread() is not threading.main_thread():
         yield received  # Python delivers signals to the main thread only
         return
 
     def note(number: int, frame: FrameType | None) -> None:
+        if received:
+            raise KeyboardInterrupt
         received.append(signal.Signals(number))
-        signal.signal(number, previous[received[-1]])
+        # Not print: the signal may have come in the middle of one.
+        os.write(2, f"\n{received[0].name}: saving after this step; once more to leave at once\n".encode())
 
-    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    previous = [signal.getsignal(number) for number in numbers]
+    for number in numbers:
+        signal.signal(number, note)
     try:
         yield received
     finally:
-        for number, handler in previous.items():
+        for number, handler in zip(numbers, previous, strict=True):
             signal.signal(number, handler)

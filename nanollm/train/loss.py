@@ -28,7 +28,7 @@ def cross_entropy_sum(head: nn.Linear, hidden: Tensor, targets: Tensor) -> Tenso
     if len(flat_hidden) <= rows:
         return _chunk_loss(head, flat_hidden, flat_targets)
     chunks = zip(flat_hidden.split(rows), flat_targets.split(rows), strict=True)
-    sums = [checkpoint(_chunk_loss, head, *chunk, use_reentrant=False) for chunk in chunks]
+    sums = [checkpoint(_chunk_loss, head, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
     return torch.stack(sums).sum()
 
 
@@ -42,11 +42,14 @@ def next_token_loss(model: Transformer, batch: Batch, balance_weight: float = 0.
     `balance_weight` adds the sequence-wise balance loss of every Mixture of Experts, weighted by the trained tokens
     of its sequence so that dividing by the tokens of all micro-batches gives the mean over sequences.
     """
-    cross_entropy = cross_entropy_sum(model.head, model.trunk(batch.tokens, batch.positions), batch.targets)
+    for layer in model.moe_layers():
+        layer.wants_balance_losses = balance_weight > 0
+    cross_entropy = cross_entropy_sum(model.head, model.trunk(batch.tokens), batch.targets)
     loss = cross_entropy
     if balance_weight:
         trained = (batch.targets != IGNORE).sum(1)  # (B,)
         for layer in model.moe_layers():
             assert layer.balance_losses is not None
             loss = loss + balance_weight * (layer.balance_losses * trained).sum()
+            layer.wants_balance_losses, layer.balance_losses = False, None
     return loss, cross_entropy.detach()

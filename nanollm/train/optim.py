@@ -32,7 +32,7 @@ class OptimConfig:
     decay_fraction: float = 0.2
     """wsd only: the last part of all steps in which the rate decays."""
     final_lr_fraction: float = 0.0
-    """Learning rate of the last step, as a fraction of the peak."""
+    """Where the decay would end one step after the last, as a fraction of the peak."""
     weight_decay: float = 0.1
     """Decoupled weight decay; matrices only."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -121,7 +121,9 @@ class Muon(Optimizer):
         """Nesterov momentum of a parameter's gradient as a stack (k, M, N)."""
         state, grad = self.state[parameter], parameter.grad
         assert grad is not None
-        buffer = state.setdefault("momentum_buffer", torch.zeros_like(grad))
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(grad)
+        buffer = state["momentum_buffer"]
         buffer.lerp_(grad, 1 - momentum)
         return grad.lerp(buffer, momentum).view(-1, *grad.shape[-2:])
 
@@ -134,8 +136,7 @@ def orthogonalise(stack: Tensor, dtype: torch.dtype) -> Tensor:
     a, b, c = NEWTON_SCHULZ
     tall = stack.shape[-2] > stack.shape[-1]
     x = stack.mT if tall else stack
-    x = x.to(dtype)
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    x = (x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-30)).to(dtype)  # first float32: gradients may be tiny
     for _ in range(5):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)

@@ -7,6 +7,7 @@ Trackers are optional and only ever receive the same numbers.
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
@@ -57,20 +58,20 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
 
 
-def start_tracker(name: TrackerName, folder: Path, settings: Mapping[str, Any]) -> Tracker:
-    """Open a tracker for this run. Its package comes with `pip install "nanollm[track]"`."""
+def start_tracker(name: TrackerName, folder: Path, settings: Mapping[str, Any], *, resume_from: int = 0) -> Tracker:
+    """Open a tracker for this run, or go on with it. Its package comes with `pip install "nanollm[track]"`."""
     try:
-        return _STARTERS[name](folder, settings)
+        return _STARTERS[name](folder, settings, resume_from)
     except ImportError as error:
         raise ValueError(
             f'tracker {name} needs the package {error.name}; install it with: pip install "nanollm[track]"'
         ) from error
 
 
-def _tensorboard(folder: Path, settings: Mapping[str, Any]) -> Tracker:
+def _tensorboard(folder: Path, settings: Mapping[str, Any], resume_from: int) -> Tracker:
     from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(str(folder / "tensorboard"))
+    writer = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_from + 1 if resume_from else None)
 
     def track(step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
@@ -80,14 +81,18 @@ def _tensorboard(folder: Path, settings: Mapping[str, Any]) -> Tracker:
     return track
 
 
-def _wandb(folder: Path, settings: Mapping[str, Any]) -> Tracker:
+def _wandb(folder: Path, settings: Mapping[str, Any], resume_from: int) -> Tracker:
     import wandb
 
-    run = wandb.init(project="nanollm", name=folder.name, dir=str(folder), config=dict(settings), resume="allow")
+    # The same folder is the same run; W&B finds it again by its id.
+    same = sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+    run = wandb.init(
+        project="nanollm", name=folder.name, id=same, dir=str(folder), config=dict(settings), resume="allow"
+    )
     return lambda step, values: run.log(dict(values), step=step)
 
 
-def _trackio(folder: Path, settings: Mapping[str, Any]) -> Tracker:
+def _trackio(folder: Path, settings: Mapping[str, Any], resume_from: int) -> Tracker:
     import trackio
 
     run = trackio.init(project="nanollm", name=folder.name, config=dict(settings), resume="allow")

@@ -4,7 +4,7 @@ The model computes in its compute type; the float32 masters are what the optimiz
 the masters are the model's own parameters.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ class TrainState:
     step: int = 0
     loss_scale: float = 1.0
     """Factor on the loss before the backward pass; float16 only."""
-    scale_age: int = field(default=0)
+    scale_age: int = 0
     """Steps since the loss scale last changed."""
 
     @classmethod
@@ -39,6 +39,11 @@ class TrainState:
                 parameter.data = parameter.data.to(dtype)
         scale = 2.0**16 if dtype == torch.float16 else 1.0
         return cls(model.train(), masters, build_optimizers(masters, optim, dtype), loss_scale=scale)
+
+    @property
+    def scales_loss(self) -> bool:
+        """Whether the loss is scaled so that its gradients are not too small for float16."""
+        return next(self.model.parameters()).dtype == torch.float16
 
     @torch.no_grad()
     def collect_gradients(self) -> None:

@@ -90,7 +90,7 @@ def _balance(model: Transformer, rate: float) -> list[list[float]]:
 
 def _adjust_loss_scale(state: TrainState, finite: bool) -> None:
     """float16 only: halve the loss scale after an overflow, double it after a long time without one."""
-    if next(state.model.parameters()).dtype != torch.float16:
+    if not state.scales_loss:
         return
     state.scale_age = state.scale_age + 1 if finite else 0
     if not finite:

@@ -20,7 +20,7 @@ def shards(tmp_path_factory, documents, tokenizer):
 
 
 def test_inputs_and_targets_are_one_window_shifted_by_one(shards):
-    batch = Windows(shards, T, seed=0).batch(step=3, batch_size=4)
+    (batch,) = Windows(shards, T, seed=0).micro_batches(3, 4, 4)
     assert batch.tokens.shape == batch.targets.shape == (4, T)
     assert batch.tokens.dtype == batch.targets.dtype == torch.int64
     assert batch.tokens[:, 1:].equal(batch.targets[:, :-1])
@@ -31,11 +31,10 @@ def test_inputs_and_targets_are_one_window_shifted_by_one(shards):
 def test_ranks_and_micro_batches_share_the_one_rank_batch_in_its_order(shards, world, micros):
     windows = Windows(shards, T, seed=5)
     for step in range(4):
-        whole = windows.batch(step, 12)
-        pieces = [
-            windows.batch(step, 12, micro=micro, micros=micros, rank=rank, world=world)
-            for micro, rank in product(range(micros), range(world))
-        ]
+        (whole,) = windows.micro_batches(step, 12, 12)
+        size = 12 // (micros * world)
+        by_rank = [windows.micro_batches(step, 12, size, rank=rank, world=world) for rank in range(world)]
+        pieces = [by_rank[rank][micro] for micro, rank in product(range(micros), range(world))]
         assert torch.cat([piece.tokens for piece in pieces]).equal(whole.tokens)
         assert torch.cat([piece.targets for piece in pieces]).equal(whole.targets)
 
@@ -46,14 +45,17 @@ def test_an_epoch_reads_every_window_exactly_once(shards):
     expected = sorted(whole[:-1].view(-1, T).tolist())
     for epoch in (0, 1):
         steps = range(epoch * windows.windows, (epoch + 1) * windows.windows)
-        assert sorted(windows.batch(step, 1).tokens[0].tolist() for step in steps) == expected
+        assert sorted(windows.micro_batches(step, 1, 1)[0].tokens[0].tolist() for step in steps) == expected
 
 
 def test_a_batch_depends_on_seed_and_step_alone(shards):
+    def tokens(windows, step):
+        return windows.micro_batches(step, 4, 4)[0].tokens
+
     windows = Windows(shards, T, seed=1)
     for step in (9, 2, 700):  # in any order
-        assert windows.batch(step, 4).tokens.equal(Windows(shards, T, seed=1).batch(step, 4).tokens)
-    assert not windows.batch(9, 4).tokens.equal(Windows(shards, T, seed=2).batch(9, 4).tokens)
+        assert tokens(windows, step).equal(tokens(Windows(shards, T, seed=1), step))
+    assert not tokens(windows, 9).equal(tokens(Windows(shards, T, seed=2), 9))
 
 
 def test_only_the_assistants_words_are_targets_of_conversations(tmp_path, conversations, prepared, tokenizer):
@@ -92,12 +94,7 @@ def test_a_corpus_smaller_than_one_window_is_refused(shards):
         Windows(shards, total, seed=0)
 
 
-@pytest.mark.parametrize(("batch_size", "layout"), [(6, {"micros": 4}), (4, {"world": 3}), (0, {})])
-def test_a_batch_that_does_not_divide_is_refused(shards, batch_size, layout):
-    with pytest.raises(ValueError, match=r"must divide evenly among .* take a multiple of"):
-        Windows(shards, T, seed=0).batch(0, batch_size, **layout)
-
-
-def test_a_rank_outside_the_layout_is_refused(shards):
-    with pytest.raises(ValueError, match="rank 2 of 2: counting starts at 0"):
-        Windows(shards, T, seed=0).batch(0, 4, rank=2, world=2)
+@pytest.mark.parametrize(("batch_size", "micro", "world"), [(6, 4, 1), (4, 1, 3), (0, 1, 1), (4, 0, 1)])
+def test_a_batch_that_does_not_divide_is_refused(shards, batch_size, micro, world):
+    with pytest.raises(ValueError, match=r"must divide evenly into .* take a multiple of"):
+        Windows(shards, T, seed=0).micro_batches(0, batch_size, micro, world=world)

@@ -1,7 +1,9 @@
 """The demo runs, from nothing to a model that is better than before, and goes on where it stopped."""
 
+import dataclasses
 import itertools
 import json
+import shutil
 
 import pytest
 
@@ -38,6 +40,16 @@ def test_an_interrupted_demo_goes_on_where_it_stopped(short_corpus, tmp_path, ca
     demo.run(c)
     assert "done before" in capsys.readouterr().err
     assert set(json.loads((c.out / "summary.json").read_text())["seconds"]) == {"tokenizer", "preprocess", "pretrain"}
+
+
+def test_another_demo_does_not_pass_for_this_one(short_corpus, tmp_path):
+    c = demo.Config(out=tmp_path / "demo", steps=1)
+    demo.run(c)
+    with pytest.raises(ValueError, match="choose another --out"):
+        demo.run(dataclasses.replace(c, seed=1))
+    shutil.rmtree(c.out / "pretrain")
+    demo.run(c)  # what is gone is made again
+    assert (c.out / "pretrain" / "bundle").is_dir()
 
 
 def test_a_demo_of_no_steps_is_refused(tmp_path):

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
+from nanollm import bundle
 from nanollm.train.checkpoint import checkpoints, load_newest, save_checkpoint, verify
 from nanollm.train.loss import next_token_loss
 from nanollm.train.optim import OptimConfig
@@ -62,6 +64,62 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(start, batch_
     assert load_newest(tmp_path, fresh)
     assert fresh.step == 1
     assert file in capsys.readouterr().err
+
+
+def test_a_damaged_newer_checkpoint_takes_no_place_from_sound_ones(start, batch_at, tmp_path):
+    state = train(start(), batch_at, 1)
+    save_checkpoint(tmp_path, state, keep_last=2)
+    damaged = save_checkpoint(tmp_path, train(state, batch_at, 9), keep_last=2)
+    (damaged / "state.json").unlink()
+    resumed = start()
+    assert load_newest(tmp_path, resumed)
+    save_checkpoint(tmp_path, train(resumed, batch_at, 1), keep_last=1)
+    again = start()
+    assert load_newest(tmp_path, again)
+    assert again.step == 2
+    assert {path.name for path in tmp_path.iterdir()} == {"step-00000002", "step-00000010.damaged"}
+
+
+def test_a_run_whose_every_checkpoint_is_damaged_does_not_begin_anew_by_itself(start, tmp_path):
+    path = save_checkpoint(tmp_path, start(), keep_last=1)
+    (path / "state.json").write_text("{}")
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"every checkpoint in .* is damaged"):
+            load_newest(tmp_path, start())
+
+
+def test_a_checkpoint_that_a_save_was_replacing_is_not_lost(start, batch_at, tmp_path):
+    path = save_checkpoint(tmp_path, train(start(), batch_at, 1), keep_last=1)
+    path.rename(path.with_suffix(".old"))  # killed between the two renames
+    state = start()
+    assert load_newest(tmp_path, state)
+    assert state.step == 1
+
+
+def test_a_run_may_change_its_compute_type(start, batch_at, tmp_path):
+    """float16 scales its loss; the scale must not follow the weights into another type, nor be lost on the way."""
+    save_checkpoint(tmp_path, train(start(torch.float16), batch_at, 2), keep_last=1)
+    norms = []
+    for dtype in (torch.float16, torch.float32, torch.bfloat16):
+        state = start(dtype)
+        load_newest(tmp_path, state)
+        norms.append(train_step(state, [batch_at(2)], next_token_loss, 0.0, OptimConfig()).grad_norm)
+    assert norms[0] == pytest.approx(norms[1], rel=0.02)
+    assert norms[2] == pytest.approx(norms[1], rel=0.05)
+
+
+def test_a_full_disk_is_an_error_of_the_disk(start, tmp_path, monkeypatch):
+    def full(*_):
+        raise SafetensorError("No space left on device (os error 28)")
+
+    before = save_checkpoint(tmp_path, start(), keep_last=1)
+    monkeypatch.setattr(bundle, "save_file", full)
+    state = start()
+    state.step = 7
+    with pytest.raises(OSError, match="could not be written: No space left on device"):
+        save_checkpoint(tmp_path, state, keep_last=1)
+    assert list(tmp_path.iterdir()) == [before]
+    assert verify(before)
 
 
 def test_every_byte_of_a_checkpoint_is_guarded(start, tmp_path):

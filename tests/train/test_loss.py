@@ -1,5 +1,7 @@
 """The loss is a sum and a count, and chunks change nothing."""
 
+import copy
+
 import torch
 from torch.nn import functional as F
 
@@ -48,5 +50,20 @@ def test_the_balance_loss_trains_the_router_and_is_not_reported(start, batch_at)
     plain, report = next_token_loss(model, batch)
     balanced, balanced_report = next_token_loss(model, batch, balance_weight=0.5)
     torch.testing.assert_close(report, balanced_report)
-    layers = sum(layer.balance_losses.sum() for layer in model.moe_layers())
-    torch.testing.assert_close(balanced - plain, 0.5 * layers * 16)
+    layers = list(model.moe_layers())
+    for layer in layers:
+        layer.wants_balance_losses = True
+    model(batch.tokens)
+    expected = 0.5 * 16 * sum(layer.balance_losses.sum() for layer in layers)
+    torch.testing.assert_close(balanced - plain, expected)
+    model.zero_grad()
+    (balanced - plain).backward()
+    assert all(layer.centroids.grad.abs().max() > 0 for layer in layers)
+
+
+def test_without_a_balance_loss_nothing_of_it_is_computed_or_kept(start, batch_at):
+    model = start().model
+    for weight in (0.5, 0.0):
+        next_token_loss(model, batch_at(0), balance_weight=weight)
+        assert all(layer.balance_losses is None for layer in model.moe_layers())
+    copy.deepcopy(model)  # as a reference model is made

@@ -49,6 +49,11 @@ def test_orthogonalised_matrices_have_singular_values_near_one(shape):
     assert values.max() < 1.3
 
 
+def test_tiny_gradients_keep_their_direction_in_float16():
+    stack = torch.randn(1, 8, 12, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(orthogonalise(1e-7 * stack, torch.float16), orthogonalise(stack, torch.float16))
+
+
 def test_muon_gets_the_hidden_matrices_and_adamw_decays_no_norm(config):
     parameters = dict(Transformer(config).init(0).named_parameters())
     adamw, muon = build_optimizers(parameters, OptimConfig(name="muon"), torch.float32)

@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+import time
 
 import pytest
 
@@ -43,33 +44,42 @@ def test_trackers_receive_the_numbers(tmp_path):
     assert seen == [(1, {"loss": 2.0})]
 
 
-def test_tensorboard_writes_its_events(tmp_path):
+def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path):
     pytest.importorskip("tensorboard")
-    start_tracker("tensorboard", tmp_path, {})(5, {"loss": 2.5})
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    first = start_tracker("tensorboard", tmp_path, {})
+    for step in (5, 10, 15):
+        first(step, {"loss": 1.0})
+    time.sleep(1.1)  # the names of its files tell the second
+    start_tracker("tensorboard", tmp_path, {}, resume_from=10)(15, {"loss": 2.0})
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(5, 2.5)]
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(5, 1.0), (10, 1.0), (15, 2.0)]
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
-def test_wandb_and_trackio_get_the_run_and_its_numbers(tmp_path, monkeypatch, name):
-    """A small stand-in with the calls that both packages share."""
-    calls = []
+def test_wandb_and_trackio_go_on_with_the_run_of_the_same_folder(tmp_path, monkeypatch, name):
+    """A small stand-in with the calls that both packages share: a run is found again by its id, else by its name."""
+    runs = {}
 
     class Run:
+        def __init__(self):
+            self.lines = []
+
         def log(self, values, step):
-            calls.append((step, values))
+            self.lines.append((step, values))
 
     class Package:
         @staticmethod
-        def init(**settings):
-            calls.append(settings["config"])
-            return Run()
+        def init(*, project, name, config, resume, id=None, dir=None):
+            assert resume == "allow"
+            return runs.setdefault(id or name, Run())
 
     monkeypatch.setitem(sys.modules, name, Package)
     start_tracker(name, tmp_path, {"seed": 1})(7, {"loss": 0.5})
-    assert calls == [{"seed": 1}, (7, {"loss": 0.5})]
+    start_tracker(name, tmp_path, {"seed": 1}, resume_from=7)(8, {"loss": 0.4})
+    start_tracker(name, tmp_path / "other", {"seed": 1})(1, {"loss": 0.9})
+    assert [run.lines for run in runs.values()] == [[(7, {"loss": 0.5}), (8, {"loss": 0.4})], [(1, {"loss": 0.9})]]
 
 
 def test_a_tracker_that_is_not_installed_says_how_to_install_it(tmp_path, monkeypatch):

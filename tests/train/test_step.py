@@ -26,7 +26,7 @@ def assert_same_gradients(state: TrainState, other: TrainState) -> None:
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 @pytest.mark.parametrize("balance_weight", [0.0, 0.1])
-def test_micro_batches_equal_one_batch_however_few_tokens_each_trains(start, batch_at, name, balance_weight):
+def test_micro_batches_equal_one_batch(start, batch_at, name, balance_weight):
     whole = batch_at(0)
     whole.targets[0, 1:] = IGNORE  # the first micro-batch trains 17 tokens, the second 32
     c = OptimConfig(name=name, balance_weight=balance_weight)
