@@ -1,10 +1,12 @@
 """How fast is it on this machine? `python benchmarks/run.py [NAME ...] [--save]`
 
 Each benchmark gives several measurements of one number; mean, spread and count are printed. --save writes them with
-commit, hardware and versions to benchmarks/results/<date>_<hardware>_<name>.json.
+commit, hardware and versions to benchmarks/results/<date>_<hardware>_<name>.json. Torch is imported where it is needed:
+the workers of two_workers import this module again, and would wait for it.
 """
 
 import datetime
+import importlib.metadata
 import json
 import os
 import platform
@@ -16,21 +18,15 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
-from nanollm.data.batches import Batch
-from nanollm.model.config import ModelConfig
-from nanollm.model.transformer import Transformer
 from nanollm.settings import load_preset
 from nanollm.sources import builtin
 from nanollm.stages import preprocess
 from nanollm.text.tokenizer import train
-from nanollm.train.loss import next_token_loss
-from nanollm.train.optim import OptimConfig
-from nanollm.train.state import TrainState
-from nanollm.train.step import train_step
-from nanollm.world import World
+
+if TYPE_CHECKING:
+    from nanollm.world import World
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -45,6 +41,10 @@ def command_start() -> Iterator[float]:
 
 def matmul() -> Iterator[float]:
     """GFLOP/s of a 1024 x 1024 matrix product in the compute type of this machine: the limit of training."""
+    import torch
+
+    from nanollm.world import World
+
     world = World.start()
     a = torch.randn(1024, 1024, device=world.device, dtype=world.dtype)
     for _ in range(10):
@@ -53,6 +53,17 @@ def matmul() -> Iterator[float]:
 
 def training_step() -> Iterator[float]:
     """Tokens/s of whole optimizer steps of nano-5m: 8 sequences, AdamW."""
+    import torch
+
+    from nanollm.data.batches import Batch
+    from nanollm.model.config import ModelConfig
+    from nanollm.model.transformer import Transformer
+    from nanollm.train.loss import next_token_loss
+    from nanollm.train.optim import OptimConfig
+    from nanollm.train.state import TrainState
+    from nanollm.train.step import train_step
+    from nanollm.world import World
+
     world, optim = World.start(), OptimConfig(name="adamw")
     c = ModelConfig(**load_preset("model", "nano-5m"))
     state = TrainState.start(Transformer(c).init(0).to(world.device), optim, world.dtype)
@@ -96,7 +107,7 @@ def prepared_in(folder: Path, num_workers: int) -> float:
     return elapsed
 
 
-def seconds(world: World, work: Callable[[], object]) -> float:
+def seconds(world: "World", work: Callable[[], object]) -> float:
     """Wall time of the second of two calls; the first one warms up."""
     work()
     synchronize(world)
@@ -106,8 +117,10 @@ def seconds(world: World, work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def synchronize(world: World) -> None:
+def synchronize(world: "World") -> None:
     if world.device.type == "cuda":
+        import torch
+
         torch.cuda.synchronize(world.device)
 
 
@@ -120,6 +133,8 @@ BENCHMARKS = {
 
 
 def hardware() -> dict[str, object]:
+    import torch
+
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {"processor": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu}
 
@@ -152,7 +167,7 @@ def main(words: list[str]) -> int:
         if "--save" in words:
             day, machine = datetime.date.today().isoformat(), hardware()
             label = str(machine["gpu"] or f"{machine['cores']}-cores").replace(" ", "-").lower()
-            versions = {"python": platform.python_version(), "torch": torch.__version__}
+            versions = {"python": platform.python_version(), "torch": importlib.metadata.version("torch")}
             record = {"benchmark": name, "about": about, "commit": commit(), "hardware": machine, "versions": versions}
             record |= {"mean": mean, "stdev": spread, "n": len(values), "values": values}
             RESULTS.mkdir(exist_ok=True)

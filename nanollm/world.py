@@ -35,6 +35,11 @@ class World:
         return cls(device=chosen, dtype=best_dtype(chosen) if dtype == "auto" else getattr(torch, dtype))
 
     @property
+    def names(self) -> dict[str, str]:
+        """What is really used, as the words of a configuration."""
+        return {"device": self.device.type, "dtype": str(self.dtype).removeprefix("torch.")}
+
+    @property
     def is_main(self) -> bool:
         """Whether this process writes files and speaks."""
         return self.rank == 0

@@ -398,7 +398,7 @@ def asdict_of(preset):
 def raising(error):
     """A run that fails with this error, as if our own code had raised it."""
     scope = {"__name__": "nanollm.toy", "error": error}
-    exec("def run(config):\n    raise error", scope)
+    exec("def run(*words):\n    raise error", scope)
     return scope["run"]
 
 
@@ -425,6 +425,14 @@ def test_an_interrupted_run_exits_130_and_a_saved_one_as_it_says(toy, capsys):
     toy.run = raising(SystemExit(143))
     with pytest.raises(SystemExit, match="143"):
         cli.main(["toy", "owt", *REQUIRED])
+
+
+def test_a_parser_that_gives_up_does_not_pass_for_done(toy, monkeypatch):
+    monkeypatch.setattr(options, "read", raising(SystemExit(2)))
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["toy"])
+    monkeypatch.setattr(options, "read", raising(SystemExit(0)))
+    assert cli.main(["toy"]) == 0
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no pipes that break")

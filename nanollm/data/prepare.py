@@ -78,7 +78,7 @@ def prepare(
     flush_every: int = 5_000_000,
     strict: bool = False,
 ) -> dict[str, Any]:
-    """Fill `folder` with shards, or go on filling it, and return its manifest.
+    """Fill `folder` with shards, or go on filling it, and return its manifest; one job at a time.
 
     `source` describes the parts in the manifest. A folder begun with another source, tokenizer or rules is refused.
     `strict` raises ValueError at the first bad record; otherwise they are listed in bad_records.jsonl.
@@ -98,26 +98,26 @@ def prepare(
         "source": source,
         "rules": asdict(rules),
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    progress = _find_progress(folder, header)
-    if progress is None:
-        return _already_prepared(folder, strict)
     splits = dict.fromkeys(split for part in parts for split in ([part.split] if part.split else ["train", "val"]))
     encode = partial(encode_parcel, tokenizer=tokenizer, seed=rules.seed, val_fraction=rules.val_fraction)
-    with (
-        encoder(encode, num_workers) as encode_in_order,
-        _Job(folder, tokenizer, rules, list(splits), progress, strict=strict) as job,
-        Progress("preprocess", rules.max_tokens_train, "tokens", done=job.train_tokens) as bar,
-    ):
-        while job.part < len(parts):
-            part = parts[job.part]
-            for parcel, encoded in encode_in_order(_parcels(part, job, min(PARCEL_BYTES, 4 * flush_every))):
-                is_full = not job.take(parcel, encoded, part.split, flush_every)
-                bar.advance(job.train_tokens - bar.done)
-                if is_full:
-                    break
-            job.end_part()
-        return job.finish()
+    with durable.lock_folder(folder):
+        progress = _find_progress(folder, header)
+        if progress is None:
+            return _already_prepared(folder, strict)
+        with (
+            encoder(encode, num_workers) as encode_in_order,
+            _Job(folder, tokenizer, rules, list(splits), progress, strict=strict) as job,
+            Progress("preprocess", rules.max_tokens_train, "tokens", done=job.train_tokens) as bar,
+        ):
+            while job.part < len(parts):
+                part = parts[job.part]
+                for parcel, encoded in encode_in_order(_parcels(part, job, min(PARCEL_BYTES, 4 * flush_every))):
+                    is_full = not job.take(parcel, encoded, part.split, flush_every)
+                    bar.advance(job.train_tokens - bar.done)
+                    if is_full:
+                        break
+                job.end_part()
+            return job.finish()
 
 
 class _Job:
@@ -201,7 +201,7 @@ class _Job:
 
     def sync(self) -> None:
         """Make all files safe on disk, and then the note that says how far they are."""
-        sync_file(self.bad_file)
+        self._sync_bad_file()
         progress = {
             "header": self.header,
             "part": self.part,
@@ -215,6 +215,10 @@ class _Job:
         durable.write_json(self.folder / PROGRESS, progress)
         self.unsafe_tokens = 0
 
+    def _sync_bad_file(self) -> None:
+        self.bad_file.flush()
+        durable.sync(self.folder / BAD_RECORDS)
+
     def finish(self) -> dict[str, Any]:
         """Close all files, write the manifest and forget the progress."""
         if self.train_tokens == 0:
@@ -223,7 +227,7 @@ class _Job:
                 f"nothing to train on: {val} documents of the source went to other splits, {self.bad_records} records "
                 f"were bad (see {self.folder / BAD_RECORDS}); give more text, or a smaller --val_fraction"
             )
-        sync_file(self.bad_file)
+        self._sync_bad_file()
         splits = {split: writer.finish() for split, writer in self.writers.items()}
         manifest = self.header | {"bad_records": self.bad_records, "splits": splits}
         durable.write_json(self.folder / MANIFEST, manifest)

@@ -22,7 +22,6 @@ import numpy as np
 import numpy.typing as npt
 
 from nanollm import durable
-from nanollm.durable import sha256_of
 
 FORMAT = "nanollm-shards-1"
 MANIFEST = "manifest.json"
@@ -84,7 +83,7 @@ class Column:
         self._file.write(_header(self.dtype, self.count))
         self.sync()
         self.close()
-        return FileEntry(size=self.path.stat().st_size, sha256=sha256_of(self.path))
+        return FileEntry(size=self.path.stat().st_size, sha256=durable.sha256_of(self.path))
 
 
 class ShardWriter:
@@ -281,7 +280,7 @@ def _check_file(path: Path, entry: FileEntry, verify: Literal["size", "sha256"])
         raise FileNotFoundError(f"{path} is missing, the manifest beside it names it; {again}")
     if (size := path.stat().st_size) != entry["size"]:
         raise ValueError(f"{path} has {size:,} bytes, its manifest says {entry['size']:,}; {again}")
-    if verify == "sha256" and (found := sha256_of(path)) != entry["sha256"]:
+    if verify == "sha256" and (found := durable.sha256_of(path)) != entry["sha256"]:
         raise ValueError(f"{path} has sha256 {found[:6]}, its manifest says {entry['sha256'][:6]}; {again}")
 
 

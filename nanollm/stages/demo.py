@@ -11,6 +11,7 @@ from nanollm import settings
 from nanollm.durable import write_json
 from nanollm.model.config import ModelConfig
 from nanollm.progress import duration, say
+from nanollm.sources.builtin import BUILTIN
 from nanollm.stages import preprocess, pretrain, tokenizer
 from nanollm.train.loop import TrainConfig
 from nanollm.train.optim import OptimConfig
@@ -88,11 +89,9 @@ def begin(c: Config, path: Path) -> dict[str, Any]:
 def journey(c: Config, model: ModelConfig) -> list[Step]:
     """The steps, each a verb that a user can call alone."""
     tokens = c.out / "tokens"
-    learn = tokenizer.Config(
-        corpus=[tokenizer.BUILTIN], output_dir=c.out / "tokenizer", vocab_size=model.vocab_size, seed=c.seed
-    )
+    learn = tokenizer.Config(corpus=[BUILTIN], output_dir=c.out / "tokenizer", vocab_size=model.vocab_size, seed=c.seed)
     encode = preprocess.Config(
-        kind="text", input=[preprocess.BUILTIN], tokenizer_path=learn.model_path, save_dir=tokens, seed=c.seed
+        kind="text", input=[Path(BUILTIN)], tokenizer_path=learn.model_path, save_dir=tokens, seed=c.seed
     )
     train = pretrain.Config(
         model=model,

@@ -1,6 +1,5 @@
 """Which source becomes which folder of token files, and what is said about it?"""
 
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,19 +9,21 @@ from nanollm.data.encode import Document
 from nanollm.data.prepare import BAD_RECORDS, Part, Rules, prepare
 from nanollm.progress import say
 from nanollm.sources import builtin, chats, gsm8k, instructions, openwebtext
-from nanollm.sources.files import OnBad, find_files, read_texts
+from nanollm.sources.builtin import BUILTIN
+from nanollm.sources.files import OnBad, find_files, is_named, read_texts
 from nanollm.sources.hub import stream_rows
+from nanollm.stages.tokenizer import check_writable
 from nanollm.text.tokenizer import Tokenizer
 
 POSITIONAL = ("kind",)
-BUILTIN = Path("builtin")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Turn text into token files, split by document into train and val.
 
-    Stopped at any moment, the same command goes on where it was; the files come out the same, byte for byte.
+    Stopped at any moment, the same command goes on where it was; the files come out the same, byte for byte. What is
+    done is not encoded again, but it is read again: quickly from files, and at the speed of the network from the hub.
     """
 
     kind: Literal["owt", "sni", "gsm8k", "text", "chat"]
@@ -38,7 +39,8 @@ class Config:
     val_input: list[Path] = field(default_factory=list)
     """Files or folders that become val, for text and chat; all of --input is then train."""
     dataset_name: str | None = None
-    """Dataset of the hub: any for text, another copy of the usual one for owt and sni."""
+    """Dataset of the hub: any for text, another copy of the usual one for owt and sni. It is streamed: a job that goes
+    on after a stop streams what is done once more."""
     text_column: str = "text"
     """Column (.jsonl key) that holds the text, for kind text."""
     val_fraction: float = 0.01
@@ -88,6 +90,7 @@ def run(config: Config) -> Path:
     """Prepare the folder and say what is in it."""
     tokenizer = Tokenizer.load(config.tokenizer_path)
     parts, source = open_source(config)
+    check_writable(config.save_dir, "--save_dir")
     manifest = prepare(
         parts,
         tokenizer,
@@ -113,8 +116,8 @@ def open_source(config: Config) -> tuple[list[Part], dict[str, Any]]:
         train, test = _named(files, "train"), _named(files, "test")
         source["files"] = None if files is None else _sizes([*(train or []), *(test or [])])
         return [Part(_reader(config, train, "train")), Part(_reader(config, test, "test"), "test")], source
-    if config.input == [BUILTIN]:
-        parts, source["dataset"] = [Part(lambda on_bad: builtin.documents())], "builtin"
+    if [str(path) for path in config.input] == [BUILTIN]:
+        parts, source["dataset"] = [Part(lambda on_bad: builtin.documents())], BUILTIN
     else:
         files = find_files(config.input) if config.input else None
         parts, source["files"] = [Part(_reader(config, files))], None if files is None else _sizes(files)
@@ -148,7 +151,7 @@ def _named(files: list[Path] | None, split: str) -> list[Path] | None:
     """The files of one split by their names, so that a problem of the test is never trained on."""
     if files is None:
         return None
-    if not (named := [path for path in files if split in re.split(r"[^a-z]+", path.name.lower())]):
+    if not (named := [path for path in files if is_named(path, split)]):
         raise ValueError(f"gsm8k needs files named for their split (train.jsonl, test.jsonl); none is named {split!r}")
     return named
 

@@ -68,7 +68,7 @@ def plan(c: Config) -> str:
     tokenizer, shards, _ = _open(c)
     tokens = c.train.steps * c.train.batch_size * c.model.context_length
     return (
-        f"{c.model.total_parameters:,} parameters on {world.device} in {str(world.dtype).removeprefix('torch.')}, "
+        f"{c.model.total_parameters:,} parameters on {world.device} in {world.names['dtype']}, "
         f"tokenizer {tokenizer.fingerprint[:6]}, {c.train.steps:,} steps x {c.train.batch_size} x "
         f"{c.model.context_length} = {tokens:,} tokens, {tokens / shards.tokens_total:.2f} epochs of {c.data}"
     )
@@ -77,17 +77,15 @@ def plan(c: Config) -> str:
 def run(c: Config) -> Path:
     """Train, and return the folder of the bundle."""
     world = World.start(c.device, c.dtype)
-    # From here on the settings say what is really used, and config.yaml with them.
-    c = dataclasses.replace(c, device=world.device.type, dtype=str(world.dtype).removeprefix("torch."))
     tokenizer, shards, validation = _open(c)
     windows = Windows(shards, c.model.context_length, c.seed)
     with lock_folder(c.out):
         inputs = {"data": shards.fingerprint, "tokenizer": tokenizer.fingerprint}
-        _claim_folder(c, inputs)
+        settings = dataclasses.asdict(c) | world.names  # what is really used instead of auto
+        _claim_folder(c.out, settings, inputs)
         state = TrainState.start(Transformer(c.model).init(c.seed).to(world.device), c.optim, world.dtype)
         if load_newest(c.out / "checkpoints", state):
             say(f"going on from step {state.step:,} of {c.train.steps:,} in {c.out}")
-        settings = dataclasses.asdict(c)
         trackers = [start_tracker(name, c.out, settings, resume_from=state.step) for name in c.trackers]
         fit(
             state,
@@ -166,16 +164,16 @@ def _open_split(c: Config, tokenizer: Tokenizer, split: str) -> Shards:
 FIXED = ("model", "seed", "train.batch_size", "optim.name", "inputs")
 
 
-def _claim_folder(c: Config, inputs: dict[str, str]) -> None:
+def _claim_folder(out: Path, settings: dict[str, object], inputs: dict[str, str]) -> None:
     """Write config.yaml and inputs.json, or hold this run to those that are there."""
-    config_file, inputs_file = c.out / "config.yaml", c.out / "inputs.json"
-    if checkpoints(c.out / "checkpoints") and not (config_file.exists() and inputs_file.exists()):
-        raise ValueError(f"{c.out} has checkpoints but not both config.yaml and inputs.json; choose another --out")
+    config_file, inputs_file = out / "config.yaml", out / "inputs.json"
+    if checkpoints(out / "checkpoints") and not (config_file.exists() and inputs_file.exists()):
+        raise ValueError(f"{out} has checkpoints but not both config.yaml and inputs.json; choose another --out")
     if config_file.exists() and inputs_file.exists():
         before = read_mapping(config_file) | {"inputs": json.loads(inputs_file.read_bytes())}
-        _check_same_run(c.out, _flat(before), _flat(dataclasses.asdict(c) | {"inputs": inputs}))
+        _check_same_run(out, _flat(before), _flat(settings | {"inputs": inputs}))
     write_json(inputs_file, inputs)
-    write_file(config_file, to_yaml(c).encode())
+    write_file(config_file, to_yaml(settings).encode())
 
 
 def _check_same_run(folder: Path, old: dict[str, str], new: dict[str, str]) -> None:

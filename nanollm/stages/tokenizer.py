@@ -1,21 +1,21 @@
 """A corpus becomes a tokenizer, and a report of how well it spells text that it has not seen."""
 
-import hashlib
 import json
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
-from nanollm.durable import write_json
+from nanollm.durable import sha256_of, write_json
 from nanollm.progress import Progress, say
 from nanollm.sources import builtin
+from nanollm.sources.builtin import BUILTIN
 from nanollm.sources.files import BadRecord, OnBad, find_files, read_texts
 from nanollm.sources.hub import stream_rows
+from nanollm.text.draw import draw
 from nanollm.text.tokenizer import SAMPLE_BYTES, ModelType, Tokenizer, check_sizes, cut, sample, train_on
 
-BUILTIN = "builtin"
 HELD_OUT_BYTES = 2_000_000  # enough to measure on
 SECTION_CHARS = 16_384  # a longer document is held out by sections, so that one huge file still gives some
 BAD_RECORDS_LISTED = 100
@@ -70,9 +70,15 @@ class Config:
     def model_path(self) -> Path:
         return self.output_dir / f"{self.model_name}.model"
 
+    @property
+    def report_path(self) -> Path:
+        return self.output_dir / f"{self.model_name}.json"
+
 
 def plan(c: Config) -> str:
     """What a run would read and write."""
+    if is_done(c):
+        return f"{c.model_path} was trained with these settings before; nothing to do"
     if c.dataset_name:
         source = f"{c.dataset_name} ({c.split}), column {c.text_column}, streamed from the hub"
     elif c.corpus == [BUILTIN]:
@@ -87,21 +93,24 @@ def plan(c: Config) -> str:
 
 
 def run(c: Config) -> Path:
-    """Train and report; returns the path of the model."""
+    """Train and report, unless that was done before; returns the path of the model."""
     started = time.monotonic()
-    _check_writable(c.output_dir)
+    if is_done(c):
+        say(f"{c.model_path} was trained with these settings before; nothing to do")
+        return c.model_path
+    check_writable(c.output_dir, "--output_dir")
     bad, split = BadRecords(), HeldOut(c.held_out, c.seed)
     kept = sample(split.training(_counted(_documents(c, bad))), c.sample_bytes, c.seed)
     if not kept.pieces and bad.count:
         raise ValueError(f"no record of the corpus is usable; {bad.count:,} bad, the first: {bad.listed[0]}")
     with Progress(f"learn from {kept.bytes_kept / 1e6:,.1f} of {kept.bytes_seen / 1e6:,.1f} MB", unit="pieces") as bar:
-        tokenizer = train_on(kept, c.model_path, vocab_size=c.vocab_size, model_type=c.model_type)
+        tokenizer = train_on(kept, vocab_size=c.vocab_size, model_type=c.model_type)
         bar.advance(tokenizer.vocab_size)
     # A corpus of a few documents may hold none of them out; the report then says so.
     measured = measure(tokenizer, split.texts or [piece.decode() for piece in kept.pieces[:500]])
     on = "held-out text" if split.texts else "training text"
     report = {
-        "settings": json.loads(json.dumps(asdict(c), default=str)),
+        "settings": _settings(c),
         "fingerprint": tokenizer.fingerprint,
         "vocab_size": tokenizer.vocab_size,
         "documents": split.documents,
@@ -113,11 +122,34 @@ def run(c: Config) -> Path:
         "first_bad_records": [str(record) for record in bad.listed],
         "seconds": round(time.monotonic() - started, 1),
     }
-    write_json(c.model_path.with_suffix(".json"), report)
+    write_json(c.report_path, report)
+    tokenizer.save(c.model_path)  # last: where a model is, its report is
     say(f"{measured['bytes_per_token']:.3f} bytes per token on {measured['bytes'] / 1e6:,.2f} MB of {on}")
     if bad.count:
-        say(f"{bad.count:,} bad records were skipped; the first are in {c.model_path.with_suffix('.json')}")
+        say(f"{bad.count:,} bad records were skipped; the first are in {c.report_path}")
     return c.model_path
+
+
+def is_done(c: Config) -> bool:
+    """Whether these settings made the model that is there. Any other is refused: token files may depend on it."""
+    if not c.model_path.exists():
+        return False
+    report = json.loads(c.report_path.read_bytes()) if c.report_path.exists() else {}
+    before, now = report.get("settings", {}), _settings(c)
+    differ = [name for name in now if name != "output_dir" and before.get(name) != now[name]]
+    if not differ and report["fingerprint"] == sha256_of(c.model_path):
+        return True
+    other = next((name for name in differ if name in before), "")
+    how = f"with {other} {before[other]}, this command has {now[other]}" if other else "in another way"
+    raise ValueError(
+        f"{c.model_path} exists already, made {how}; choose another --model_name or --output_dir, or remove it"
+    )
+
+
+def _settings(c: Config) -> dict[str, Any]:
+    """The settings as a report holds them."""
+    settings: dict[str, Any] = json.loads(json.dumps(asdict(c), default=str))
+    return settings
 
 
 class BadRecords:
@@ -139,7 +171,7 @@ class HeldOut:
     """Sets aside, by the hash of its text, a part of the documents; equal texts are never on both sides."""
 
     def __init__(self, fraction: float, seed: int):
-        self.fraction, self.key = fraction, str(seed).encode()
+        self.fraction, self.key = fraction, f"held out {seed}"
         self.documents = 0
         self.texts: list[str] = []
         self._room = HELD_OUT_BYTES
@@ -150,16 +182,12 @@ class HeldOut:
         for document in documents:
             self.documents += 1
             for section in cut(document, SECTION_CHARS):
-                if first or not self._is_held_out(section):
+                if first or draw(section, self.key) >= self.fraction:
                     yield section
                 elif len(section.encode()) <= self._room:
                     self.texts.append(section)
                     self._room -= len(section.encode())
                 first = False
-
-    def _is_held_out(self, text: str) -> bool:
-        digest = hashlib.blake2b(text.encode(), digest_size=8, key=self.key).digest()
-        return int.from_bytes(digest, "little") < self.fraction * 2**64
 
 
 def measure(tokenizer: Tokenizer, texts: list[str]) -> dict[str, float]:
@@ -186,8 +214,12 @@ def _counted(documents: Iterator[str]) -> Iterator[str]:
             bar.advance()
 
 
-def _check_writable(folder: Path) -> None:
-    """Before the corpus is read, which may take an hour."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if not os.access(folder, os.W_OK):
-        raise PermissionError(f"cannot write to {folder}; choose another --output_dir")
+def check_writable(folder: Path, option: str) -> None:
+    """Make the folder, and a file in it, before a corpus is read, which may take hours."""
+    probe = folder / ".probe"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink(missing_ok=True)
+    except OSError as error:
+        raise OSError(f"cannot write to {folder} ({error.strerror}); choose another {option}") from error

@@ -49,13 +49,13 @@ class Tokenizer:
         self._sp = sentencepiece.SentencePieceProcessor()
         try:
             self._sp.load_from_serialized_proto(serialized)  # the constructor would let no bytes at all pass
-        except RuntimeError as error:
+            self._bytes = [self._sp.piece_to_id(f"<0x{byte:02X}>") for byte in range(256)]
+            self._space_mark = [self._bytes[byte] for byte in SPACE_MARK.encode()]
+            # `word` models (and any without a piece for a space) spell an unknown " word" with its space mark in bytes.
+            self._spells_spaces = self._bytes[0xE2] in self._sp.encode(" \u0378")
+            self._check(name)
+        except (RuntimeError, UnicodeDecodeError) as error:
             raise ValueError(f"{name} is not a SentencePiece model; make one with: nanollm tokenizer ...") from error
-        self._bytes = [self._sp.piece_to_id(f"<0x{byte:02X}>") for byte in range(256)]
-        self._space_mark = [self._bytes[byte] for byte in SPACE_MARK.encode()]
-        # `word` models (and any without a piece for a space) spell an unknown " word" with its space mark in bytes.
-        self._spells_spaces = self._bytes[0xE2] in self._sp.encode(" \u0378")
-        self._check(name)
 
     def _check(self, name: str) -> None:
         special = (self._sp.pad_id(), self._sp.unk_id(), self._sp.bos_id(), self._sp.eos_id())
@@ -236,9 +236,7 @@ def train(
     return tokenizer
 
 
-def train_on(
-    chosen: Sample, *, vocab_size: int, model_type: ModelType, num_threads: int = NUM_THREADS
-) -> Tokenizer:
+def train_on(chosen: Sample, *, vocab_size: int, model_type: ModelType, num_threads: int = NUM_THREADS) -> Tokenizer:
     """Learn the pieces from a sample. The same sample and settings give the same bytes."""
     check_sizes(vocab_size, model_type)
     if not any(_lines(chosen.pieces)):

@@ -41,8 +41,8 @@ def prepared(tokenizer: Tokenizer) -> Prepare:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    """Every file of a folder, by name."""
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    """Every file of a folder, by name; but for the lock, which holds nothing."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
 
 
 def manifest_of(folder: Path) -> dict[str, Any]:

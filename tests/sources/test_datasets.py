@@ -23,13 +23,13 @@ def problems(tmp_path):
 
 @pytest.mark.parametrize(("solution", "answer"), ANSWERS.items())
 def test_answers_are_kept_exactly(solution, answer):
-    assert gsm8k.final_answer(solution) == answer
+    assert gsm8k.extract_answer(solution) == answer
 
 
 @pytest.mark.parametrize("solution", ["no mark: 7", "empty ####", ""])
 def test_an_answer_without_its_mark_is_refused(solution):
     with pytest.raises(ValueError, match="ends in '#### <answer>'"):
-        gsm8k.final_answer(solution)
+        gsm8k.extract_answer(solution)
 
 
 def test_a_problem_becomes_its_question_and_its_whole_solution(problems):
@@ -55,7 +55,7 @@ def test_all_problems_of_gsm8k_have_an_answer(shared_data):
     for split in ("train", "test"):
         found = list(gsm8k.problems([shared_data / "gsm8k"], split, pytest.fail))
         counts[split] = len(found)
-        assert all(each.answer.endswith(gsm8k.final_answer(each.answer)) for each in found)
+        assert all(each.answer.endswith(gsm8k.extract_answer(each.answer)) for each in found)
     assert counts == {"train": 7473, "test": 1319}
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanollm.sources import files
-from nanollm.sources.files import BadRecord, find_files, read_rows, read_texts
+from nanollm.sources.files import BadRecord, find_files, read_records, read_rows, read_texts
 
 TEXTS = ["one\ntwo", "  three  ", 'four, "five"\t\u00e9\U0001f600', "\u2581 \0 six"]
 
@@ -226,7 +226,8 @@ def test_a_huge_txt_file_comes_in_parts_that_lose_no_character(tmp_path_factory,
     path.write_bytes(text.encode())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(files, "DOCUMENT_BYTES", 16)
-        parts = [content for _, (content,) in files._read_file(path, ["text"])]
+        parts = list(read_records([path], ["text"], lambda values: (values[0],), pytest.fail))
+    parts = [content for (content,) in parts]
     assert "".join(parts) == text
     assert all(len(part.encode()) <= 20 for part in parts)
 

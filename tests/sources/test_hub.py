@@ -35,12 +35,6 @@ def test_openwebtext_instructions_and_problems_have_their_schemas(tmp_path):
     assert list(rows) == [("q", "1 + 1 = 2\n#### 2")]
 
 
-def test_chosen_files_of_a_dataset_can_be_streamed(tmp_path):
-    name = dataset(tmp_path / "owt", {"text": ["a"]})
-    dataset(tmp_path / "owt", {"text": ["b"]}, "other")
-    assert list(stream_rows(name, "train", ["text"], pytest.fail, data_files="other-*.parquet")) == [("b",)]
-
-
 def test_a_wrong_column_names_those_that_are_there(tmp_path):
     name = dataset(tmp_path / "owt", {"id": ["1"], "body": ["a"]})
     with pytest.raises(ValueError, match="has no column text, only id, body; choose with --text_column"):

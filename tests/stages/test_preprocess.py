@@ -1,6 +1,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -11,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from nanollm import cli
 from nanollm.data.shards import Shards
-from nanollm.sources.gsm8k import final_answer
+from nanollm.durable import lock_folder
+from nanollm.sources.gsm8k import extract_answer
 from nanollm.stages.preprocess import Config, run
 
 STORY = Path(__file__).parents[1] / "story.txt"
@@ -39,7 +42,7 @@ def articles(tmp_path_factory):
 
 
 def content(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
 
 
 def documents_of(folder, split):
@@ -136,7 +139,7 @@ def test_every_gsm8k_answer_survives_exactly(tmp_path, shared_data, tokenizer_pa
             tokenizer.decode(ids[flags == 1]) for split in splits for ids, flags in documents_of(tmp_path, split)
         ]
         assert Counter(decoded) == Counter(source)
-        assert Counter(map(final_answer, decoded)) == Counter(map(final_answer, source))
+        assert Counter(map(extract_answer, decoded)) == Counter(map(extract_answer, source))
         total += len(decoded)
     assert total == 8_792
 
@@ -182,10 +185,24 @@ def finish(process):
     assert process.returncode == 0, errors.decode()
 
 
-def wait_for(path, process):
-    while not path.exists():
-        assert process.poll() is None, process.communicate()[1].decode()
+def wait_until(happened, process):
+    """Until it has happened, or the process has done all its work."""
+    deadline = time.monotonic() + 120
+    while not happened() and process.poll() is None:
+        assert time.monotonic() < deadline, "nothing happened in two minutes"
         time.sleep(0.002)
+    assert process.poll() in (None, 0), process.communicate()[1].decode()
+
+
+def wait_for_change(path, before, process):
+    wait_until(lambda: bytes_of(path) != before, process)
+
+
+def bytes_of(path):
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
 
 
 @pytest.mark.parametrize(("kills", "workers"), [(3, 1), (3, 2)])
@@ -202,16 +219,21 @@ def test_killed_many_times_it_ends_in_the_same_bytes(tmp_path, articles, tokeniz
 def kill_and_compare(tmp_path, articles, tokenizer_path, kills, workers):
     finish(start(articles, tokenizer_path, tmp_path / "whole", 1))
     out = tmp_path / "killed"
-    rng, struck = random.Random(workers), 0
+    progress = out / "progress.json"
+    rng, struck, started = random.Random(workers), 0, 0
     while struck < kills:
+        started += 1
+        assert started < 10 * kills, f"only {struck} kills struck"
+        before = bytes_of(progress)
         process = start(articles, tokenizer_path, out, workers)
-        progress = out / "progress.json"
-        wait_for(progress, process)
-        time.sleep(rng.uniform(0, 0.6))
-        assert process.poll() in (None, 0), process.communicate()
-        struck += process.poll() is None
-        process.kill()
-        process.communicate()
+        wait_for_change(progress, before, process)  # it is past its start, and has done new work
+        time.sleep(rng.uniform(0, 0.2))
+        if process.poll() is None:
+            struck += 1
+            process.kill()
+            process.communicate()
+        else:
+            finish(process)
         if not progress.exists() and (out / "manifest.json").exists():  # it was faster than the kill: begin again
             assert content(out) == content(tmp_path / "whole")
             for path in out.iterdir():
@@ -228,7 +250,7 @@ def test_workers_end_with_their_parent(tmp_path, articles, tokenizer_path):
         process.kill()
         process.communicate()
         pytest.skip("needs /proc")
-    wait_for(tmp_path / "out" / "train-00000.npy", process)
+    wait_until((tmp_path / "out" / "train-00000.npy").exists, process)
     workers = [int(pid) for pid in children.read_text().split()]
     process.kill()
     process.communicate()
@@ -304,6 +326,44 @@ def test_missing_and_empty_files_and_folders_that_cannot_be_written_are_reported
     empty.touch()
     with pytest.raises(ValueError, match=r"nothing to train on: 0 documents .* 1 records were bad"):
         prepare(empty)
-    with pytest.raises(OSError, match=r"empty.jsonl"):
-        prepare(STORY, save_dir=empty / "below a file")
+    for in_the_way in (empty, empty / "below a file"):
+        with pytest.raises(OSError, match=rf"cannot write to {re.escape(str(in_the_way))} \(.*\); .* --save_dir"):
+            prepare(STORY, save_dir=in_the_way)
     prepare(STORY)  # into the folder where the empty file failed
+
+
+def complaint_of(capfd, tokenizer_path, save_dir):
+    """The one line that this preparation of the story ends with."""
+    capfd.readouterr()
+    paths = ["--input", str(STORY), "--tokenizer_path", str(tokenizer_path), "--save_dir", str(save_dir)]
+    assert cli.main(["preprocess", "text", *paths]) == 2
+    said = capfd.readouterr()
+    assert (said.out, said.err.count("\n")) == ("", 1)
+    return said.err.removeprefix("nanollm preprocess: ").rstrip()
+
+
+def test_a_file_that_is_no_tokenizer_is_one_line(tmp_path, capfd):
+    for number, foreign in enumerate((b"", b"text", bytes(100), b"\n\x07\n\x05<unk>")):
+        (tmp_path / f"{number}.model").write_bytes(foreign)
+        said = complaint_of(capfd, tmp_path / f"{number}.model", tmp_path / "out")
+        assert said.startswith(f"{tmp_path / str(number)}.model is not a SentencePiece model; make one with")
+
+
+def test_a_second_job_in_the_same_folder_is_one_line(tmp_path, tokenizer_path, capfd):
+    with lock_folder(tmp_path):
+        said = complaint_of(capfd, tokenizer_path, tmp_path)
+    assert said.startswith(f"{tmp_path} is in use by another process")
+
+
+def test_a_folder_that_cannot_be_written_is_one_line_with_its_option(tmp_path, tokenizer_path, capfd, monkeypatch):
+    (tmp_path / "file").touch()
+    said = complaint_of(capfd, tokenizer_path, tmp_path / "file" / "out")
+    assert said.startswith(f"cannot write to {tmp_path / 'file' / 'out'} (")
+    assert said.endswith("); choose another --save_dir")
+
+    def forbid(path, *args, **options):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "touch", forbid)
+    said = complaint_of(capfd, tokenizer_path, tmp_path)
+    assert said == f"cannot write to {tmp_path} (Permission denied); choose another --save_dir"

@@ -1,9 +1,12 @@
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from nanollm import cli
 from nanollm.sources import builtin
 from nanollm.stages.tokenizer import Config, HeldOut, plan, run
 from nanollm.text.tokenizer import Tokenizer
@@ -62,7 +65,7 @@ def test_a_hub_dataset_and_its_column_are_read(tmp_path):
     model = run(config(None, tmp_path / "out", **source, text_column="body"))
     assert report_of(model)["documents"] == len(texts)
     with pytest.raises(ValueError, match="has no column text, only body; choose with --text_column"):
-        run(config(None, tmp_path / "out", **source))
+        run(config(None, tmp_path / "other", **source))
 
 
 def test_the_builtin_corpus_needs_no_file(tmp_path, monkeypatch):
@@ -126,8 +129,58 @@ def test_nonsense_is_refused_before_anything_is_read(tmp_path):
 def test_a_missing_corpus_or_a_file_in_the_way_is_told(corpus, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none\.txt does not exist"):
         run(config(tmp_path / "none.txt", tmp_path / "out"))
-    with pytest.raises(OSError, match="exists"):
-        run(config(corpus, corpus))
+    for in_the_way in (corpus, corpus / "below"):
+        with pytest.raises(OSError, match=rf"cannot write to {re.escape(str(in_the_way))} \(.*\); .* --output_dir"):
+            run(config(corpus, in_the_way))
+
+
+def test_a_folder_that_is_read_only_is_told_before_anything_is_read(corpus, tmp_path, monkeypatch, capsys):
+    def forbid(path, *args, **options):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "touch", forbid)
+    monkeypatch.setattr("nanollm.stages.tokenizer.find_files", pytest.fail)
+    assert cli.main(["tokenizer", "--corpus", str(corpus), "--output_dir", str(tmp_path)]) == 2
+    said = f"nanollm tokenizer: cannot write to {tmp_path} (Permission denied); choose another --output_dir\n"
+    assert capsys.readouterr() == ("", said)
+
+
+def test_a_tokenizer_that_is_there_is_returned_to_the_same_settings(corpus, tmp_path, monkeypatch, capsys):
+    model = run(config(corpus, tmp_path / "out"))
+    before = model.read_bytes()
+    (tmp_path / "out").rename(tmp_path / "moved")
+    monkeypatch.setattr("nanollm.stages.tokenizer.train_on", pytest.fail)
+    same = config(corpus, tmp_path / "moved")
+    assert run(same).read_bytes() == before
+    assert "was trained with these settings before; nothing to do" in capsys.readouterr().err
+    assert "nothing to do" in plan(same)
+
+
+def test_a_tokenizer_that_is_there_is_never_overwritten_by_another(corpus, tmp_path):
+    model = run(config(corpus, tmp_path / "out"))
+    before = model.read_bytes()
+    for step in (run, plan):
+        with pytest.raises(ValueError, match=r"made with vocab_size 500, .* has 510; .* --model_name or --output_dir"):
+            step(config(corpus, tmp_path / "out", vocab_size=510))
+    model.write_bytes(before + b"\x1a\x00")  # someone else's, beside our report
+    with pytest.raises(ValueError, match="exists already, made in another way"):
+        run(config(corpus, tmp_path / "out"))
+    model.with_suffix(".json").unlink()
+    with pytest.raises(ValueError, match="exists already, made in another way"):
+        run(config(corpus, tmp_path / "out"))
+    assert run(config(corpus, tmp_path / "out", model_name="other", vocab_size=510)).exists()
+    assert model.read_bytes() == before + b"\x1a\x00"
+
+
+@pytest.mark.parametrize("killed_at", ["nanollm.stages.tokenizer.write_json", "nanollm.text.tokenizer.write_file"])
+def test_killed_before_a_file_is_written_the_same_command_trains_it(corpus, tmp_path, monkeypatch, killed_at):
+    def kill(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
+        killed.setattr(killed_at, kill)
+        run(config(corpus, tmp_path / "out"))
+    assert Tokenizer.load(run(config(corpus, tmp_path / "out"))).vocab_size == 500
 
 
 def test_a_plan_says_what_would_be_read_and_written(corpus, tmp_path):
@@ -147,12 +200,11 @@ def test_the_original_command_line_works(corpus, tmp_path):
         "bpe",
         "--model_name",
         "bpe_tokenizer",
-        "--vocab_size",
-        "500",
     ]
-    done = subprocess.run(command + options, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'bpe_tokenizer.model'}\n"), done.stderr
-    done = subprocess.run([*command, *options[:-1], "60000"], capture_output=True, text=True, check=False)
+    done = subprocess.run([*command, *options, "--vocab_size", "60000"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert "--vocab_size" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
+    options += ["--vocab_size", "500"]
+    done = subprocess.run(command + options, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'bpe_tokenizer.model'}\n"), done.stderr

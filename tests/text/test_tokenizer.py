@@ -135,9 +135,11 @@ def test_a_missing_ambiguous_or_foreign_model_is_refused_with_advice(tokenizer, 
         Tokenizer.load(tmp_path / "none.model")
     with pytest.raises(ValueError, match=r"exactly one \.model file, found none"):
         Tokenizer.load(tmp_path)
-    (tmp_path / "a.model").write_bytes(b"something else")
-    with pytest.raises(ValueError, match=r"a\.model is not a SentencePiece model"):
-        Tokenizer.load(tmp_path)
+    damaged = tokenizer.serialized.replace(b"<0xF0>", b"\xff\xff\xff\xff\xff\xff")
+    for foreign in (b"something else", b"", damaged):
+        (tmp_path / "a.model").write_bytes(foreign)
+        with pytest.raises(ValueError, match=r"a\.model is not a SentencePiece model"):
+            Tokenizer.load(tmp_path)
     tokenizer.save(tmp_path / "b.model")
     with pytest.raises(ValueError, match=r"found a\.model, b\.model; name the file"):
         Tokenizer.load(tmp_path)
