@@ -6,9 +6,13 @@ Letters: B rows, T tokens, N = B*T tokens flattened, D model width, F expert wid
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from nanollm.model.config import ModelConfig
 from nanollm.model.layers import SwiGLU, swiglu
+
+ROWS = 64
+"""Tokens of one expert are padded to a multiple of this, so that few shapes occur."""
 
 
 def route(x: Tensor, centroids: Tensor, bias: Tensor, k: int, normalise: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -52,10 +56,20 @@ class Experts(nn.Module):
         token = order // experts.shape[-1]
         groups = x.index_select(0, token).split(counts.tolist())
         answers = [
-            swiglu(group, self.gate_proj[e], self.up_proj[e], self.down_proj[e]) for e, group in enumerate(groups)
+            swiglu(rounded_up(group), self.gate_proj[e], self.up_proj[e], self.down_proj[e])[: len(group)]
+            for e, group in enumerate(groups)
         ]
         weighted = torch.cat(answers) * weights.flatten()[order, None].to(x.dtype)
         return torch.zeros_like(x).index_add(0, token, weighted), counts
+
+
+def rounded_up(group: Tensor) -> Tensor:
+    """(n, D) with rows of zeros added up to a multiple of ROWS, if there are that many.
+
+    oneDNN makes and keeps a kernel for every shape it meets: with a new number of rows in each step a bfloat16 product
+    takes five times as long, and memory grows by half a megabyte each time.
+    """
+    return F.pad(group, (0, 0, 0, -len(group) % ROWS)) if len(group) > ROWS else group
 
 
 class MoE(nn.Module):

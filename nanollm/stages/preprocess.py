@@ -116,7 +116,7 @@ def open_source(config: Config) -> tuple[list[Part], dict[str, Any]]:
         train, test = _named(files, "train"), _named(files, "test")
         source["files"] = None if files is None else _sizes([*(train or []), *(test or [])])
         return [Part(_reader(config, train, "train")), Part(_reader(config, test, "test"), "test")], source
-    if [str(path) for path in config.input] == [BUILTIN]:
+    if config.input == [Path(BUILTIN)]:
         parts, source["dataset"] = [Part(lambda on_bad: builtin.documents())], BUILTIN
     else:
         files = find_files(config.input) if config.input else None

@@ -5,23 +5,25 @@ import dataclasses
 import pytest
 import torch
 
+from nanollm.model import moe
 from nanollm.model.layers import swiglu
 from nanollm.model.moe import Experts, MoE, balance_loss, route
 from nanollm.model.transformer import Transformer
 from tests.model.conftest import TINY
 
 
+@pytest.mark.parametrize("tokens", [1, 23, 300])
 @pytest.mark.parametrize("k", [1, 2, 5])
 @torch.no_grad()
-def test_grouped_experts_equal_a_loop_over_tokens(rng, k):
+def test_grouped_experts_equal_a_loop_over_tokens(rng, k, tokens):
     experts = Experts(5, 12, 20)
     for parameter in experts.parameters():
         parameter.copy_(torch.randn(parameter.shape, generator=rng))
-    x = torch.randn(23, 12, generator=rng)
-    chosen = torch.rand(23, 5, generator=rng).topk(k).indices
-    weights = torch.rand(23, k, generator=rng)
+    x = torch.randn(tokens, 12, generator=rng)
+    chosen = torch.rand(tokens, 5, generator=rng).topk(k).indices
+    weights = torch.rand(tokens, k, generator=rng)
     expected = torch.zeros_like(x)
-    for token in range(23):
+    for token in range(tokens):
         for expert, weight in zip(chosen[token], weights[token], strict=True):
             one = swiglu(x[token], experts.gate_proj[expert], experts.up_proj[expert], experts.down_proj[expert])
             expected[token] += weight * one
@@ -39,6 +41,15 @@ def test_one_expert_may_get_every_token_and_the_others_none(tiny_model, rng, fav
     layer(x).sum().backward()
     assert layer.load[favourite] == 18
     assert all(torch.isfinite(parameter.grad).all() for parameter in layer.parameters())
+
+
+def test_however_the_tokens_fall_few_shapes_are_computed(rng, monkeypatch):
+    experts, shapes = Experts(2, 12, 20), set()
+    monkeypatch.setattr(moe, "swiglu", lambda x, *_: shapes.add(len(x)) or x)
+    for first in range(300, 700):
+        chosen = torch.cat((torch.zeros(first), torch.ones(1000 - first))).long()[:, None]
+        experts(torch.randn(1000, 12, generator=rng), chosen, torch.ones(1000, 1))
+    assert len(shapes) <= 8
 
 
 def test_only_chosen_experts_compute(rng):
