@@ -1,6 +1,8 @@
 """The whole journey on text that is already on this machine: what does it look like when everything works?"""
 
 import json
+import shutil
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -140,11 +142,12 @@ def farewell(c: Config, summary: dict[str, Any]) -> str:
     for prompt, before, after in zip(PROMPTS, learned["samples_before"], learned["samples_after"], strict=True):
         lines += [f"  before  {_shorten(prompt + before)}", f"  after   {_shorten(prompt + after)}", ""]
     bundle = c.out / "pretrain" / "bundle"
+    nanollm = "nanollm" if shutil.which("nanollm") else f"{sys.executable} -m nanollm"
     lines += [
         f"Bits per byte of unseen text: {learned['val_bpb_before']:.2f} before, {learned['val_bpb_after']:.2f} after, "
         f"in {duration(seconds)}.",
-        f'Next:  nanollm generate {bundle} --prompt "The function returns"',
-        f"       nanollm info {c.model}",
+        f'Next:  {nanollm} generate {bundle} --prompt "The function returns"',
+        f"       {nanollm} info {c.model}",
         "       and the road to the 327M model in README.md",
     ]
     return "\n".join(lines)

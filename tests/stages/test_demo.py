@@ -27,7 +27,7 @@ def test_the_demo_runs_offline_and_the_model_learns(short_corpus, tmp_path, caps
     assert 0 < summary["pretrain"]["val_bpb_after"] < summary["pretrain"]["val_bpb_before"]
     assert len(summary["pretrain"]["samples_after"]) == len(demo.PROMPTS)
     said = capsys.readouterr().err
-    assert "Next:  nanollm generate" in said
+    assert f"nanollm generate {tmp_path / 'demo' / 'pretrain' / 'bundle'}" in said
     assert "[3/3] nano-1m: 1,206,016 parameters learn to write" in said
 
 
