@@ -83,6 +83,17 @@ def settle(path: Path) -> None:
             shutil.rmtree(leftover)
 
 
+def check_writable(folder: Path, option: str) -> None:
+    """Make the folder, and a file in it, before hours are spent on what it is for."""
+    probe = folder / ".probe"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink(missing_ok=True)
+    except OSError as error:
+        raise OSError(f"cannot write to {folder} ({error.strerror}); choose another {option}") from error
+
+
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
     """Keep other processes out of a folder while the block runs; the lock dies with this process."""

@@ -7,12 +7,12 @@ from typing import Any, Literal
 
 from nanollm.data.encode import Document
 from nanollm.data.prepare import BAD_RECORDS, Part, Rules, prepare
+from nanollm.durable import check_writable
 from nanollm.progress import say
 from nanollm.sources import builtin, chats, gsm8k, instructions, openwebtext
 from nanollm.sources.builtin import BUILTIN
 from nanollm.sources.files import OnBad, find_files, is_named, read_texts
 from nanollm.sources.hub import stream_rows
-from nanollm.stages.tokenizer import check_writable
 from nanollm.text.tokenizer import Tokenizer
 
 POSITIONAL = ("kind",)

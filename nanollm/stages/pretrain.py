@@ -12,7 +12,7 @@ from nanollm import __version__
 from nanollm.bundle import save_bundle
 from nanollm.data.batches import Windows, sequential_batches
 from nanollm.data.shards import Shards
-from nanollm.durable import lock_folder, write_file, write_json
+from nanollm.durable import check_writable, lock_folder, write_file, write_json
 from nanollm.evals.bits_per_byte import bits_per_byte
 from nanollm.generate.engine import generate
 from nanollm.generate.sampling import SamplingConfig
@@ -79,6 +79,7 @@ def run(c: Config) -> Path:
     world = World.start(c.device, c.dtype)
     tokenizer, shards, validation = _open(c)
     windows = Windows(shards, c.model.context_length, c.seed)
+    check_writable(c.out, "--out")
     with lock_folder(c.out):
         inputs = {"data": shards.fingerprint, "tokenizer": tokenizer.fingerprint}
         settings = dataclasses.asdict(c) | world.names  # what is really used instead of auto

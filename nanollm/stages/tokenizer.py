@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nanollm.durable import sha256_of, write_json
+from nanollm.durable import check_writable, sha256_of, write_json
 from nanollm.progress import Progress, say
 from nanollm.sources import builtin
 from nanollm.sources.builtin import BUILTIN
@@ -212,14 +212,3 @@ def _counted(documents: Iterator[str]) -> Iterator[str]:
         for document in documents:
             yield document
             bar.advance()
-
-
-def check_writable(folder: Path, option: str) -> None:
-    """Make the folder, and a file in it, before a corpus is read, which may take hours."""
-    probe = folder / ".probe"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink(missing_ok=True)
-    except OSError as error:
-        raise OSError(f"cannot write to {folder} ({error.strerror}); choose another {option}") from error
