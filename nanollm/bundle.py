@@ -106,7 +106,8 @@ def read_config(folder: Path) -> ModelConfig:
 def _read_json(folder: Path, name: str) -> dict[str, Any]:
     if not (folder / name).is_file():
         raise FileNotFoundError(
-            f"{folder} is not a bundle (no {name} in it); a training run writes one to its folder `bundle`"
+            f"{folder} is not a bundle ({f'no {name} in it' if folder.is_dir() else 'no such folder'}); a training run "
+            f"writes one to its folder `bundle` when it is finished"
         )
     try:
         record = json.loads((folder / name).read_bytes())

@@ -17,7 +17,7 @@ class Config(SamplingConfig):
     """Continue one or more prompts with a trained model."""
 
     bundle: Path
-    """Folder of a bundle, such as runs/demo/bundle."""
+    """Folder of a bundle, such as runs/demo/pretrain/bundle."""
     prompt: list[str]
     """Prompts; several are continued as one batch."""
     max_tokens: int = 128

@@ -171,7 +171,8 @@ def summary(manifest: dict[str, Any], folder: Path) -> list[str]:
         lines.append(f"{split}: {tokens:,} tokens in {documents:,} {what}{per_token}")
     if not manifest["splits"].get("val", {}).get("tokens"):
         lines.append(
-            "val is empty, so nothing can be validated on it; more documents, --val_fraction or --val_input help"
+            "val is empty, so training will measure nothing on it; to have some, prepare a new --save_dir with "
+            "--val_input FILE or a larger --val_fraction"
         )
     if bad := manifest["bad_records"]:
         lines.append(f"{bad:,} bad records were left out; {folder / BAD_RECORDS} lists them")

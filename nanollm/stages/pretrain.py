@@ -11,7 +11,7 @@ import torch
 from nanollm import __version__
 from nanollm.bundle import save_bundle
 from nanollm.data.batches import Windows, sequential_batches
-from nanollm.data.shards import Shards
+from nanollm.data.shards import Shards, read_manifest
 from nanollm.durable import check_writable, lock_folder, write_file, write_json
 from nanollm.evals.bits_per_byte import bits_per_byte
 from nanollm.generate.engine import generate
@@ -108,8 +108,10 @@ def run(c: Config) -> Path:
         return save_bundle(c.out / "bundle", c.model, state.weights(), tokenizer, provenance)
 
 
-def validate(c: Config, state: TrainState, tokenizer: Tokenizer, shards: Shards) -> dict[str, object]:
-    """Bits per byte, and loss per token, of some windows of a split."""
+def validate(c: Config, state: TrainState, tokenizer: Tokenizer, shards: Shards | None) -> dict[str, object]:
+    """Bits per byte, and loss per token, of some windows of a split; nothing if there is none."""
+    if shards is None:
+        return {}
     windows = c.validation_windows or None
     batches = sequential_batches(shards, c.model.context_length, c.train.micro_batch_size, windows)
     score = bits_per_byte(state.model, batches, tokenizer.token_bytes)
@@ -134,8 +136,8 @@ def sample(c: Config, state: TrainState, tokenizer: Tokenizer) -> dict[str, obje
     return {"samples": texts}
 
 
-def _open(c: Config) -> tuple[Tokenizer, Shards, Shards]:
-    """Tokenizer, training and validation split, each held to the others."""
+def _open(c: Config) -> tuple[Tokenizer, Shards, Shards | None]:
+    """Tokenizer, training split, and validation split if it has any text, each held to the others."""
     tokenizer = Tokenizer.load(c.tokenizer_path)
     if tokenizer.vocab_size > c.model.vocab_size:
         raise ValueError(
@@ -147,8 +149,11 @@ def _open(c: Config) -> tuple[Tokenizer, Shards, Shards]:
             raise ValueError(
                 f"sample prompt {prompt[:40]!r} does not fit the context of {c.model.context_length} tokens"
             )
-    train, val = (_open_split(c, tokenizer, split) for split in ("train", "val"))
-    return tokenizer, train, val
+    train = _open_split(c, tokenizer, "train")
+    if read_manifest(c.data)[0]["splits"].get("val", {}).get("tokens"):
+        return tokenizer, train, _open_split(c, tokenizer, "val")
+    say(f"{c.data} has no validation text: nothing will be measured on it (nanollm preprocess --val_input FILE)")
+    return tokenizer, train, None
 
 
 def _open_split(c: Config, tokenizer: Tokenizer, split: str) -> Shards:

@@ -76,7 +76,11 @@ class Tokenizer:
         if path.is_dir():
             found = sorted(path.glob("*.model"))
             if len(found) != 1:
-                names = ", ".join(file.name for file in found) or "none"
+                if not found:
+                    raise FileNotFoundError(
+                        f"no tokenizer in {path}; make one with: nanollm tokenizer --output_dir {path} ..."
+                    )
+                names = ", ".join(file.name for file in found)
                 raise ValueError(f"{path} must hold exactly one .model file, found {names}; name the file itself")
             path = found[0]
         if not path.exists():

@@ -227,6 +227,24 @@ def test_checkpoints_without_their_settings_are_not_continued(run_config):
         pretrain.run(c)
 
 
+def test_without_validation_text_a_run_trains_and_says_so(run_config, token_files, tokenizer_path, tmp_path, capsys):
+    from nanollm.stages import preprocess
+
+    folder = preprocess.run(
+        preprocess.Config(
+            kind="text",
+            tokenizer_path=tokenizer_path,
+            save_dir=tmp_path / "tokens",
+            input=[token_files.parent / f"00{n}.txt" for n in range(3)],
+            val_fraction=0.0,
+        )
+    )
+    c = run_config(steps=2, data=folder)
+    assert pretrain.run(c)
+    assert "has no validation text" in capsys.readouterr().err
+    assert not any("val_bpb" in line for line in read_metrics(c.out))
+
+
 def test_a_folder_in_use_is_refused(run_config):
     c = run_config(steps=2)
     with lock_folder(c.out), pytest.raises(ValueError, match="is in use by another process"):
