@@ -90,14 +90,7 @@ def prepare(
         raise ValueError(
             f"token files hold uint16: at most {MAX_VOCAB_SIZE:,} pieces, this tokenizer has {tokenizer.vocab_size:,}"
         )
-    header = {
-        "format": FORMAT,
-        "kind": rules.kind,
-        "dtype": "uint16",
-        "tokenizer": {"fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size},
-        "source": source,
-        "rules": asdict(rules),
-    }
+    header = _header(tokenizer, rules, source)
     splits = dict.fromkeys(split for part in parts for split in ([part.split] if part.split else ["train", "val"]))
     encode = partial(encode_parcel, tokenizer=tokenizer, seed=rules.seed, val_fraction=rules.val_fraction)
     with durable.lock_folder(folder):
@@ -248,6 +241,18 @@ class _Job:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _header(tokenizer: Tokenizer, rules: Rules, source: dict[str, Any]) -> dict[str, Any]:
+    """All that decides the bytes of a folder; the first part of its manifest."""
+    return {
+        "format": FORMAT,
+        "kind": rules.kind,
+        "dtype": "uint16",
+        "tokenizer": {"fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size},
+        "source": source,
+        "rules": asdict(rules),
+    }
 
 
 def _find_progress(folder: Path, header: dict[str, Any]) -> dict[str, Any] | None:
