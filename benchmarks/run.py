@@ -71,7 +71,9 @@ def training_step() -> Iterator[float]:
     batch = Batch(ids[:, :-1].to(world.device), ids[:, 1:].to(world.device))
 
     def step() -> None:
-        train_step(state, [batch], lambda model, b: next_token_loss(model, b, optim.balance_weight), 1e-3, optim)
+        train_step(
+            state, [batch], lambda model, b: next_token_loss(model, b, optim.balance_weight), 1e-3, optim, World()
+        )
 
     for _ in range(5):
         yield batch.count / seconds(world, step)

@@ -4,10 +4,12 @@ Ranks and devices are a value that is passed down; nothing below asks the enviro
 """
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import Tensor, distributed
 
 DeviceName = Literal["auto", "cpu", "cuda", "mps"]
 DtypeName = Literal["auto", "bfloat16", "float16", "float32"]
@@ -43,6 +45,12 @@ class World:
     def is_main(self) -> bool:
         """Whether this process writes files and speaks."""
         return self.rank == 0
+
+    def add_up(self, tensors: Iterable[Tensor]) -> None:
+        """Put in place of each tensor its sum over all ranks."""
+        if self.size > 1:
+            for tensor in tensors:
+                distributed.all_reduce(tensor)
 
 
 def _choose_device(name: DeviceName) -> torch.device:

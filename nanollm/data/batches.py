@@ -24,10 +24,12 @@ class Batch:
 
     tokens: Tensor  # (B, T) int64
     targets: Tensor  # (B, T) int64, IGNORE = not trained
+    positions: Tensor | None = None  # (B, T) int64, 0 where a conversation begins; None: one text per row
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device."""
-        return Batch(self.tokens.to(device), self.targets.to(device))
+        positions = None if self.positions is None else self.positions.to(device)
+        return Batch(self.tokens.to(device), self.targets.to(device), positions)
 
     @property
     def count(self) -> int:

@@ -59,12 +59,12 @@ def _encipher(number: Words, side: int, keys: Words) -> Words:
     base = np.uint64(side)
     high, low = np.divmod(number, base)
     for key in keys:
-        high, low = low, (high + _hash(low, key) % base) % base
+        high, low = low, (high + mix(low, key) % base) % base
     return high * base + low
 
 
-def _hash(word: Words, key: np.uint64) -> Words:
-    """The finalizer of MurmurHash3 on 64 bits: arrays of uint64 wrap around, which is what it wants."""
+def mix(word: Words, key: np.uint64 | Words) -> Words:
+    """A keyed hash, (n,) to (n,): MurmurHash3's finalizer on 64 bits. Arrays of uint64 wrap around, as it wants."""
     word = (word ^ key) * np.uint64(0xFF51AFD7ED558CCD)
     word = (word ^ (word >> np.uint64(33))) * np.uint64(0xC4CEB9FE1A85EC53)
     return word ^ (word >> np.uint64(33))

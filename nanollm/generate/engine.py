@@ -1,7 +1,7 @@
 """How does a batch of prompts of different lengths become a batch of replies?
 
-One padded pass fills the latent cache, then each step decodes one token per unfinished row. The engine knows ids only;
-a `stop` function looks at them from outside.
+One padded pass over the prompts fills the latent cache, each prompt once for all of its samples; then each step
+decodes one token per row. The engine knows ids only; a `stop` function looks at them from outside.
 Letters: B rows, T tokens, V vocabulary.
 """
 
@@ -9,12 +9,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from nanollm.generate.sampling import SamplingConfig, sample
+from nanollm.generate.sampling import SamplingConfig, sample, uniforms
 from nanollm.model.cache import LatentCache
 from nanollm.model.transformer import Transformer
+
+KEPT_SHARE = 0.75
+"""Rows that have ended are thrown out when no more than this share of the rows is still alive: throwing out copies the
+cache, and on CPUs every new number of rows needs new kernels."""
 
 
 @dataclass
@@ -22,6 +27,9 @@ class Completion:
     """What a prompt was answered with."""
 
     ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    """Log-probability of every token drawn, at the sampling temperature: those of ids and, last, that of the end token
+    if one was drawn."""
     finish: Literal["end", "length"] = "length"
     """end: an end token (left out of the ids) or the stop function; length: no room or tokens left."""
 
@@ -36,33 +44,41 @@ def generate(
     end_ids: frozenset[int],
     seed: int = 0,
     stop: Callable[[list[int]], bool] | None = None,
+    samples: int = 1,
 ) -> list[Completion]:
-    """Continue each prompt by at most `max_tokens` ids, within the model's context.
+    """Continue each prompt `samples` times by at most `max_tokens` ids, within the model's context.
 
-    Row i draws from seed + i alone, so that its reply does not depend on the other rows.
+    The samples of a prompt stand beside each other. Row i draws from seed + i alone, so that its reply does not depend
+    on the other rows.
     """
     check_prompts(model, prompts)
-    if max_tokens < 1:
-        raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
-    completions = [Completion() for _ in prompts]
-    generators = [torch.Generator().manual_seed(seed + row) for row in range(len(prompts))]
-    live = list(range(len(prompts)))
+    if max_tokens < 1 or samples < 1:
+        raise ValueError(f"max_tokens and samples must be at least 1, got {max_tokens} and {samples}")
+    completions = [Completion() for _ in range(len(prompts) * samples)]
     with model.evaluating():
         cache, logits = prefill(model, prompts, max_tokens)
-        while True:
-            ids = sample(logits, sampling, [generators[row] for row in live])
-            drawn = zip(live, ids.tolist(), strict=True)
-            still = [_take(completions[row], token, end_ids, stop) for row, token in drawn]
-            for index, row in enumerate(live):
-                used = int(cache.lengths[index])  # tokens in the cache; the newest is not among them yet
-                if len(completions[row].ids) == max_tokens or used == cache.slots.shape[2]:
-                    still[index] = False
-            if not any(still):
+        rows = np.arange(len(completions))  # the completion that each row of the cache belongs to
+        if samples > 1:
+            repeated = torch.from_numpy(rows // samples)
+            cache, logits = cache.select(repeated), logits[repeated.to(logits.device)]
+        live = np.ones(len(rows), dtype=bool)
+        for drawn in range(max_tokens):
+            ids, logprobs = sample(logits, sampling, uniforms(seed + rows, np.full(len(rows), drawn)))
+            tokens, logprob_list, lengths = ids.tolist(), logprobs.tolist(), cache.lengths.numpy()
+            for index in live.nonzero()[0].tolist():
+                completion = completions[rows[index]]
+                completion.logprobs.append(logprob_list[index])
+                has_room = lengths[index] < cache.slots.shape[2]  # the newest token is not in it yet
+                if not _take(completion, tokens[index], end_ids, stop) or not has_room:
+                    live[index] = False
+                    lengths[index] = 0  # a row that has ended runs along from the start again, unheard
+            alive = int(live.sum())
+            if alive == 0 or drawn + 1 == max_tokens:
                 break
-            if not all(still):
-                keep = torch.tensor(still)
+            if alive <= KEPT_SHARE * len(rows):
+                keep = torch.from_numpy(live.nonzero()[0])
                 cache, ids = cache.select(keep), ids[keep.to(ids.device)]
-                live = [row for row, stays in zip(live, still, strict=True) if stays]
+                rows, live = rows[live], live[live]
             logits = model(ids[:, None], cache=cache)[:, -1]
     return completions
 

@@ -5,11 +5,15 @@ Letters: B rows, V vocabulary.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
+
+from nanollm.data.order import Indices, mix
+
+STREAM = np.uint64(0x5A3B1E)  # keeps these draws apart from other uses of the same hash
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,13 +36,38 @@ class SamplingConfig:
             raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
 
 
-def sample(logits: Tensor, c: SamplingConfig, generators: Sequence[Generator]) -> Tensor:
-    """One token per row: logits (B, V) to (B,) int64. Each row draws from its own generator and from nothing else."""
+def uniforms(seeds: Indices, draws: Indices) -> Tensor:
+    """A number in [0, 1) for each pair of a row's seed and the count of its earlier draws: (B,) float32.
+
+    There is no state: a row's numbers depend on its own seed and on nothing else in the batch.
+    """
+    words = mix(mix(seeds.astype(np.uint64), STREAM), draws.astype(np.uint64))
+    return torch.from_numpy((words >> np.uint64(40)).astype(np.float32)) * 2.0**-24
+
+
+def sample(logits: Tensor, c: SamplingConfig, numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """One token per row, and its log-probability at this temperature (at 1 if that is 0) among all tokens.
+
+    logits (B, V); numbers (B,) in [0, 1), one for each row to draw with. Returns (B,) int64 and (B,) float32.
+    """
+    scaled = logits.float() / (c.temperature or 1.0)
+    logprobs = scaled.log_softmax(-1)
     if c.temperature == 0:
-        return logits.argmax(-1)
-    probabilities = keep_likeliest(logits.float() / c.temperature, c).softmax(-1).cpu()
-    drawn = [torch.multinomial(row, 1, generator=g) for row, g in zip(probabilities, generators, strict=True)]
-    return torch.cat(drawn).to(logits.device)
+        ids = logits.argmax(-1)
+    else:
+        filters = c.top_k > 0 or c.top_p < 1
+        probabilities = keep_likeliest(scaled, c).softmax(-1) if filters else logprobs.exp()
+        ids = invert(probabilities, numbers.to(logits.device))
+    return ids, logprobs.gather(-1, ids[:, None])[:, 0]
+
+
+def invert(probabilities: Tensor, numbers: Tensor) -> Tensor:
+    """Where in each row's cumulated probabilities (B, V) its number falls: (B,) int64, never a token of probability 0.
+
+    A number has 24 bits, so that number * total stays below the total in float32.
+    """
+    cumulated = probabilities.cumsum(-1)
+    return torch.searchsorted(cumulated, numbers[:, None] * cumulated[:, -1:], right=True)[:, 0]
 
 
 def keep_likeliest(logits: Tensor, c: SamplingConfig) -> Tensor:

@@ -32,11 +32,18 @@ class LatentAttention(nn.Module):
         self.scale = c.qk_head_dim**-0.5
 
     def forward(
-        self, x: Tensor, table: tuple[Tensor, Tensor], positions: Tensor, cache: LatentCache | None, block: int
+        self,
+        x: Tensor,
+        table: tuple[Tensor, Tensor],
+        positions: Tensor,
+        mask: Tensor | None,
+        cache: LatentCache | None,
+        block: int,
     ) -> Tensor:
-        """x (B, T, D) with the rotary table of its positions, (T,) or with a cache (B, T); returns (B, T, D).
+        """x (B, T, D) with the rotary table of its positions, (T,) or (B, T); returns (B, T, D).
 
-        Without a cache the T tokens see each other causally; with one, also all that the cache holds of their row.
+        mask (B, T, S), true where a token may look: S = T without a cache, where None means at all before it; with
+        one, S is the number of its slots in use.
         """
         c = self.config
         q_nope, q_rope = self.queries(x, table)  # (B, T, H, N) and (B, T, H, R)
@@ -44,10 +51,10 @@ class LatentAttention(nn.Module):
         latent = self.kv_a_norm(latent)  # (B, T, C)
         k_rope = rotate(k_rope[:, :, None], table)[:, :, 0]  # (B, T, R): one key for all heads
         if cache is None:
-            return self.expanded(q_nope, q_rope, latent, k_rope, mask=None)
+            return self.expanded(q_nope, q_rope, latent, k_rope, mask)
 
-        entries = cache.write(block, torch.cat((latent, k_rope), dim=-1), positions)  # (B, S, C + R)
-        mask = torch.arange(entries.shape[1], device=x.device) <= positions[:, :, None]  # (B, T, S)
+        assert mask is not None
+        entries = cache.write(block, torch.cat((latent, k_rope), dim=-1), positions)[:, : mask.shape[-1]]  # (B, S, C+R)
         if x.shape[1] < c.absorbed_is_cheaper_below:
             return self.absorbed(q_nope, q_rope, entries, mask)
         latent, k_rope = entries.split([c.kv_lora_rank, c.qk_rope_head_dim], dim=-1)

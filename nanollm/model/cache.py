@@ -12,6 +12,10 @@ from torch import Tensor
 
 from nanollm.model.config import ModelConfig
 
+SLOTS = 64
+"""The slots that are read are rounded up to a multiple of this, so that few shapes occur: on CPUs a kernel is made
+and kept for every shape."""
+
 
 @dataclass
 class LatentCache:
@@ -44,11 +48,17 @@ class LatentCache:
             )
         return (self.lengths[:, None] + torch.arange(count)).to(self.slots.device)
 
+    def mask(self, positions: Tensor) -> Tensor:
+        """Which slots the new tokens at positions (B, T) may look at: (B, T, S') for the S' slots that are read."""
+        in_use = int(self.lengths.max()) + positions.shape[1]
+        read = min(in_use + -in_use % SLOTS, self.slots.shape[2])
+        return torch.arange(read, device=positions.device) <= positions[:, :, None]
+
     def write(self, block: int, entries: Tensor, positions: Tensor) -> Tensor:
-        """Store entries (B, T, C + R) at positions (B, T) and return all slots in use, (B, S', C + R)."""
+        """Store entries (B, T, C + R) at positions (B, T) and return all slots of the block, (B, S, C + R)."""
         rows = torch.arange(len(entries), device=entries.device)[:, None]
         self.slots[block][rows, positions] = entries.to(self.slots.dtype)
-        return self.slots[block, :, : int(self.lengths.max()) + entries.shape[1]]
+        return self.slots[block]
 
     def select(self, rows: Tensor) -> "LatentCache":
         """A cache of only these rows: a mask (B,) of booleans or indices, on the CPU."""

@@ -28,9 +28,22 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(config.d_model, config.rms_norm_eps)
         self.ffn = MoE(config) if config.is_moe(index) else SwiGLU(config.d_model, config.d_ff)
 
-    def forward(self, x: Tensor, table: tuple[Tensor, Tensor], positions: Tensor, cache: LatentCache | None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), table, positions, cache, self.index)
+    def forward(
+        self,
+        x: Tensor,
+        table: tuple[Tensor, Tensor],
+        positions: Tensor,
+        mask: Tensor | None,
+        cache: LatentCache | None,
+    ) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), table, positions, mask, cache, self.index)
         return x + self.ffn(self.ffn_norm(x))
+
+
+def packed_mask(positions: Tensor) -> Tensor:
+    """positions (B, T), 0 where a text begins, to (B, T, T): true where a token may look, in its own text and back."""
+    text = (positions == 0).cumsum(1)  # (B, T): the number of the text in its row
+    return (text[:, :, None] == text[:, None, :]).tril()
 
 
 class Trunk(nn.Module):
@@ -43,17 +56,26 @@ class Trunk(nn.Module):
         self.blocks = nn.ModuleList(Block(config, index) for index in range(config.n_blocks))
         self.norm = RMSNorm(config.d_model, config.rms_norm_eps)
 
-    def forward(self, tokens: Tensor, cache: LatentCache | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, cache: LatentCache | None = None, positions: Tensor | None = None) -> Tensor:
         """tokens (B, T) int64 to hidden (B, T, D).
 
-        With a cache the tokens continue its rows, and its lengths grow by T.
+        With a cache the tokens continue its rows, and its lengths grow by T. Without one, positions (B, T) say where
+        several texts lie in a row: each begins at position 0 and sees nothing of the others. None: one text per row.
         """
         count = tokens.shape[1]
-        positions = torch.arange(count, device=tokens.device) if cache is None else cache.next_positions(count)
+        mask = None
+        if cache is not None:
+            assert positions is None, "a cache knows where its rows go on"
+            positions = cache.next_positions(count)
+            mask = cache.mask(positions)
+        elif positions is not None:
+            mask = packed_mask(positions)
+        else:
+            positions = torch.arange(count, device=tokens.device)
         table = rotary_table(positions, self.config.qk_rope_head_dim, self.config.rope_theta)
         x = self.embed(tokens)
         for block in self.blocks:
-            x = block(x, table, positions, cache)
+            x = block(x, table, positions, mask, cache)
         if cache is not None:
             cache.lengths += count
         return self.norm(x)
@@ -68,9 +90,9 @@ class Transformer(nn.Module):
         self.trunk = Trunk(config)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
 
-    def forward(self, tokens: Tensor, cache: LatentCache | None = None) -> Tensor:
-        """tokens (B, T) int64 to logits (B, T, V); cache as in Trunk."""
-        return self.head(self.trunk(tokens, cache))
+    def forward(self, tokens: Tensor, cache: LatentCache | None = None, positions: Tensor | None = None) -> Tensor:
+        """tokens (B, T) int64 to logits (B, T, V); cache and positions as in Trunk."""
+        return self.head(self.trunk(tokens, cache, positions))
 
     def moe_layers(self) -> Iterator[MoE]:
         """The Mixture-of-Experts layers, first block first."""

@@ -24,9 +24,10 @@ from nanollm.text.tokenizer import Tokenizer
 from nanollm.train.checkpoint import checkpoints, load_newest
 from nanollm.train.loop import TrainConfig, fit
 from nanollm.train.loss import next_token_loss
-from nanollm.train.optim import OptimConfig
+from nanollm.train.optim import OptimConfig, lr_at
 from nanollm.train.runlog import RunLog, TrackerName, start_tracker
 from nanollm.train.state import TrainState
+from nanollm.train.step import StepStats, train_step
 from nanollm.world import DeviceName, DtypeName, World
 
 SAMPLE_TOKENS = 48
@@ -88,12 +89,16 @@ def run(c: Config) -> Path:
         if load_newest(c.out / "checkpoints", state):
             say(f"going on from step {state.step:,} of {c.train.steps:,} in {c.out}")
         trackers = [start_tracker(name, c.out, settings, resume_from=state.step) for name in c.trackers]
+        loss_of = partial(next_token_loss, balance_weight=c.optim.balance_weight)
+
+        def take_step(step: int) -> StepStats:
+            batches = windows.micro_batches(step, c.train.batch_size, c.train.micro_batch_size)
+            return train_step(state, batches, loss_of, lr_at(step, c.train.steps, c.optim), c.optim, world)
+
         fit(
             state,
-            lambda step: windows.micro_batches(step, c.train.batch_size, c.train.micro_batch_size),
-            partial(next_token_loss, balance_weight=c.optim.balance_weight),
+            take_step,
             c.train,
-            c.optim,
             c.out,
             RunLog(c.out, trackers, resume_from=state.step),
             validate=lambda: validate(c, state, tokenizer, validation),

@@ -8,38 +8,31 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
-from nanollm.data.batches import Batch
 from nanollm.progress import Progress, say
 from nanollm.train.checkpoint import save_checkpoint
-from nanollm.train.optim import OptimConfig, lr_at
 from nanollm.train.runlog import RunLog
 from nanollm.train.state import TrainState
-from nanollm.train.step import LossFunction, StepStats, train_step
 
 MAX_SKIPPED_IN_A_ROW = 10
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """How long, in which portions, and how often to look, log and save."""
+class LoopConfig:
+    """How long, and how often to look, log and save."""
 
     steps: int
-    """Optimizer steps in all."""
-    batch_size: int = 32
-    """Sequences per optimizer step."""
-    micro_batch_size: int = 8
-    """Sequences per forward pass; must divide batch_size. Smaller takes less memory and gives the same step."""
+    """Steps in all."""
     log_every: int = 10
     """Steps between two lines of metrics.jsonl."""
     validate_every: int = 100
-    """Steps between two looks at validation text (0: only at the start and the end)."""
+    """Steps between two looks at what is not trained on (0: only at the start and the end)."""
     sample_every: int = 0
     """Steps between two samples (0: only at the start and the end)."""
     save_every: int = 200
@@ -48,17 +41,52 @@ class TrainConfig:
     """Checkpoints kept; older ones are deleted."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "micro_batch_size", "log_every", "keep_last"):
+        for name in ("steps", "log_every", "keep_last"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name} must be at least 1, got {getattr(self, name)}")
         for name in ("validate_every", "sample_every", "save_every"):
             if getattr(self, name) < 0:
                 raise ValueError(f"train.{name} must be at least 0, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(LoopConfig):
+    """How long, in which portions, and how often to look, log and save."""
+
+    batch_size: int = 32
+    """Sequences per optimizer step."""
+    micro_batch_size: int = 8
+    """Sequences per forward pass; must divide batch_size. Smaller takes less memory and gives the same step."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("batch_size", "micro_batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"train.{name} must be at least 1, got {getattr(self, name)}")
         if self.batch_size % self.micro_batch_size:
             raise ValueError(
                 f"train.batch_size must be a multiple of train.micro_batch_size ({self.micro_batch_size}), "
                 f"got {self.batch_size}"
             )
+
+
+class Taken(Protocol):
+    """What a step tells the loop."""
+
+    @property
+    def loss(self) -> float: ...
+    @property
+    def grad_norm(self) -> float: ...
+    @property
+    def tokens(self) -> int:
+        """Trained tokens."""
+
+    @property
+    def skipped(self) -> bool:
+        """Something was not finite and the weights stayed as they were."""
+
+    def values(self) -> dict[str, object]:
+        """Names and values for the log."""
 
 
 Outcome = TypeVar("Outcome")
@@ -69,23 +97,20 @@ Check = Callable[[], dict[str, object]]
 
 def fit(
     state: TrainState,
-    micro_batches: Callable[[int], Sequence[Batch]],
-    loss_of: LossFunction,
-    c: TrainConfig,
-    optim: OptimConfig,
+    take_step: Callable[[int], Taken],
+    c: LoopConfig,
     folder: Path,
     log: RunLog,
     validate: Check,
     sample: Check,
 ) -> None:
-    """Train from `state.step` to `c.steps`; `micro_batches(step)` is a pure function of the step.
+    """Train from `state.step` to `c.steps`; `take_step(step)` depends on the weights and the step alone.
 
     SIGINT and SIGTERM save after the step at hand and leave with exit code 130 or 143; a second one leaves at once.
     """
     checkpoints = folder / "checkpoints"
     clock, watch = _Clock(), _Watch()
-    total = c.steps * c.batch_size
-    with _signals() as received, Progress("train", total, "sequences", done=state.step * c.batch_size) as bar:
+    with _signals() as received, Progress("train", c.steps, "steps", done=state.step) as bar:
         if state.step == 0:
             log.write(0, **validate(), **sample())
         while state.step < c.steps:
@@ -94,17 +119,17 @@ def fit(
                 say(f"saved step {state.step} after {received[0].name}; the same command goes on from here")
                 raise SystemExit(128 + received[0])
 
-            stats = train_step(state, micro_batches(state.step), loss_of, lr_at(state.step, c.steps, optim), optim)
+            stats = take_step(state.step)
             state.step += 1
             watch.see(state.step, stats)
             clock.count(stats.tokens)
-            bar.advance(c.batch_size)
+            bar.advance()
             bar.note(f"loss {stats.loss:.3f}")
 
             at_end = state.step == c.steps
             values: dict[str, object] = {}
             if _due(state.step, c.log_every) or at_end:
-                values |= _values(stats) | clock.read()
+                values |= stats.values() | clock.read()
             if _due(state.step, c.validate_every) or at_end:
                 values |= clock.paused(validate)
             if _due(state.step, c.sample_every) or at_end:
@@ -119,23 +144,13 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _values(stats: StepStats) -> dict[str, object]:
-    values: dict[str, object] = {"loss": stats.loss, "grad_norm": stats.grad_norm, "lr": stats.lr}
-    if stats.expert_load:
-        # Router health: 1 where every expert of every layer gets its share; n_experts where one gets everything.
-        values["load_max_over_mean"] = max(max(shares) * len(shares) for shares in stats.expert_load)
-        values["load_min_over_mean"] = min(min(shares) * len(shares) for shares in stats.expert_load)
-        values["expert_load"] = stats.expert_load
-    return values | ({"skipped": True} if stats.skipped else {})
-
-
 class _Watch:
     """Says which updates were skipped, and ends a run in which nothing but that happens."""
 
     def __init__(self) -> None:
         self._in_a_row = 0
 
-    def see(self, step: int, stats: StepStats) -> None:
+    def see(self, step: int, stats: Taken) -> None:
         self._in_a_row = self._in_a_row + 1 if stats.skipped else 0
         if stats.skipped:
             say(f"step {step}: loss {stats.loss}, gradient norm {stats.grad_norm}: the update was skipped")

@@ -44,7 +44,8 @@ def next_token_loss(model: Transformer, batch: Batch, balance_weight: float = 0.
     """
     for layer in model.moe_layers():
         layer.wants_balance_losses = balance_weight > 0
-    cross_entropy = cross_entropy_sum(model.head, model.trunk(batch.tokens), batch.targets)
+    hidden = model.trunk(batch.tokens, positions=batch.positions)
+    cross_entropy = cross_entropy_sum(model.head, hidden, batch.targets)
     loss = cross_entropy
     if balance_weight:
         trained = (batch.targets != IGNORE).sum(1)  # (B,)

@@ -7,17 +7,32 @@ finite never reaches the weights.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
 
-from nanollm.data.batches import Batch
 from nanollm.model.transformer import Transformer
 from nanollm.train.optim import OptimConfig
 from nanollm.train.state import TrainState
+from nanollm.world import World
 
-LossFunction = Callable[[Transformer, Batch], tuple[Tensor, Tensor]]
-"""Model and micro-batch to (loss to train on, loss to report), both sums over the micro-batch's trained tokens."""
+
+class MicroBatch(Protocol):
+    """A part of what one optimizer step sees."""
+
+    @property
+    def count(self) -> float:
+        """The step's loss is the sum of all micro-batches' losses, divided once, by the sum of their counts."""
+
+    def to(self, device: torch.device) -> Self:
+        """The same micro-batch on a device."""
+
+
+AnyBatch = TypeVar("AnyBatch", bound=MicroBatch)
+
+LossFunction = Callable[[Transformer, AnyBatch], tuple[Tensor, Tensor]]
+"""Model and micro-batch to (loss to train on, loss to report), both sums; of trained tokens, for a Batch."""
 
 SCALE_GROWS_AFTER = 1000
 """Steps without overflow after which float16's loss scale doubles."""
@@ -28,34 +43,58 @@ class StepStats:
     """What a step saw."""
 
     loss: float
-    """Mean over the trained tokens of all micro-batches, in nats."""
+    """Sum over all micro-batches and ranks, divided by their count; for a Batch: nats per trained token."""
     grad_norm: float
     """Global norm before clipping."""
     lr: float
-    tokens: int
-    """Trained tokens."""
+    count: float
+    """What the loss was divided by; for a Batch: trained tokens."""
     expert_load: list[list[float]]
     """Per Mixture of Experts: each expert's share of the tokens; the shares sum to 1."""
     skipped: bool
     """The loss or a gradient was not finite and the weights stayed as they were."""
 
+    @property
+    def tokens(self) -> int:
+        """Trained tokens, where the step saw Batches."""
+        return int(self.count)
+
+    def values(self) -> dict[str, object]:
+        """Names and values for the log."""
+        values: dict[str, object] = {"loss": self.loss, "grad_norm": self.grad_norm, "lr": self.lr}
+        if self.expert_load:
+            # Router health: 1 where every expert of every layer gets its share; n_experts where one gets everything.
+            values["load_max_over_mean"] = max(max(shares) * len(shares) for shares in self.expert_load)
+            values["load_min_over_mean"] = min(min(shares) * len(shares) for shares in self.expert_load)
+            values["expert_load"] = self.expert_load
+        return values | ({"skipped": True} if self.skipped else {})
+
 
 def train_step(
-    state: TrainState, micro_batches: Sequence[Batch], loss_of: LossFunction, lr: float, c: OptimConfig
+    state: TrainState,
+    micro_batches: Sequence[AnyBatch],
+    loss_of: LossFunction[AnyBatch],
+    lr: float,
+    c: OptimConfig,
+    world: World,
 ) -> StepStats:
-    """Move the weights once, by the mean gradient over the trained tokens of all micro-batches."""
-    tokens = sum(batch.count for batch in micro_batches)
+    """Move the weights once, by the gradient of the mean loss over the micro-batches of all ranks."""
     device = next(state.model.parameters()).device
+    total = torch.tensor(float(sum(batch.count for batch in micro_batches)), dtype=torch.float64, device=device)
+    world.add_up([total])
+    count = total.item()
     reports = []
     for batch in micro_batches:
         loss, report = loss_of(state.model, batch.to(device))
-        # One denominator for all micro-batches: one with few trained tokens must not shout louder.
-        (loss * (state.loss_scale / tokens)).backward()
+        # One denominator for all micro-batches and ranks: one with few trained tokens must not shout louder.
+        (loss * (state.loss_scale / count)).backward()
         state.collect_gradients()
         reports.append(report)
 
-    reported = torch.stack(reports).sum().item() / tokens
     grads = [master.grad for master in state.masters.values() if master.grad is not None]
+    report_sum = torch.stack(reports).sum()
+    world.add_up([report_sum, *grads, *(layer.load for layer in state.model.moe_layers())])
+    reported = report_sum.item() / count
     norms = torch._foreach_norm(grads)
     grad_norm = torch.stack(norms).norm().item()
     finite = math.isfinite(reported) and math.isfinite(grad_norm)
@@ -73,7 +112,7 @@ def train_step(
         loss=reported,
         grad_norm=grad_norm,
         lr=lr,
-        tokens=tokens,
+        count=count,
         expert_load=_balance(state.model, c.balance_rate if finite else 0.0),
         skipped=not finite,
     )

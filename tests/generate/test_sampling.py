@@ -1,9 +1,10 @@
 """The sampled distribution is the one that was asked for."""
 
+import numpy as np
 import pytest
 import torch
 
-from nanollm.generate.sampling import SamplingConfig, keep_likeliest, sample
+from nanollm.generate.sampling import SamplingConfig, invert, keep_likeliest, sample, uniforms
 
 LOGITS = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
 
@@ -40,14 +41,35 @@ def test_top_p_keeps_the_likeliest_wherever_they_stand():
 
 def test_frequencies_follow_the_tempered_probabilities():
     rows = 20_000
-    generator = torch.Generator().manual_seed(0)
-    drawn = sample(LOGITS.expand(rows, 4), SamplingConfig(temperature=2.0), [generator] * rows)
+    numbers = uniforms(np.arange(rows), np.full(rows, 3))
+    drawn, logprobs = sample(LOGITS.expand(rows, 4), SamplingConfig(temperature=2.0), numbers)
     expected = (LOGITS / 2).softmax(-1)
+    torch.testing.assert_close(logprobs, expected.log()[drawn])
     torch.testing.assert_close(drawn.bincount(minlength=4) / rows, expected, atol=0.015, rtol=0)
 
 
 def test_temperature_zero_takes_the_likeliest():
-    assert sample(LOGITS.expand(5, 4), SamplingConfig(temperature=0), []).tolist() == [0] * 5
+    ids, logprobs = sample(LOGITS.expand(5, 4), SamplingConfig(temperature=0), torch.zeros(5))
+    assert ids.tolist() == [0] * 5
+    torch.testing.assert_close(logprobs, LOGITS[:1].expand(5))
+
+
+def test_numbers_of_neighbouring_seeds_and_draws_are_uniform_and_unrelated():
+    seeds, draws = np.meshgrid(np.arange(200), np.arange(200), indexing="ij")
+    numbers = uniforms(seeds.ravel(), draws.ravel()).reshape(200, 200)
+    assert 0 <= numbers.min() < 1e-3
+    assert 1 - 1e-3 < numbers.max() < 1
+    torch.testing.assert_close(
+        numbers.flatten().histc(20, 0, 1) / numbers.numel(), torch.full((20,), 0.05), atol=0.005, rtol=0
+    )
+    for neighbour in (numbers.roll(1, 0), numbers.roll(1, 1), numbers.T):
+        assert abs(torch.corrcoef(torch.stack((numbers.flatten(), neighbour.flatten())))[0, 1]) < 0.02
+
+
+def test_a_token_without_probability_is_never_drawn():
+    probabilities = torch.tensor([[0.0, 0.3, 0.0, 0.7, 0.0]]).expand(4, 5)
+    numbers = torch.tensor([0.0, 0.3, 0.299, 1 - 2**-24])
+    assert invert(probabilities, numbers).tolist() == [1, 3, 1, 3]
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,7 @@ def test_latent_attention_equals_deepseek_v3(tiny_model, rng):
     rotary = tuple(torch.cat((part, part), dim=-1)[None].expand(2, -1, -1) for part in (cos, sin))
     mask = torch.full((17, 17), -torch.inf).triu(1)[None, None].expand(2, -1, -1, -1)
     expected, _ = theirs(x, position_embeddings=rotary, attention_mask=mask)
-    torch.testing.assert_close(block.attention(x, (cos, sin), positions, None, 0), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(block.attention(x, (cos, sin), positions, None, None, 0), expected, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()

@@ -9,11 +9,12 @@ from nanollm.train.checkpoint import checkpoints, load_newest, save_checkpoint, 
 from nanollm.train.loss import next_token_loss
 from nanollm.train.optim import OptimConfig
 from nanollm.train.step import train_step
+from nanollm.world import World
 
 
 def train(state, batch_at, steps):
     for step in range(state.step, state.step + steps):
-        train_step(state, [batch_at(step)], next_token_loss, 1e-2, OptimConfig())
+        train_step(state, [batch_at(step)], next_token_loss, 1e-2, OptimConfig(), World())
         state.step += 1
     return state
 
@@ -103,7 +104,7 @@ def test_a_run_may_change_its_compute_type(start, batch_at, tmp_path):
     for dtype in (torch.float16, torch.float32, torch.bfloat16):
         state = start(dtype)
         load_newest(tmp_path, state)
-        norms.append(train_step(state, [batch_at(2)], next_token_loss, 0.0, OptimConfig()).grad_norm)
+        norms.append(train_step(state, [batch_at(2)], next_token_loss, 0.0, OptimConfig(), World()).grad_norm)
     assert norms[0] == pytest.approx(norms[1], rel=0.02)
     assert norms[2] == pytest.approx(norms[1], rel=0.05)
 

@@ -10,6 +10,7 @@ from nanollm.train.loss import next_token_loss
 from nanollm.train.optim import OptimConfig
 from nanollm.train.state import TrainState
 from nanollm.train.step import train_step
+from nanollm.world import World
 
 
 def rows_of(batch: Batch, rows: slice) -> Batch:
@@ -35,8 +36,8 @@ def test_micro_batches_equal_one_batch(start, batch_at, name, balance_weight):
         return next_token_loss(model, batch, balance_weight)
 
     at_once, in_parts = start(name=name), start(name=name)
-    expected = train_step(at_once, [whole], loss_of, 1e-2, c)
-    got = train_step(in_parts, [rows_of(whole, slice(0, 2)), rows_of(whole, slice(2, 4))], loss_of, 1e-2, c)
+    expected = train_step(at_once, [whole], loss_of, 1e-2, c, World())
+    got = train_step(in_parts, [rows_of(whole, slice(0, 2)), rows_of(whole, slice(2, 4))], loss_of, 1e-2, c, World())
     assert got.tokens == expected.tokens == 49
     assert got.loss == pytest.approx(expected.loss, rel=1e-6)
     assert got.grad_norm == pytest.approx(expected.grad_norm, rel=1e-5)
@@ -56,10 +57,10 @@ def test_what_is_not_finite_never_reaches_the_weights(start, batch_at, where, ba
             return loss * bad, report * bad
         return loss + (model.head.weight[0, 0] * bad - (model.head.weight[0, 0] * bad).detach()), report
 
-    stats = train_step(state, [batch_at(0)], poisoned, 1e-2, OptimConfig())
+    stats = train_step(state, [batch_at(0)], poisoned, 1e-2, OptimConfig(), World())
     assert stats.skipped
     assert all(torch.equal(tensor, before[name]) for name, tensor in state.weights().items())
-    stats = train_step(state, [batch_at(1)], next_token_loss, 1e-2, OptimConfig())
+    stats = train_step(state, [batch_at(1)], next_token_loss, 1e-2, OptimConfig(), World())
     assert not stats.skipped
     assert all(torch.isfinite(tensor).all() for tensor in state.weights().values())
 
@@ -68,7 +69,7 @@ def test_what_is_not_finite_never_reaches_the_weights(start, batch_at, where, ba
 def test_the_model_is_always_the_rounding_of_its_float32_masters(start, batch_at, dtype):
     state = start(dtype)
     for step in range(3):
-        stats = train_step(state, [batch_at(step)], next_token_loss, 1e-2, OptimConfig())
+        stats = train_step(state, [batch_at(step)], next_token_loss, 1e-2, OptimConfig(), World())
         assert not stats.skipped
     for name, parameter in state.model.named_parameters():
         assert parameter.dtype == dtype
@@ -80,7 +81,7 @@ def test_the_model_is_always_the_rounding_of_its_float32_masters(start, batch_at
 
 def test_bfloat16_gradients_are_close_to_float32_gradients(start, batch_at):
     norms = [
-        train_step(start(dtype), [batch_at(0), batch_at(1)], next_token_loss, 0.0, OptimConfig()).grad_norm
+        train_step(start(dtype), [batch_at(0), batch_at(1)], next_token_loss, 0.0, OptimConfig(), World()).grad_norm
         for dtype in (torch.float32, torch.bfloat16, torch.float16)
     ]
     assert norms[1] == pytest.approx(norms[0], rel=0.02)
@@ -90,7 +91,9 @@ def test_bfloat16_gradients_are_close_to_float32_gradients(start, batch_at):
 def test_float16_halves_its_loss_scale_after_an_overflow_and_goes_on(start, batch_at):
     state = start(torch.float16)
     state.loss_scale = 2.0**40
-    skipped = [train_step(state, [batch_at(0)], next_token_loss, 1e-2, OptimConfig()).skipped for _ in range(40)]
+    skipped = [
+        train_step(state, [batch_at(0)], next_token_loss, 1e-2, OptimConfig(), World()).skipped for _ in range(40)
+    ]
     assert skipped[0]
     assert not skipped[-1]
     assert state.loss_scale < 2.0**40
@@ -98,7 +101,7 @@ def test_float16_halves_its_loss_scale_after_an_overflow_and_goes_on(start, batc
 
 def test_one_batch_is_overfitted(start, batch_at):
     state, batch = start(), batch_at(0)
-    losses = [train_step(state, [batch], next_token_loss, 1e-2, OptimConfig()).loss for _ in range(150)]
+    losses = [train_step(state, [batch], next_token_loss, 1e-2, OptimConfig(), World()).loss for _ in range(150)]
     assert losses[0] == pytest.approx(math.log(61), rel=0.05)
     assert losses[-1] < 0.05
 
@@ -106,16 +109,18 @@ def test_one_batch_is_overfitted(start, batch_at):
 def test_clipping_bounds_the_move_and_reports_the_norm_before(start, batch_at):
     free, clipped = start(name="adamw"), start(name="adamw")
     limit = OptimConfig(name="adamw", max_grad_norm=1e-9, weight_decay=0.0)
-    norm = train_step(free, [batch_at(0)], next_token_loss, 1e-2, OptimConfig(name="adamw", max_grad_norm=0)).grad_norm
+    norm = train_step(
+        free, [batch_at(0)], next_token_loss, 1e-2, OptimConfig(name="adamw", max_grad_norm=0), World()
+    ).grad_norm
     start_weights = [p.clone() for p in clipped.model.parameters()]
-    assert train_step(clipped, [batch_at(0)], next_token_loss, 1e-2, limit).grad_norm == norm > 1e-9
+    assert train_step(clipped, [batch_at(0)], next_token_loss, 1e-2, limit, World()).grad_norm == norm > 1e-9
     moves = [(p - q).abs().max() for p, q in zip(clipped.model.parameters(), start_weights, strict=True) if p.dim() < 2]
     assert max(moves) < 1e-3  # gradients far below AdamW's epsilon hardly move anything
 
 
 def test_expert_shares_sum_to_one_and_the_bias_follows_them(start, batch_at):
     state = start()
-    stats = train_step(state, [batch_at(0)], next_token_loss, 1e-2, OptimConfig(balance_rate=0.5))
+    stats = train_step(state, [batch_at(0)], next_token_loss, 1e-2, OptimConfig(balance_rate=0.5), World())
     for shares, layer in zip(stats.expert_load, state.model.moe_layers(), strict=True):
         assert sum(shares) == pytest.approx(1)
         expected = [0.5 * ((share < 1 / 5) - (share > 1 / 5)) for share in shares]
