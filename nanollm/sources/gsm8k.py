@@ -1,20 +1,46 @@
-"""GSM8K (arXiv:2110.14168): school problems, worked solutions, and which number is the answer.
+"""GSM8K (arXiv:2110.14168): school problems, worked solutions, and whether a reply has the right number.
 
 A solution is kept exactly as written, with its calculator notes <<48/2=24>> and its last line "#### 24". The answer
-is the text after the mark, exactly as well: "1,080" stays "1,080", and no sign, decimal or unit is lost.
+is the text after the mark, exactly as well: "1,080" stays "1,080". Two answers are the same if their numbers are,
+exactly: 1,080 = 1080.0, 3/4 = 0.75, and 0.33 is not 1/3.
 """
 
+import re
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
+from typing import Any, Literal
 
-from nanollm.sources.files import OnBad, find_files, read_rows
+from nanollm.sources.files import BadRecord, OnBad, find_files, is_named, problem, read_records
 from nanollm.sources.hub import stream_rows
 from nanollm.text.chat import Conversation
 
 NAME, CONFIG = "openai/gsm8k", "main"
 COLUMNS = ("question", "answer")
 ANSWER_MARK = "####"
+MAX_CHARS = 200  # a longer text is no answer, so that no reply can make the grader slow
+
+How = Literal["strict", "flexible"]
+
+# One number as people write it. [0-9], because \d is any digit of Unicode. A sign counts only where it cannot be a
+# hyphen or a minus between two numbers, a leading point only where it cannot be the end of "Rs." or of an ellipsis.
+NUMBER = re.compile(
+    r"""(?: (?<![\w)]) (?P<sign> [-+] ) )? [$€£¥₹]?
+    (?: (?: (?P<whole> [0-9]+ ) [ ] )? (?P<top> [0-9]+ ) / (?P<bottom> [0-9]+ )
+      | (?P<decimal> (?: [0-9]{1,3} (?: ,[0-9]{3} )+ (?![0-9]) | [0-9]+ ) (?: \.[0-9]* )? | (?<![\w.]) \.[0-9]+ )
+    ) %?""",
+    re.VERBOSE,
+)
+# Words and signs that make another number of the one beside them: "minus 5", "- $5", "√16"; "5 million".
+BEFORE = re.compile(r"(?: [-+±/^√×÷—] | \b(?: minus | negative ) ) \W{0,4} \Z", re.VERBOSE | re.IGNORECASE)
+AFTER = re.compile(
+    r"\s* (?: hundred | thousand | million | billion | trillion | dozen | and\ a\ (?: half | quarter | third ) ) \b",
+    re.VERBOSE | re.IGNORECASE,
+)
+POWER_OF_UNIT = re.compile(r"(?<=[A-Za-z])[²³]")  # 24 m²
+MINUS_SIGNS = str.maketrans(dict.fromkeys("−–‐‑﹣－", "-"))
 
 
 @dataclass(frozen=True)
@@ -28,13 +54,25 @@ class Problem:
 
 
 def problems(inputs: Sequence[Path] | None, split: str, on_bad: OnBad, name: str = NAME) -> Iterator[Problem]:
-    """Problems of "train" or "test": from files, a folder's files with that word in their names, or the hub."""
-    if inputs is None:
-        rows = stream_rows(name, split, COLUMNS, on_bad, config_name=CONFIG)
-    else:
-        rows = read_rows(find_files(inputs, split), COLUMNS, on_bad)
-    for question, answer in rows:
-        yield Problem(question, answer)
+    """Problems of "train" or "test": from the files named for the split, in folders too, or from the hub.
+
+    A row whose solution has no answer that can be graded is a bad record, like one without a question.
+    """
+    if inputs is not None:
+        yield from read_records(files_of(inputs, split), COLUMNS, _parse, on_bad)
+        return
+    for row in stream_rows(name, split, COLUMNS, on_bad, config_name=CONFIG):
+        if isinstance(parsed := _parse(row), str):
+            on_bad(BadRecord(f"{name}:{split}", 0, f"{parsed} (question: {row[0][:40]!r})"))
+        else:
+            yield parsed
+
+
+def files_of(inputs: Sequence[Path], split: str) -> list[Path]:
+    """The files of one split by their names, so that a problem of the test is never trained on."""
+    if named := [path for path in find_files(inputs) if is_named(path, split)]:
+        return named
+    raise ValueError(f"gsm8k needs files named for their split (train.jsonl, test.jsonl); none is named {split!r}")
 
 
 def conversations(inputs: Sequence[Path] | None, split: str, on_bad: OnBad) -> Iterator[Conversation]:
@@ -42,9 +80,79 @@ def conversations(inputs: Sequence[Path] | None, split: str, on_bad: OnBad) -> I
         yield each.conversation
 
 
-def extract_answer(answer: str) -> str:
-    """The text after the last "####", without the spaces around it: "1,080" of "... #### 1,080"."""
-    _, mark, final = answer.rpartition(ANSWER_MARK)
-    if not mark or not final.strip():
-        raise ValueError(f"a GSM8K answer ends in '{ANSWER_MARK} <answer>', this one in {answer[-40:]!r}")
-    return final.strip()
+def _parse(row: Sequence[Any]) -> Problem | str:
+    """The problem of a row, or why it is none."""
+    if reason := problem(row, COLUMNS):
+        return reason
+    question, answer = row
+    final = extract_answer(answer)
+    if final is None or number_of(final) is None:
+        return f"answer must end in '{ANSWER_MARK} <number>', got {answer[-40:]!r}"
+    return Problem(question, answer)
+
+
+def extract_answer(reply: str, how: How = "strict") -> str | None:
+    """The answer in a reply as it is written there, or None.
+
+    strict: what stands after the last "####", to the end of that line; it need not be a number.
+    flexible: the last number of the reply, wherever it stands. It forgives much: of "24 or 25" it takes 25.
+    """
+    if how == "flexible":
+        return _last_number(reply)
+    _, mark, behind = reply.rpartition(ANSWER_MARK)
+    final = behind.partition("\n")[0].strip()
+    return final if mark and final else None
+
+
+def _last_number(reply: str) -> str | None:
+    end = 1 + max(reply.rfind(digit) for digit in "0123456789")
+    tail = reply[max(0, end - MAX_CHARS) : end + 2]  # no more than a number takes, with the ".%" of "50.%"
+    found = list(NUMBER.finditer(tail.translate(MINUS_SIGNS)))
+    if not found or len(found[-1][0]) > MAX_CHARS // 2:  # the latter may have begun before the tail
+        return None
+    return tail[found[-1].start() : found[-1].end()]
+
+
+def number_of(text: str) -> Fraction | None:
+    """The exact value of an answer with one number in it, or None. Never raises; takes microseconds for any text.
+
+    "1,080", "-3", "+4", "$5.50", ".5", "12.", "3/4", "1 1/2" (= 3/2), "24 apples", "50%" (= 50, the sign is a unit).
+    None: two numbers ("24 or 25", "2+3", "5:30"), none ("x", "twenty", digits other than 0-9), commas that do not
+    group thousands ("1,08"), a word or sign that makes it another number ("5 million", "minus 5"), over 200 characters.
+    """
+    text = text.strip()
+    if len(text) > MAX_CHARS:
+        return None
+    text = " ".join(text.split()).translate(MINUS_SIGNS)
+    found = NUMBER.search(text)
+    if found is None or _is_changed(text[: found.start()], text[found.end() :]):
+        return None
+    value = _value(found)
+    return -value if value is not None and found["sign"] == "-" else value
+
+
+def _is_changed(before: str, after: str) -> bool:
+    """Whether something around a number makes it another one, or a second number stands there."""
+    rest = POWER_OF_UNIT.sub("", f"{before} {after}")
+    is_second = any(unicodedata.category(char) in ("Nd", "Nl", "No") for char in rest)
+    return is_second or BEFORE.search(before) is not None or AFTER.match(after) is not None
+
+
+def _value(found: re.Match[str]) -> Fraction | None:
+    """The value without its sign."""
+    if found["decimal"]:
+        return Fraction(found["decimal"].replace(",", "").removesuffix("."))
+    whole, top, bottom = (int(found[part] or 0) for part in ("whole", "top", "bottom"))
+    if bottom == 0 or (found["whole"] and top >= bottom):  # "5 24/8" is no way to write a number
+        return None
+    return whole + Fraction(top, bottom)
+
+
+def grade(reply: str, answer: str, how: How = "strict") -> bool:
+    """Whether the reply's answer is exactly the number of the worked solution `answer`."""
+    final = extract_answer(answer)
+    gold = None if final is None else number_of(final)
+    if gold is None:
+        raise ValueError(f"a solution must end in '{ANSWER_MARK} <number>', this one ends in {answer[-40:]!r}")
+    given = extract_answer(reply, how)
+    return given is not None and number_of(given) == gold

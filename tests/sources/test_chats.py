@@ -32,6 +32,10 @@ def test_messages_become_conversations_word_for_word(tmp_path):
         (json.dumps({"messages": [QUESTION, QUESTION]}), "user and assistant in turn; got user, user"),
         (json.dumps({"messages": [QUESTION, {"role": "robot", "content": "x"}]}), "role must be one of"),
         (json.dumps({"messages": [QUESTION, {"role": "assistant"}]}), "message 2: content is missing"),
+        (json.dumps({"messages": [QUESTION, ANSWER | {"content": ""}]}), "message 2: content is empty"),
+        (json.dumps({"messages": [QUESTION, ANSWER | {"content": [ANSWER]}]}), "message 2: content must be text"),
+        (json.dumps({"messages": [SYSTEM, SYSTEM, QUESTION, ANSWER]}), "at most one system message, got 2"),
+        (json.dumps({"messages": [QUESTION, SYSTEM, ANSWER]}), "user and assistant in turn; got user, system, assist"),
         (
             json.dumps({"messages": [QUESTION, ANSWER | {"content": "\ud800"}]}),
             "message 2: content is not valid Unicode",

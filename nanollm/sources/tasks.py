@@ -1,0 +1,187 @@
+"""What is a model asked, and who says whether its reply is right?
+
+A task has problems, by split, and grades replies: evaluation and reinforcement learning see nothing else of it. Two are
+here, GSM8K and the generated word problems; any other is a class of your own (see Task).
+"""
+
+import difflib
+import importlib
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol, cast
+
+from nanollm.progress import say
+from nanollm.sources import gsm8k
+from nanollm.sources.files import BadRecord
+from nanollm.sources.gsm8k import Problem
+from nanollm.sources.word_problems import WordProblems
+
+OURS = ("words", "gsm8k")
+OWN = re.compile(r"\w+(\.\w+)*:\w+")  # package.module:Name
+BAD_RECORDS_SHOWN = 3
+
+
+class Task(Protocol):
+    """Problems and their grader. One of your own needs no base class, only these two methods.
+
+    In a file mine.py in the current folder, for --task.name mine:Doubles
+
+        from nanollm.sources.gsm8k import Problem
+
+
+        class Doubles:
+            def problems(self, split):
+                numbers = {"train": range(80), "test": range(80, 100)}[split]
+                return [Problem(f"What is {n} plus {n}?", str(n + n)) for n in numbers]
+
+            def grade(self, problem, reply):
+                return reply.strip() == problem.answer
+
+    Training imitates `answer`, so it should look like a perfect reply. `grade` sees any text a model can write: it
+    must be quick and must not raise. gsm8k.extract_answer and gsm8k.number_of are there for numbers.
+    """
+
+    def problems(self, split: str) -> Sequence[Problem]:
+        """The problems of a split, the same at each call. ValueError or KeyError: there is no such split."""
+
+    def grade(self, problem: Problem, reply: str) -> bool:
+        """Whether the reply is right."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskConfig:
+    """Which task, and the settings of ours."""
+
+    name: str = "words"
+    """words: generated school problems; gsm8k: GSM8K; or module:Name, a class of your own in an importable module or in
+    a file of the current folder (mine:Doubles is the class Doubles of mine.py)."""
+    input: list[Path] = field(default_factory=list)
+    """For gsm8k: files or folders with train and test in their names; none: the dataset from the hub."""
+    levels: list[int] = field(default_factory=lambda: [1, 2])
+    """For words: numbers of steps to a solution, from 1 to 4; each comes equally often."""
+    largest: int = 20
+    """For words: the largest number given, but for totals; no number of a problem is above 5 times this."""
+    seed: int = 0
+    """For words: another seed gives other problems."""
+
+    def __post_init__(self) -> None:
+        if self.name not in OURS and not OWN.fullmatch(self.name):
+            near = difflib.get_close_matches(self.name, OURS, n=1)
+            hint = f"did you mean {near[0]}?" if near else "mine:Doubles is the class Doubles in mine.py"
+            raise ValueError(f"task.name must be {', '.join(OURS)} or module:Name, got {self.name!r}; {hint}")
+        self._refuse_unused()
+        try:
+            self.word_problems()
+        except ValueError as error:
+            raise ValueError(f"task.{error}") from None
+
+    def _refuse_unused(self) -> None:
+        """An option of another task would be without effect."""
+        for option in fields(self)[1:]:
+            owner = "gsm8k" if option.name == "input" else "words"
+            default = option.default_factory() if callable(option.default_factory) else option.default
+            if self.name != owner and getattr(self, option.name) != default:
+                raise ValueError(f"task.{option.name} is for {owner}, not for {self.name}; leave it at {default}")
+
+    def word_problems(self) -> WordProblems:
+        return WordProblems(levels=tuple(self.levels), largest=self.largest, seed=self.seed)
+
+
+def open_task(c: TaskConfig) -> Task:
+    """The task that is asked for. Each of its splits has a problem, or asking for it is a ValueError."""
+    if c.name == "words":
+        return c.word_problems()
+    if c.name == "gsm8k":
+        return Gsm8k(tuple(c.input))
+    return _Checked(c.name, _open_own(c.name))
+
+
+@dataclass(frozen=True)
+class Gsm8k:
+    """GSM8K from files, or from the hub where there are none."""
+
+    inputs: tuple[Path, ...] = ()
+
+    def problems(self, split: str) -> list[Problem]:
+        """All problems of "train" or "test". Bad records are left out, and said."""
+        if split not in ("train", "test"):
+            raise ValueError(f"gsm8k has no split {split!r}; it has train, test")
+        bad: list[BadRecord] = []
+        found = list(gsm8k.problems(self.inputs or None, split, bad.append))
+        for record in bad[:BAD_RECORDS_SHOWN]:
+            say(f"left out: {record}")
+        if bad:
+            say(f"gsm8k, {split}: {len(found):,} problems; {len(bad):,} bad records were left out")
+        if not found:
+            raise ValueError(f"gsm8k has no problem for {split}; look at --task.input")
+        return found
+
+    def grade(self, problem: Problem, reply: str) -> bool:
+        """Whether the reply's number after "####" is the problem's."""
+        return gsm8k.grade(reply, problem.answer)
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """A task of the user's own: its mistakes are told as mistakes of that task."""
+
+    name: str
+    task: Task
+
+    def problems(self, split: str) -> Sequence[Problem]:
+        try:
+            found = self.task.problems(split)
+        except (ValueError, KeyError) as error:
+            raise ValueError(f"{self.name} has no split {split!r}: {type(error).__name__}: {error}") from error
+        if not isinstance(found, Sequence):
+            raise ValueError(f"{self.name}.problems must return a list of Problem, got {type(found).__name__}")
+        if not found:
+            raise ValueError(f"{self.name} has no problem in its split {split!r}")
+        if not isinstance(found[0], Problem):
+            raise ValueError(f"{self.name}.problems must return a list of Problem, its first is {found[0]!r:.60}")
+        return found
+
+    def grade(self, problem: Problem, reply: str) -> bool:
+        is_right = self.task.grade(problem, reply)
+        if not isinstance(is_right, bool):  # a forgotten return would count as wrong for ever
+            raise ValueError(f"{self.name}.grade must return True or False, got {is_right!r:.60}")
+        return is_right
+
+
+def _open_own(name: str) -> Task:
+    """The object that "module:Name" makes when it is called without arguments."""
+    made_by = import_object(name, "task.name")
+    try:
+        task = made_by()
+    except TypeError as error:
+        raise ValueError(f"task.name is {name}, which must be callable without arguments: {error}") from error
+    if missing := [method for method in ("problems", "grade") if not callable(getattr(task, method, None))]:
+        raise ValueError(f"{name} is no task: it lacks {' and '.join(missing)}; see nanollm.sources.tasks.Task")
+    return cast(Task, task)
+
+
+def import_object(name: str, option: str) -> Any:
+    """What "module:Name" stands for, or a ValueError that names the option it was given for."""
+    module_name, _, attribute = name.partition(":")
+    module = _import(module_name, f"{option} is {name}")
+    if not hasattr(module, attribute):
+        where = getattr(module, "__file__", None) or module_name
+        raise ValueError(f"{option} is {name}, but {where} has no {attribute}")
+    return getattr(module, attribute)
+
+
+def _import(module: str, asked: str) -> ModuleType:
+    """A module from where Python looks, and then from the current folder."""
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.append(here)  # last, so that a folder `datasets` of the user hides no library
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        is_absent = isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}.")
+        reason = f"no module {module} is installed or lies in {here}" if is_absent else f"importing it failed: {error}"
+        raise ValueError(f"{asked} (module:Name), but {reason}") from error

@@ -1,0 +1,262 @@
+import json
+import time
+from fractions import Fraction
+from random import Random
+
+import pytest
+
+from nanollm.sources import gsm8k
+from nanollm.sources.gsm8k import extract_answer, grade, number_of
+
+ANSWERS = {
+    "He sold 48/2 = <<48/2=24>>24 clips.\n#### 1,080": "1,080",
+    "Owed.\n#### -12": "-12",
+    "Paid.\n#### 3.50": "3.50",
+    "Paid.\n#### $5 ": "$5",
+    "#### a mark inside\n#### 7": "7",
+}
+
+
+@pytest.fixture
+def problems(tmp_path):
+    for split in ("train", "test"):
+        rows = [json.dumps({"question": f"{split}?", "answer": answer}) for answer in ANSWERS]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(rows))
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def all_problems(shared_data):
+    return [each for split in ("train", "test") for each in gsm8k.problems([shared_data / "gsm8k"], split, pytest.fail)]
+
+
+def test_a_problem_becomes_its_question_and_its_whole_solution(problems):
+    talks = list(gsm8k.conversations([problems], "test", pytest.fail))
+    assert [talk.messages[0].content for talk in talks] == ["test?"] * len(ANSWERS)
+    assert [talk.messages[1].content for talk in talks] == list(ANSWERS)
+    assert [message.role for message in talks[0].messages] == ["user", "assistant"]
+
+
+def test_a_file_of_the_other_split_is_never_read(problems):
+    files = [problems / "train.jsonl", problems / "test.jsonl"]
+    assert {each.question for each in gsm8k.problems(files, "test", pytest.fail)} == {"test?"}
+    with pytest.raises(ValueError, match=r"named for their split \(train.jsonl, test.jsonl\); none is named 'test'"):
+        list(gsm8k.problems(files[:1], "test", pytest.fail))
+
+
+def test_a_solution_that_cannot_be_graded_is_a_bad_record(tmp_path):
+    answers = ["#### 7", "no mark: 7", "#### seven", "empty ####", "#### 7 or 8", ""]
+    rows = [json.dumps({"question": "?", "answer": answer}) for answer in answers]
+    (tmp_path / "train.jsonl").write_text("\n".join(rows))
+    bad = []
+    assert [each.answer for each in gsm8k.problems([tmp_path], "train", bad.append)] == ["#### 7"]
+    assert [record.line for record in bad] == [2, 3, 4, 5, 6]
+    assert bad[1].reason == "answer must end in '#### <number>', got '#### seven'"
+    assert bad[4].reason == "answer is empty"
+
+
+def test_a_solution_of_the_hub_that_cannot_be_graded_is_a_bad_record(tmp_path):
+    pq, pa = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    pytest.importorskip("datasets")
+    table = pa.table({"question": ["Good?", "What is bad?"], "answer": ["#### 7", "#### seven"]})
+    (tmp_path / "main").mkdir()
+    pq.write_table(table, tmp_path / "main" / "train-00000-of-00001.parquet")
+    (tmp_path / "README.md").write_text(
+        "---\nconfigs:\n- config_name: main\n  data_files:\n  - split: train\n    path: main/train-*\n---\n"
+    )
+    bad = []
+    assert [each.question for each in gsm8k.problems(None, "train", bad.append, str(tmp_path))] == ["Good?"]
+    assert len(bad) == 1
+    assert "(question: 'What is bad?')" in str(bad[0])
+
+
+@pytest.mark.parametrize(("solution", "answer"), ANSWERS.items())
+def test_answers_are_kept_exactly(solution, answer):
+    assert extract_answer(solution) == answer
+
+
+@pytest.mark.parametrize(
+    ("reply", "strict", "flexible"),
+    [
+        ("#### 24", "24", "24"),
+        ("####24\nThat was easy, 100 %.", "24", "100"),
+        ("So 5.\n##### 24 apples ", "24 apples", "24"),
+        ("#### 24 or 25", "24 or 25", "25"),
+        ("#### 24\n#### 25", "25", "25"),
+        ("#### 24 #### 25", "25", "25"),
+        ("#### 24\n####", None, "24"),
+        ("#### \n24", None, "24"),
+        ("It is 24.", None, "24."),
+        ("It is $1,080.50, or not", None, "$1,080.50"),
+        ("10-24", None, "24"),
+        ("10 - -24%", None, "-24%"),
+        ("about 1 1/2 of it", None, "1 1/2"),
+        ("temperature: −3 degrees", None, "−3"),
+        ("number " + 300 * "9", None, None),
+        ("number " + 300 * "1,", None, "1"),
+        ("no number, and ٢٤ is none of ours", None, None),
+        ("", None, None),
+    ],
+)
+def test_strict_takes_what_follows_the_last_mark_and_flexible_the_last_number(reply, strict, flexible):
+    assert extract_answer(reply) == strict
+    assert extract_answer(reply, "flexible") == flexible
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        *[("24", 24), (" 24 ", 24), ("024", 24), ("1,080", 1080), ("1,450,000", 1_450_000), ("1,080.", 1080)],
+        *[("-3", -3), ("+4", 4), ("−3", -3), ("–3", -3), ("－3", -3), ("x = -3", -3), ("(-3)", -3)],
+        *[("12.", 12), ("12.0", 12), (".5", "1/2"), ("-.5", "-1/2"), ("3.50", "7/2"), ("0.1", "1/10")],
+        *[("3/4", "3/4"), ("-3/4", "-3/4"), ("6/8", "3/4"), ("1 1/2", "3/2"), ("1  1/2", "3/2"), ("-1 1/2", "-3/2")],
+        *[("$5.50", "11/2"), ("-$5", -5), ("$-5", -5), ("$ 5", 5), ("€5", 5), ("5 dollars", 5), ("Rs.5", 5)],
+        *[("50%", 50), ("50 %", 50), ("24 apples", 24), ("24cm", 24), ("24 m²", 24), ("24-inch", 24), ("3rd", 3)],
+        *[("**24**", 24), ("\\boxed{24}", 24), ("$24$", 24), ("<b>24</b>", 24), ("`24`.", 24), ("...24", 24)],
+        *[("5 people and a dog", 5), ("9" * 200, int("9" * 200)), ("0." + "0" * 90 + "1", Fraction(1, 10**91))],
+    ],
+)
+def test_the_value_of_one_number_is_exact(text, value):
+    assert number_of(text) == Fraction(value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *["", " ", "x", "-", "$", "%", ".", ",", "/", "twenty-four", "٢٤", "２４", "½", "Ⅳ"],  # no number
+        *["24 or 25", "24, 25", "2+3", "10-2", "2*3=6", "5:30", "1 080", "24 ٢", "1½", "5²", "2^3"],  # two
+        *["1,08", "1,0800", "12345,678", "1.2.3", "1'080", "1_080", "1e3"],  # not how numbers are written here
+        *["1/0", "3/4/5", "1.5/2", "5 24/8", "5 2/0"],
+        *[
+            "minus 5",
+            "negative $5",
+            "- 5",
+            "-        5",
+            "-(5)",
+            "--5",
+            "±5",
+            "√16",
+            "/5",
+        ],  # another number than its digits
+        *["5 million", "2 dozen", "5 and a half", "1.5 Thousand"],
+        *["9" * 201, "9" * 5000, "24" + " apples" * 50],
+    ],
+)
+def test_what_is_not_exactly_one_number_has_no_value(text):
+    assert number_of(text) is None
+    assert not grade(f"#### {text}", "#### 5")
+
+
+@pytest.mark.parametrize(
+    ("reply", "answer", "is_right"),
+    [
+        ("#### 1080.0", "#### 1,080", True),
+        ("#### $1,080", "#### 1080", True),
+        ("#### 0.75", "#### 3/4", True),
+        ("#### 0.33", "#### 1/3", False),
+        ("#### 0.30000000000000001", "#### 0.3", False),
+        ("#### 9007199254740993", "#### 9007199254740992", False),
+        ("#### 50%", "#### 0.5", False),
+        ("#### 24 or 25", "#### 24", False),
+        ("#### 24 #### 25", "#### 24", False),
+        ("24\n#### 25", "#### 24", False),
+        ("24", "#### 24", False),
+        ("", "#### 24", False),
+    ],
+)
+def test_a_reply_is_right_if_its_number_is_exactly_that_of_the_solution(reply, answer, is_right):
+    assert grade(reply, answer) is is_right
+
+
+def test_flexible_needs_no_mark():
+    assert grade("That makes 24.", "#### 24", "flexible")
+    assert not grade("That makes 24, or 25?", "#### 24", "flexible")
+
+
+@pytest.mark.parametrize("solution", ["no mark: 7", "empty ####", "", "#### seven", "#### 7 or 8"])
+def test_a_solution_without_a_number_grades_nothing(solution):
+    with pytest.raises(ValueError, match="must end in '#### <number>', this one ends in"):
+        grade(solution, solution)
+
+
+@pytest.mark.realdata
+def test_every_solution_is_right_about_itself(all_problems):
+    assert len(all_problems) == 7_473 + 1_319
+    for each in all_problems:
+        assert grade(each.answer, each.answer)
+        assert grade(each.answer, each.answer, "flexible")
+
+
+@pytest.mark.realdata
+def test_a_thousand_wrong_replies_are_wrong(all_problems):
+    rng = Random(0)
+    for number, each in enumerate(rng.sample(all_problems, 1000)):
+        steps, _, final = each.answer.rpartition("#### ")
+        gold = number_of(final)
+        off = f"{gold + rng.choice([-1, 1, Fraction(1, 100), 10])}"
+        other = next(
+            found
+            for found in (extract_answer(rng.choice(all_problems).answer) for _ in range(100))
+            if number_of(found) != gold
+        )
+        wrong = [
+            f"{steps}#### {off}",
+            f"{steps}#### {other}",
+            f"{each.answer}\n#### {other}",
+            f"{steps}{final}\n#### {other}",
+            f"{steps}#### {final} or {other}",
+        ][number % 5]
+        assert not grade(wrong, each.answer), wrong
+        assert not grade(wrong, each.answer, "flexible"), wrong
+
+
+PIECES = (
+    *("####", "#### ", "\n", " ", "-", "−", "+", "/", ".", ",", "$", "%", "0", "1", "24", "1,080", "3/4", "1 1/2"),
+    *("9" * 5000, "1," * 3000, ",000" * 2000, "-" * 3000, "1 " * 3000, "1/" * 3000, " " * 5000, "." * 3000, "#" * 4001),
+    *("1/0", "apples", "minus ", "million", "½", "²", "٢٤", "\ud800", "\x00", "\u2028", "a\u0301", "😀", "<|end|>"),
+)
+
+
+def random_reply(rng):
+    """Up to 10,000 characters, from the pieces that answers are made of and from all of Unicode."""
+    pieces = rng.choices(PIECES, k=rng.choice([1, 3, 10, 100]))
+    pieces += ["".join(chr(rng.randrange(0x110000)) for _ in range(rng.randrange(20))), rng.choice(PIECES)]
+    return "".join(pieces)[: rng.choice([50, 10_000])]
+
+
+def use_everything(reply):
+    for how in ("strict", "flexible"):
+        extract_answer(reply, how)
+        grade(reply, "#### 24", how)
+    number_of(reply)
+
+
+def test_no_reply_makes_the_grader_fail():
+    rng = Random(1)
+    for _ in range(4000):
+        use_everything(random_reply(rng))
+
+
+@pytest.mark.slow
+def test_none_of_100_000_replies_makes_the_grader_fail_or_take_a_millisecond():
+    rng, spent = Random(2), {"strict": [], "flexible": []}
+    for _ in range(100_000):
+        reply = random_reply(rng)
+        use_everything(reply)
+        for how, seconds in spent.items():
+            seconds.append(seconds_of(reply, how))
+    for how, seconds in spent.items():
+        print(f"{how}: mean {sum(seconds) / len(seconds) * 1e6:.0f} us, max {max(seconds) * 1e6:.0f} us")
+        assert max(seconds) < 1e-3
+
+
+def seconds_of(reply, how):
+    """Of this thread, the best of a few where it is long: another process is not the grader's fault."""
+    best = float("inf")
+    for _ in range(5):
+        started = time.thread_time()
+        grade(reply, "#### 24", how)
+        best = min(best, time.thread_time() - started)
+        if best < 5e-4:
+            break
+    return best
