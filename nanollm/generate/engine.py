@@ -32,6 +32,8 @@ class Completion:
     if one was drawn."""
     finish: Literal["end", "length"] = "length"
     """end: an end token (left out of the ids) or the stop function; length: no room or tokens left."""
+    end_id: int | None = None
+    """The end token, if one was drawn."""
 
 
 @torch.inference_mode()
@@ -117,7 +119,7 @@ def _take(
 ) -> bool:
     """Add a token to a reply; false when the reply ends with it."""
     if token in end_ids:
-        completion.finish = "end"
+        completion.finish, completion.end_id = "end", token
         return False
     completion.ids.append(token)
     if stop is not None and stop(completion.ids):

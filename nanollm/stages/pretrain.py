@@ -1,7 +1,6 @@
 """Token files become a base model."""
 
 import dataclasses
-import json
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -12,25 +11,29 @@ from nanollm import __version__
 from nanollm.bundle import save_bundle
 from nanollm.data.batches import Windows, sequential_batches
 from nanollm.data.shards import Shards, read_manifest
-from nanollm.durable import check_writable, lock_folder, write_file, write_json
+from nanollm.durable import check_writable, lock_folder
 from nanollm.evals.bits_per_byte import bits_per_byte
 from nanollm.generate.engine import generate
 from nanollm.generate.sampling import SamplingConfig
 from nanollm.model.config import ModelConfig
 from nanollm.model.transformer import Transformer
 from nanollm.progress import say
-from nanollm.settings import read_mapping, to_yaml
+from nanollm.settings import read_mapping
 from nanollm.text.tokenizer import Tokenizer
-from nanollm.train.checkpoint import checkpoints, load_newest
+from nanollm.train.checkpoint import load_newest
 from nanollm.train.loop import TrainConfig, fit
 from nanollm.train.loss import next_token_loss
 from nanollm.train.optim import OptimConfig, lr_at
+from nanollm.train.runfolder import claim_folder
 from nanollm.train.runlog import RunLog, TrackerName, start_tracker
 from nanollm.train.state import TrainState
 from nanollm.train.step import StepStats, train_step
 from nanollm.world import DeviceName, DtypeName, World
 
 SAMPLE_TOKENS = 48
+
+# What decides which numbers come out at which step; the rest (intervals, length, rates) may change on the way.
+FIXED = ("model", "seed", "train.batch_size", "optim.name", "inputs")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +87,7 @@ def run(c: Config) -> Path:
     with lock_folder(c.out):
         inputs = {"data": shards.fingerprint, "tokenizer": tokenizer.fingerprint}
         settings = dataclasses.asdict(c) | world.names  # what is really used instead of auto
-        _claim_folder(c.out, settings, inputs)
+        claim_folder(c.out, settings, inputs, FIXED)
         state = TrainState.start(Transformer(c.model).init(c.seed).to(world.device), c.optim, world.dtype)
         if load_newest(c.out / "checkpoints", state):
             say(f"going on from step {state.step:,} of {c.train.steps:,} in {c.out}")
@@ -169,40 +172,3 @@ def _open_split(c: Config, tokenizer: Tokenizer, split: str) -> Shards:
             f"(nanollm preprocess owt or text)"
         )
     return shards
-
-
-# What decides which numbers come out at which step; the rest (intervals, length, rates) may change on the way.
-FIXED = ("model", "seed", "train.batch_size", "optim.name", "inputs")
-
-
-def _claim_folder(out: Path, settings: dict[str, object], inputs: dict[str, str]) -> None:
-    """Write config.yaml and inputs.json, or hold this run to those that are there."""
-    config_file, inputs_file = out / "config.yaml", out / "inputs.json"
-    if checkpoints(out / "checkpoints") and not (config_file.exists() and inputs_file.exists()):
-        raise ValueError(f"{out} has checkpoints but not both config.yaml and inputs.json; choose another --out")
-    if config_file.exists() and inputs_file.exists():
-        before = read_mapping(config_file) | {"inputs": json.loads(inputs_file.read_bytes())}
-        _check_same_run(out, _flat(before), _flat(settings | {"inputs": inputs}))
-    write_json(inputs_file, inputs)
-    write_file(config_file, to_yaml(settings).encode())
-
-
-def _check_same_run(folder: Path, old: dict[str, str], new: dict[str, str]) -> None:
-    changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
-    for key in changed:
-        if any(f"{key}.".startswith(f"{fixed}.") for fixed in FIXED):
-            was, now = (str(values.get(key))[: 6 if key.startswith("inputs.") else None] for values in (old, new))
-            raise ValueError(
-                f"{folder} was begun with {key} = {was}, this run has {now}; "
-                f"go on with the old value or choose another --out"
-            )
-    for key in changed:
-        say(f"{folder} goes on with {key} = {new.get(key)} instead of {old.get(key)}")
-
-
-def _flat(mapping: object, prefix: str = "") -> dict[str, str]:
-    """Nested settings as dotted keys, and values as text that is the same from YAML and from a dataclass."""
-    if isinstance(mapping, dict):
-        return {k: v for key, inner in mapping.items() for k, v in _flat(inner, f"{prefix}{key}.").items()}
-    plain = list(mapping) if isinstance(mapping, tuple) else mapping
-    return {prefix.removesuffix("."): plain.as_posix() if isinstance(plain, Path) else str(plain)}

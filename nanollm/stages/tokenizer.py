@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,8 @@ class Config:
     split: str = "train"
     """Split of that dataset."""
     corpus: list[str] = field(default_factory=list)
-    """Files or folders to learn from (.txt .jsonl .csv .parquet, each also .gz or .zst), or the word builtin."""
+    """Files or folders to learn from (.txt .jsonl .csv .parquet, each also .gz or .zst). The word builtin stands for
+    the documentation that is already on this machine; a file of that name is ./builtin."""
     text_column: str = "text"
     """Column that holds the text."""
     output_dir: Path = Path("checkpoints/tokenizer")
@@ -54,8 +56,6 @@ class Config:
         if bool(self.dataset_name) == bool(self.corpus):
             given = "both" if self.corpus else "neither"
             raise ValueError(f"give either --dataset_name NAME or --corpus FILE_OR_FOLDER..., got {given}")
-        if BUILTIN in self.corpus and len(self.corpus) > 1:
-            raise ValueError(f"--corpus {BUILTIN} stands alone, got {' '.join(self.corpus)}; ./{BUILTIN} is a file")
         if not self.model_name or Path(self.model_name).name != self.model_name:
             raise ValueError(
                 f"model_name must be a plain file name, got {self.model_name!r}; the folder is --output_dir"
@@ -81,11 +81,12 @@ def plan(c: Config) -> str:
         return f"{c.model_path} was trained with these settings before; nothing to do"
     if c.dataset_name:
         source = f"{c.dataset_name} ({c.split}), column {c.text_column}, streamed from the hub"
-    elif c.corpus == [BUILTIN]:
-        source = "the built-in corpus"
     else:
-        files = find_files([Path(name) for name in c.corpus])
-        source = f"{len(files):,} files with {sum(file.stat().st_size for file in files) / 1e6:,.1f} MB"
+        files = corpus_files(c)
+        sources = ["the built-in corpus"] if BUILTIN in c.corpus else []
+        if files:
+            sources += [f"{len(files):,} files with {sum(file.stat().st_size for file in files) / 1e6:,.1f} MB"]
+        source = " and ".join(sources)
     return (
         f"{c.model_type} tokenizer of {c.vocab_size:,} pieces from at most {c.sample_bytes / 1e6:,.1f} MB of {source}, "
         f"written to {c.model_path}"
@@ -202,9 +203,14 @@ def _documents(c: Config, on_bad: OnBad) -> Iterator[str]:
     if c.dataset_name:
         rows = stream_rows(c.dataset_name, c.split, [c.text_column], on_bad, c.dataset_config)
         return (text for (text,) in rows)
-    if c.corpus == [BUILTIN]:
-        return builtin.documents()
-    return read_texts(find_files([Path(name) for name in c.corpus]), c.text_column, on_bad)
+    ours = builtin.documents() if BUILTIN in c.corpus else iter(())
+    return chain(ours, read_texts(corpus_files(c), c.text_column, on_bad))
+
+
+def corpus_files(c: Config) -> list[Path]:
+    """The files of the corpus; none where it is the built-in one alone."""
+    given = [Path(name) for name in c.corpus if name != BUILTIN]
+    return find_files(given) if given else []
 
 
 def _counted(documents: Iterator[str]) -> Iterator[str]:

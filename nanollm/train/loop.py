@@ -85,6 +85,10 @@ class Taken(Protocol):
     def skipped(self) -> bool:
         """Something was not finite and the weights stayed as they were."""
 
+    @property
+    def note(self) -> str:
+        """A few words for the progress line."""
+
     def values(self) -> dict[str, object]:
         """Names and values for the log."""
 
@@ -124,7 +128,7 @@ def fit(
             watch.see(state.step, stats)
             clock.count(stats.tokens)
             bar.advance()
-            bar.note(f"loss {stats.loss:.3f}")
+            bar.note(stats.note)
 
             at_end = state.step == c.steps
             values: dict[str, object] = {}

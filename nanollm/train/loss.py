@@ -36,6 +36,30 @@ def _chunk_loss(head: nn.Linear, hidden: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(head(hidden).float(), targets, ignore_index=IGNORE, reduction="sum")
 
 
+def token_logprobs(head: nn.Linear, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probability of each target, and the entropy of the distribution that it was drawn from (without gradient).
+
+    hidden (M, D); targets (M,); both results (M,) float32. Logits are divided by the temperature, and made in chunks.
+    """
+    rows = max(1, MAX_LOGITS // head.out_features)
+    if len(hidden) <= rows:
+        return _chunk_logprobs(head, hidden, targets, temperature)
+    parts = [
+        checkpoint(_chunk_logprobs, head, *chunk, temperature, use_reentrant=False, preserve_rng_state=False)
+        for chunk in zip(hidden.split(rows), targets.split(rows), strict=True)
+    ]
+    logprobs, entropies = zip(*parts, strict=True)
+    return torch.cat(logprobs), torch.cat(entropies)
+
+
+def _chunk_logprobs(head: nn.Linear, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    logits = head(hidden)
+    logprobs = (logits if logits.dtype == torch.float64 else logits.float()).div(temperature).log_softmax(-1)  # (M, V)
+    with torch.no_grad():
+        entropy = -(logprobs.exp() * logprobs).sum(-1)
+    return logprobs.gather(-1, targets[:, None])[:, 0], entropy
+
+
 def next_token_loss(model: Transformer, batch: Batch, balance_weight: float = 0.0) -> tuple[Tensor, Tensor]:
     """Loss of a micro-batch to train on, and the part of it that is cross-entropy, both sums in nats.
 

@@ -1,0 +1,1 @@
+"""The model improves by its own replies: sample, grade, compare, learn."""

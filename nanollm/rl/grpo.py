@@ -1,0 +1,331 @@
+"""What happens in one step of group-relative policy optimization?
+
+Straight down the page: problems, replies, rewards, advantages, rows, updates, numbers (DeepSeekMath, arXiv:2402.03300,
+algorithm 1). A step depends on the weights, the seed and its number alone, so a resumed run goes on exactly.
+Letters: P prompts, G replies per prompt.
+"""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+from pathlib import Path
+from statistics import fmean, pstdev
+
+import torch
+from torch import Tensor
+
+from nanollm.data.order import epoch_seed, sample_indices
+from nanollm.data.packing import Layout
+from nanollm.durable import write_file
+from nanollm.model.transformer import Transformer
+from nanollm.progress import say
+from nanollm.rl.advantage import advantages
+from nanollm.rl.loss import ObjectiveConfig, RolloutBatch, Seen, count_of, grpo_loss, policy_logprobs, token_weights
+from nanollm.rl.reward import Reply, Reward, Rewards
+from nanollm.rl.rollout import Group, Rollout, RolloutConfig, prompt_of, roll_out
+from nanollm.sources.gsm8k import Problem
+from nanollm.text.chat import reply_text
+from nanollm.text.tokenizer import Tokenizer
+from nanollm.train.optim import OptimConfig
+from nanollm.train.state import TrainState
+from nanollm.train.step import StepStats, train_step
+from nanollm.world import World
+
+MAX_BARREN_IN_A_ROW = 10
+"""Steps without a single group to learn from after which a run ends with advice."""
+
+
+@dataclass(frozen=True)
+class Graded:
+    """A group with what its replies earned."""
+
+    group: Group
+    texts: list[str]
+    rewards: list[Reward]
+
+    @property
+    def totals(self) -> list[float]:
+        return [reward.total for reward in self.rewards]
+
+    @property
+    def teaches(self) -> bool:
+        return len(set(self.totals)) > 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class GrpoStats:
+    """What a step saw."""
+
+    step: StepStats | None  # of the last update; None: there was nothing to learn from
+    numbers: dict[str, float]
+    reward: float
+    tokens: int  # of all replies
+    skipped: bool
+
+    @property
+    def loss(self) -> float:
+        return self.step.loss if self.step else 0.0
+
+    @property
+    def grad_norm(self) -> float:
+        return self.step.grad_norm if self.step else 0.0
+
+    @property
+    def note(self) -> str:
+        return f"reward {self.reward:.3f}"
+
+    def values(self) -> dict[str, object]:
+        """Names and values for the log."""
+        return {"reward": self.reward} | self.numbers | (self.step.values() if self.step else {})
+
+
+@dataclass
+class Learner:
+    """Everything a step needs; `step` is called with the numbers 0, 1, 2, ..."""
+
+    state: TrainState
+    tokenizer: Tokenizer
+    problems: Sequence[Problem]
+    rewards: Rewards
+    rollout: RolloutConfig
+    objective: ObjectiveConfig
+    optim: OptimConfig
+    rate: Callable[[int], float]
+    """Learning rate of each step."""
+    micro_batch_size: int
+    """Rows per forward pass."""
+    folder: Path
+    """Where rollouts are saved."""
+    seed: int
+    world: World
+    reference: Transformer | None = None
+    """With objective.beta only."""
+    barren: int = 0
+    """Steps in a row without a group to learn from."""
+
+    def step(self, step: int) -> GrpoStats:
+        """Sample, grade, compare, learn."""
+        started = time.perf_counter()
+        graded, counts = self.sample(step)
+        sampled = time.perf_counter()
+        totals = torch.tensor([each.totals for each in graded])  # (P, G)
+        compared = advantages(totals, self.objective.advantage)
+        save_rollouts(self.folder / f"step-{step + 1:08d}.jsonl", graded, compared)
+        self.watch(step, graded)
+        width = self.state.model.config.context_length
+        batches = portions(graded, compared, self.objective, self.rollout.max_tokens, width, self.micro_batch_size)
+        seen: list[Seen] = []
+        stats = self.update(step, batches, seen) if batches else None
+        numbers = reply_numbers(graded) | counts | trust_numbers(seen)
+        numbers |= {"rollout_s": sampled - started, "train_s": time.perf_counter() - sampled}
+        return GrpoStats(
+            step=stats,
+            numbers=numbers,
+            reward=totals.mean().item(),
+            tokens=sum(len(rollout.reply_ids) for each in graded for rollout in each.group.rollouts),
+            skipped=stats is not None and stats.skipped,
+        )
+
+    def sample(self, step: int) -> tuple[list[Graded], dict[str, float]]:
+        """The graded groups of a step; those that teach nothing are replaced as often as `resample` allows."""
+        graded: list[Graded] = []
+        too_long = replaced = 0
+        for attempt in range(self.rollout.resample + 1):
+            kept = [each for each in graded if each.teaches]
+            if attempt and len(kept) == len(graded):
+                break
+            drawn = self.draw(step, attempt, self.rollout.prompts - len(kept))
+            problems = [problem for problem in drawn if self.fits(problem)]
+            too_long += len(drawn) - len(problems)
+            replaced += len(graded) - len(kept)
+            seed = reply_seed(self.seed, step, attempt)
+            graded = kept + self.grade(roll_out(self.state.model, self.tokenizer, problems, self.rollout, seed))
+        if not graded:
+            raise ValueError(
+                f"none of the problems of step {step + 1} leaves room for a reply of {self.rollout.max_tokens} tokens "
+                f"in the context of {self.state.model.config.context_length}; take a smaller --rollout.max_tokens or "
+                f"shorter problems"
+            )
+        return graded, {"prompts_too_long": too_long, "groups_replaced": replaced}
+
+    def draw(self, step: int, attempt: int, count: int) -> list[Problem]:
+        """Problems in a fresh random order each epoch; attempts to replace some draw from another order."""
+        seed = epoch_seed(self.seed, -attempt) if attempt else self.seed
+        return [self.problems[number] for number in sample_indices(step, count, len(self.problems), seed).tolist()]
+
+    def fits(self, problem: Problem) -> bool:
+        """Whether the context holds the problem and the longest reply to it."""
+        room = self.state.model.config.context_length - self.rollout.max_tokens
+        return len(prompt_of(problem, self.tokenizer)) <= room
+
+    def grade(self, groups: Sequence[Group]) -> list[Graded]:
+        """What every reply says and earned."""
+        replies = [
+            (group.problem, Reply(reply_text(each.reply_ids, self.tokenizer), len(each.reply_ids), each.stop == "end"))
+            for group in groups
+            for each in group.rollouts
+        ]
+        rewards, size = self.rewards(replies), self.rollout.group_size
+        return [
+            Graded(group, [reply.text for _, reply in replies[first : first + size]], rewards[first : first + size])
+            for first, group in zip(range(0, len(replies), size), groups, strict=True)
+        ]
+
+    def watch(self, step: int, graded: Sequence[Graded]) -> None:
+        """Say what went wrong with rewards; end a run that has nothing to learn from."""
+        if self.rewards.faults:
+            (fault, times), *_ = self.rewards.faults.most_common(1)
+            total = self.rewards.faults.total()
+            say(f"step {step + 1}: {total} replies lost a part of their reward, {times} because {fault}")
+        self.barren = 0 if any(each.teaches for each in graded) else self.barren + 1
+        if self.barren == MAX_BARREN_IN_A_ROW:
+            totals = [total for each in graded for total in each.totals]
+            raise ValueError(
+                f"for {self.barren} steps all replies to each problem earned the same (the last rewards lie between "
+                f"{min(totals):.3g} and {max(totals):.3g}), so there is nothing to learn from. If they are all wrong: "
+                f"train longer with nanollm sft first, or take easier problems or a larger --rollout.group_size; if "
+                f"they are all right: take harder problems, or stop at an earlier --train.steps"
+            )
+
+    def update(self, step: int, batches: list[RolloutBatch], seen: list[Seen]) -> StepStats:
+        """Move the weights `updates` times by the same rollouts."""
+        temperature = self.rollout.temperature
+        device = self.world.device
+        if self.reference is not None:
+            batches = [
+                replace(b, reference_logprobs=frozen_logprobs(self.reference, b.to(device), temperature))
+                for b in batches
+            ]
+        if self.objective.updates > 1:
+            batches = [
+                replace(b, old_logprobs=frozen_logprobs(self.state.model, b.to(device), temperature)) for b in batches
+            ]
+
+        def loss_of(model: Transformer, batch: RolloutBatch) -> tuple[Tensor, Tensor]:
+            loss, report, this = grpo_loss(model, batch, self.objective, temperature)
+            seen.append(this)
+            return loss, report
+
+        for _ in range(self.objective.updates):
+            stats = train_step(self.state, batches, loss_of, self.rate(step), self.optim, self.world)
+            if stats.skipped:
+                break
+        return stats
+
+
+def portions(
+    graded: Sequence[Graded], compared: Tensor, c: ObjectiveConfig, max_tokens: int, width: int, rows: int
+) -> list[RolloutBatch]:
+    """The replies that teach, packed into rows of `width` places, `rows` of them in each micro-batch.
+
+    compared (P, G): their advantages. A group that is left out has zero advantages, so leaving it out saves work and
+    changes nothing: it counts in the denominator.
+    """
+    kept = [
+        (rollout, advantage)
+        for each, row in zip(graded, compared.tolist(), strict=True)
+        if each.teaches
+        for rollout, advantage in zip(each.group.rollouts, row, strict=True)
+    ]
+    if not kept:
+        return []
+    places = [len(rollout.prompt_ids) + len(rollout.reply_ids) - 1 for rollout, _ in kept]
+    packed = Layout.of(places, width, rows).rows
+    parts = [packed[first : first + rows] for first in range(0, len(packed), rows)]
+    lengths = [len(rollout.reply_ids) for each in graded for rollout in each.group.rollouts]
+    count = count_of(len(lengths), sum(lengths), c.aggregation, max_tokens) / len(parts)
+    return [rollout_batch(kept, part, width, c.aggregation, count) for part in parts]
+
+
+def rollout_batch(
+    kept: Sequence[tuple[Rollout, float]], rows: Sequence[Sequence[int]], width: int, aggregation: str, count: float
+) -> RolloutBatch:
+    """One micro-batch: `rows` says which of the kept rollouts stand in each row of `width` places."""
+    here = [kept[index] for row in rows for index in row]
+    rollouts = [rollout for rollout, _ in here]
+    numbers = iter(range(len(here)))
+    ids = [torch.tensor(rollout.prompt_ids + rollout.reply_ids) for rollout in rollouts]
+    layout = Layout([len(each) - 1 for each in ids], [[next(numbers) for _ in row] for row in rows], width)
+    lengths = torch.tensor([len(rollout.reply_ids) for rollout in rollouts])  # (R,)
+    reply = torch.arange(len(here)).repeat_interleave(lengths)  # (M,)
+    first = layout.starts + torch.tensor(
+        [len(rollout.prompt_ids) - 1 for rollout in rollouts]
+    )  # predicts the first token
+    return RolloutBatch(
+        tokens=layout.place([each[:-1] for each in ids]),
+        positions=layout.place([torch.arange(length) for length in layout.lengths]),
+        places=first[reply] + torch.arange(len(reply)) - (lengths.cumsum(0) - lengths)[reply],
+        targets=torch.tensor([token for rollout in rollouts for token in rollout.reply_ids]),
+        reply=reply,
+        advantages=torch.tensor([advantage for _, advantage in here])[reply],
+        weights=token_weights(lengths, aggregation)[reply],
+        engine_logprobs=torch.tensor([logprob for rollout in rollouts for logprob in rollout.logprobs]),
+        old_logprobs=None,
+        reference_logprobs=None,
+        count=count,
+    )
+
+
+@torch.no_grad()
+def frozen_logprobs(model: Transformer, batch: RolloutBatch, temperature: float) -> Tensor:
+    """Log-probabilities (M,) of a model that is not trained by them."""
+    with model.evaluating():
+        return policy_logprobs(model, batch, temperature)[0]
+
+
+def reply_numbers(graded: Sequence[Graded]) -> dict[str, float]:
+    """What the replies of a step were like."""
+    rollouts = [rollout for each in graded for rollout in each.group.rollouts]
+    rewards = [reward for each in graded for reward in each.rewards]
+    lengths = [len(rollout.reply_ids) for rollout in rollouts]
+    parts = {f"reward_{name}": fmean(reward.parts[name] for reward in rewards) for name in rewards[0].parts}
+    return {
+        "reward_std": pstdev(reward.total for reward in rewards),
+        **parts,
+        "groups": len(graded),
+        "groups_dropped": sum(not each.teaches for each in graded),
+        "reply_tokens": fmean(lengths),
+        "reply_tokens_max": max(lengths),
+        "finished": fmean(rollout.stop == "end" for rollout in rollouts),
+    }
+
+
+def trust_numbers(seen: Sequence[Seen]) -> dict[str, float]:
+    """Whether the numbers can be trusted: means over all trained tokens of a step's updates."""
+    if not seen:
+        return {}
+    tokens = sum(each.tokens for each in seen)
+
+    def mean(name: str) -> float:
+        return sum(getattr(each, name).item() for each in seen) / tokens
+
+    return {
+        "entropy": mean("entropy"),
+        "clip_fraction": mean("clipped"),
+        "kl": mean("kl"),
+        "engine_logprob_difference": mean("engine_difference"),
+        "engine_logprob_difference_max": max(each.engine_difference_max.item() for each in seen),
+        "engine_ratio_truncated": mean("truncated"),
+    }
+
+
+def save_rollouts(path: Path, graded: Sequence[Graded], compared: Tensor) -> None:
+    """Every reply of a step with what became of it, one JSON object per line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for each, row in zip(graded, compared.tolist(), strict=True):
+        for text, rollout, reward, advantage in zip(each.texts, each.group.rollouts, each.rewards, row, strict=True):
+            problem = each.group.problem
+            record: dict[str, object] = {"question": problem.question, "answer": problem.answer, "reply": text}
+            record |= {"reward": reward.total, "parts": reward.parts, "advantage": advantage}
+            record |= {"tokens": len(rollout.reply_ids), "stop": rollout.stop, "trained": each.teaches}
+            lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+    write_file(path, "".join(lines).encode())
+
+
+def reply_seed(seed: int, step: int, attempt: int) -> int:
+    """Where the seeds of a step's replies begin: far from those of every other step."""
+    text = f"replies of attempt {attempt} at step {step} of {seed}"
+    return int.from_bytes(blake2b(text.encode(), digest_size=7).digest(), "little")

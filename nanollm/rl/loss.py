@@ -1,0 +1,171 @@
+"""How do advantages become a gradient?
+
+Every choice is a way to weigh the same terms, so the loss stays a pair (sum, count) that is divided once.
+Letters: B rows, T tokens, M trained tokens of a micro-batch (all replies' tokens with their end marks), R replies.
+"""
+
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from nanollm.model.transformer import Transformer
+from nanollm.rl.advantage import AdvantageName
+from nanollm.train.loss import token_logprobs
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """What is maximised."""
+
+    advantage: AdvantageName = "mean_only"
+    """mean_only: reward - mean of the group (Dr. GRPO, arXiv:2503.20783); std: divided by the group's standard
+    deviation (GRPO, arXiv:2402.03300); batch_std: divided by that of the whole step (arXiv:2508.08221)."""
+    ratio: Literal["token", "sequence"] = "token"
+    """New probability / old probability of each token (GRPO), or the geometric mean over the reply (GSPO,
+    arXiv:2507.18071; it needs clips of about 3e-4)."""
+    aggregation: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"
+    """token_mean: every token weighs the same (DAPO, arXiv:2503.14476); sequence_mean: every reply does, so tokens of
+    long ones weigh less (GRPO); constant: sum / (replies x rollout.max_tokens) (Dr. GRPO)."""
+    surrogate: Literal["clip", "cispo"] = "clip"
+    """clip: the pessimistic clipped ratio of PPO (arXiv:1707.06347); cispo: REINFORCE weighted by the truncated ratio,
+    so that no token loses its gradient (arXiv:2506.13585)."""
+    clip_low: float = 0.2
+    """clip: the ratio counts down to 1 - clip_low."""
+    clip_high: float = 0.28
+    """clip: the ratio counts up to 1 + clip_high; higher than clip_low keeps rare tokens alive (DAPO)."""
+    cispo_max: float = 5.0
+    """cispo: the ratio counts up to this (arXiv:2510.13786)."""
+    beta: float = 0.0
+    """Weight of the k3 estimate of KL(policy, reference), http://joschu.net/blog/kl-approx.html; 0: no reference model
+    is loaded."""
+    updates: int = 1
+    """Optimizer updates on each step's rollouts. With one the ratio is exactly 1 and nothing is clipped."""
+
+    def __post_init__(self) -> None:
+        for name in ("clip_low", "clip_high", "beta"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"objective.{name} must be at least 0, got {getattr(self, name)}")
+        if not self.clip_low < 1:
+            raise ValueError(f"objective.clip_low must be below 1, got {self.clip_low}")
+        if not self.cispo_max >= 1:
+            raise ValueError(f"objective.cispo_max must be at least 1, got {self.cispo_max}")
+        if self.updates < 1:
+            raise ValueError(f"objective.updates must be at least 1, got {self.updates}")
+
+
+@dataclass(frozen=True)
+class RolloutBatch:
+    """Replies packed into rows; what is known of each trained token stands in vectors (M,), ordered as `places`."""
+
+    tokens: Tensor  # (B, T) int64
+    positions: Tensor  # (B, T) int64, 0 where a prompt begins
+    places: Tensor  # (M,) int64: where in the flattened rows the trained tokens are predicted
+    targets: Tensor  # (M,) int64: the trained tokens
+    reply: Tensor  # (M,) int64: which of the micro-batch's R replies the token belongs to
+    advantages: Tensor  # (M,) float32
+    weights: Tensor  # (M,) float32: how much the token's term counts in the sum
+    engine_logprobs: Tensor  # (M,) float32: at sampling
+    old_logprobs: Tensor | None  # (M,) float32: the trainer's before the first update; None: this is the first
+    reference_logprobs: Tensor | None  # (M,) float32, with beta only
+    count: float  # this micro-batch's share of what the step's sum is divided by
+
+    def to(self, device: torch.device) -> "RolloutBatch":
+        """The same micro-batch on a device."""
+        tensors: dict[str, Any] = {
+            f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)
+        }
+        return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a micro-batch showed, each a sum over its tokens (M of them) except the maximum."""
+
+    tokens: int
+    entropy: Tensor
+    clipped: Tensor  # tokens whose ratio was outside the clips on the side that counts
+    kl: Tensor  # k3 estimate of KL(policy, reference), with beta only
+    engine_difference: Tensor  # |trainer - engine| log-probability, before the first update only
+    engine_difference_max: Tensor
+    truncated: Tensor  # tokens whose trainer / engine probability is above TRUNCATION
+
+
+TRUNCATION = 2.0
+"""Where truncated importance sampling would cut the weight trainer / engine (https://fengyao.notion.site/off-policy-rl).
+Only watched: one model object samples and trains here."""
+
+
+def policy_logprobs(model: Transformer, batch: RolloutBatch, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probability of every trained token and the entropy where it was drawn: (M,), (M,) without gradient.
+
+    The temperature is the one of sampling, so that the distribution that is trained is the one that was sampled.
+    """
+    hidden = model.trunk(batch.tokens, positions=batch.positions).flatten(0, 1)  # (B*T, D)
+    return token_logprobs(model.head, hidden.index_select(0, batch.places), batch.targets, temperature)
+
+
+def grpo_loss(
+    model: Transformer, batch: RolloutBatch, c: ObjectiveConfig, temperature: float
+) -> tuple[Tensor, Tensor, Seen]:
+    """Loss of a micro-batch to train on, the same detached, and what was seen on the way."""
+    logprobs, entropy = policy_logprobs(model, batch, temperature)
+    old = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
+    terms, clipped = surrogate(logprobs, old, batch.advantages, batch.reply, c)
+    kl = torch.zeros_like(terms)
+    if batch.reference_logprobs is not None:
+        kl = k3(logprobs, batch.reference_logprobs)
+        terms = terms + c.beta * kl
+    loss = (batch.weights * terms).sum()
+    with torch.no_grad():
+        difference = old - batch.engine_logprobs
+        seen = Seen(
+            tokens=len(terms),
+            entropy=entropy.sum(),
+            clipped=clipped.sum(),
+            kl=kl.detach().sum(),
+            engine_difference=difference.abs().sum(),
+            engine_difference_max=difference.abs().max(),
+            truncated=(difference.exp() > TRUNCATION).sum(),
+        )
+    return loss, loss.detach(), seen
+
+
+def surrogate(
+    logprobs: Tensor, old: Tensor, advantages: Tensor, reply: Tensor, c: ObjectiveConfig
+) -> tuple[Tensor, Tensor]:
+    """What each token adds to the loss, and whether its clip took the gradient away; all (M,)."""
+    ratio = ratios(logprobs, old, reply, c.ratio)
+    if c.surrogate == "cispo":
+        weight = ratio.detach().clamp(max=c.cispo_max)
+        return -weight * advantages * logprobs, ratio > c.cispo_max
+    plain = ratio * advantages
+    limited = ratio.clamp(1 - c.clip_low, 1 + c.clip_high) * advantages
+    return -torch.minimum(plain, limited), limited < plain
+
+
+def ratios(logprobs: Tensor, old: Tensor, reply: Tensor, kind: Literal["token", "sequence"]) -> Tensor:
+    """New probability / old probability, of each token or as the geometric mean over its reply (GSPO eq. 7): (M,)."""
+    difference = logprobs - old
+    if kind == "token":
+        return difference.exp()
+    replies = int(reply.max()) + 1
+    sums = difference.new_zeros(replies).index_add(0, reply, difference)
+    return (sums / reply.bincount(minlength=replies)).exp()[reply]
+
+
+def k3(logprobs: Tensor, reference: Tensor) -> Tensor:
+    """Unbiased, never negative estimate of KL(policy, reference) from tokens of the policy: (M,)."""
+    difference = reference - logprobs
+    return difference.exp() - difference - 1
+
+
+def token_weights(lengths: Tensor, aggregation: str) -> Tensor:
+    """How much a token of each reply counts: lengths (R,) to (R,) float32."""
+    return 1 / lengths.float() if aggregation == "sequence_mean" else torch.ones(len(lengths))
+
+
+def count_of(replies: int, tokens: int, aggregation: str, max_tokens: int) -> float:
+    """What the sum over these replies, of so many tokens, is divided by."""
+    return {"token_mean": tokens, "sequence_mean": replies, "constant": replies * max_tokens}[aggregation]

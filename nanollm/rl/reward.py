@@ -1,0 +1,143 @@
+"""What is a reply worth?
+
+Rewards are composed by name, each with a weight. Our own are pure and quick; yours come by import path and run in a
+process of their own, so that one that raises, returns nonsense or never returns costs its reply the part and nothing
+else.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Self
+
+from nanollm.rl.judge import Judge, Verdict
+from nanollm.sources.gsm8k import ANSWER_MARK, Problem, extract_answer, number_of
+from nanollm.sources.tasks import Task
+
+OWN = ("correct", "format", "length")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardConfig:
+    """What a reply is rewarded for."""
+
+    weights: dict[str, float] = field(default_factory=lambda: {"correct": 1.0})
+    """Name and weight of each part: correct (0 or 1, the task's own judgement), format (0 or 1: one answer after ####
+    in the last line), length (0 to -1: too long, see soft_tokens), or package.module:function of your own, called with
+    the problem and the reply's text and returning a number."""
+    soft_tokens: int = 32
+    """length: the penalty grows from 0 to -1 over the last so many tokens before rollout.max_tokens; a reply that is
+    cut off has -1 (soft overlong punishment, DAPO, arXiv:2503.14476, equation 13)."""
+    timeout_s: float = 1.0
+    """Longest time that a function of your own may take for a reply, in seconds."""
+
+    def __post_init__(self) -> None:
+        if not self.weights or not any(self.weights.values()):
+            raise ValueError(f"reward.weights must name at least one part with a weight, got {self.weights}")
+        for name, weight in self.weights.items():
+            if name not in OWN and ":" not in name:
+                raise ValueError(
+                    f"reward.weights knows {', '.join(OWN)} and import paths package.module:function, got {name!r}"
+                )
+            if not math.isfinite(weight):
+                raise ValueError(f"reward.weights: the weight of {name} must be a number, got {weight}")
+        if self.soft_tokens < 1:
+            raise ValueError(f"reward.soft_tokens must be at least 1, got {self.soft_tokens}")
+        if not self.timeout_s > 0:
+            raise ValueError(f"reward.timeout_s must be above 0, got {self.timeout_s}")
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A reply as rewards see it."""
+
+    text: str
+    tokens: int  # with the end mark
+    ended: bool
+
+
+@dataclass(frozen=True)
+class Reward:
+    """What a reply earned: the weighted sum, and each part before its weight."""
+
+    total: float
+    parts: dict[str, float]
+
+
+Judged = tuple[Problem, Reply]
+
+
+class Rewards:
+    """Turns replies into rewards; a context, because functions of your own live in another process."""
+
+    def __init__(self, c: RewardConfig, task: Task, max_tokens: int) -> None:
+        self.c = c
+        self.faults: Counter[str] = Counter()
+        """What went wrong in functions of your own since the last look, and how often."""
+        own: dict[str, Callable[[Problem, Reply], float]] = {
+            "correct": lambda problem, reply: float(task.grade(problem, reply.text)),
+            "format": lambda problem, reply: well_formed(reply),
+            "length": lambda problem, reply: overlong(reply, max_tokens, c.soft_tokens),
+        }
+        self._parts: dict[str, Callable[[Sequence[Judged]], list[float]]] = {}
+        self._judges = {name: Judge(name, c.timeout_s) for name in c.weights if name not in OWN}
+        for name in c.weights:
+            self._parts[name] = (
+                partial(self._ask, name) if name in self._judges else partial(_each, own[name], self.faults, name)
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for judge in self._judges.values():
+            judge.close()
+
+    def __call__(self, judged: Sequence[Judged]) -> list[Reward]:
+        """The reward of each reply; a part that fails is worth 0 and counted in `faults`."""
+        parts = {name: part(judged) for name, part in self._parts.items()}
+        rewards = []
+        for number in range(len(judged)):
+            values = {name: column[number] for name, column in parts.items()}
+            rewards.append(Reward(sum(self.c.weights[name] * value for name, value in values.items()), values))
+        return rewards
+
+    def _ask(self, name: str, judged: Sequence[Judged]) -> list[float]:
+        verdicts = self._judges[name]([(problem, reply.text) for problem, reply in judged])
+        return [self._value(name, verdict) for verdict in verdicts]
+
+    def _value(self, name: str, verdict: Verdict) -> float:
+        if isinstance(verdict, str):
+            self.faults[f"{name} {verdict}"] += 1
+            return 0.0
+        return verdict
+
+
+def _each(
+    part: Callable[[Problem, Reply], float], faults: Counter[str], name: str, judged: Sequence[Judged]
+) -> list[float]:
+    values = []
+    for problem, reply in judged:
+        try:
+            values.append(part(problem, reply))
+        except Exception as error:  # a task of your own may raise anything: the step goes on, and says so
+            faults[f"{name} raised {type(error).__name__}: {error}"] += 1
+            values.append(0.0)
+    return values
+
+
+def well_formed(reply: Reply) -> float:
+    """1 for a reply that ended and whose last line, and no other, is "#### number"."""
+    *before, last = reply.text.rstrip("\n").split("\n")
+    answer = extract_answer(last) if last.startswith(ANSWER_MARK) else None
+    is_alone = all(ANSWER_MARK not in line for line in before) and last.count(ANSWER_MARK) == 1
+    return float(reply.ended and is_alone and answer is not None and number_of(answer) is not None)
+
+
+def overlong(reply: Reply, max_tokens: int, soft_tokens: int) -> float:
+    """0 up to max_tokens - soft_tokens tokens, then linear down to -1; -1 for a reply that was cut off."""
+    if not reply.ended:
+        return -1.0
+    return -max(0.0, min(1.0, (reply.tokens - (max_tokens - soft_tokens)) / soft_tokens))

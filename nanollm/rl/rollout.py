@@ -1,0 +1,112 @@
+"""What does the model answer when it is asked a problem several times?
+
+All prompts of a step are sampled together by the engine that users talk to, with the very weights that are trained.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from nanollm.generate.engine import generate
+from nanollm.generate.sampling import SamplingConfig
+from nanollm.model.transformer import Transformer
+from nanollm.sources.gsm8k import Problem
+from nanollm.text.chat import Conversation, encode_prompt, reply_ends
+from nanollm.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    """How replies are sampled."""
+
+    prompts: int = 32
+    """Problems per step."""
+    group_size: int = 8
+    """Replies per problem, which are compared with each other."""
+    max_tokens: int = 128
+    """Most tokens of a reply, its end mark included."""
+    temperature: float = 1.0
+    """Divides the logits, in sampling and in training alike."""
+    top_k: int = 0
+    """Only 0 (off) is possible."""
+    top_p: float = 1.0
+    """Only 1 (off) is possible."""
+    resample: int = 0
+    """How often problems whose replies all earned the same are replaced by others (dynamic sampling, DAPO,
+    arXiv:2503.14476); 0: never, they are only left out."""
+
+    def __post_init__(self) -> None:
+        if self.group_size < 2:
+            raise ValueError(
+                f"rollout.group_size must be at least 2 (a reply is compared with others of its problem), "
+                f"got {self.group_size}"
+            )
+        for name in ("prompts", "max_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"rollout.{name} must be at least 1, got {getattr(self, name)}")
+        if self.resample < 0:
+            raise ValueError(f"rollout.resample must be at least 0, got {self.resample}")
+        if not (math.isfinite(self.temperature) and self.temperature > 0):
+            raise ValueError(
+                f"rollout.temperature must be above 0 (at 0 all replies to a problem are equal), got {self.temperature}"
+            )
+        if self.top_k or self.top_p != 1:
+            raise ValueError(
+                f"rollout.top_k and rollout.top_p must stay 0 and 1, got {self.top_k} and {self.top_p}: training takes "
+                f"the whole distribution, so sampling must draw from all of it"
+            )
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One reply, as it was drawn."""
+
+    prompt_ids: list[int]
+    reply_ids: list[int]  # with the end mark, if it was drawn: it is trained like every other token
+    logprobs: list[float]  # of each of reply_ids, by the engine
+    stop: Literal["end", "length"]
+
+
+@dataclass(frozen=True)
+class Group:
+    """A problem and its rollouts. They belong together by their place, never by what the prompt says."""
+
+    problem: Problem
+    rollouts: list[Rollout]
+
+
+def roll_out(
+    model: Transformer, tokenizer: Tokenizer, problems: Sequence[Problem], c: RolloutConfig, seed: int
+) -> list[Group]:
+    """Ask each problem group_size times.  The context must have room for a reply."""
+    if not problems:
+        return []
+    prompts = [prompt_of(problem, tokenizer) for problem in problems]
+    completions = generate(
+        model,
+        prompts,
+        SamplingConfig(temperature=c.temperature),
+        max_tokens=c.max_tokens,
+        end_ids=reply_ends(tokenizer),
+        seed=seed,
+        samples=c.group_size,
+    )
+    rollouts = [
+        Rollout(
+            prompt_ids=prompts[row // c.group_size],
+            reply_ids=completion.ids + ([] if completion.end_id is None else [completion.end_id]),
+            logprobs=completion.logprobs,
+            stop=completion.finish,
+        )
+        for row, completion in enumerate(completions)
+    ]
+    return [
+        Group(problem, rollouts[number * c.group_size : (number + 1) * c.group_size])
+        for number, problem in enumerate(problems)
+    ]
+
+
+def prompt_of(problem: Problem, tokenizer: Tokenizer) -> list[int]:
+    """The ids after which the reply to a problem begins."""
+    return encode_prompt(Conversation.of(problem.question), tokenizer)

@@ -1,0 +1,184 @@
+"""A model's own replies to problems teach it to solve them."""
+
+import dataclasses
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from nanollm import __version__
+from nanollm.bundle import WEIGHTS, Bundle, load_bundle, save_bundle
+from nanollm.durable import check_writable, lock_folder
+from nanollm.evals.problems import accuracy
+from nanollm.model.transformer import Transformer
+from nanollm.progress import say
+from nanollm.rl.grpo import Learner
+from nanollm.rl.loss import ObjectiveConfig
+from nanollm.rl.reward import RewardConfig, Rewards
+from nanollm.rl.rollout import RolloutConfig
+from nanollm.settings import read_mapping
+from nanollm.sources.gsm8k import Problem
+from nanollm.sources.tasks import Task, TaskConfig, open_task
+from nanollm.train.checkpoint import load_newest
+from nanollm.train.loop import LoopConfig, fit
+from nanollm.train.optim import OptimConfig, lr_at
+from nanollm.train.runfolder import claim_folder
+from nanollm.train.runlog import RunLog, TrackerName, start_tracker
+from nanollm.train.state import TrainState
+from nanollm.world import DeviceName, DtypeName, World
+
+# What decides which numbers come out at which step; the rest (intervals, length, rates) may change on the way.
+FIXED = ("seed", "task", "rollout", "reward.weights", "reward.soft_tokens", "objective", "optim.name", "inputs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Group-relative policy optimization (arXiv:2402.03300): sample replies to problems with known answers, and make
+    those likelier that are better than others to the same problem. The same command goes on where an interrupted run
+    stopped."""
+
+    bundle: Path
+    """The model to start from: a bundle that can already reply, such as runs/demo/sft/bundle."""
+    out: Path
+    """Folder of the run: config.yaml, metrics.jsonl, rollouts/, checkpoints/, bundle/."""
+    train: LoopConfig
+    """Length and intervals; a step samples once and updates objective.updates times."""
+    task: TaskConfig = field(default_factory=TaskConfig)
+    """Problems and who judges the replies."""
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    """How replies are sampled."""
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    """What a reply is rewarded for."""
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    """How rewards become a gradient."""
+    optim: OptimConfig = field(
+        default_factory=lambda: OptimConfig(lr=3e-4, warmup_steps=5, weight_decay=0.0, balance_rate=0.0)
+    )
+    """Optimizer and schedule. The routers' balancing is off: it would change the model without being asked."""
+    micro_batch_size: int = 8
+    """Rows per forward pass of training, each as long as the model's context and shared by the replies that fit."""
+    reference: Path | None = None
+    """Bundle that the policy is kept near, with objective.beta only; null: the bundle the run starts from."""
+    validation_problems: int = 200
+    """Problems of the split test that are solved greedily now and then (0: none)."""
+    seed: int = 0
+    """Orders the problems and draws the replies."""
+    device: DeviceName = "auto"
+    """Where to compute."""
+    dtype: DtypeName = "auto"
+    """What to compute in; auto: bfloat16 where the hardware multiplies it fast. Master weights are always float32."""
+    trackers: list[TrackerName] = field(default_factory=list)
+    """Where metrics go beside metrics.jsonl: tensorboard, wandb, trackio."""
+
+    def __post_init__(self) -> None:
+        if self.micro_batch_size < 1:
+            raise ValueError(f"micro_batch_size must be at least 1, got {self.micro_batch_size}")
+        if self.validation_problems < 0:
+            raise ValueError(f"validation_problems must be at least 0, got {self.validation_problems}")
+        if self.reference is not None and not self.objective.beta:
+            raise ValueError("a reference without objective.beta has no effect; set --objective.beta or leave it out")
+
+
+def plan(c: Config) -> str:
+    """What a run would do."""
+    world = World.start(c.device, c.dtype)
+    bundle, _, problems, validation = _open(c)
+    replies = c.rollout.prompts * c.rollout.group_size
+    return (
+        f"{bundle.model.config.total_parameters:,} parameters of {c.bundle} on {world.device} in "
+        f"{world.names['dtype']}, {c.train.steps:,} steps x {c.rollout.prompts} of {len(problems):,} problems x "
+        f"{c.rollout.group_size} replies of at most {c.rollout.max_tokens} tokens = {c.train.steps * replies:,} "
+        f"replies; {len(validation):,} problems for validation"
+    )
+
+
+def run(c: Config) -> Path:
+    """Train, and return the folder of the bundle."""
+    world = World.start(c.device, c.dtype)
+    bundle, task, problems, validation = _open(c)
+    reference = _open_reference(c, bundle, world)
+    check_writable(c.out, "--out")
+    with ExitStack() as stack:
+        stack.enter_context(lock_folder(c.out))
+        rewards = stack.enter_context(Rewards(c.reward, task, c.rollout.max_tokens))
+        inputs = {"bundle": bundle.provenance["files"][WEIGHTS], "tokenizer": bundle.tokenizer.fingerprint}
+        if reference is not None:
+            inputs["reference"] = reference.provenance["files"][WEIGHTS]
+        settings = dataclasses.asdict(c) | world.names  # what is really used instead of auto
+        claim_folder(c.out, settings, inputs, FIXED)
+        state = TrainState.start(bundle.model.to(world.device), c.optim, world.dtype)
+        if load_newest(c.out / "checkpoints", state):
+            say(f"going on from step {state.step:,} of {c.train.steps:,} in {c.out}")
+        learner = Learner(
+            state=state,
+            tokenizer=bundle.tokenizer,
+            problems=problems,
+            rewards=rewards,
+            rollout=c.rollout,
+            objective=c.objective,
+            optim=c.optim,
+            rate=lambda step: lr_at(step, c.train.steps, c.optim),
+            micro_batch_size=c.micro_batch_size,
+            folder=c.out / "rollouts",
+            seed=c.seed,
+            world=world,
+            reference=None if reference is None else reference.model,
+        )
+        trackers = [start_tracker(name, c.out, settings, resume_from=state.step) for name in c.trackers]
+        fit(
+            state,
+            learner.step,
+            c.train,
+            c.out,
+            RunLog(c.out, trackers, resume_from=state.step),
+            validate=lambda: validate(c, state.model, bundle, task, validation, state.step),
+            sample=dict,
+        )
+        provenance = {
+            "made_by": f"nanollm {__version__} grpo, torch {torch.__version__}",
+            "config": read_mapping(c.out / "config.yaml"),
+            "inputs": inputs,
+            "replies_seen": state.step * c.rollout.prompts * c.rollout.group_size,
+            "parent": bundle.provenance,
+        }
+        return save_bundle(c.out / "bundle", bundle.model.config, state.weights(), bundle.tokenizer, provenance)
+
+
+def validate(
+    c: Config, model: Transformer, bundle: Bundle, task: Task, problems: Sequence[Problem], step: int
+) -> dict[str, object]:
+    """Greedy accuracy on problems of the split test."""
+    if not problems:
+        return {}
+    score = accuracy(model, bundle.tokenizer, task, problems, max_tokens=c.rollout.max_tokens)
+    say(f"step {step:,}: solves {score.value:.1%} of {score.n} test problems ({score.low:.1%} to {score.high:.1%})")
+    return {"val_accuracy": score.value, "val_accuracy_low": score.low, "val_accuracy_high": score.high}
+
+
+def _open(c: Config) -> tuple[Bundle, Task, Sequence[Problem], Sequence[Problem]]:
+    """The bundle, the task, its problems to train on and those to validate on."""
+    bundle, task = load_bundle(c.bundle), open_task(c.task)
+    room = bundle.model.config.context_length - c.rollout.max_tokens
+    if room < 1:
+        raise ValueError(
+            f"rollout.max_tokens of {c.rollout.max_tokens} leaves no room for a question in the context of "
+            f"{bundle.model.config.context_length} tokens; take a smaller one"
+        )
+    validation = task.problems("test")[: c.validation_problems] if c.validation_problems else []
+    return bundle, task, task.problems("train"), validation
+
+
+def _open_reference(c: Config, bundle: Bundle, world: World) -> Bundle | None:
+    """The reference model, which must speak with the same ids; none without objective.beta."""
+    if not c.objective.beta:
+        return None
+    folder = c.reference or c.bundle
+    reference = load_bundle(folder, world.dtype, world.device)
+    if reference.tokenizer.fingerprint != bundle.tokenizer.fingerprint:
+        raise ValueError(
+            f"the reference {folder} has tokenizer {reference.tokenizer.fingerprint[:6]}, {c.bundle} has "
+            f"{bundle.tokenizer.fingerprint[:6]}; a reference must have the same one"
+        )
+    return reference

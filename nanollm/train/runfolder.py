@@ -1,0 +1,52 @@
+"""Whose folder is it: does the run that starts here go on with the one that was begun?
+
+A run keeps its resolved settings (config.yaml) and the fingerprints of what it reads (inputs.json) in its folder.
+"""
+
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from nanollm.durable import write_file, write_json
+from nanollm.progress import say
+from nanollm.settings import read_mapping, to_yaml
+from nanollm.train.checkpoint import checkpoints
+
+
+def claim_folder(
+    out: Path, settings: Mapping[str, object], inputs: Mapping[str, object], fixed: Collection[str]
+) -> None:
+    """Write config.yaml and inputs.json, or hold this run to those that are there.
+
+    `fixed` names what decides which numbers come out at which step, as dotted keys of the settings, and "inputs" for
+    the fingerprints; a change there is a ValueError. The rest may change on the way, and is said.
+    """
+    config_file, inputs_file = out / "config.yaml", out / "inputs.json"
+    if checkpoints(out / "checkpoints") and not (config_file.exists() and inputs_file.exists()):
+        raise ValueError(f"{out} has checkpoints but not both config.yaml and inputs.json; choose another --out")
+    if config_file.exists() and inputs_file.exists():
+        before = read_mapping(config_file) | {"inputs": json.loads(inputs_file.read_bytes())}
+        _check_same_run(out, _flat(before), _flat({**settings, "inputs": inputs}), fixed)
+    write_json(inputs_file, inputs)
+    write_file(config_file, to_yaml(settings).encode())
+
+
+def _check_same_run(folder: Path, old: dict[str, str], new: dict[str, str], fixed: Collection[str]) -> None:
+    changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    for key in changed:
+        if any(f"{key}.".startswith(f"{name}.") for name in fixed):
+            was, now = (str(values.get(key))[: 6 if key.startswith("inputs.") else None] for values in (old, new))
+            raise ValueError(
+                f"{folder} was begun with {key} = {was}, this run has {now}; "
+                f"go on with the old value or choose another --out"
+            )
+    for key in changed:
+        say(f"{folder} goes on with {key} = {new.get(key)} instead of {old.get(key)}")
+
+
+def _flat(mapping: object, prefix: str = "") -> dict[str, str]:
+    """Nested settings as dotted keys, and values as text that is the same from YAML and from a dataclass."""
+    if isinstance(mapping, Mapping):
+        return {k: v for key, inner in mapping.items() for k, v in _flat(inner, f"{prefix}{key}.").items()}
+    plain = list(mapping) if isinstance(mapping, tuple) else mapping
+    return {prefix.removesuffix("."): plain.as_posix() if isinstance(plain, Path) else str(plain)}
