@@ -1,0 +1,213 @@
+"""What must hold of GRPO, as functions: tests call them, and tests of known bugs see them fail."""
+
+import dataclasses
+from itertools import product
+
+import torch
+
+from nanollm.model.transformer import Transformer
+from nanollm.rl import grpo, loss, rollout
+from nanollm.rl.loss import ObjectiveConfig
+from nanollm.rl.reward import Reward
+from nanollm.rl.rollout import Group, Rollout, RolloutConfig
+from nanollm.sources.gsm8k import Problem
+from nanollm.text.tokenizer import END
+from tests.model.conftest import TINY, randomised
+
+TEMPERATURE = 0.7
+END_ID = 0  # of the tiny vocabularies here
+MAX_TOKENS = 2
+
+
+def tiny_policy(vocab_size: int, seed: int) -> Transformer:
+    config = dataclasses.replace(TINY, vocab_size=vocab_size, n_blocks=2, context_length=16)
+    return randomised(Transformer(config).init(seed)).double()
+
+
+def all_replies(vocab_size: int) -> list[list[int]]:
+    """Every reply of at most two tokens; it is over at the end mark."""
+    others = [token for token in range(vocab_size) if token != END_ID]
+    return [[END_ID], *([first, second] for first in others for second in range(vocab_size))]
+
+
+def logprobs_of(model: Transformer, prompt: list[int], reply: list[int]) -> torch.Tensor:
+    """Of each token of the reply, plainly: one text, one pass. (len(reply),)"""
+    ids = [*prompt, *reply]
+    logits = model(torch.tensor([ids[:-1]]))[0, len(prompt) - 1 :]
+    return (logits / TEMPERATURE).log_softmax(-1).gather(-1, torch.tensor(reply)[:, None])[:, 0]
+
+
+def reward_of(prompt: list[int], reply: list[int]) -> float:
+    """Different for nearly all replies; two equal ones so that whole groups may be equal."""
+    return {0: 0.0, 1: 1.0, 2: 0.25, 3: 1.0}[(sum(prompt) + 3 * reply[0] + 2 * len(reply) + reply[-1]) % 4]
+
+
+def grads_of(model: Transformer) -> torch.Tensor:
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def by_enumeration(policy, old, reference, prompts, replies, group_size, c: ObjectiveConfig) -> torch.Tensor:
+    """The gradient of the expected objective, written from the papers: all outcomes, no packing, no batches."""
+    new = {
+        (p, r): logprobs_of(policy, prompt, reply)
+        for p, prompt in enumerate(prompts)
+        for r, reply in enumerate(replies)
+    }
+    with torch.no_grad():
+        was = {(p, r): logprobs_of(old, prompts[p], replies[r]) for p, r in new}
+        ref = {(p, r): logprobs_of(reference, prompts[p], replies[r]) for p, r in new}
+    expected = torch.zeros((), dtype=torch.float64)
+    for outcome in product(range(len(replies)), repeat=len(prompts) * group_size):
+        groups = [outcome[p * group_size : (p + 1) * group_size] for p in range(len(prompts))]
+        probability = torch.stack([was[p, r].sum() for p, group in enumerate(groups) for r in group]).sum().exp()
+        rewards = [[reward_of(prompts[p], replies[r]) for r in group] for p, group in enumerate(groups)]
+        everything = torch.tensor(rewards, dtype=torch.float64)
+        terms, lengths = [], []
+        for p, group in enumerate(groups):
+            own = everything[p]
+            for g, r in enumerate(group):
+                advantage = own[g] - own.mean()
+                if c.advantage == "std":
+                    advantage = advantage / (own.std(correction=0) + 1e-6)
+                if c.advantage == "batch_std":
+                    advantage = advantage / (everything.std(correction=0) + 1e-6)
+                difference = new[p, r] - was[p, r]
+                ratio = difference.exp() if c.ratio == "token" else difference.mean().exp().expand(len(difference))
+                if c.surrogate == "cispo":
+                    term = ratio.detach().clamp(max=c.cispo_max) * advantage * new[p, r]
+                else:
+                    term = torch.minimum(ratio * advantage, ratio.clamp(1 - c.clip_low, 1 + c.clip_high) * advantage)
+                if c.beta and len(set(own.tolist())) > 1:
+                    away = ref[p, r] - new[p, r]
+                    term = term - c.beta * (away.exp() - away - 1)
+                terms.append(term)
+                lengths.append(len(term))
+        if c.aggregation == "token_mean":
+            objective = torch.cat(terms).sum() / sum(lengths)
+        elif c.aggregation == "sequence_mean":
+            objective = torch.stack([term.mean() for term in terms]).mean()
+        else:
+            objective = torch.cat(terms).sum() / (len(terms) * MAX_TOKENS)
+        expected = expected + probability * -objective
+    policy.zero_grad()
+    expected.backward()
+    return grads_of(policy)
+
+
+def by_our_batches(policy, old, reference, prompts, replies, group_size, c: ObjectiveConfig, rows=2) -> torch.Tensor:
+    """The same through what a step does with its rollouts, weighted by how likely each outcome is."""
+    policy.zero_grad()
+    with torch.no_grad():
+        was = {
+            (p, r): logprobs_of(old, prompts[p], reply) for p in range(len(prompts)) for r, reply in enumerate(replies)
+        }
+    for outcome in product(range(len(replies)), repeat=len(prompts) * group_size):
+        drawn = [(p, outcome[p * group_size + g]) for p in range(len(prompts)) for g in range(group_size)]
+        probability = torch.stack([was[each].sum() for each in drawn]).sum().exp()
+        graded = []
+        for p, prompt in enumerate(prompts):
+            own = drawn[p * group_size : (p + 1) * group_size]
+            rollouts = [
+                Rollout(prompt, replies[r], was[p, r].tolist(), "end" if replies[r][-1] == END_ID else "length")
+                for _, r in own
+            ]
+            rewards = [Reward(reward_of(prompt, replies[r]), {}) for _, r in own]
+            graded.append(grpo.Graded(Group(Problem("", ""), rollouts), ["" for _ in own], rewards))
+        totals = torch.tensor([each.totals for each in graded])
+        batches = grpo.portions(
+            graded, grpo.advantages(totals, c.advantage), c, MAX_TOKENS, policy.config.context_length, rows
+        )
+        count = sum(batch.count for batch in batches)
+        for batch in batches:
+            frozen = dataclasses.replace(batch, old_logprobs=batch.engine_logprobs)
+            if c.beta:
+                known = grpo.frozen_logprobs(reference, batch, TEMPERATURE)
+                frozen = dataclasses.replace(frozen, reference_logprobs=known)
+            (grpo.grpo_loss(policy, frozen, c, TEMPERATURE)[0] * (probability / count)).backward()
+    return grads_of(policy)
+
+
+def the_expected_gradient_is_exact(c: ObjectiveConfig) -> None:
+    if c.advantage == "batch_std":  # needs several groups: two prompts, two tokens, three replies, 81 outcomes
+        vocab_size, prompts = 2, [[1, 1], [1, 0, 1]]
+    else:  # three tokens, seven replies, 49 outcomes
+        vocab_size, prompts = 3, [[1, 2, 1]]
+    policy, old, reference = (tiny_policy(vocab_size, seed) for seed in (0, 0, 5))
+    with torch.no_grad():
+        for parameter, earlier in zip(policy.parameters(), tiny_policy(vocab_size, 1).parameters(), strict=True):
+            parameter += 0.05 * earlier  # so that ratios are not 1, and some are clipped
+    replies = all_replies(vocab_size)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        got = by_our_batches(policy, old, reference, prompts, replies, 2, c)
+        expected = by_enumeration(policy, old, reference, prompts, replies, 2, c)
+    finally:
+        torch.set_default_dtype(default)
+    assert expected.abs().max() > 1e-3
+    torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-6)
+
+
+def engine_and_trainer_agree(make_learner) -> None:
+    learner = make_learner(rollout=RolloutConfig(prompts=4, group_size=3, max_tokens=12, temperature=TEMPERATURE))
+    numbers = learner.step(0).numbers
+    assert numbers["engine_logprob_difference_max"] < 1e-5
+
+
+def replies_are_drawn_from_the_trained_distribution(make_learner) -> None:
+    """First tokens of many replies to one problem against the probabilities that training would give them."""
+    n = 3000
+    c = RolloutConfig(prompts=1, group_size=n, max_tokens=1, temperature=TEMPERATURE)
+    learner = make_learner(rollout=c)
+    model, problem = learner.state.model, learner.problems[0]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter *= 0.8  # flatter: many tokens have a chance
+    (group,) = rollout.roll_out(model, learner.tokenizer, [problem], c, seed=11)
+    prompt = rollout.prompt_of(problem, learner.tokenizer)
+    with torch.no_grad():
+        hidden = model.trunk(torch.tensor([prompt]))[0, -1:]
+        vocab = model.config.vocab_size
+        logprobs, _ = loss.token_logprobs(model.head, hidden.expand(vocab, -1), torch.arange(vocab), TEMPERATURE)
+    probabilities = logprobs.exp()
+    drawn = torch.tensor([each.reply_ids[0] for each in group.rollouts]).bincount(minlength=vocab) / n
+    order = probabilities.argsort(descending=True)
+    distance = (drawn[order].cumsum(0) - probabilities[order].cumsum(0)).abs().max()
+    assert distance < 1.63 / n**0.5  # Kolmogorov-Smirnov, one in a hundred
+
+
+def the_end_mark_is_trained(make_learner) -> None:
+    learner = make_learner(rollout=RolloutConfig(prompts=12, group_size=6, max_tokens=40))
+    graded, _ = learner.sample(0)
+    finished = [r for each in graded for r in each.group.rollouts if r.stop == "end"]
+    assert finished
+    ends = {learner.tokenizer.mark_id(END), learner.tokenizer.eos_id}
+    assert all(r.reply_ids[-1] in ends and len(r.reply_ids) == len(r.logprobs) for r in finished)
+
+
+def gradient_of_a_step(learner, rows: int) -> torch.Tensor:
+    """The gradient of the first update, whatever the number of rows per micro-batch."""
+    graded, _ = learner.sample(0)
+    compared = grpo.advantages(torch.tensor([each.totals for each in graded]), learner.objective.advantage)
+    batches = grpo.portions(
+        graded, compared, learner.objective, learner.rollout.max_tokens, learner.state.model.config.context_length, rows
+    )
+    assert rows > 1 or len(batches) > 2
+    count = sum(batch.count for batch in batches)
+    learner.state.model.zero_grad()
+    for batch in batches:
+        (grpo.grpo_loss(learner.state.model, batch, learner.objective, 1.0)[0] / count).backward()
+    return grads_of(learner.state.model)
+
+
+def micro_batches_change_nothing(make_learner, aggregation: str) -> None:
+    learner = make_learner(objective=ObjectiveConfig(aggregation=aggregation))
+    torch.testing.assert_close(gradient_of_a_step(learner, 1), gradient_of_a_step(learner, 16), atol=1e-6, rtol=1e-5)
+
+
+def advantages_compare_within_a_group() -> None:
+    rewards = torch.tensor([[0.0, 1.0, 0.0], [5.0, 5.0, 8.0]])
+    for kind in ("mean_only", "std", "batch_std"):
+        compared = grpo.advantages(rewards, kind)
+        torch.testing.assert_close(compared.sum(1), torch.zeros(2), atol=1e-5, rtol=0)
+        assert compared[0, 1] > 0 > compared[1, 0]
