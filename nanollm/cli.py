@@ -24,8 +24,10 @@ VERBS = {
     },
     "Train": {
         "pretrain": "train a model on token files",
+        "sft": "teach a model to reply, by conversations",
     },
     "Use": {
+        "eval": "measure a model: problems solved, bits per byte, against another one",
         "generate": "let a model continue a prompt",
         "info": "parameters, memory and arithmetic of a model",
     },

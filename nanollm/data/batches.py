@@ -1,10 +1,11 @@
 """Which tokens does a rank see at a step, and which of them must it predict?
 
 A batch is a pure function of (seed, step, rank layout): there is no iterator to save, and a run continued on another
-number of ranks sees the same windows in the same global order.
+number of ranks sees the same windows, or conversations, in the same global order.
 Letters: B rows, T context length. Window i is tokens [i*T, i*T + T + 1): the first T are read, the last T predicted.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -12,10 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanollm.data.order import sample_indices
+from nanollm.data.mixture import Mixture
+from nanollm.data.order import Indices, epoch_seed, permute, sample_indices
+from nanollm.data.packing import Layout
 from nanollm.data.shards import Shards
+from nanollm.text.chat import Cut, Marks, Shortened, shorten
 
 IGNORE = -100  # a target that is not trained
+PACKED_TOGETHER = 512  # conversations, for validation
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,27 @@ class Batch:
     def count(self) -> int:
         """Number of trained targets."""
         return int((self.targets != IGNORE).sum())
+
+    @classmethod
+    def of(cls, sequences: Sequence[Shortened], layout: Layout) -> "Batch":
+        """Sequences of n ids in n - 1 places each; every empty place is a text of its own, a token that sees itself."""
+        ids = [torch.from_numpy(sequence.ids.astype(np.int64)) for sequence in sequences]
+        targets = [
+            torch.from_numpy(np.where(sequence.trained[1:], sequence.ids[1:].astype(np.int64), IGNORE))
+            for sequence in sequences
+        ]
+        return cls(
+            tokens=layout.place([sequence[:-1] for sequence in ids]),
+            targets=layout.place(targets, empty=IGNORE),
+            positions=layout.place([torch.arange(length) for length in layout.lengths]),
+        )
+
+    def portions(self, rows: int) -> list["Batch"]:
+        """The same rows in batches of that many."""
+        parts = (self.tokens.split(rows), self.targets.split(rows))
+        if self.positions is None:
+            return [Batch(*tensors) for tensors in zip(*parts, strict=True)]
+        return [Batch(*tensors) for tensors in zip(*parts, self.positions.split(rows), strict=True)]
 
 
 class Windows:
@@ -78,10 +104,15 @@ def sequential_batches(
     if shards.tokens_total < 2:
         raise ValueError(f"the split {shards.split!r} of {shards.folder} has one token: nothing to predict")
     windows = -(-(shards.tokens_total - 1) // context_length)
-    taken = windows if limit is None else min(windows, limit)
-    chosen = [number * windows // taken for number in range(taken)]
-    for first in range(0, taken, batch_size):
+    chosen = _spread(windows, limit)
+    for first in range(0, len(chosen), batch_size):
         yield _gather(shards, chosen[first : first + batch_size], context_length)
+
+
+def _spread(total: int, limit: int | None) -> list[int]:
+    """All numbers below the total, or with a limit that many, spread evenly."""
+    taken = total if limit is None else min(total, limit)
+    return [number * total // taken for number in range(taken)]
 
 
 def _gather(shards: Shards, windows: Sequence[int], context_length: int) -> Batch:
@@ -96,3 +127,85 @@ def _gather(shards: Shards, windows: Sequence[int], context_length: int) -> Batc
         if shards.has_flags:
             targets[row, :length][shards.flags_read(start + 1, length) == 0] = IGNORE
     return Batch(torch.from_numpy(tokens), torch.from_numpy(targets))
+
+
+class ChatShards:
+    """The conversations of a split by their numbers, each cut to the context length + 1 ids that fill a row."""
+
+    def __init__(self, shards: Shards, context_length: int, marks: Marks) -> None:
+        if not shards.has_flags:
+            raise ValueError(
+                f"{shards.folder} holds documents, expected conversations "
+                f"(nanollm preprocess sni, gsm8k, words or chat)"
+            )
+        self.shards, self.context_length, self.marks = shards, context_length, marks
+        self._borders = np.append(shards.document_offsets(), shards.tokens_total)
+
+    def __len__(self) -> int:
+        return len(self._borders) - 1
+
+    def __getitem__(self, number: int) -> Shortened:
+        start, end = map(int, self._borders[number : number + 2])
+        ids, flags = self.shards.read(start, end - start), self.shards.flags_read(start, end - start)
+        return shorten(ids, flags.astype(bool), self.context_length + 1, self.marks)
+
+    @property
+    def longer(self) -> Indices:
+        """The numbers of the conversations that do not fit whole."""
+        return np.flatnonzero(np.diff(self._borders) > self.context_length + 1)
+
+    def cuts(self, limit: int) -> Counter[Cut]:
+        """What becomes of those that do not fit, counted over at most `limit` of them, spread evenly."""
+        longer = self.longer
+        return Counter(cut for place in _spread(len(longer), limit) for cut in self[longer[place]].cuts)
+
+    def batches(self, rows: int, limit: int | None = None) -> Iterator[Batch]:
+        """The split for validation: each conversation once, packed, in batches of that many rows.
+
+        With a limit, that many conversations, spread evenly.
+        """
+        chosen = _spread(len(self), limit)
+        for first in range(0, len(chosen), PACKED_TOGETHER):
+            conversations = [self[number] for number in chosen[first : first + PACKED_TOGETHER]]
+            yield from Batch.of(conversations, layout_of(conversations, self.context_length, rows)).portions(rows)
+
+
+def layout_of(conversations: Sequence[Shortened], context_length: int, multiple: int) -> Layout:
+    """Where the conversations stand in as few rows as packing finds, and empty rows up to a multiple."""
+    return Layout.of([len(each.ids) - 1 for each in conversations], context_length, multiple)
+
+
+class Conversations:
+    """The conversations of one or several splits in a mixture, each split in a fresh random order each epoch."""
+
+    def __init__(self, splits: Sequence[ChatShards], mixture: Mixture, seed: int) -> None:
+        self.splits, self.mixture, self.seed = splits, mixture, seed
+        (self.context_length,) = {split.context_length for split in splits}
+
+    def draw(self, step: int, batch_size: int) -> list[Shortened]:
+        """The conversations of one step in their global order, whatever the number of ranks.
+
+        Draw d of a split belongs to epoch d // n of its n conversations; each epoch is a fresh permutation of all n.
+        """
+        sources, draws = self.mixture.draws(step * batch_size, batch_size)
+        epochs, places = np.divmod(draws, np.array(list(map(len, self.splits)))[sources])
+        numbers = np.empty_like(draws)
+        for source, epoch in {*zip(sources.tolist(), epochs.tolist(), strict=True)}:
+            chosen = (sources == source) & (epochs == epoch)
+            numbers[chosen] = permute(places[chosen], len(self.splits[source]), epoch_seed(self.seed, epoch))
+        return [self.splits[source][number] for source, number in zip(sources, numbers, strict=True)]
+
+    def micro_batches(
+        self, step: int, batch_size: int, micro_batch_size: int, *, rank: int = 0, world: int = 1
+    ) -> list[Batch]:
+        """What one rank reads at a step, in portions of `micro_batch_size` rows, the last ones perhaps empty.
+
+        `batch_size` counts the conversations of the step over all ranks. They are packed once for all, so that every
+        rank has as many portions: micro-batch m of rank r is slice m * world + r of the step's rows.
+        """
+        if batch_size < 1 or micro_batch_size < 1:
+            raise ValueError(f"a step needs at least 1 conversation and 1 row, got {batch_size} and {micro_batch_size}")
+        assert 0 <= rank < world
+        conversations = self.draw(step, batch_size)
+        layout = layout_of(conversations, self.context_length, micro_batch_size * world)
+        return Batch.of(conversations, layout).portions(micro_batch_size)[rank::world]

@@ -1,1 +1,1 @@
-"""How good is it? Bits per byte first."""
+"""How good is it, how sure is that, and did it stand in the training text?"""

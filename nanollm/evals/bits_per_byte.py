@@ -40,7 +40,8 @@ def bits_per_byte(model: Transformer, batches: Iterable[Batch], token_bytes: npt
         for batch in batches:
             target_bytes = torch.where(batch.targets == IGNORE, 0, sizes[batch.targets.clamp(min=0)])
             targets = batch.targets.where(target_bytes > 0, IGNORE)
-            hidden = model.trunk(batch.tokens.to(device))
+            positions = None if batch.positions is None else batch.positions.to(device)
+            hidden = model.trunk(batch.tokens.to(device), positions=positions)
             nats += cross_entropy_sum(model.head, hidden, targets.to(device)).item()
             n_bytes += int(target_bytes.sum())
             tokens += int((targets != IGNORE).sum())

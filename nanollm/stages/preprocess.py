@@ -1,7 +1,7 @@
 """Which source becomes which folder of token files, and what is said about it?"""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,9 +13,35 @@ from nanollm.sources import builtin, chats, gsm8k, instructions, openwebtext
 from nanollm.sources.builtin import BUILTIN
 from nanollm.sources.files import OnBad, find_files, is_named, read_texts
 from nanollm.sources.hub import stream_rows
+from nanollm.sources.word_problems import WordProblems
 from nanollm.text.tokenizer import Tokenizer
 
 POSITIONAL = ("kind",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WordsConfig:
+    """Which generated problems, for kind words."""
+
+    levels: list[int] = field(default_factory=lambda: [1, 2])
+    """Numbers of steps to a solution, from 1 to 4; each comes equally often."""
+    largest: int = 20
+    """The largest number given, but for totals; no number of a problem is above 5 times this."""
+    seed: int = 0
+    """Another seed gives other problems."""
+    count: int = 20_000
+    """Problems in all, val included."""
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise ValueError(f"words.count must be at least 1, got {self.count}")
+        try:
+            self.problems()
+        except ValueError as error:
+            raise ValueError(f"words.{error}") from None
+
+    def problems(self) -> WordProblems:
+        return WordProblems(levels=tuple(self.levels), largest=self.largest, seed=self.seed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,9 +52,10 @@ class Config:
     done is not encoded again, but it is read again: quickly from files, and at the speed of the network from the hub.
     """
 
-    kind: Literal["owt", "sni", "gsm8k", "text", "chat"]
+    kind: Literal["owt", "sni", "gsm8k", "words", "text", "chat"]
     """owt: OpenWebText; sni: Super-NaturalInstructions; gsm8k: school problems with worked solutions, with a split of
-    its own for test; text: any documents; chat: .jsonl lines {"messages": [{"role": ..., "content": ...}, ...]}."""
+    its own for test; words: generated school problems, offline; text: any documents; chat: .jsonl lines
+    {"messages": [{"role": ..., "content": ...}, ...]}."""
     tokenizer_path: Path
     """The .model file of the tokenizer, or the folder that holds it."""
     save_dir: Path
@@ -41,6 +68,8 @@ class Config:
     dataset_name: str | None = None
     """Dataset of the hub: any for text, another copy of the usual one for owt and sni. It is streamed: a job that goes
     on after a stop streams what is done once more."""
+    words: WordsConfig = field(default_factory=WordsConfig)
+    """Which problems, for kind words; none of them is one that an evaluation on the generated test asks."""
     text_column: str = "text"
     """Column (.jsonl key) that holds the text, for kind text."""
     val_fraction: float = 0.01
@@ -69,6 +98,10 @@ class Config:
             raise ValueError("text needs either --input FILE_OR_FOLDER ... (or --input builtin) or --dataset_name NAME")
         if self.kind != "text" and self.input and self.dataset_name:
             raise ValueError(f"{self.kind} reads --input or --dataset_name, not both")
+        if self.kind == "words" and (self.input or self.dataset_name):
+            raise ValueError("words are generated: they take --words.count and its like, no --input or --dataset_name")
+        if self.kind != "words" and self.words != WordsConfig():
+            raise ValueError(f"--words.count and its like are for words; {self.kind} is read from files or the hub")
         if self.kind in ("gsm8k", "chat") and self.dataset_name:
             raise ValueError(f"--dataset_name is for owt, sni and text; {self.kind} takes --input FILE_OR_FOLDER ...")
         if self.kind not in ("text", "chat") and self.val_input:
@@ -109,6 +142,9 @@ def run(config: Config) -> Path:
 def open_source(config: Config) -> tuple[list[Part], dict[str, Any]]:
     """What to read, in order, and how the manifest describes it."""
     source: dict[str, Any] = {"dataset": config.dataset_name or config.kind}
+    if config.kind == "words":
+        chosen = config.words.problems().problems("train")[: config.words.count]
+        return [Part(lambda on_bad: (problem.conversation for problem in chosen))], source | asdict(config.words)
     if config.kind == "text":
         source["column"] = config.text_column
     if config.kind == "gsm8k":

@@ -1,12 +1,20 @@
-from itertools import product
+import dataclasses
+from collections import Counter
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
 import torch
 
-from nanollm.data.batches import IGNORE, Windows, sequential_batches
+from nanollm.data.batches import IGNORE, Batch, ChatShards, Conversations, Windows, layout_of, sequential_batches
+from nanollm.data.mixture import Mixture
+from nanollm.data.packing import Layout
 from nanollm.data.prepare import Part, Rules, prepare
 from nanollm.data.shards import Shards
+from nanollm.model.transformer import Transformer
+from nanollm.text.chat import Conversation, Marks, encode_conversation
+from nanollm.train.loss import next_token_loss
+from tests.model.conftest import TINY, randomised
 
 T = 16
 
@@ -98,3 +106,190 @@ def test_a_corpus_smaller_than_one_window_is_refused(shards):
 def test_a_batch_that_does_not_divide_is_refused(shards, batch_size, micro, world):
     with pytest.raises(ValueError, match=r"must divide evenly into .* take a multiple of"):
         Windows(shards, T, seed=0).micro_batches(0, batch_size, micro, world=world)
+
+
+# Conversations.
+
+LONG = 256  # a row in which every conversation of the fixture fits
+
+
+@pytest.fixture(scope="module")
+def chat_folders(tmp_path_factory, conversations, tokenizer):
+    """Sixty conversations, and seven others."""
+    others = [Conversation.of(f"Say {n}!", f"{n}, as you wish.") for n in range(7)]
+    folders = [tmp_path_factory.mktemp(name) for name in ("sixty", "seven")]
+    for folder, items in zip(folders, (conversations, others), strict=True):
+        rules = Rules(kind="chat", val_fraction=0.0, shard_tokens=300)
+        prepare([Part(lambda on_bad, items=items: items)], tokenizer, folder, rules, source={})
+    return folders
+
+
+@pytest.fixture(scope="module")
+def splits(chat_folders, tokenizer):
+    """splits(context_length): both folders."""
+
+    def open_both(context_length=LONG):
+        marks = Marks.of(tokenizer)
+        opened = [Shards.open(folder, tokenizer_fingerprint=tokenizer.fingerprint) for folder in chat_folders]
+        return [ChatShards(shards, context_length, marks) for shards in opened]
+
+    return open_both
+
+
+def texts(batch: Batch) -> list[tuple[int, ...]]:
+    """The tokens of every text that begins with <s>, each once, sorted."""
+    found = []
+    for row, positions in zip(batch.tokens, batch.positions, strict=True):
+        starts = [*(positions == 0).nonzero().flatten().tolist(), len(row)]
+        found += [tuple(row[a:b].tolist()) for a, b in pairwise(starts) if row[a] == 2]
+    return sorted(found)
+
+
+def joined(batches: list[Batch]) -> Batch:
+    return Batch(
+        *(torch.cat(parts) for parts in zip(*((b.tokens, b.targets, b.positions) for b in batches), strict=True))
+    )
+
+
+def test_a_step_holds_its_conversations_whole_and_trains_only_the_assistants_words(splits, conversations, tokenizer):
+    (sixty, _) = splits()
+    batch = joined(Conversations([sixty], Mixture([1]), seed=0).micro_batches(0, 60, 4))
+    encoded = [encode_conversation(each, tokenizer) for each in conversations]
+    assert texts(batch) == sorted(tuple(each.ids[:-1]) for each in encoded)
+    said = Counter(token for each in conversations for token in tokenizer.encode(each.messages[1].content))
+    said[tokenizer.mark_id("<|end|>")] = 60
+    assert Counter(batch.targets[batch.targets != IGNORE].tolist()) == said
+    empty = (batch.positions == 0) & (batch.tokens != tokenizer.bos_id)
+    assert (batch.tokens[empty] == 0).all()
+    assert (batch.targets[empty] == IGNORE).all()
+
+
+@pytest.mark.parametrize(("world", "micro"), [(1, 1), (1, 3), (2, 1), (2, 2), (3, 2)])
+def test_ranks_and_micro_batches_share_the_rows_of_one_batch(splits, world, micro):
+    mixed = Conversations(splits(), Mixture([0.7, 0.3]), seed=5)
+    for step in (0, 9):
+        whole = joined(mixed.micro_batches(step, 24, 1))
+        by_rank = [mixed.micro_batches(step, 24, micro, rank=rank, world=world) for rank in range(world)]
+        assert len({len(batches) for batches in by_rank}) == 1
+        together = joined([batches[m] for m in range(len(by_rank[0])) for batches in by_rank])
+        assert all(len(batch.tokens) == micro for batches in by_rank for batch in batches)
+        rows = len(whole.tokens)
+        assert together.tokens[:rows].equal(whole.tokens)
+        assert together.targets[:rows].equal(whole.targets)
+        assert together.positions[:rows].equal(whole.positions)
+        assert (together.targets[rows:] == IGNORE).all()
+        assert not together.positions[rows:].any()
+
+
+def test_conversations_of_a_step_depend_on_seed_and_step_alone(splits):
+    def tokens(seed, step):
+        return joined(Conversations(splits(), Mixture([0.7, 0.3]), seed).micro_batches(step, 16, 2)).tokens
+
+    for step in (9, 2, 70_000):  # in any order
+        assert tokens(1, step).equal(tokens(1, step))
+    assert not tokens(1, 9).equal(tokens(2, 9))
+
+
+def test_sources_keep_their_share_and_each_shows_everything_once_an_epoch(splits):
+    both = splits()
+    mixed = Conversations(both, Mixture([0.75, 0.25]), seed=3)
+    drawn = [tuple(each.ids.tolist()) for step in range(60) for each in mixed.draw(step, 8)]  # 480
+    for split, share in zip(both, (0.75, 0.25), strict=True):
+        everything = [tuple(split[number].ids.tolist()) for number in range(len(split))]
+        seen = [ids for ids in drawn if ids in everything]
+        assert len(seen) == share * len(drawn)
+        for epoch in range(len(seen) // len(split)):
+            assert sorted(seen[epoch * len(split) :][: len(split)]) == sorted(everything)
+        assert seen[: len(split)] != seen[len(split) : 2 * len(split)]
+
+
+def test_validation_reads_each_conversation_once_in_equal_batches(splits):
+    sixty, _ = splits()
+    whole = list(sixty.batches(rows=4))
+    assert {batch.tokens.shape for batch in whole} == {(4, LONG)}
+    assert texts(joined(whole)) == sorted(tuple(sixty[number].ids[:-1].tolist()) for number in range(60))
+    ten = joined(list(sixty.batches(rows=4, limit=10)))
+    assert texts(ten) == sorted(tuple(sixty[number].ids[:-1].tolist()) for number in range(0, 60, 6))
+
+
+def test_what_does_not_fit_is_shortened_and_counted(splits, conversations, tokenizer):
+    sixty, _ = splits(context_length=24)
+    lengths = [len(encode_conversation(each, tokenizer).ids) for each in conversations]
+    assert sixty.longer.tolist() == [number for number, length in enumerate(lengths) if length > 25]
+    assert sixty.cuts(limit=1000) == {"cut reply": len(sixty.longer)}
+    assert sixty.cuts(limit=3) == {"cut reply": 3}
+    batches = Conversations([sixty], Mixture([1]), seed=0).micro_batches(0, 60, 2)
+    assert {batch.tokens.shape for batch in batches} == {(2, 24)}
+    assert len(texts(joined(batches))) == 60
+
+
+def test_documents_are_not_taken_for_conversations(shards, tokenizer):
+    with pytest.raises(ValueError, match=r"holds documents, expected conversations \(nanollm preprocess"):
+        ChatShards(shards, T, Marks.of(tokenizer))
+
+
+def test_a_step_without_conversations_or_rows_is_refused(splits):
+    conversations = Conversations(splits(), Mixture([1, 1]), seed=0)
+    for batch_size, rows in ((0, 1), (1, 0)):
+        with pytest.raises(ValueError, match=f"at least 1 conversation and 1 row, got {batch_size} and {rows}"):
+            conversations.micro_batches(0, batch_size, rows)
+
+
+# What packing must not change.
+
+
+@pytest.fixture
+def model(tokenizer):
+    config = dataclasses.replace(TINY, vocab_size=tokenizer.vocab_size, context_length=LONG)
+    return randomised(Transformer(config).init(0))
+
+
+def gradients(model, batches):
+    model.zero_grad()
+    loss = torch.stack([next_token_loss(model, batch)[0] for batch in batches]).sum()
+    loss.backward()
+    return loss.item(), [parameter.grad.clone() for parameter in model.parameters()]
+
+
+def test_packed_rows_equal_separate_rows(splits, model):
+    talks = Conversations(splits(), Mixture([1, 1]), seed=0).draw(0, 12)
+    packed = Batch.of(talks, layout_of(talks, LONG, 1))
+    lengths = [len(each.ids) - 1 for each in talks]
+    separate = Batch.of(talks, Layout(lengths, [[number] for number in range(12)], LONG))
+    assert len(packed.tokens) < len(separate.tokens) == 12
+    loss, grads = gradients(model, [packed])
+    expected_loss, expected_grads = gradients(model, [Batch(separate.tokens, separate.targets)])
+    assert loss == pytest.approx(expected_loss, rel=1e-6)
+    scale = max(float(grad.abs().max()) for grad in expected_grads)
+    for grad, expected in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(grad, expected, rtol=1e-5, atol=1e-6 * scale)
+
+
+def test_micro_batches_of_conversations_equal_the_whole(splits, model):
+    mixed = Conversations(splits(), Mixture([0.7, 0.3]), seed=0)
+    expected_loss, expected_grads = gradients(model, [joined(mixed.micro_batches(0, 24, 1))])
+    scale = max(float(grad.abs().max()) for grad in expected_grads)
+    for micro in (1, 2, 5):
+        loss, grads = gradients(model, mixed.micro_batches(0, 24, micro))
+        assert loss == pytest.approx(expected_loss, rel=1e-6)
+        for grad, expected in zip(grads, expected_grads, strict=True):
+            torch.testing.assert_close(grad, expected, rtol=1e-5, atol=1e-6 * scale)
+
+
+def test_no_gradient_flows_from_one_conversation_into_another(splits, model):
+    _, seven = splits()
+    talks = [seven[number] for number in range(3)]
+    batch = Batch.of(talks, layout_of(talks, LONG, 1))
+    assert len(batch.tokens) == 1
+    starts = [*(batch.tokens[0] == 2).nonzero().flatten().tolist(), sum(len(each.ids) - 1 for each in talks)]
+    for start, end in pairwise(starts):
+        only = torch.full_like(batch.targets, IGNORE)
+        only[0, start:end] = batch.targets[0, start:end]
+        embedded = []
+        hook = model.trunk.embed.register_forward_hook(lambda module, args, out, kept=embedded: kept.append(out))
+        loss, _ = next_token_loss(model, Batch(batch.tokens, only, batch.positions))
+        hook.remove()
+        (flow,) = torch.autograd.grad(loss, embedded)  # (1, T, D)
+        touched = flow[0].abs().amax(-1).nonzero().flatten()
+        assert touched.tolist()
+        assert start <= int(touched.min()) <= int(touched.max()) < end

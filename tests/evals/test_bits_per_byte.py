@@ -29,6 +29,18 @@ def test_it_equals_the_sum_by_hand():
     assert model.training
 
 
+def test_texts_that_share_a_row_are_measured_as_if_each_were_alone():
+    model = Transformer(TINY).init(0)
+    together = torch.tensor([[1, 10, 20, 1, 30, 40, 50]])
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3]])
+    targets = torch.tensor([[10, 20, IGNORE, 30, 40, 50, 60]])
+    alone = [Batch(together[:, :3], targets[:, :3]), Batch(together[:, 3:], targets[:, 3:])]
+    packed = bits_per_byte(model, [Batch(together, targets, positions)], SIZES)
+    apart = bits_per_byte(model, alone, SIZES)
+    assert (packed.bytes, packed.tokens) == (apart.bytes, apart.tokens)
+    assert packed.nats == pytest.approx(apart.nats, rel=1e-5)
+
+
 def test_text_without_bytes_is_refused():
     with pytest.raises(ValueError, match="no text to measure"):
         bits_per_byte(Transformer(TINY).init(0), [Batch(torch.tensor([[1]]), torch.tensor([[2]]))], SIZES)

@@ -30,7 +30,7 @@ def test_the_expected_gradient_is_exact_with(options):
 
 
 def test_without_options_it_is_the_gradient_of_the_expected_reward():
-    """mean_only and constant: (G - 1) / G of the policy gradient, per token of the longest reply. No estimator of ours."""
+    """mean_only and constant give (G - 1) / G of the policy gradient, divided by the longest reply's tokens."""
     prompts, replies = [[1, 2, 1]], promises.all_replies(3)
     policy = promises.tiny_policy(3, 0)
     c = ObjectiveConfig(advantage="mean_only", aggregation="constant")

@@ -16,7 +16,8 @@ from nanollm import cli
 from nanollm.data.shards import Shards
 from nanollm.durable import lock_folder
 from nanollm.sources.gsm8k import extract_answer
-from nanollm.stages.preprocess import Config, run
+from nanollm.sources.word_problems import WordProblems
+from nanollm.stages.preprocess import Config, WordsConfig, run
 
 STORY = Path(__file__).parents[1] / "story.txt"
 
@@ -108,6 +109,58 @@ def test_conversations_of_ones_own(tmp_path, tokenizer_path, tokenizer):
     run(config)
     ((ids, flags),) = documents_of(tmp_path / "out", "train")
     assert tokenizer.decode(ids[flags == 1]) == "Four, I think."
+
+
+def test_chats_that_teach_nothing_or_speak_out_of_turn_are_listed_with_their_lines(tmp_path, tokenizer_path):
+    user, assistant = {"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}
+    system = {"role": "system", "content": "Be brief."}
+    chats = [
+        [user, assistant],
+        [user, {"role": "robot", "content": "Beep."}],
+        [user, {"role": "assistant", "content": ""}],
+        [system, system, user, assistant],
+        [user],
+        [system, user, assistant],
+    ]
+    path, out = tmp_path / "chats.jsonl", tmp_path / "out"
+    path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in chats))
+    run(Config(kind="chat", tokenizer_path=tokenizer_path, save_dir=out, input=[path], val_fraction=0.0))
+    bad = [json.loads(line) for line in (out / "bad_records.jsonl").read_text().splitlines()]
+    assert [(record["line"], record["reason"]) for record in bad] == [
+        (2, "a message's role must be one of system, user, assistant, got 'robot'"),
+        (3, "message 2: content is empty"),
+        (4, "a conversation has at most one system message, got 2; join them"),
+        (5, "the assistant says nothing, so there is nothing to learn"),
+    ]
+    assert Shards.open(out, tokenizer_fingerprint=None).documents == 2
+
+
+def test_a_message_that_spells_marks_is_kept_as_plain_characters(tmp_path, tokenizer_path, tokenizer):
+    spelled = "<|end|><|assistant|>Yes.</s><s><|reserved_0|><pad>"
+    messages = [{"role": "user", "content": spelled}, {"role": "assistant", "content": spelled}]
+    path, out = tmp_path / "chats.jsonl", tmp_path / "out"
+    path.write_text(json.dumps({"messages": messages}) + "\n")
+    run(Config(kind="chat", tokenizer_path=tokenizer_path, save_dir=out, input=[path], val_fraction=0.0))
+    ((ids, _),) = documents_of(out, "train")
+    names = ["<|user|>", "<|end|>", "<|assistant|>", "<|end|>"]
+    assert [token for token in ids.tolist() if token < 20] == [tokenizer.bos_id, *map(tokenizer.mark_id, names)]
+    assert tokenizer.decode(ids.tolist()) == spelled * 2
+
+
+def test_generated_problems_become_conversations_and_the_manifest_says_which(tmp_path, tokenizer_path, tokenizer):
+    out = tmp_path / "out"
+    options = ["--words.levels", "1", "3", "--words.largest", "12", "--words.count", "300", "--words.seed", "7"]
+    paths = ["--tokenizer_path", str(tokenizer_path), "--save_dir", str(out)]
+    assert cli.main(["preprocess", "words", *paths, *options, "--val_fraction", "0.2"]) == 0
+    source = json.loads((out / "manifest.json").read_bytes())["source"]
+    assert source == {"dataset": "words", "levels": [1, 3], "largest": 12, "seed": 7, "count": 300}
+    problems = WordProblems(levels=(1, 3), largest=12, seed=7).problems("train")[:300]
+    written = [tokenizer.decode(ids.tolist()) for split in ("train", "val") for ids, _ in documents_of(out, split)]
+    assert sorted(written) == sorted(problem.question + problem.answer for problem in problems)
+    assert len(list(documents_of(out, "val"))) > 20
+    with pytest.raises(ValueError, match="was begun with source count 300, this command has 301"):
+        words = WordsConfig(levels=[1, 3], largest=12, seed=7, count=301)
+        run(Config(kind="words", tokenizer_path=tokenizer_path, save_dir=out, val_fraction=0.2, words=words))
 
 
 def test_a_problem_of_the_test_is_never_trained_on(tmp_path, tokenizer_path, tokenizer):
@@ -311,9 +364,26 @@ def test_wrong_combinations_are_refused(tmp_path):
         ({"kind": "owt", "input": [tmp_path], "dataset_name": "x"}, "owt reads --input or --dataset_name, not both"),
         ({"kind": "gsm8k", "dataset_name": "x"}, "--dataset_name is for owt, sni and text"),
         ({"kind": "sni", "val_input": [tmp_path]}, "--val_input is for text and chat"),
+        ({"kind": "words", "val_input": [tmp_path]}, "--val_input is for text and chat"),
+        ({"kind": "words", "input": [tmp_path]}, "words are generated: they take --words.count"),
+        ({"kind": "words", "dataset_name": "x"}, "words are generated: they take --words.count"),
+        ({"kind": "gsm8k", "words": WordsConfig(count=3)}, "--words.count and its like are for words"),
     ]:
         with pytest.raises(ValueError, match=complaint):
             Config(**common, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"count": 0}, "words.count must be at least 1, got 0"),
+        ({"levels": [5]}, "words.levels must be"),
+        ({"largest": 1}, "words.largest must be at least"),
+    ],
+)
+def test_problems_that_cannot_be_generated_are_refused(options, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        WordsConfig(**options)
 
 
 def test_missing_and_empty_files_and_folders_that_cannot_be_written_are_reported(tmp_path, tokenizer_path):

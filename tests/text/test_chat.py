@@ -1,8 +1,25 @@
+import re
+from itertools import groupby
+
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from nanollm.text.chat import Conversation, Message, encode_conversation, encode_prompt
+from nanollm.text.chat import (
+    LEAST_LIMIT,
+    TEMPLATE,
+    Conversation,
+    Marks,
+    Message,
+    encode_conversation,
+    encode_prompt,
+    reply_ends,
+    reply_text,
+    shorten,
+)
+from nanollm.text.tokenizer import MARKS
 
 TALK = Conversation(
     (
@@ -38,7 +55,20 @@ def test_a_prompt_is_the_conversation_up_to_the_reply(tokenizer):
     assert whole[: len(prompt)] == prompt
 
 
-@given(content=st.text(st.characters(exclude_categories=["Cs"])) | st.sampled_from(["<|end|>", "<|user|>hi", "</s>"]))
+ALL_MARKS = ("<pad>", "<unk>", "<s>", "</s>", *MARKS)
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
+WHAT_PEOPLE_WRITE = TEXTS | st.sampled_from([" x ", "\n\n", "a\n  b\n", "{{ x }} {% if %}", "<|", "<|end|", "|>", "<"])
+
+
+@st.composite
+def conversations(draw, contents=WHAT_PEOPLE_WRITE, least=1, most=7):
+    """An optional system message, then user and assistant in turn."""
+    system = [Message("system", draw(contents))] if draw(st.booleans()) else []
+    turns = draw(st.integers(least, most))
+    return Conversation((*system, *(Message(("user", "assistant")[n % 2], draw(contents)) for n in range(turns))))
+
+
+@given(content=TEXTS | st.sampled_from(["<|end|>", "<|user|>hi", "</s>", "<|reserved_3|>"]))
 @settings(max_examples=100, deadline=None)
 def test_no_content_can_end_its_message_or_begin_another(tokenizer, content):
     ids = encode_conversation(Conversation.of(content, content), tokenizer).ids
@@ -70,6 +100,227 @@ def test_unknown_roles_and_contents_are_refused():
         Message("user", None)
 
 
+@pytest.mark.parametrize("role", ["system", "user", "assistant"])
+def test_an_empty_message_is_refused_and_one_of_spaces_is_not(role):
+    with pytest.raises(ValueError, match=f"a message of the {role} is empty; give it at least one character"):
+        Message(role, "")
+    assert Message(role, " ").content == " "
+
+
+def test_two_system_messages_are_refused():
+    system, user, assistant = Message("system", "s"), Message("user", "u"), Message("assistant", "a")
+    for messages in ([system, system, user], [system, user, assistant, system]):
+        with pytest.raises(ValueError, match="at most one system message, got 2; join them"):
+            Conversation(tuple(messages))
+
+
 def test_a_prompt_that_already_has_its_reply_is_refused(tokenizer):
     with pytest.raises(ValueError, match="must end with the user's message"):
         encode_prompt(TALK, tokenizer)
+
+
+def test_a_reply_is_the_text_before_its_end(tokenizer):
+    said, end = tokenizer.encode("300 metres.\n"), tokenizer.mark_id("<|end|>")
+    assert reply_text([*said, end, *tokenizer.encode("and more")], tokenizer) == "300 metres.\n"
+    assert reply_text([*said, tokenizer.eos_id, *said], tokenizer) == "300 metres.\n"
+    assert reply_text(said, tokenizer) == "300 metres.\n"
+    assert reply_text([end, *said], tokenizer) == ""
+    assert reply_text([], tokenizer) == ""
+    assert reply_ends(tokenizer) == {end, tokenizer.eos_id}
+
+
+# The template for other programs.
+
+
+class Refused(Exception):
+    pass
+
+
+def raise_exception(message):
+    raise Refused(message)
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["as transformers", "plain"])
+def rendered(request):
+    """rendered(messages, add_generation_prompt): the text that a program makes of the template."""
+    environment = ImmutableSandboxedEnvironment(trim_blocks=request.param, lstrip_blocks=request.param)
+    environment.globals["raise_exception"] = raise_exception
+    template = environment.from_string(TEMPLATE)
+
+    def render(messages, add_generation_prompt=False):
+        plain = [{"role": role, "content": content} for role, content in messages]
+        return template.render(messages=plain, add_generation_prompt=add_generation_prompt, bos_token="<s>")
+
+    return render
+
+
+def pairs(conversation):
+    return [(message.role, message.content) for message in conversation.messages]
+
+
+def ids_of(text, tokenizer):
+    """What a tokenizer gives that recognises the marks in a text."""
+    pieces = re.split(f"({'|'.join(map(re.escape, ALL_MARKS))})", text)
+    return [
+        token
+        for piece in pieces
+        for token in ([tokenizer.mark_id(piece)] if piece in ALL_MARKS else tokenizer.encode(piece))
+    ]
+
+
+def spells_no_mark(text):
+    return not any(mark in text for mark in ALL_MARKS)
+
+
+@given(conversation=conversations(WHAT_PEOPLE_WRITE.filter(spells_no_mark)))
+@settings(max_examples=150, deadline=None)
+def test_the_template_gives_the_ids_of_the_conversation(tokenizer, rendered, conversation):
+    text = rendered(pairs(conversation))
+    assert ids_of(text, tokenizer) == encode_conversation(conversation, tokenizer).ids
+    if conversation.messages[-1].role == "user":
+        prompt = rendered(pairs(conversation), add_generation_prompt=True)
+        assert ids_of(prompt, tokenizer) == encode_prompt(conversation, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        ([], "asks nothing"),
+        ([("system", "s")], "asks nothing"),
+        ([("robot", "beep")], "message 1 must have the role user"),
+        ([("assistant", "a")], "message 1 must have the role user"),
+        ([("user", "u"), ("user", "u")], "message 2 must have the role assistant"),
+        ([("system", "s"), ("system", "s"), ("user", "u")], "message 2 must have the role user"),
+        ([("user", "u"), ("system", "s")], "message 2 must have the role assistant"),
+        ([("user", "")], "content of message 1 must be text of at least one character"),
+        ([("user", ["u"])], "content of message 1 must be text of at least one character"),
+        *(
+            ([("user", "u"), ("assistant", f"a{mark}b")], re.escape(f"message 2 spells the mark {mark}"))
+            for mark in ALL_MARKS
+        ),
+    ],
+)
+def test_the_template_refuses_what_it_cannot_say(rendered, messages, reason):
+    with pytest.raises(Refused, match=reason):
+        rendered(messages)
+
+
+def test_the_template_refuses_a_prompt_that_already_has_its_reply(rendered):
+    with pytest.raises(Refused, match="must end with a message of the user"):
+        rendered([("user", "u"), ("assistant", "a")], add_generation_prompt=True)
+
+
+# Conversations that are too long.
+
+
+@pytest.fixture(scope="module")
+def marks(tokenizer):
+    return Marks.of(tokenizer)
+
+
+def arrays(conversation, tokenizer):
+    encoded = encode_conversation(conversation, tokenizer)
+    return np.array(encoded.ids, dtype=np.uint16), np.array(encoded.trained)
+
+
+def shape(ids, marks):
+    """The conversation's marks in order, and "+" for the words between two of them."""
+    names = {2: "<s>"} | {getattr(marks, name): name for name in marks._fields}
+    return [name for name, _ in groupby(names.get(int(token), "+") for token in ids) if name != "+"]
+
+
+def question_of(ids, marks):
+    start = np.flatnonzero(ids == marks.user)[-1] + 1
+    return ids[start : start + np.flatnonzero(ids[start:] == marks.end)[0]].tolist()
+
+
+@given(conversation=conversations(st.text("abc de\n", min_size=1, max_size=60)), limit=st.integers(LEAST_LIMIT, 120))
+@settings(max_examples=300, deadline=None)
+def test_a_shortened_conversation_fits_is_well_formed_and_still_teaches(tokenizer, marks, conversation, limit):
+    ids, trained = arrays(conversation, tokenizer)
+    short = shorten(ids, trained, limit, marks)
+    assert len(short.ids) == len(short.trained) == min(limit, len(short.ids))
+    assert short.trained.any() == trained.any()
+    assert short.ids[0] == tokenizer.bos_id
+    roles = [message.role for message in conversation.messages]
+    whole = ["<s>", *(part for role in roles for part in (role, "end"))]
+    system = whole[:3] if roles[0] == "system" else whole[:1]
+    left = shape(short.ids, marks)
+    assert left[: len(system)] == system
+    turns = left[len(system) :]
+    assert turns == (["user", "end", "assistant", "end"] * len(turns))[: len(turns)]  # only the last end may be missing
+    again = shorten(ids, trained, limit, marks)
+    assert again.ids.tolist() == short.ids.tolist()
+    assert again.trained.tolist() == short.trained.tolist()
+    if len(ids) <= limit:
+        assert (short.ids.tolist(), short.cuts) == (ids.tolist(), ())
+    else:
+        assert short.cuts
+    assert shorten(short.ids, short.trained, limit, marks).cuts == ()
+
+
+def talk(*contents):
+    return Conversation(tuple(Message(("user", "assistant")[n % 2], text) for n, text in enumerate(contents)))
+
+
+def test_the_oldest_exchanges_go_first_and_the_system_message_stays(tokenizer, marks):
+    turns = ("one?", "One it is.", "two?", "Two it is.", "three?", "Three it is.")
+    system = Message("system", "Be brief.")
+    whole = Conversation((system, *talk(*turns).messages))
+    for dropped in (2, 4):
+        expected, expected_trained = arrays(Conversation((system, *talk(*turns[dropped:]).messages)), tokenizer)
+        for limit in (len(expected), len(expected) + 5):
+            short = shorten(*arrays(whole, tokenizer), limit, marks)
+            assert short.ids.tolist() == expected.tolist()
+            assert short.trained.tolist() == expected_trained.tolist()
+            assert short.cuts == ("dropped turns",)
+
+
+def test_a_last_question_that_nobody_answers_goes_before_what_is_answered(tokenizer, marks):
+    short = shorten(*arrays(talk("one?", "One it is.", "two " * 50), tokenizer), 40, marks)
+    assert short.ids.tolist() == encode_conversation(talk("one?", "One it is."), tokenizer).ids
+    assert short.cuts == ("dropped turns",)
+
+
+def test_a_long_reply_loses_its_end_and_with_it_the_end_mark(tokenizer, marks):
+    ids, trained = arrays(talk("Count!", "one two three " * 30), tokenizer)
+    short = shorten(ids, trained, 50, marks)
+    assert short.ids.tolist() == ids[:50].tolist()
+    assert short.trained.tolist() == trained[:50].tolist()
+    assert marks.end not in short.ids[short.trained]
+    assert short.cuts == ("cut reply",)
+
+
+def test_a_long_question_survives_with_its_beginning_and_its_end(tokenizer, marks):
+    task, text, final = (
+        "Name the colour in this text.",
+        "the sea was grey and the boat was old " * 20,
+        "Now: the red fox.",
+    )
+    ids, trained = arrays(talk(f"{task} {text} {final}", "Red."), tokenizer)
+    short = shorten(ids, trained, 80, marks)
+    asked = tokenizer.decode(question_of(short.ids, marks))
+    assert asked.startswith(task)
+    assert asked.endswith(final)
+    reply = [*tokenizer.encode("Red."), marks.end]
+    assert short.ids[short.trained].tolist() == reply
+    assert (len(short.ids), short.cuts) == (80, ("cut question",))
+
+
+def test_a_long_reply_keeps_a_quarter_beside_a_long_question(tokenizer, marks):
+    ids, trained = arrays(talk("why " * 100, "because " * 100), tokenizer)
+    short = shorten(ids, trained, 80, marks)
+    assert (len(short.ids), int(short.trained.sum())) == (80, 20)
+    assert short.cuts == ("cut reply", "cut question")
+
+
+def test_a_long_system_message_gives_before_a_short_question(tokenizer, marks):
+    whole = Conversation((Message("system", "Be brief. " * 60), *talk("How far are the rocks?", "Far.").messages))
+    short = shorten(*arrays(whole, tokenizer), 60, marks)
+    assert question_of(short.ids, marks) == tokenizer.encode("How far are the rocks?")
+    assert len(short.ids) == 60
+
+
+def test_too_little_room_for_any_conversation_is_refused(tokenizer, marks):
+    with pytest.raises(ValueError, match="needs room for at least 7 ids, got 6; give a longer context"):
+        shorten(*arrays(TALK, tokenizer), LEAST_LIMIT - 1, marks)

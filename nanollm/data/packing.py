@@ -1,0 +1,89 @@
+"""Which sequences share a row, so that little of it stays empty, and where in the row does each stand?
+
+Best-fit decreasing: the longest sequence first, each into the fullest row that still has room; at most 11/9 of the
+fewest possible rows, and one (Johnson, Near-optimal bin packing algorithms, MIT 1973).
+Letters: B rows, T places in a row; a sequence of n ids takes n - 1 places, for its last id is only predicted.
+"""
+
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Rows of indices into `lengths`, each index once and no row over `capacity`; the same lengths, the same rows.
+
+    No two rows would fit into one. ValueError for a length that is not from 1 to `capacity`.
+    """
+    if odd := [length for length in lengths if not 1 <= length <= capacity]:
+        raise ValueError(f"a row of {capacity:,} places takes sequences of 1 to {capacity:,}, got one of {odd[0]:,}")
+    rows: list[list[int]] = []
+    rooms: list[tuple[int, int]] = []  # (free places, row), sorted
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        length = lengths[index]
+        place = bisect_left(rooms, (length, 0))
+        if place == len(rooms):
+            room, row = capacity, len(rows)
+            rows.append([])
+        else:
+            room, row = rooms.pop(place)
+        rows[row].append(index)
+        insort(rooms, (room - length, row))
+    return rows
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where sequences stand in rows of T places; whatever goes with their tokens is put into the same places."""
+
+    lengths: Sequence[int]
+    """Places of each sequence."""
+    rows: Sequence[Sequence[int]]
+    """The sequences of each row, from left to right; a row may be empty."""
+    width: int
+    """T"""
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], width: int, multiple: int = 1) -> "Layout":
+        """Pack the sequences; empty rows make the number of rows a multiple of `multiple`, and at least that."""
+        rows = pack(lengths, width)
+        wanted = max(1, -(-len(rows) // multiple)) * multiple
+        return cls(lengths, [*rows, *([] for _ in range(wanted - len(rows)))], width)
+
+    @property
+    def fill(self) -> float:
+        """Share of the places that hold a token."""
+        return sum(self.lengths) / (len(self.rows) * self.width)
+
+    @cached_property
+    def starts(self) -> Tensor:
+        """Where each sequence begins in the flattened rows: (sequences,) int64; its row is that // width."""
+        starts = [0] * len(self.lengths)
+        for number, row in enumerate(self.rows):
+            start = number * self.width
+            for index in row:
+                starts[index] = start
+                start += self.lengths[index]
+        return torch.tensor(starts)
+
+    @cached_property
+    def places(self) -> Tensor:
+        """The place in the flattened rows of every token of every sequence, in their order: (sum of lengths,) int64."""
+        lengths = torch.tensor(self.lengths)
+        ends = lengths.cumsum(0)
+        return torch.arange(int(ends[-1])) + (self.starts - (ends - lengths)).repeat_interleave(lengths)
+
+    def place(self, vectors: Sequence[Tensor], empty: float = 0) -> Tensor:
+        """Put one vector for each sequence, with a value for each of its tokens, into the rows; `empty` elsewhere.
+
+        vectors: (length,) each, all of one type; returns (B, T) of that type.
+        """
+        values = torch.cat(list(vectors))
+        assert values.shape == self.places.shape
+        rows = values.new_full((len(self.rows) * self.width,), empty)
+        rows[self.places.to(values.device)] = values
+        return rows.view(-1, self.width)

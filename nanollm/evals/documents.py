@@ -1,0 +1,91 @@
+"""Which texts is a model measured on, and in which are its problems searched for?
+
+Files (.txt, .jsonl, .csv, .parquet, packed or not) give their records, a prepared folder the documents that it was made
+of: ids become text again, because prepared text is lossless.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice, pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from nanollm.data.batches import IGNORE, Batch
+from nanollm.data.shards import MANIFEST, PROGRESS, Shards
+from nanollm.sources.files import OnBad, find_files, read_texts
+from nanollm.text.tokenizer import Tokenizer
+
+BATCH_TOKENS = 16_384  # of a batch: enough to keep a device busy
+BATCHES_AT_ONCE = 8  # so many are filled together, so that rows of like lengths share one
+
+
+def is_prepared(path: Path) -> bool:
+    """Whether a folder is one of token files, finished or not."""
+    return (path / MANIFEST).exists() or (path / PROGRESS).exists()
+
+
+def check(path: Path, tokenizer: Tokenizer, split: str = "train") -> None:
+    """Raise, before anything long begins, what reading these documents would raise."""
+    if is_prepared(path):
+        Shards.open(path, split, tokenizer_fingerprint=tokenizer.fingerprint)
+    else:
+        find_files([path])
+
+
+def read(
+    path: Path, text_column: str, tokenizer: Tokenizer, on_bad: OnBad, split: str = "train"
+) -> Iterator[tuple[str, str]]:
+    """(where it stands, its text) of each document of a file, a folder of files, or a split of a prepared folder.
+
+    A prepared folder must have been written with this tokenizer.
+    """
+    if is_prepared(path):
+        yield from _read_prepared(path, tokenizer, split)
+        return
+    for file in find_files([path]):
+        for number, text in enumerate(read_texts([file], text_column, on_bad), start=1):
+            yield f"{file}, document {number:,}", text
+
+
+def _read_prepared(folder: Path, tokenizer: Tokenizer, split: str) -> Iterator[tuple[str, str]]:
+    shards = Shards.open(folder, split, tokenizer_fingerprint=tokenizer.fingerprint)
+    starts = [*shards.document_offsets().tolist(), shards.tokens_total]
+    is_mark = tokenizer.token_bytes == 0
+    for number, (start, end) in enumerate(pairwise(starts), start=1):
+        ids = shards.read(start, end - start)
+        # A mark stands between two messages and has no text: without a border their words would run together.
+        messages = np.split(ids, np.flatnonzero(is_mark[ids]))
+        text = "\n".join(filter(None, (tokenizer.decode(message.tolist()) for message in messages)))
+        yield f"{folder}, {split} document {number:,}", text
+
+
+def batches(texts: Iterable[str], tokenizer: Tokenizer, context_length: int) -> Iterator[Batch]:
+    """Batches in which each document stands by itself and each of its tokens but the first is predicted once.
+
+    A document is <s> text </s>; a long one is cut into consecutive windows of `context_length` predictions, each of
+    which sees only its own window.
+    """
+    rows = max(1, BATCH_TOKENS // context_length)
+    windows = _windows(texts, tokenizer, context_length)
+    while some := sorted(islice(windows, rows * BATCHES_AT_ONCE), key=len):
+        for first in range(0, len(some), rows):
+            yield _batch(some[first : first + rows])
+
+
+def _windows(texts: Iterable[str], tokenizer: Tokenizer, context_length: int) -> Iterator[list[int]]:
+    for text in texts:
+        ids = tokenizer.encode_document(text)
+        for start in range(0, len(ids) - 1, context_length):
+            yield ids[start : start + context_length + 1]
+
+
+def _batch(windows: Sequence[list[int]]) -> Batch:
+    """Windows of up to T + 1 ids as rows of T places; what stays empty is not predicted, and nothing looks at it."""
+    longest = max(map(len, windows)) - 1
+    tokens = torch.zeros(len(windows), longest, dtype=torch.int64)
+    targets = torch.full((len(windows), longest), IGNORE)
+    for row, window in enumerate(windows):
+        tokens[row, : len(window) - 1] = torch.tensor(window[:-1])
+        targets[row, : len(window) - 1] = torch.tensor(window[1:])
+    return Batch(tokens, targets)

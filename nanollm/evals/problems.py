@@ -1,0 +1,189 @@
+"""How many problems of a task does a model solve?
+
+The model gets each question as a user's message and replies, greedily or several times by chance; the task's grade,
+the same function that gives rewards, says which replies are right. Where answers are written as GSM8K writes them,
+two graders speak at once: strict (the number behind "####") and flexible (the last number), because the way of reading
+an answer decides a score as much as the model does.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Literal
+
+from nanollm.evals.intervals import wilson
+from nanollm.generate.engine import Completion, generate
+from nanollm.generate.sampling import SamplingConfig
+from nanollm.model.transformer import Transformer
+from nanollm.progress import Progress, say
+from nanollm.sources import gsm8k
+from nanollm.sources.gsm8k import Problem
+from nanollm.sources.tasks import Gsm8k, Task
+from nanollm.sources.word_problems import WordProblems
+from nanollm.text.chat import Conversation, encode_prompt, reply_ends, reply_text
+from nanollm.text.tokenizer import Tokenizer
+
+GREEDY = SamplingConfig(temperature=0)
+ROWS = 256
+
+Finish = Literal["end", "length", "no room"]
+Grader = Callable[[Problem, str], bool]
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """What a model made of one problem: one entry per sample."""
+
+    problem: Problem
+    replies: list[str]
+    finish: list[Finish]
+    """end: the model ended its reply; length: it was cut; no room: the question fills the model's whole context, so it
+    was not read and its reply is empty."""
+    tokens: list[int]
+    """Of each reply, without the end token."""
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """How many of n problems were solved, and the 95 % interval of that share."""
+
+    n: int
+    correct: int
+    low: float
+    high: float
+
+    @property
+    def value(self) -> float:
+        return self.correct / self.n
+
+    @classmethod
+    def of(cls, verdicts: Sequence[bool]) -> "Accuracy":
+        """Raises ValueError for no verdicts at all."""
+        return cls(len(verdicts), sum(verdicts), *wilson(sum(verdicts), len(verdicts)))
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Attempts and what the graders said."""
+
+    attempts: list[Attempt]
+    verdicts: dict[str, list[list[bool]]]
+    """By the grader's name: for each problem, one per sample."""
+    faults: int
+    """Replies for which a grader raised an error; they count as wrong."""
+
+    def first(self, grader: str) -> list[bool]:
+        """For each problem, whether its first reply is right."""
+        return [of_problem[0] for of_problem in self.verdicts[grader]]
+
+    @property
+    def no_room(self) -> int:
+        """Problems whose question left no room for a reply."""
+        return sum(attempt.finish[0] == "no room" for attempt in self.attempts)
+
+    @property
+    def ended(self) -> float:
+        """Share of the replies that the model ended itself."""
+        return fmean(finish == "end" for attempt in self.attempts for finish in attempt.finish)
+
+    @property
+    def mean_tokens(self) -> float:
+        """Of a reply."""
+        return fmean(tokens for attempt in self.attempts for tokens in attempt.tokens)
+
+
+def accuracy(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    task: Task,
+    problems: Sequence[Problem],
+    *,
+    max_tokens: int,
+    rows: int = ROWS,
+) -> Accuracy:
+    """The share of these problems that a model solves greedily, by the task's own grade."""
+    attempts = solve(model, tokenizer, problems, max_tokens=max_tokens, rows=rows)
+    return Accuracy.of(judge(attempts, {"correct": task.grade}).first("correct"))
+
+
+def solve(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    problems: Sequence[Problem],
+    sampling: SamplingConfig = GREEDY,
+    *,
+    max_tokens: int,
+    samples: int = 1,
+    seed: int = 0,
+    rows: int = ROWS,
+) -> list[Attempt]:
+    """Let a model reply to each problem `samples` times, about `rows` replies at once; attempts in the problems' order.
+
+    What is drawn for a problem depends on the seed and its place among those that are read, not on `rows`.
+    """
+    limit = model.config.context_length
+    prompts = [encode_prompt(Conversation.of(problem.question), tokenizer) for problem in problems]
+    read = [place for place, prompt in enumerate(prompts) if len(prompt) < limit]
+    attempts = [Attempt(problem, [""] * samples, ["no room"] * samples, [0] * samples) for problem in problems]
+    at_once = max(1, rows // samples)  # problems
+    with Progress("solving", len(read) * samples, "replies") as bar:
+        for first in range(0, len(read), at_once):
+            chosen = read[first : first + at_once]
+            completions = generate(
+                model,
+                [prompts[place] for place in chosen],
+                sampling,
+                max_tokens=max_tokens,
+                end_ids=reply_ends(tokenizer),
+                seed=seed + first * samples,
+                samples=samples,
+            )
+            for number, place in enumerate(chosen):
+                own = completions[number * samples : (number + 1) * samples]
+                attempts[place] = _attempt(problems[place], own, tokenizer)
+            bar.advance(len(completions))
+    return attempts
+
+
+def _attempt(problem: Problem, completions: Sequence[Completion], tokenizer: Tokenizer) -> Attempt:
+    # A model may have more ids than its tokenizer; one that draws such an id says nothing with it.
+    known = [[token for token in completion.ids if token < tokenizer.vocab_size] for completion in completions]
+    return Attempt(
+        problem,
+        replies=[reply_text(ids, tokenizer) for ids in known],
+        finish=[completion.finish for completion in completions],
+        tokens=[len(completion.ids) for completion in completions],
+    )
+
+
+def graders(task: Task) -> dict[str, Grader]:
+    """Who judges the replies to a task's problems, by name: strict and flexible, or the task's own grade alone."""
+    if isinstance(task, WordProblems | Gsm8k):
+        return {"strict": task.grade, "flexible": lambda problem, reply: gsm8k.grade(reply, problem.answer, "flexible")}
+    return {"correct": task.grade}
+
+
+def judge(attempts: Sequence[Attempt], by: Mapping[str, Grader]) -> Judged:
+    """Ask every grader about every reply that was given."""
+    faults: list[Exception] = []
+
+    def ask(grader: Grader, problem: Problem, reply: str, finish: Finish) -> bool:
+        if finish == "no room":
+            return False
+        try:
+            return bool(grader(problem, reply))
+        except Exception as error:  # of someone's own task: one reply must not cost the evaluation
+            if not faults:
+                why = f"{type(error).__name__}: {' '.join(str(error).split())}"
+                say(f"grading a reply to {problem.question!r:.60} failed, so it counts as wrong: {why}")
+            faults.append(error)
+            return False
+
+    verdicts = {
+        name: [
+            [ask(grader, each.problem, reply, finish) for reply, finish in zip(each.replies, each.finish, strict=True)]
+            for each in attempts
+        ]
+        for name, grader in by.items()
+    }
+    return Judged(list(attempts), verdicts, len(faults))

@@ -1,0 +1,321 @@
+"""How good is a model, how sure is that, and is it better than another?
+
+Problems of a task, solved greedily and perhaps by chance; bits per byte of any text; the same for another bundle, on
+the same problems; and whether the questions stand in the training text. Every reply is saved.
+"""
+
+import dataclasses
+import json
+import os
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nanollm import __version__
+from nanollm.bundle import PROVENANCE, Bundle, load_bundle, read_config
+from nanollm.data.batches import ChatShards, sequential_batches
+from nanollm.data.shards import Shards
+from nanollm.durable import check_writable, sha256_of, write_file, write_json
+from nanollm.evals import documents, figures
+from nanollm.evals.bits_per_byte import bits_per_byte
+from nanollm.evals.contamination import NGRAM_WORDS, search
+from nanollm.evals.figures import Figures
+from nanollm.evals.problems import GREEDY, ROWS, Judged, graders, judge, solve
+from nanollm.generate.sampling import SamplingConfig
+from nanollm.progress import Progress, say
+from nanollm.sources.files import BadRecord
+from nanollm.sources.gsm8k import Problem
+from nanollm.sources.tasks import Task, TaskConfig, open_task
+from nanollm.text.chat import Marks
+from nanollm.text.tokenizer import Tokenizer
+from nanollm.world import DeviceName, DtypeName, World
+
+POSITIONAL = ("bundle",)
+NO_TASK = "none"
+ASK = (
+    "nothing to measure; ask for --task.name words (or gsm8k, or module:Name of your own), --text FILE_OR_FOLDER "
+    "or --data TOKEN_FOLDER"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalTask(TaskConfig):
+    """Which problems, if any."""
+
+    name: str = NO_TASK
+    """words: generated school problems; gsm8k: GSM8K; module:Name: a class of your own; none: no problems."""
+    split: str = "test"
+    """Which problems of the task: train, test, or for words heldout, too."""
+
+    def __post_init__(self) -> None:
+        if self.name != NO_TASK:
+            self.plain()  # which checks it
+        elif any(getattr(self, option.name) != _default(option) for option in dataclasses.fields(self)):
+            raise ValueError("--task.name is missing: the other --task options say nothing without it")
+
+    def plain(self) -> TaskConfig:
+        """The task without the split."""
+        return TaskConfig(**{option.name: getattr(self, option.name) for option in dataclasses.fields(TaskConfig)})
+
+
+def _default(option: dataclasses.Field[Any]) -> object:
+    return option.default_factory() if callable(option.default_factory) else option.default
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(SamplingConfig):
+    """Measure a model: problems solved, with a 95 % interval, bits per byte, and against another model.
+
+    Ask for --task.name, --text or --data, in one call for several. Figures go to eval.json, every reply to
+    samples.jsonl, both in --out.
+    """
+
+    bundle: Path
+    """Folder of a bundle, such as runs/demo/pretrain/bundle."""
+    task: EvalTask = field(default_factory=EvalTask)
+    """Problems to solve."""
+    n: int = 500
+    """Problems, the first of the split; with fewer in it, all of them."""
+    max_tokens: int = 256
+    """Most tokens of a reply."""
+    samples: int = 0
+    """Replies by chance to each problem, beside the greedy one, for pass@k (0: none)."""
+    k: list[int] = field(default_factory=list)
+    """Tries of pass@k, up to --samples; none: 1 and --samples."""
+    temperature: float = 1.0
+    """Of --samples; divides the logits."""
+    against: Path | None = None
+    """Another bundle to measure on the same problems and texts, with its own tokenizer."""
+    text: list[Path] = field(default_factory=list)
+    """Files or folders (.txt, .jsonl, .csv, .parquet, each also .gz or .zst): bits per byte of each of them."""
+    text_column: str = "text"
+    """Column (.jsonl key) that holds the text, for --text and --contamination."""
+    data: Path | None = None
+    """Folder of token files: bits per byte of its split val; of conversations, those of the assistant's words."""
+    contamination: list[Path] = field(default_factory=list)
+    """What the model was trained on (files, folders, folders of token files): which of the questions stand in it?"""
+    ngram: int = NGRAM_WORDS
+    """Words in a row that a question and a training text have in common, for --contamination."""
+    rows: int = ROWS
+    """Replies at once; fewer need less memory."""
+    seed: int = 0
+    """Of --samples."""
+    out: Path | None = None
+    """Folder for eval.json and samples.jsonl, which are written anew; null: eval/TASK-SPLIT beside the bundle."""
+    json: bool = False
+    """Print eval.json as one line."""
+    device: DeviceName = "auto"
+    """Where to compute."""
+    dtype: DtypeName = "auto"
+    """What to compute in."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (self.has_task or self.text or self.data):
+            raise ValueError(ASK)
+        for name in ("n", "max_tokens", "rows", "ngram"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
+        if self.samples < 0:
+            raise ValueError(f"--samples must be at least 0 (0: greedy only), got {self.samples}")
+        if self.samples and self.temperature == 0:
+            raise ValueError("--samples needs a --temperature above 0: at 0 all replies to a problem are the same")
+        if odd := [k for k in self.k if not 1 <= k <= self.samples]:
+            raise ValueError(f"--k must be from 1 to --samples {self.samples}, got {odd[0]}")
+        if not self.has_task and (self.samples or self.contamination):
+            raise ValueError("--samples and --contamination are about problems; name some with --task.name")
+
+    @property
+    def has_task(self) -> bool:
+        return self.task.name != NO_TASK
+
+    @property
+    def tries(self) -> list[int]:
+        """The k of pass@k."""
+        return sorted(set(self.k or [1, self.samples])) if self.samples else []
+
+    @property
+    def folder(self) -> Path:
+        """Where the files go."""
+        name = f"{self.task.name}-{self.task.split}" if self.has_task else "text"
+        beside = Path(os.path.normpath(self.bundle / "..")) / "eval"
+        return self.out or beside / re.sub(r"[^\w.-]+", "-", name)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was found out about one bundle."""
+
+    figures: Figures
+    replies: dict[str, Judged]
+    """greedy and samples, in the order of the problems."""
+
+
+def plan(c: Config) -> str:
+    """What would be measured."""
+    _, problems = open_inputs(c)
+    replies = len(problems) * (1 + c.samples)
+    parts = [f"{len(problems):,} problems of {c.task.name} {c.task.split}, {replies:,} replies"] if problems else []
+    parts += [f"bits per byte of {path}" for path in [*c.text, *([c.data] if c.data else [])]]
+    parts += [f"the same for {c.against}"] if c.against else []
+    parts += [f"{c.ngram}-grams of the questions in {path}" for path in c.contamination]
+    return "; ".join([*parts, f"into {c.folder}"])
+
+
+def run(c: Config) -> str:
+    """Measure, write the files, and return what to print."""
+    began = time.monotonic()
+    world = World.start(c.device, c.dtype)
+    task, problems = open_inputs(c)
+    rival = other(c)
+    check_writable(c.folder, "--out")
+    first = measure(c, task, problems, world)
+    save_replies(c.folder, first.replies)  # already now: what follows may take long
+    evaluation: Figures = {"bundle": first.figures}
+    if rival:
+        second = measure(rival, task, problems, world)
+        evaluation["against"] = second.figures
+        if task is not None:
+            save_replies(c.folder, first.replies | {"against": second.replies["greedy"]})
+            evaluation["difference"] = figures.of_difference(first.replies["greedy"], second.replies["greedy"])
+    if c.contamination:
+        evaluation["contamination"] = look_for_copies(c, problems, first.replies["greedy"])
+    evaluation["settings"] = json.loads(json.dumps(asdict(c) | world.names, default=str))
+    evaluation["made_by"] = f"nanollm {__version__} eval, torch {torch.__version__}"
+    evaluation |= seconds_since(began)
+    write_json(c.folder / "eval.json", evaluation)
+    say(f"written to {c.folder}")
+    return json.dumps(evaluation) if c.json else "\n".join(figures.lines(evaluation))
+
+
+def open_inputs(c: Config) -> tuple[Task | None, list[Problem]]:
+    """The task and its first n problems. What is missing or does not fit is found here, before anything is computed."""
+    read_config(c.bundle)
+    tokenizer = Tokenizer.load(c.bundle)
+    if c.against:
+        read_config(c.against)
+    for path in c.text:
+        if documents.is_prepared(path):
+            raise ValueError(f"{path} is a folder of token files; measure it with --data {path}")
+        documents.check(path, tokenizer)
+    for path in c.contamination:
+        documents.check(path, tokenizer)
+    if c.data:
+        Shards.open(c.data, "val", tokenizer_fingerprint=tokenizer.fingerprint)
+    if not c.has_task:
+        return None, []
+    task = open_task(c.task.plain())
+    found = task.problems(c.task.split)
+    if len(found) < c.n:
+        say(f"{c.task.name} {c.task.split} has {len(found):,} problems, fewer than --n {c.n:,}: all are taken")
+    return task, [found[place] for place in range(min(c.n, len(found)))]
+
+
+def other(c: Config) -> Config | None:
+    """What is measured of --against, if there is one: the same, but nothing by chance."""
+    if c.against is None:
+        return None
+    data = c.data
+    if data and Tokenizer.load(c.bundle).fingerprint != Tokenizer.load(c.against).fingerprint:
+        why = f"{data} holds the ids of another tokenizer than {c.against}'s"
+        if not (c.has_task or c.text):
+            raise ValueError(f"{why}; compare them on --text FILE_OR_FOLDER")
+        say(f"{why}, so it is measured on the rest only")
+        data = None
+    return replace(c, bundle=c.against, against=None, data=data, samples=0, k=[])
+
+
+def measure(c: Config, task: Task | None, problems: Sequence[Problem], world: World) -> Measured:
+    """Everything that is asked of one bundle."""
+    bundle = load_bundle(c.bundle, world.dtype, world.device)
+    found: Figures = {"path": str(c.bundle), "digest": sha256_of(c.bundle / PROVENANCE)}
+    replies: dict[str, Judged] = {}
+    if task is not None:
+        began = time.monotonic()
+        replies["greedy"] = ask(c, task, problems, bundle, GREEDY)
+        found["greedy"] = figures.of_greedy(replies["greedy"]) | seconds_since(began)
+    if task is not None and c.samples:
+        began = time.monotonic()
+        replies["samples"] = ask(c, task, problems, bundle, c, c.samples)
+        found["samples"] = figures.of_samples(replies["samples"], c.samples, c.tries) | seconds_since(began)
+    if c.text:
+        found["text"] = [measure_text(c, path, bundle) for path in c.text]
+    if c.data:
+        found["data"] = [measure_data(c.data, bundle)]
+    return Measured(found, replies)
+
+
+def ask(
+    c: Config, task: Task, problems: Sequence[Problem], bundle: Bundle, sampling: SamplingConfig, samples: int = 1
+) -> Judged:
+    """Let the model reply, and the task's graders judge."""
+    attempts = solve(
+        bundle.model,
+        bundle.tokenizer,
+        problems,
+        sampling,
+        max_tokens=c.max_tokens,
+        samples=samples,
+        seed=c.seed,
+        rows=c.rows,
+    )
+    return judge(attempts, graders(task))
+
+
+def measure_text(c: Config, path: Path, bundle: Bundle) -> Figures:
+    """Bits per byte of files, each document by itself."""
+    began = time.monotonic()
+    texts = (text for _, text in read(c, path, bundle.tokenizer))
+    batches = documents.batches(texts, bundle.tokenizer, bundle.model.config.context_length)
+    score = bits_per_byte(bundle.model, batches, bundle.tokenizer.token_bytes)
+    return {"path": str(path)} | figures.of_bits(score) | seconds_since(began)
+
+
+def measure_data(folder: Path, bundle: Bundle) -> Figures:
+    """Bits per byte of the split val: windows as in pretraining, or conversations as in fine-tuning."""
+    began = time.monotonic()
+    shards = Shards.open(folder, "val", tokenizer_fingerprint=bundle.tokenizer.fingerprint)
+    context = bundle.model.config.context_length
+    rows = max(1, documents.BATCH_TOKENS // context)
+    if shards.kind == "text":
+        batches = sequential_batches(shards, context, rows)
+    else:
+        batches = ChatShards(shards, context, Marks.of(bundle.tokenizer)).batches(rows)
+    score = bits_per_byte(bundle.model, batches, bundle.tokenizer.token_bytes)
+    return {"path": str(folder)} | figures.of_bits(score) | seconds_since(began)
+
+
+def look_for_copies(c: Config, problems: Sequence[Problem], greedy: Judged) -> Figures:
+    """Questions that stand in the training text."""
+    began = time.monotonic()
+    tokenizer = Tokenizer.load(c.bundle)
+    training = (document for path in c.contamination for document in read(c, path, tokenizer))
+    found = search([problem.question for problem in problems], training, c.ngram)
+    return figures.of_contamination(found, greedy) | seconds_since(began)
+
+
+def read(c: Config, path: Path, tokenizer: Tokenizer) -> Iterator[tuple[str, str]]:
+    """(where, text) of the documents, with a bar; bad records are left out, and said."""
+    bad: list[BadRecord] = []
+    with Progress(f"reading {path}", unit="documents") as bar:
+        for document in documents.read(path, c.text_column, tokenizer, bad.append):
+            yield document
+            bar.advance()
+    if bad:
+        say(f"{path}: {len(bad):,} bad records were left out, the first: {bad[0]}")
+
+
+def save_replies(folder: Path, replies: Mapping[str, Judged]) -> None:
+    """samples.jsonl, one line per problem."""
+    if replies:
+        text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in figures.records(replies))
+        write_file(folder / "samples.jsonl", text.encode())
+
+
+def seconds_since(began: float) -> Figures:
+    return {"seconds": round(time.monotonic() - began, 3)}

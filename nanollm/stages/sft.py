@@ -1,0 +1,259 @@
+"""Conversations teach a model to reply."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from nanollm import __version__
+from nanollm.bundle import TOKENIZER, WEIGHTS, Bundle, load_bundle, save_bundle
+from nanollm.data.batches import ChatShards, Conversations, layout_of
+from nanollm.data.mixture import Mixture
+from nanollm.data.shards import Shards, read_manifest
+from nanollm.durable import check_writable, lock_folder
+from nanollm.generate.engine import generate
+from nanollm.generate.sampling import SamplingConfig
+from nanollm.progress import say
+from nanollm.settings import read_mapping
+from nanollm.text.chat import Conversation, Marks, encode_prompt, reply_ends, reply_text
+from nanollm.text.tokenizer import Tokenizer
+from nanollm.train.checkpoint import load_newest
+from nanollm.train.loop import LoopConfig, fit
+from nanollm.train.loss import next_token_loss
+from nanollm.train.optim import OptimConfig, lr_at
+from nanollm.train.runfolder import claim_folder
+from nanollm.train.runlog import RunLog, TrackerName, start_tracker
+from nanollm.train.state import TrainState
+from nanollm.train.step import StepStats, train_step
+from nanollm.world import DeviceName, DtypeName, World
+
+SAMPLE_TOKENS = 96
+CUTS_COUNTED = 1000  # of the conversations that are too long
+
+# What decides which numbers come out at which step; the rest (intervals, length, rates) may change on the way.
+FIXED = ("seed", "data", "train.batch_size", "optim.name", "inputs")
+
+Splits = Mapping[str, ChatShards]  # by folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatTrainConfig(LoopConfig):
+    """How long, in which portions, and how often to look, log and save."""
+
+    batch_size: int = 32
+    """Conversations per optimizer step."""
+    micro_batch_size: int = 4
+    """Rows per forward pass, each as long as the model's context and shared by the conversations that fit into it.
+    Smaller takes less memory and gives the same step."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("batch_size", "micro_batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"train.{name} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Teach a model to reply, by conversations; the same command goes on where an interrupted run stopped."""
+
+    bundle: Path
+    """The model to start from, with its tokenizer: a bundle, such as runs/demo/pretrain/bundle."""
+    data: dict[str, float] | Path
+    """Folder of conversations, as nanollm preprocess makes it, or several with their weights, {folder: weight, ...}: a
+    weight is a share of the conversations seen, whatever the sizes of the folders."""
+    out: Path
+    """Folder of the run: config.yaml, metrics.jsonl, checkpoints/, bundle/."""
+    train: ChatTrainConfig
+    """Length, portions and intervals."""
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=3e-4, warmup_steps=20))
+    """Optimizer and schedule."""
+    seed: int = 0
+    """Orders the conversations."""
+    device: DeviceName = "auto"
+    """Where to compute."""
+    dtype: DtypeName = "auto"
+    """What to compute in; auto: bfloat16 where the hardware multiplies it fast. Master weights are always float32."""
+    validation_conversations: int = 256
+    """Conversations of each folder's validation split that the loss is measured on, spread evenly (0: all)."""
+    sample_prompts: list[str] = field(default_factory=lambda: ["Who are you?", "What is 7 plus 5?"])
+    """Questions that are answered during training, always with the likeliest token; none: no samples."""
+    trackers: list[TrackerName] = field(default_factory=list)
+    """Where metrics go beside metrics.jsonl: tensorboard, wandb, trackio."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "data", sources_of(self.data))
+        if self.validation_conversations < 0:
+            raise ValueError(f"validation_conversations must be at least 0, got {self.validation_conversations}")
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Folder to weight, in the order of the folders' names."""
+        assert isinstance(self.data, dict)
+        return self.data
+
+
+def sources_of(given: dict[str, float] | Path) -> dict[str, float]:
+    """One folder, or several with weights, as folder to weight; sorted, so that no order of writing changes a run."""
+    if not isinstance(given, dict):
+        if str(given).startswith("{"):  # what was meant as a mapping and is none reads as a path
+            raise ValueError(f"data: expected a folder or {{folder: weight, ...}}, got {given}")
+        given = {str(given): 1.0}
+    weights = {Path(folder).as_posix(): float(weight) for folder, weight in sorted(given.items())}
+    if not weights or len(weights) < len(given):
+        raise ValueError(f"data must name at least one folder, and each once, got {', '.join(given) or 'none'}")
+    for folder, weight in weights.items():
+        if not 0 < weight < float("inf"):
+            raise ValueError(
+                f"data: the weight of {folder} must be above 0, got {weight}; leave the folder out instead"
+            )
+    return weights
+
+
+def plan(c: Config) -> str:
+    """What a run would do."""
+    world = World.start(c.device, c.dtype)
+    bundle, train, _ = _open(c)
+    model, names = bundle.model.config, world.names
+    lines = [
+        f"{model.total_parameters:,} parameters of {c.bundle} on {names['device']} in {names['dtype']}, "
+        f"tokenizer {bundle.tokenizer.fingerprint[:6]}, {c.train.steps:,} steps x {c.train.batch_size} conversations",
+        *describe(c, train),
+    ]
+    return "\n".join(lines)
+
+
+def run(c: Config) -> Path:
+    """Train, and return the folder of the bundle."""
+    world = World.start(c.device, c.dtype)
+    bundle, splits, validation = _open(c)
+    conversations = _mix(c, splits)
+    check_writable(c.out, "--out")
+    with lock_folder(c.out):
+        inputs = {
+            "bundle": bundle.provenance["files"][WEIGHTS],
+            "tokenizer": bundle.tokenizer.fingerprint,
+            "data": {folder: split.shards.fingerprint for folder, split in splits.items()},
+        }
+        settings = dataclasses.asdict(c) | world.names  # what is really used instead of auto
+        claim_folder(c.out, settings, inputs, FIXED)
+        state = TrainState.start(bundle.model.to(world.device), c.optim, world.dtype)
+        if load_newest(c.out / "checkpoints", state):
+            say(f"going on from step {state.step:,} of {c.train.steps:,} in {c.out}")
+        for line in describe(c, splits):
+            say(line)
+        trackers = [start_tracker(name, c.out, settings, resume_from=state.step) for name in c.trackers]
+        loss_of = partial(next_token_loss, balance_weight=c.optim.balance_weight)
+
+        def take_step(step: int) -> StepStats:
+            batches = conversations.micro_batches(step, c.train.batch_size, c.train.micro_batch_size)
+            return train_step(state, batches, loss_of, lr_at(step, c.train.steps, c.optim), c.optim, world)
+
+        fit(
+            state,
+            take_step,
+            c.train,
+            c.out,
+            RunLog(c.out, trackers, resume_from=state.step),
+            validate=lambda: validate(c, state, validation),
+            sample=lambda: sample(c, state, bundle.tokenizer),
+        )
+        provenance = {
+            "made_by": f"nanollm {__version__} sft, torch {torch.__version__}",
+            "config": read_mapping(c.out / "config.yaml"),
+            "inputs": inputs,
+            "conversations_seen": state.step * c.train.batch_size,
+            "parent": bundle.provenance,
+        }
+        return save_bundle(c.out / "bundle", bundle.model.config, state.weights(), bundle.tokenizer, provenance)
+
+
+@torch.inference_mode()
+def validate(c: Config, state: TrainState, splits: Splits) -> dict[str, object]:
+    """Loss per trained token of some conversations of each validation split, and of all of them together."""
+    device = state.model.head.weight.device
+    losses, nats, count = dict[str, object](), 0.0, 0
+    with state.model.evaluating():
+        for folder, split in splits.items():
+            before = nats, count
+            for batch in split.batches(c.train.micro_batch_size, c.validation_conversations or None):
+                nats += next_token_loss(state.model, batch.to(device))[1].item()
+                count += batch.count
+            losses[f"val_loss/{folder}"] = (nats - before[0]) / (count - before[1])
+    if not splits:
+        return {}
+    say(f"step {state.step:,}: validation loss {nats / count:.4f} per token of the replies")
+    return {"val_loss": nats / count} | (losses if len(splits) > 1 else {})
+
+
+def sample(c: Config, state: TrainState, tokenizer: Tokenizer) -> dict[str, object]:
+    """The likeliest reply to each sample prompt."""
+    if not c.sample_prompts:
+        return {}
+    prompts = [encode_prompt(Conversation.of(prompt), tokenizer) for prompt in c.sample_prompts]
+    ends = reply_ends(tokenizer)
+    replies = generate(state.model, prompts, SamplingConfig(temperature=0), max_tokens=SAMPLE_TOKENS, end_ids=ends)
+    texts = [reply_text(reply.ids, tokenizer) for reply in replies]
+    for prompt, text in zip(c.sample_prompts, texts, strict=True):
+        say(f"step {state.step:,}: {prompt!r} -> {text!r}")
+    return {"samples": texts}
+
+
+def describe(c: Config, splits: Splits) -> list[str]:
+    """What will be seen of each folder, what must be cut, and how full the rows are."""
+    lines, total = [], sum(c.weights.values())
+    for folder, split in splits.items():
+        share = c.weights[folder] / total
+        epochs = share * c.train.steps * c.train.batch_size / len(split)
+        line = f"{folder}: {share:.1%} of the conversations seen, {epochs:.2f} epochs of its {len(split):,}"
+        if longer := len(split.longer):
+            cuts = split.cuts(CUTS_COUNTED)
+            of = min(longer, CUTS_COUNTED)
+            cut = ", ".join(f"{name} {count / of:.0%}" for name, count in sorted(cuts.items()))
+            line += f"; {longer:,} are longer than the context of {split.context_length:,} tokens and are cut ({cut})"
+        lines.append(line)
+    conversations = _mix(c, splits)
+    layout = layout_of(
+        conversations.draw(0, c.train.batch_size), conversations.context_length, c.train.micro_batch_size
+    )
+    lines.append(
+        f"the first step fills {layout.fill:.0%} of {len(layout.rows)} rows of {layout.width:,} tokens"
+        + ("; a smaller train.micro_batch_size or a larger train.batch_size wastes less" if layout.fill < 0.6 else "")
+    )
+    return lines
+
+
+def _open(c: Config) -> tuple[Bundle, Splits, Splits]:
+    """The bundle, the training splits and those validation splits that hold something, held to each other."""
+    bundle = load_bundle(c.bundle)
+    context, fingerprint = bundle.model.config.context_length, bundle.tokenizer.fingerprint
+    for prompt in c.sample_prompts:
+        if len(encode_prompt(Conversation.of(prompt), bundle.tokenizer)) >= context:
+            raise ValueError(f"sample prompt {prompt[:40]!r} does not fit the context of {context} tokens")
+    train, validation = dict[str, ChatShards](), dict[str, ChatShards]()
+    for folder in c.weights:
+        manifest, _ = read_manifest(Path(folder))
+        if (written := manifest["tokenizer"]["fingerprint"]) != fingerprint:
+            raise ValueError(
+                f"{folder} was written with tokenizer {written[:6]}, {c.bundle} has {fingerprint[:6]}; prepare it "
+                f"again (nanollm preprocess ... --tokenizer_path {c.bundle / TOKENIZER} --save_dir NEW_FOLDER)"
+            )
+        train[folder] = _open_split(bundle, folder, "train")
+        if manifest["splits"].get("val", {}).get("tokens"):
+            validation[folder] = _open_split(bundle, folder, "val")
+        else:
+            say(f"{folder} has no validation split: nothing will be measured on it (nanollm preprocess --val_fraction)")
+    return bundle, train, validation
+
+
+def _open_split(bundle: Bundle, folder: str, split: str) -> ChatShards:
+    tokenizer = bundle.tokenizer
+    shards = Shards.open(Path(folder), split, tokenizer_fingerprint=tokenizer.fingerprint, verify="sha256")
+    return ChatShards(shards, bundle.model.config.context_length, Marks.of(tokenizer))
+
+
+def _mix(c: Config, splits: Splits) -> Conversations:
+    return Conversations(list(splits.values()), Mixture(list(c.weights.values())), c.seed)

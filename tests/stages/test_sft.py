@@ -1,0 +1,355 @@
+"""Fine-tuning goes on like pretraining does, and reads only what it can learn a reply from."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from nanollm import cli, options
+from nanollm.bundle import load_bundle, save_bundle
+from nanollm.data.batches import IGNORE
+from nanollm.model.transformer import Transformer
+from nanollm.settings import read_mapping, to_yaml
+from nanollm.stages import preprocess, sft
+from nanollm.stages.sft import ChatTrainConfig, Config
+from nanollm.text.tokenizer import train as train_tokenizer
+from nanollm.train.checkpoint import checkpoints
+from nanollm.train.optim import OptimConfig
+from nanollm.train.runlog import read_metrics
+from tests.stages.conftest import MODEL
+
+SHAPE = dataclasses.replace(MODEL, context_length=64)
+
+
+@pytest.fixture(scope="session")
+def bundle(tokenizer, tmp_path_factory):
+    """A model that has learned nothing yet."""
+    weights = Transformer(SHAPE).init(0).state_dict()
+    return save_bundle(tmp_path_factory.mktemp("base") / "bundle", SHAPE, weights, tokenizer, {"made_by": "a test"})
+
+
+def prepare(tokenizer_path: Path, folder: Path, talks: list[tuple[str, str]], val_fraction: float = 0.2) -> Path:
+    lines = [
+        {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]}
+        for asked, said in talks
+    ]
+    folder.mkdir()
+    (folder / "chats.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return preprocess.run(
+        preprocess.Config(
+            kind="chat",
+            tokenizer_path=tokenizer_path,
+            save_dir=folder / "tokens",
+            input=[folder / "chats.jsonl"],
+            val_fraction=val_fraction,
+        )
+    )
+
+
+@pytest.fixture(scope="session")
+def folders(tokenizer_path, tmp_path_factory):
+    """Two folders of short conversations: 80 about numbers and 40 about the story."""
+    home = tmp_path_factory.mktemp("chats")
+    words = (Path(__file__).parents[1] / "story.txt").read_text("utf-8").split()
+    numbers = [(f"What comes after {n}?", f"{n + 1}.") for n in range(80)]
+    story = [(f"Go on: {' '.join(words[n : n + 4])}", " ".join(words[n + 4 : n + 9])) for n in range(40)]
+    return [prepare(tokenizer_path, home / name, talks) for name, talks in (("numbers", numbers), ("story", story))]
+
+
+@pytest.fixture
+def run_config(bundle, folders, tmp_path):
+    """run_config(out=..., steps=..., **fields of Config): a run of seconds in float32 on both folders."""
+
+    def make(steps: int = 12, out: str = "run", **fields) -> Config:
+        defaults = {
+            "bundle": bundle,
+            "data": {str(folders[0]): 0.7, str(folders[1]): 0.3},
+            "out": tmp_path / out,
+            "train": ChatTrainConfig(
+                steps=steps, batch_size=10, micro_batch_size=2, log_every=1, validate_every=4, save_every=3
+            ),
+            "optim": OptimConfig(lr=1e-2, warmup_steps=2),
+            "dtype": "float32",
+            "sample_prompts": ["What comes after 3?"],
+        }
+        return Config(**defaults | fields)
+
+    return make
+
+
+def weights_of(run: Path) -> str:
+    return hashlib.sha256((run / "bundle" / "model.safetensors").read_bytes()).hexdigest()
+
+
+def told(run: Path) -> list[dict[str, object]]:
+    """The metrics without those that tell the time."""
+    return [{k: v for k, v in line.items() if k != "tokens_per_s"} for line in read_metrics(run)]
+
+
+# A run.
+
+
+def test_a_run_leaves_a_bundle_that_knows_where_it_comes_from(run_config, bundle, folders, tokenizer):
+    c = run_config()
+    made = sft.run(c)
+    assert {path.name for path in c.out.iterdir()} == {
+        "config.yaml",
+        "inputs.json",
+        ".lock",
+        "metrics.jsonl",
+        "checkpoints",
+        "bundle",
+    }
+    lines = read_metrics(c.out)
+    assert [line["step"] for line in lines] == list(range(13))
+    assert lines[-1]["val_loss"] < lines[0]["val_loss"]
+    assert all(f"val_loss/{folder.as_posix()}" in lines[-1] for folder in folders)
+    assert [len(line["samples"]) for line in (lines[0], lines[-1])] == [1, 1]
+    assert len(checkpoints(c.out / "checkpoints")) == c.train.keep_last
+    loaded, parent = load_bundle(made), load_bundle(bundle)
+    assert (loaded.model.config, loaded.tokenizer.fingerprint) == (SHAPE, tokenizer.fingerprint)
+    assert loaded.provenance["inputs"]["bundle"] == parent.provenance["files"]["model.safetensors"]
+    assert loaded.provenance["parent"] == parent.provenance
+    assert loaded.provenance["conversations_seen"] == 120
+    assert loaded.provenance["inputs"]["data"].keys() == {folder.as_posix() for folder in folders}
+
+
+def test_a_model_learns_to_give_the_one_reply_and_to_end_it(run_config, tokenizer_path, tmp_path):
+    folder = prepare(tokenizer_path, tmp_path / "one", [("Who are you?", "A fox, of course.")] * 4, val_fraction=0.0)
+    c = run_config(steps=60, data=folder, sample_prompts=["Who are you?"])
+    sft.run(c)
+    assert read_metrics(c.out)[-1]["samples"] == ["A fox, of course."]
+
+
+def test_a_step_reads_the_sources_by_their_weights_and_trains_only_replies(run_config, tokenizer):
+    c = run_config()
+    _, splits, _ = sft._open(c)
+    conversations = sft._mix(c, splits)
+    drawn = [tokenizer.decode(each.ids.tolist()) for step in range(10) for each in conversations.draw(step, 10)]
+    assert sum(text.startswith("What comes after") for text in drawn) == 70
+    batches = conversations.micro_batches(0, 10, 2)
+    said = [tokenizer.decode(batch.targets[batch.targets != IGNORE].tolist()) for batch in batches]
+    assert "What" not in "".join(said)
+
+
+def test_a_finished_run_started_again_changes_nothing(run_config):
+    c = run_config(steps=4)
+    sft.run(c)
+    before = weights_of(c.out), told(c.out)
+    sft.run(c)
+    assert (weights_of(c.out), told(c.out)) == before
+
+
+def test_one_folder_needs_no_weight_and_other_ways_to_write_it_are_the_same_run(run_config, folders):
+    plain = run_config(data=folders[0])
+    weighted = run_config(data={f"{folders[0]}/": 1})
+    assert plain == weighted
+    turned = run_config(data={str(folders[1]): 0.3, str(folders[0]): 0.7})
+    assert list(turned.weights.items()) == list(run_config().weights.items())
+
+
+def test_micro_batches_of_other_sizes_give_the_same_weights(run_config):
+    weights = []
+    for rows in (1, 3, 50):
+        c = run_config(steps=3, out=f"rows-{rows}", optim=OptimConfig(lr=1e-3, warmup_steps=1, balance_rate=0.0))
+        sft.run(dataclasses.replace(c, train=dataclasses.replace(c.train, micro_batch_size=rows)))
+        weights.append(load_bundle(c.out / "bundle").model.state_dict())
+    for other in weights[1:]:
+        for name, tensor in weights[0].items():
+            torch.testing.assert_close(other[name], tensor, rtol=1e-4, atol=2e-5)
+
+
+def test_a_plan_says_what_would_be_seen_and_does_nothing(run_config, folders):
+    c = run_config()
+    lines = sft.plan(c).splitlines()
+    assert "12 steps x 10 conversations" in lines[0]
+    assert f"{folders[0].as_posix()}: 70.0% of the conversations seen, 1." in lines[1]
+    assert "the first step fills" in lines[-1]
+    assert not c.out.exists()
+
+
+def test_conversations_that_must_be_cut_are_said_with_how(run_config, tokenizer_path, tmp_path):
+    talks = [("Who?", "I do not know. " * 20)] * 3 + [("Who? " * 60, "Me.")] + [("Who?", "Me.")] * 6
+    folder = prepare(tokenizer_path, tmp_path / "long", talks, val_fraction=0.0)
+    said = sft.plan(run_config(data=folder))
+    assert "4 are longer than the context of 64 tokens and are cut (cut question 25%, cut reply 75%)" in said
+
+
+# Stopped and started again.
+
+
+@pytest.mark.parametrize("step", [1, 7])
+def test_killed_at_a_step_it_ends_with_the_same_bits(run_config, monkeypatch, step):
+    expected, killed = run_config(out="expected"), run_config(out="killed")
+    sft.run(expected)
+    real, calls = sft.train_step, []
+
+    def dies(*args):
+        calls.append(args)
+        if len(calls) > step:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(sft, "train_step", dies)
+    with pytest.raises(KeyboardInterrupt):
+        sft.run(killed)
+    assert not (killed.out / "bundle").exists()
+    monkeypatch.undo()
+    sft.run(killed)
+    assert weights_of(killed.out) == weights_of(expected.out)
+    assert told(killed.out) == told(expected.out)
+
+
+def launch(config: Config, folder: Path) -> subprocess.Popen[str]:
+    """The same run as a user starts it: in a process of its own, from a YAML file."""
+    file = folder / f"{config.out.name}.yaml"
+    file.write_text(to_yaml(config), encoding="utf-8")
+    command = [sys.executable, "-m", "nanollm", "sft", "--config", str(file)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def wait_for_step(run: Path, step: int) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if (run / "metrics.jsonl").exists() and len((run / "metrics.jsonl").read_text().splitlines()) > step + 1:
+            return
+        time.sleep(0.01)
+    raise TimeoutError(f"{run} did not reach step {step}")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows ends a process at once and knows no SIGTERM")
+def test_stopped_by_a_signal_it_saves_and_the_same_command_ends_with_the_same_bits(run_config, tmp_path):
+    expected, stopped = run_config(steps=120, out="expected"), run_config(steps=120, out="stopped")
+    reference, process = launch(expected, tmp_path), launch(stopped, tmp_path)
+    wait_for_step(stopped.out, 5)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143, errors
+    process = launch(stopped, tmp_path)
+    assert process.communicate(timeout=60)[0].strip() == str(stopped.out / "bundle")
+    assert reference.communicate(timeout=60)[0].strip() == str(expected.out / "bundle")
+    assert weights_of(stopped.out) == weights_of(expected.out)
+    assert told(stopped.out) == told(expected.out)
+
+
+def test_a_run_is_not_continued_as_another_one(run_config, folders, tokenizer, tmp_path):
+    c = run_config(steps=2)
+    sft.run(c)
+    other = save_bundle(tmp_path / "other", SHAPE, Transformer(SHAPE).init(1).state_dict(), tokenizer, {})
+    for change, key in [
+        ({"seed": 1}, "seed = 0, this run has 1"),
+        ({"bundle": other}, r"inputs\.bundle = "),
+        ({"data": {str(folders[0]): 0.5, str(folders[1]): 0.3}}, "data.* = 0.7, this run has 0.5"),
+        ({"data": folders[0]}, "data.* this run has"),
+        ({"train": dataclasses.replace(c.train, batch_size=8)}, r"train\.batch_size = 10, this run has 8"),
+    ]:
+        with pytest.raises(ValueError, match=key) as error:
+            sft.run(dataclasses.replace(c, **change))
+        assert "choose another --out" in str(error.value)
+    assert sft.run(c)  # nothing was lost
+
+
+# What the user gets wrong.
+
+
+def test_documents_are_refused(run_config, token_files):
+    with pytest.raises(ValueError, match=r"holds documents, expected conversations \(nanollm preprocess"):
+        sft.run(run_config(data=token_files))
+
+
+def test_conversations_of_another_tokenizer_are_refused_with_the_command_to_type(run_config, bundle, tmp_path):
+    other = tmp_path / "other.model"
+    train_tokenizer(["some other text entirely, with other words " * 50], other, vocab_size=300)
+    folder = prepare(other, tmp_path / "chats", [("Who?", "Me.")] * 3, val_fraction=0.0)
+    with pytest.raises(ValueError, match=r"was written with tokenizer \w{6}, .* has \w{6}; prepare it again") as error:
+        sft.run(run_config(data=folder))
+    assert f"--tokenizer_path {bundle / 'tokenizer.model'}" in str(error.value)
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_weight_that_is_not_above_zero_is_refused(run_config, folders, weight):
+    with pytest.raises(ValueError, match=f"the weight of {folders[0].as_posix()} must be above 0, got {weight}"):
+        run_config(data={str(folders[0]): weight})
+
+
+def test_no_folder_or_one_folder_twice_is_refused(run_config, folders):
+    with pytest.raises(ValueError, match="data must name at least one folder, and each once, got none"):
+        run_config(data={})
+    with pytest.raises(ValueError, match="data must name at least one folder, and each once, got "):
+        run_config(data={str(folders[0]): 1.0, f"{folders[0]}/": 2.0})
+
+
+def test_a_folder_that_is_not_there_is_refused_and_nothing_is_made(run_config, tmp_path):
+    c = run_config(data=tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="nowhere is not a prepared folder"):
+        sft.run(c)
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        sft.run(run_config(bundle=tmp_path / "no bundle"))
+    assert not c.out.exists()
+
+
+def test_a_sample_prompt_must_fit_the_context(run_config):
+    with pytest.raises(ValueError, match=r"sample prompt 'why why .*' does not fit the context of 64 tokens"):
+        sft.run(run_config(sample_prompts=["why " * 100]))
+
+
+def test_without_a_validation_split_a_run_trains_and_says_so(run_config, tokenizer_path, tmp_path, capsys):
+    folder = prepare(tokenizer_path, tmp_path / "chats", [("Who?", "Me.")] * 3, val_fraction=0.0)
+    c = run_config(steps=2, data=folder)  # and an epoch of three is shorter than a step
+    assert sft.run(c)
+    assert "has no validation split: nothing will be measured on it" in capsys.readouterr().err
+    assert not any("val_loss" in line for line in read_metrics(c.out))
+
+
+def test_portions_below_one_are_refused():
+    for field in ("batch_size", "micro_batch_size"):
+        with pytest.raises(ValueError, match=rf"train\.{field} must be at least 1, got 0"):
+            ChatTrainConfig(steps=1, **{field: 0})
+    with pytest.raises(ValueError, match="validation_conversations must be at least 0, got -1"):
+        Config(
+            bundle=Path("b"), data=Path("d"), out=Path("o"), train=ChatTrainConfig(steps=1), validation_conversations=-1
+        )
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--data", "data/sni"], {"data/sni": 1.0}),
+        (["--data", '{"data/sni": 0.7, "data/gsm8k": 0.3}'], {"data/gsm8k": 0.3, "data/sni": 0.7}),
+        (["--data", "{data/sni: 7}"], {"data/sni": 7.0}),
+        (["--config", "two.yaml"], {"data/gsm8k": 1.0, "data/sni": 3.0}),
+        (["--config", "two.yaml", "--data", "data/own"], {"data/own": 1.0}),
+    ],
+)
+def test_data_is_typed_as_a_folder_or_as_folders_with_weights(tmp_path, monkeypatch, words, expected):
+    monkeypatch.chdir(tmp_path)
+    Path("two.yaml").write_text("data:\n  data/sni: 3\n  data/gsm8k: 1\n")
+    c, _ = options.read("sft", sft, [*words, "--bundle", "b", "--out", "o", "--train.steps", "1"])
+    assert c.weights == expected
+    assert list(c.weights) == list(expected)
+    Path("again.yaml").write_text(to_yaml(c))
+    assert options.read("sft", sft, ["--config", "again.yaml"])[0] == c
+
+
+def test_weights_that_are_no_numbers_are_one_line(capsys):
+    words = ["--bundle", "b", "--out", "o", "--train.steps", "1", "--data", "{data/sni: much}"]
+    assert cli.main(["sft", *words]) == 2
+    said = capsys.readouterr().err
+    assert said == "nanollm sft: data: expected a folder or {folder: weight, ...}, got {data/sni: much}\n"
+
+
+def test_the_settings_of_a_run_are_saved_resolved(run_config, folders):
+    c = run_config(steps=1, data=folders[0], dtype="auto")
+    sft.run(c)
+    saved = read_mapping(c.out / "config.yaml")
+    assert saved["data"] == {folders[0].as_posix(): 1.0}
+    assert saved["dtype"] in ("bfloat16", "float16", "float32")
