@@ -25,6 +25,7 @@ VERBS = {
     "Train": {
         "pretrain": "train a model on token files",
         "sft": "teach a model to reply, by conversations",
+        "grpo": "let a model learn from its own replies to problems",
     },
     "Use": {
         "eval": "measure a model: problems solved, bits per byte, against another one",

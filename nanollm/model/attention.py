@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from nanollm.model.cache import LatentCache
 from nanollm.model.config import ModelConfig
-from nanollm.model.layers import RMSNorm, rotate
+from nanollm.model.layers import Places, RMSNorm, rotate
 
 
 class LatentAttention(nn.Module):
@@ -31,21 +31,9 @@ class LatentAttention(nn.Module):
         self.o_proj = nn.Linear(c.n_heads * c.v_head_dim, c.d_model, bias=False)
         self.scale = c.qk_head_dim**-0.5
 
-    def forward(
-        self,
-        x: Tensor,
-        table: tuple[Tensor, Tensor],
-        positions: Tensor,
-        mask: Tensor | None,
-        cache: LatentCache | None,
-        block: int,
-    ) -> Tensor:
-        """x (B, T, D) with the rotary table of its positions, (T,) or (B, T); returns (B, T, D).
-
-        mask (B, T, S), true where a token may look: S = T without a cache, where None means at all before it; with
-        one, S is the number of its slots in use.
-        """
-        c = self.config
+    def forward(self, x: Tensor, places: Places, cache: LatentCache | None, block: int) -> Tensor:
+        """x (B, T, D) to (B, T, D). Without a cache S is T; with one it is the number of slots that the mask covers."""
+        c, table, mask = self.config, places.table, places.mask
         q_nope, q_rope = self.queries(x, table)  # (B, T, H, N) and (B, T, H, R)
         latent, k_rope = self.kv_a_proj(x).split([c.kv_lora_rank, c.qk_rope_head_dim], dim=-1)
         latent = self.kv_a_norm(latent)  # (B, T, C)
@@ -54,7 +42,9 @@ class LatentAttention(nn.Module):
             return self.expanded(q_nope, q_rope, latent, k_rope, mask)
 
         assert mask is not None
-        entries = cache.write(block, torch.cat((latent, k_rope), dim=-1), positions)[:, : mask.shape[-1]]  # (B, S, C+R)
+        entries = cache.write(block, torch.cat((latent, k_rope), dim=-1), places.positions)[
+            :, : mask.shape[-1]
+        ]  # (B, S, C+R)
         if x.shape[1] < c.absorbed_is_cheaper_below:
             return self.absorbed(q_nope, q_rope, entries, mask)
         latent, k_rope = entries.split([c.kv_lora_rank, c.qk_rope_head_dim], dim=-1)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nanollm.model.config import ModelConfig
 
-SLOTS = 64
+SLOTS = 32
 """The slots that are read are rounded up to a multiple of this, so that few shapes occur: on CPUs a kernel is made
 and kept for every shape."""
 

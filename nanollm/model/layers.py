@@ -4,6 +4,8 @@ Sources: RMSNorm arXiv:1910.07467; rotary positions arXiv:2104.09864; SwiGLU arX
 Letters: B rows, T tokens, D model width, F hidden width, R rotary width.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -30,6 +32,16 @@ def rotary_table(positions: Tensor, width: int, theta: float) -> tuple[Tensor, T
     exponents = torch.arange(0, width, 2, device=positions.device, dtype=torch.float32) / width
     angles = positions[..., None].float() * theta**-exponents
     return angles.cos(), angles.sin()
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the tokens of a forward pass stand, and what each of them may see."""
+
+    positions: Tensor  # (B, T) or (T,) int64
+    table: tuple[Tensor, Tensor]  # cosine and sine of the positions
+    mask: Tensor | None  # (B, T, S), true where a token may look; None: at all tokens before it
+    is_text: Tensor | None  # (B, T), false where a packed row is empty; None: everywhere
 
 
 def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:

@@ -29,15 +29,18 @@ def route(x: Tensor, centroids: Tensor, bias: Tensor, k: int, normalise: bool) -
     return experts, weights, scores
 
 
-def balance_loss(scores: Tensor, experts: Tensor) -> Tensor:
+def balance_loss(scores: Tensor, experts: Tensor, is_text: Tensor | None = None) -> Tensor:
     """Sequence-wise balance loss, DeepSeek-V3 equations 17 to 20 without the factor alpha.
 
-    scores (B, T, E) before the bias; experts (B, T, K). Returns (B,): 1 where all experts share a sequence equally.
+    scores (B, T, E) before the bias; experts (B, T, K); is_text (B, T), None: all is. Returns (B,): 1 where all experts
+    share a sequence equally.
     """
     shares = scores / scores.sum(-1, keepdim=True)
     chosen = torch.zeros_like(scores).scatter(-1, experts, 1.0)
+    counted = torch.ones_like(scores[..., :1]) if is_text is None else is_text[..., None].to(scores.dtype)  # (B, T, 1)
+    tokens = counted.sum(1).clamp(min=1)  # (B, 1)
     n_experts, k = scores.shape[-1], experts.shape[-1]
-    return (chosen.mean(1) * n_experts / k * shares.mean(1)).sum(-1)
+    return ((chosen * counted).sum(1) / tokens * n_experts / k * (shares * counted).sum(1) / tokens).sum(-1)
 
 
 class Experts(nn.Module):
@@ -91,16 +94,18 @@ class MoE(nn.Module):
         self.wants_balance_losses = False
         self.balance_losses: Tensor | None = None  # (B,) of the last training pass, if wanted
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, T, D) to (B, T, D)."""
+    def forward(self, x: Tensor, is_text: Tensor | None = None) -> Tensor:
+        """x (B, T, D) to (B, T, D). Where is_text (B, T) is false a token counts for no expert's load."""
         c = self.config
         flat = x.flatten(0, 1)  # (N, D)
         experts, weights, scores = route(flat, self.centroids, self.balance_bias, c.experts_per_token, c.norm_topk_prob)
         routed, counts = self.experts(flat, experts, weights * c.routed_scaling_factor)
         if self.training and torch.is_grad_enabled():
-            self.load += counts
+            empty = 0 if is_text is None else experts[~is_text.flatten()].flatten().bincount(minlength=len(counts))
+            self.load += counts - empty
         if self.wants_balance_losses:
-            self.balance_losses = balance_loss(scores.view(*x.shape[:2], -1), experts.view(*x.shape[:2], -1))
+            rows = x.shape[:2]
+            self.balance_losses = balance_loss(scores.view(*rows, -1), experts.view(*rows, -1), is_text)
         return self.shared(x) + routed.view_as(x)
 
     @torch.no_grad()

@@ -9,11 +9,12 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from nanollm.model.attention import LatentAttention
 from nanollm.model.cache import LatentCache
 from nanollm.model.config import ModelConfig
-from nanollm.model.layers import RMSNorm, SwiGLU, rotary_table
+from nanollm.model.layers import Places, RMSNorm, SwiGLU, rotary_table
 from nanollm.model.moe import MoE
 
 
@@ -28,22 +29,23 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(config.d_model, config.rms_norm_eps)
         self.ffn = MoE(config) if config.is_moe(index) else SwiGLU(config.d_model, config.d_ff)
 
-    def forward(
-        self,
-        x: Tensor,
-        table: tuple[Tensor, Tensor],
-        positions: Tensor,
-        mask: Tensor | None,
-        cache: LatentCache | None,
-    ) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), table, positions, mask, cache, self.index)
-        return x + self.ffn(self.ffn_norm(x))
+    def forward(self, x: Tensor, places: Places, cache: LatentCache | None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), places, cache, self.index)
+        normed = self.ffn_norm(x)
+        return x + (self.ffn(normed, places.is_text) if isinstance(self.ffn, MoE) else self.ffn(normed))
 
 
 def packed_mask(positions: Tensor) -> Tensor:
     """positions (B, T), 0 where a text begins, to (B, T, T): true where a token may look, in its own text and back."""
     text = (positions == 0).cumsum(1)  # (B, T): the number of the text in its row
     return (text[:, :, None] == text[:, None, :]).tril()
+
+
+def is_empty(positions: Tensor) -> Tensor:
+    """Which places of packed rows hold no text: (B, T) bool. A text has two tokens or more, an empty place is alone."""
+    begins = positions == 0
+    ends = F.pad(begins[:, 1:], (0, 1), value=True)  # the next place begins another text
+    return begins & ends
 
 
 class Trunk(nn.Module):
@@ -63,19 +65,20 @@ class Trunk(nn.Module):
         several texts lie in a row: each begins at position 0 and sees nothing of the others. None: one text per row.
         """
         count = tokens.shape[1]
-        mask = None
+        mask = is_text = None
         if cache is not None:
             assert positions is None, "a cache knows where its rows go on"
             positions = cache.next_positions(count)
             mask = cache.mask(positions)
         elif positions is not None:
-            mask = packed_mask(positions)
+            mask, is_text = packed_mask(positions), ~is_empty(positions)
         else:
             positions = torch.arange(count, device=tokens.device)
         table = rotary_table(positions, self.config.qk_rope_head_dim, self.config.rope_theta)
+        places = Places(positions, table, mask, is_text)
         x = self.embed(tokens)
         for block in self.blocks:
-            x = block(x, table, positions, mask, cache)
+            x = block(x, places, cache)
         if cache is not None:
             cache.lengths += count
         return self.norm(x)

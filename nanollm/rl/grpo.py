@@ -7,6 +7,7 @@ Letters: P prompts, G replies per prompt.
 
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
@@ -113,12 +114,13 @@ class Learner:
         totals = torch.tensor([each.totals for each in graded])  # (P, G)
         compared = advantages(totals, self.objective.advantage)
         save_rollouts(self.folder / f"step-{step + 1:08d}.jsonl", graded, compared)
-        self.watch(step, graded)
+        faults, self.rewards.faults = self.rewards.faults, Counter()
+        self.watch(step, graded, faults)
         width = self.state.model.config.context_length
         batches = portions(graded, compared, self.objective, self.rollout.max_tokens, width, self.micro_batch_size)
         seen: list[Seen] = []
         stats = self.update(step, batches, seen) if batches else None
-        numbers = reply_numbers(graded) | counts | trust_numbers(seen)
+        numbers = reply_numbers(graded) | counts | {"faults": faults.total()} | trust_numbers(seen)
         numbers |= {"rollout_s": sampled - started, "train_s": time.perf_counter() - sampled}
         return GrpoStats(
             step=stats,
@@ -173,12 +175,11 @@ class Learner:
             for first, group in zip(range(0, len(replies), size), groups, strict=True)
         ]
 
-    def watch(self, step: int, graded: Sequence[Graded]) -> None:
+    def watch(self, step: int, graded: Sequence[Graded], faults: Counter[str]) -> None:
         """Say what went wrong with rewards; end a run that has nothing to learn from."""
-        if self.rewards.faults:
-            (fault, times), *_ = self.rewards.faults.most_common(1)
-            total = self.rewards.faults.total()
-            say(f"step {step + 1}: {total} replies lost a part of their reward, {times} because {fault}")
+        if faults:
+            fault, times = faults.most_common(1)[0]
+            say(f"step {step + 1}: {faults.total()} parts of rewards are missing, {times} because {fault}")
         self.barren = 0 if any(each.teaches for each in graded) else self.barren + 1
         if self.barren == MAX_BARREN_IN_A_ROW:
             totals = [total for each in graded for total in each.totals]

@@ -13,10 +13,11 @@ from functools import partial
 from typing import Self
 
 from nanollm.rl.judge import Judge, Verdict
+from nanollm.sources.calculator import true_share
 from nanollm.sources.gsm8k import ANSWER_MARK, Problem, extract_answer, number_of
 from nanollm.sources.tasks import Task
 
-OWN = ("correct", "format", "length")
+OWN = ("correct", "calculations", "format", "length")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,9 +25,10 @@ class RewardConfig:
     """What a reply is rewarded for."""
 
     weights: dict[str, float] = field(default_factory=lambda: {"correct": 1.0})
-    """Name and weight of each part: correct (0 or 1, the task's own judgement), format (0 or 1: one answer after ####
-    in the last line), length (0 to -1: too long, see soft_tokens), or package.module:function of your own, called with
-    the problem and the reply's text and returning a number."""
+    """Name and weight of each part: correct (0 or 1, the task's own judgement), calculations (0 to 1: the share of the
+    notes <<48/2=24>> that are true), format (0 or 1: one answer after #### in the last line), length (0 to -1: too
+    long, see soft_tokens), or package.module:function of your own, called with the problem and the reply's text and
+    returning a number."""
     soft_tokens: int = 32
     """length: the penalty grows from 0 to -1 over the last so many tokens before rollout.max_tokens; a reply that is
     cut off has -1 (soft overlong punishment, DAPO, arXiv:2503.14476, equation 13)."""
@@ -78,6 +80,7 @@ class Rewards:
         """What went wrong in functions of your own since the last look, and how often."""
         own: dict[str, Callable[[Problem, Reply], float]] = {
             "correct": lambda problem, reply: float(task.grade(problem, reply.text)),
+            "calculations": lambda problem, reply: true_share(reply.text),
             "format": lambda problem, reply: well_formed(reply),
             "length": lambda problem, reply: overlong(reply, max_tokens, c.soft_tokens),
         }
@@ -85,7 +88,7 @@ class Rewards:
         self._judges = {name: Judge(name, c.timeout_s) for name in c.weights if name not in OWN}
         for name in c.weights:
             self._parts[name] = (
-                partial(self._ask, name) if name in self._judges else partial(_each, own[name], self.faults, name)
+                partial(self._ask, name) if name in self._judges else partial(self._each, name, own[name])
             )
 
     def __enter__(self) -> Self:
@@ -114,18 +117,15 @@ class Rewards:
             return 0.0
         return verdict
 
-
-def _each(
-    part: Callable[[Problem, Reply], float], faults: Counter[str], name: str, judged: Sequence[Judged]
-) -> list[float]:
-    values = []
-    for problem, reply in judged:
-        try:
-            values.append(part(problem, reply))
-        except Exception as error:  # a task of your own may raise anything: the step goes on, and says so
-            faults[f"{name} raised {type(error).__name__}: {error}"] += 1
-            values.append(0.0)
-    return values
+    def _each(self, name: str, part: Callable[[Problem, Reply], float], judged: Sequence[Judged]) -> list[float]:
+        values = []
+        for problem, reply in judged:
+            try:
+                values.append(part(problem, reply))
+            except Exception as error:  # a task of your own may raise anything: the step goes on, and says so
+                self.faults[f"{name} raised {type(error).__name__}: {error}"] += 1
+                values.append(0.0)
+        return values
 
 
 def well_formed(reply: Reply) -> float:

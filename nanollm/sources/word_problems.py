@@ -16,7 +16,7 @@ from nanollm.sources.gsm8k import ANSWER_MARK, Problem, grade
 from nanollm.sources.word_templates import BOXES, ITEMS, PEOPLE, TEMPLATES, Template
 from nanollm.text.draw import draw
 
-SPLITS = ("train", "test", "heldout")
+SPLITS = ("train", "test", "new_numbers", "heldout")
 LEVELS = (1, 2, 3, 4)
 LENGTH = 2**31 - 1  # of each split: as good as endless
 TEST_SHARE = 0.1
@@ -123,8 +123,9 @@ BLANKS = dict.fromkeys([*CASTS[0], *GOODS[0]], "_")
 class WordProblems:
     """Generated problems with worked solutions.
 
-    train and test tell the same stories with other numbers: no story has the same numbers in both, whatever the seeds
-    and the names in it. heldout tells stories that train and test never tell.
+    Three splits ask what train never asks, each further away from it. test: questions that are not in train.
+    new_numbers: the same stories with numbers that they never have in train or test, whatever the names and things.
+    heldout: stories that no other split tells. What belongs where depends on the text alone, not on the seed.
     """
 
     levels: tuple[int, ...] = (1, 2)  # numbers of steps; each comes equally often
@@ -140,7 +141,7 @@ class WordProblems:
             raise ValueError(f"largest must be at least {SMALLEST_LARGEST}, got {self.largest}")
 
     def problems(self, split: str) -> "Generated":
-        """The problems of "train", "test" or "heldout": endless, each made when it is asked for."""
+        """The problems of a split: endless, each made when it is asked for."""
         if split not in SPLITS:
             raise ValueError(f"words has no split {split!r}; it has {', '.join(SPLITS)}")
         return Generated(self, split)
@@ -153,14 +154,20 @@ class WordProblems:
         """The problem at a place of a split: a pure function of both and of this config."""
         rng = Random(f"{self.seed} {split} {place}")
         stories = STORIES_OF[rng.choice(self.levels), split == "heldout"]
-        while True:  # for test about ten times
+        while True:  # for test and new_numbers about ten times
             story = rng.choice(stories)
             values = story.draw_numbers(rng, self.largest)
-            # Drawn without names and things: a test with Tom for Mia in a question of train would be no test.
-            is_test = draw(story.question.format_map(BLANKS | values), TEST_KEY) < TEST_SHARE
-            if split == "heldout" or is_test == (split == "test"):
-                slots = {**rng.choice(CASTS), **rng.choice(GOODS), **values}
-                return Problem(story.question.format_map(slots), story.solution.format_map(slots))
+            slots = {**rng.choice(CASTS), **rng.choice(GOODS), **values}
+            question = story.question.format_map(slots)
+            if split in ("heldout", split_of(question, story.question.format_map(BLANKS | values))):
+                return Problem(question, story.solution.format_map(slots))
+
+
+def split_of(question: str, without_words: str) -> str:
+    """Where a question belongs, unless its story is held out; `without_words` has blanks for names and things."""
+    if draw(without_words, TEST_KEY) < TEST_SHARE:
+        return "new_numbers"
+    return "test" if draw(question, TEST_KEY) < TEST_SHARE else "train"
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A prompt becomes a continuation."""
+"""A prompt becomes a continuation, or a question a reply."""
 
 import json
 from dataclasses import dataclass, field
@@ -7,6 +7,8 @@ from pathlib import Path
 from nanollm.bundle import load_bundle
 from nanollm.generate.engine import generate
 from nanollm.generate.sampling import SamplingConfig
+from nanollm.text.chat import Conversation, encode_prompt, reply_ends
+from nanollm.text.tokenizer import Tokenizer
 from nanollm.world import DeviceName, DtypeName, World
 
 POSITIONAL = ("bundle",)
@@ -20,6 +22,8 @@ class Config(SamplingConfig):
     """Folder of a bundle, such as runs/demo/pretrain/bundle."""
     prompt: list[str]
     """Prompts; several are continued as one batch."""
+    chat: bool = False
+    """Take each prompt as a user's message and reply to it, instead of continuing it."""
     max_tokens: int = 128
     """Most tokens of a continuation."""
     seed: int = 0
@@ -52,10 +56,10 @@ def run(c: Config) -> str:
 
     completions = generate(
         bundle.model,
-        [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in c.prompt],
+        [encode(prompt, tokenizer, c.chat) for prompt in c.prompt],
         c,
         max_tokens=c.max_tokens,
-        end_ids=frozenset({tokenizer.eos_id}),
+        end_ids=reply_ends(tokenizer),
         seed=c.seed,
         stop=stops if c.stop else None,
     )
@@ -63,8 +67,16 @@ def run(c: Config) -> str:
     for prompt, completion in zip(c.prompt, completions, strict=True):
         text = cut_at_stop(tokenizer.decode(completion.ids), c.stop)
         record = {"prompt": prompt, "text": text, "tokens": len(completion.ids), "finish": completion.finish}
-        lines.append(json.dumps(record, ensure_ascii=False) if c.json else prompt + text)
+        plain = text if c.chat else prompt + text
+        lines.append(json.dumps(record, ensure_ascii=False) if c.json else plain)
     return "\n".join(lines)
+
+
+def encode(prompt: str, tokenizer: Tokenizer, is_chat: bool) -> list[int]:
+    """The ids that are continued: of a text that has just begun, or up to where the assistant replies."""
+    if is_chat:
+        return encode_prompt(Conversation.of(prompt), tokenizer)
+    return [tokenizer.bos_id, *tokenizer.encode(prompt)]
 
 
 def cut_at_stop(text: str, stops: list[str]) -> str:

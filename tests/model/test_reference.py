@@ -9,7 +9,7 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, Glm4MoeLiteCon
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention, DeepseekV3MoE
 
 from nanollm.model.config import ModelConfig
-from nanollm.model.layers import rotary_table
+from nanollm.model.layers import Places, rotary_table
 from nanollm.model.transformer import Transformer
 from tests.model.conftest import TINY, randomised
 
@@ -106,7 +106,8 @@ def test_latent_attention_equals_deepseek_v3(tiny_model, rng):
     rotary = tuple(torch.cat((part, part), dim=-1)[None].expand(2, -1, -1) for part in (cos, sin))
     mask = torch.full((17, 17), -torch.inf).triu(1)[None, None].expand(2, -1, -1, -1)
     expected, _ = theirs(x, position_embeddings=rotary, attention_mask=mask)
-    torch.testing.assert_close(block.attention(x, (cos, sin), positions, None, None, 0), expected, atol=1e-5, rtol=1e-5)
+    got = block.attention(x, Places(positions, (cos, sin), mask=None, is_text=None), None, 0)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()

@@ -2,9 +2,12 @@
 
 import dataclasses
 from itertools import product
+from pathlib import Path
 
 import torch
+from torch import distributed
 
+from nanollm.data.batches import Batch
 from nanollm.model.transformer import Transformer
 from nanollm.rl import grpo, loss, rollout
 from nanollm.rl.loss import ObjectiveConfig
@@ -12,6 +15,11 @@ from nanollm.rl.reward import Reward
 from nanollm.rl.rollout import Group, Rollout, RolloutConfig
 from nanollm.sources.gsm8k import Problem
 from nanollm.text.tokenizer import END
+from nanollm.train.loss import next_token_loss
+from nanollm.train.optim import OptimConfig
+from nanollm.train.state import TrainState
+from nanollm.train.step import train_step
+from nanollm.world import World
 from tests.model.conftest import TINY, randomised
 
 TEMPERATURE = 0.7
@@ -211,3 +219,38 @@ def advantages_compare_within_a_group() -> None:
         compared = grpo.advantages(rewards, kind)
         torch.testing.assert_close(compared.sum(1), torch.zeros(2), atol=1e-5, rtol=0)
         assert compared[0, 1] > 0 > compared[1, 0]
+
+
+def two_ranks_are_one(folder: Path, add_up: bool = True) -> None:
+    """Two processes with half of the rows each take the step that one process takes with all of them."""
+    batches = [noise(step, rows) for step, rows in enumerate((3, 1))]  # of different size: a mean of means would differ
+    alone = one_step(batches, World())
+    store = folder / f"store-{add_up}"
+    torch.multiprocessing.spawn(_rank, args=(store, folder, add_up), nprocs=2)
+    for rank in range(2):
+        got = torch.load(folder / f"rank-{rank}.pt", weights_only=True)
+        torch.testing.assert_close(got, alone, atol=1e-6, rtol=1e-5)
+
+
+def noise(seed: int, rows: int) -> Batch:
+    tokens = torch.randint(TINY.vocab_size, (rows, 17), generator=torch.Generator().manual_seed(seed))
+    return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
+
+
+def one_step(batches: list[Batch], world: World) -> torch.Tensor:
+    """All weights and router biases after one step."""
+    optim = OptimConfig(name="adamw", lr=1e-2, warmup_steps=0, balance_rate=0.1)
+    state = TrainState.start(Transformer(TINY).init(0), optim, torch.float32)
+    stats = train_step(state, batches, next_token_loss, 1e-2, optim, world)
+    weights = torch.cat([tensor.flatten() for tensor in state.weights().values()])
+    return torch.cat((weights, torch.tensor([stats.loss, stats.grad_norm, float(stats.tokens)])))
+
+
+def _rank(rank: int, store: Path, folder: Path, add_up: bool) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    try:
+        world = World(rank=rank, size=2 if add_up else 1)
+        torch.save(one_step([noise(rank, (3, 1)[rank])], world), folder / f"rank-{rank}.pt")
+    finally:
+        distributed.destroy_process_group()

@@ -11,6 +11,9 @@ from nanollm.settings import load_preset
 from nanollm.sources import builtin
 from nanollm.stages import demo, preprocess
 
+SHORT = {"sft_steps": 2, "grpo_steps": 1, "exam": 4}
+STEPS = {"problems", "tokenizer", "preprocess", "pretrain", "lessons", "sft", "grpo", "exam"}
+
 
 @pytest.fixture
 def short_corpus(monkeypatch):
@@ -20,30 +23,34 @@ def short_corpus(monkeypatch):
 
 
 def test_the_demo_runs_offline_and_the_model_learns(short_corpus, tmp_path, capsys):
-    path = demo.run(demo.Config(out=tmp_path / "demo", steps=6))
+    path = demo.run(demo.Config(out=tmp_path / "demo", steps=6, **SHORT))
     summary = json.loads(path.read_text())
     assert path == tmp_path / "demo" / "summary.json"
-    assert set(summary["seconds"]) == {"tokenizer", "preprocess", "pretrain"}
+    assert set(summary["seconds"]) == STEPS
     assert 0 < summary["pretrain"]["val_bpb_after"] < summary["pretrain"]["val_bpb_before"]
     assert len(summary["pretrain"]["samples_after"]) == len(demo.PROMPTS)
+    assert summary["sft"]["accuracy_after"] == summary["grpo"]["accuracy_before"]
+    assert summary["sft"]["n"] == summary["grpo"]["n"] == summary["grpo"]["heldout"]["n"] == 4
+    for low, high in (summary["grpo"]["accuracy_after_interval"], summary["sft"]["accuracy_before_interval"]):
+        assert 0 <= low < high <= 1
     said = capsys.readouterr().err
     assert f"nanollm generate {tmp_path / 'demo' / 'pretrain' / 'bundle'}" in said
-    assert "[3/3] nano-1m: 1,206,016 parameters learn to write" in said
+    assert "[4/8] nano-1m: 1,206,016 parameters learn to write" in said
 
 
 def test_an_interrupted_demo_goes_on_where_it_stopped(short_corpus, tmp_path, capsys, monkeypatch):
-    c = demo.Config(out=tmp_path / "demo", steps=2)
+    c = demo.Config(out=tmp_path / "demo", steps=2, **SHORT)
     with monkeypatch.context() as broken:
         broken.setattr(preprocess, "run", lambda _: (_ for _ in ()).throw(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             demo.run(c)
     demo.run(c)
     assert "done before" in capsys.readouterr().err
-    assert set(json.loads((c.out / "summary.json").read_text())["seconds"]) == {"tokenizer", "preprocess", "pretrain"}
+    assert set(json.loads((c.out / "summary.json").read_text())["seconds"]) == STEPS
 
 
 def test_another_demo_does_not_pass_for_this_one(short_corpus, tmp_path):
-    c = demo.Config(out=tmp_path / "demo", steps=1)
+    c = demo.Config(out=tmp_path / "demo", steps=1, **SHORT)
     demo.run(c)
     with pytest.raises(ValueError, match="choose another --out"):
         demo.run(dataclasses.replace(c, seed=1))

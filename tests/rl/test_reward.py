@@ -1,0 +1,149 @@
+"""Rewards are what their names say, and a function of one's own can do no harm."""
+
+import sys
+import time
+
+import pytest
+
+from nanollm.rl.judge import MAX_TIMEOUTS
+from nanollm.rl.reward import Reply, RewardConfig, Rewards, overlong, well_formed
+from nanollm.sources.gsm8k import Problem
+from tests.rl.conftest import EndsSoon
+
+PROBLEM = Problem("How many?", "#### 3")
+
+OWN = """
+import math, os, time
+
+def vowels(problem, reply):
+    return sum(map(reply.count, "aeiou")) / 10
+
+def faulty(problem, reply):
+    match reply:
+        case "raise": raise RuntimeError("two\\nlines")
+        case "nan": return math.nan
+        case "text": return "much"
+        case "exit": os._exit(3)
+        case "block":
+            while True: pass
+    return 0.5
+
+def blocks(problem, reply):
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """A module of somebody else's, in the current folder."""
+    (tmp_path / "own_rewards.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    yield "own_rewards"
+    sys.modules.pop("own_rewards", None)
+    sys.path[:] = [folder for folder in sys.path if folder != str(tmp_path)]
+
+
+def totals(weights, texts, **changes):
+    with Rewards(RewardConfig(weights=weights, **changes), EndsSoon(), max_tokens=40) as rewards:
+        got = rewards([(PROBLEM, Reply(text, 9, ended=True)) for text in texts])
+        return [reward.total for reward in got], rewards.faults
+
+
+def test_parts_are_weighed_and_added():
+    with Rewards(RewardConfig(weights={"correct": 1.0, "format": 0.25, "length": 2.0}), EndsSoon(), 40) as rewards:
+        (reward,) = rewards([(PROBLEM, Reply("1\n#### 3", 36, ended=True))])
+    assert reward.parts == {"correct": 1.0, "format": 1.0, "length": -0.875}
+    assert reward.total == 1.0 + 0.25 - 1.75
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("so\n#### 3", 1),
+        ("#### 3", 1),
+        ("#### 3\n", 1),
+        ("so #### 3", 0),  # not a line of its own
+        ("#### 3\nso", 0),
+        ("#### 2\n#### 3", 0),
+        ("#### three", 0),
+        ("####", 0),
+        ("", 0),
+    ],
+)
+def test_the_format_is_one_answer_in_the_last_line(text, expected):
+    assert well_formed(Reply(text, 5, ended=True)) == expected
+    assert well_formed(Reply(text, 5, ended=False)) == 0
+
+
+@pytest.mark.parametrize(("tokens", "expected"), [(1, 0), (30, 0), (35, -0.5), (40, -1)])
+def test_long_replies_lose_little_by_little(tokens, expected):
+    assert overlong(Reply("", tokens, ended=True), 40, 10) == expected
+    assert overlong(Reply("", tokens, ended=False), 40, 10) == -1
+
+
+def test_a_function_of_ones_own_is_a_part_like_any_other(own):
+    got, faults = totals({f"{own}:vowels": 10.0, "correct": 1.0}, ["aabb", "xyz"])
+    assert got == [2.0 + 1.0, 0.0]
+    assert not faults
+
+
+def test_a_function_that_fails_costs_its_reply_the_part_and_nothing_else(own):
+    texts = ["fine", "raise", "nan", "text", "exit", "block", "fine"]
+    started = time.monotonic()
+    got, faults = totals({f"{own}:faulty": 1.0}, texts, timeout_s=0.5)
+    assert got == [0.5, 0, 0, 0, 0, 0, 0.5]
+    assert time.monotonic() - started < 30
+    name = f"{own}:faulty"
+    assert dict(faults) == {
+        f"{name} raised RuntimeError: two lines": 1,
+        f"{name} returned nan": 1,
+        f"{name} returned 'much'": 1,
+        f"{name} ended its process": 1,
+        f"{name} took longer than 0.5 s": 1,
+    }
+
+
+def test_a_function_that_always_blocks_is_asked_a_few_times_only(own):
+    got, faults = totals({f"{own}:blocks": 1.0}, ["x"] * 50, timeout_s=0.1)
+    assert got == [0.0] * 50
+    assert faults[f"{own}:blocks took longer than 0.1 s"] == MAX_TIMEOUTS
+    assert faults.total() == 50
+
+
+def test_a_task_that_cannot_grade_is_counted():
+    class Broken(EndsSoon):
+        def grade(self, problem, reply):
+            raise KeyError("no key")
+
+    with Rewards(RewardConfig(), Broken(), 40) as rewards:
+        assert [reward.total for reward in rewards([(PROBLEM, Reply("x", 1, ended=True))])] == [0.0]
+    assert dict(rewards.faults) == {"correct raised KeyError: 'no key'": 1}
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({}, "must name at least one part"),
+        (
+            {"corect": 1.0},
+            "knows correct, calculations, format, length and import paths package.module:function, got 'corect'",
+        ),
+        ({"correct": float("nan")}, "the weight of correct must be a number"),
+    ],
+)
+def test_impossible_rewards_are_refused(weights, message):
+    with pytest.raises(ValueError, match=message):
+        RewardConfig(weights=weights)
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("no_such_module:f", "reward.weights is no_such_module:f .*no module no_such_module"),
+        ("math:nothing", "reward.weights is math:nothing, but .*math.* has no nothing"),
+        ("math:pi", "math:pi is float, expected a function"),
+    ],
+)
+def test_a_path_that_leads_nowhere_is_refused_before_anything_is_sampled(path, message):
+    with pytest.raises(ValueError, match=message):
+        Rewards(RewardConfig(weights={path: 1.0}), EndsSoon(), 40)

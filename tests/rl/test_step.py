@@ -1,0 +1,132 @@
+"""A step does what its numbers say, and its numbers tell when something is wrong."""
+
+import json
+
+import pytest
+import torch
+
+from nanollm.rl.loss import ObjectiveConfig
+from nanollm.rl.reward import RewardConfig
+from nanollm.rl.rollout import RolloutConfig
+from nanollm.sources.gsm8k import Problem
+from tests.rl import promises
+from tests.rl.conftest import EndsSoon
+
+FEW = RolloutConfig(prompts=4, group_size=3, max_tokens=12)
+
+
+class Never(EndsSoon):
+    def grade(self, problem, reply):
+        return False
+
+
+class Sometimes(EndsSoon):
+    """Only questions with a yes can be answered rightly."""
+
+    def grade(self, problem, reply):
+        return "yes" in problem.question and len(reply) % 2 == 0
+
+
+def test_engine_and_trainer_agree_before_the_first_update(make_learner):
+    promises.engine_and_trainer_agree(make_learner)
+
+
+def test_replies_are_drawn_from_the_distribution_that_is_trained(make_learner):
+    promises.replies_are_drawn_from_the_trained_distribution(make_learner)
+
+
+def test_the_end_mark_is_trained(make_learner):
+    promises.the_end_mark_is_trained(make_learner)
+
+
+@pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean", "constant"])
+def test_micro_batches_change_nothing(make_learner, aggregation):
+    promises.micro_batches_change_nothing(make_learner, aggregation)
+
+
+def test_two_steps_twice_are_the_same_bits(make_learner):
+    def weights():
+        learner = make_learner()
+        numbers = [learner.step(step).numbers["reply_tokens"] for step in range(2)]
+        return numbers, torch.cat([p.detach().flatten() for p in learner.state.model.parameters()])
+
+    (first, one), (second, other) = weights(), weights()
+    assert first == second
+    assert torch.equal(one, other)
+
+
+def test_with_one_update_nothing_is_clipped_and_with_several_the_ratio_moves(make_learner):
+    tight = {"clip_low": 1e-6, "clip_high": 1e-6}
+    assert make_learner(objective=ObjectiveConfig(**tight)).step(0).numbers["clip_fraction"] == 0
+    assert make_learner(objective=ObjectiveConfig(updates=3, **tight)).step(0).numbers["clip_fraction"] > 0.2
+
+
+def test_the_divergence_from_the_reference_is_zero_at_first_and_grows(make_learner):
+    policy = make_learner(objective=ObjectiveConfig(beta=0.1))
+    policy.reference = make_learner().state.model.eval()
+    kl = [policy.step(step).numbers["kl"] for step in range(3)]
+    assert kl[0] == pytest.approx(0, abs=1e-9)
+    assert kl[2] > kl[0]
+
+
+def test_groups_with_equal_rewards_are_left_out_and_counted(make_learner, tmp_path):
+    stats = make_learner(task=Sometimes()).step(0)
+    records = [json.loads(line) for line in (tmp_path / "rollouts/step-00000001.jsonl").read_text("utf-8").splitlines()]
+    dropped = [records[first : first + 3] for first in range(0, 12, 3) if not records[first]["trained"]]
+    assert stats.numbers["groups_dropped"] == len(dropped) > 0
+    for group in dropped:
+        assert len({record["reward"] for record in group}) == 1
+        assert {record["advantage"] for record in group} == {0.0}
+
+
+def test_groups_with_equal_rewards_are_replaced_where_that_is_asked(make_learner):
+    plain = make_learner(task=Sometimes()).step(0).numbers
+    c = RolloutConfig(prompts=4, group_size=3, max_tokens=12, resample=5)
+    numbers = make_learner(task=Sometimes(), rollout=c).step(0).numbers
+    assert numbers["groups"] == 4
+    assert numbers["groups_replaced"] > 0
+    assert numbers["groups_dropped"] < plain["groups_dropped"]
+
+
+def test_a_run_in_which_nothing_teaches_ends_with_advice(make_learner):
+    learner = make_learner(task=Never())
+    before = [p.clone() for p in learner.state.model.parameters()]
+    with pytest.raises(ValueError, match=r"for 10 steps all replies .* earned the same .* nanollm sft first"):
+        for step in range(20):
+            assert learner.step(step).grad_norm == 0
+    assert learner.barren == 10
+    assert all(torch.equal(p, q) for p, q in zip(before, learner.state.model.parameters(), strict=True))
+
+
+def test_problems_that_do_not_fit_are_left_out_and_counted(make_learner):
+    learner = make_learner()
+    long = Problem("why " * 60, "#### 1")
+    learner.problems = [long, *learner.problems[:3]]
+    assert learner.step(0).numbers["prompts_too_long"] == 1
+    learner.problems = [long] * 8
+    with pytest.raises(ValueError, match="none of the problems of step 2 leaves room for a reply of 12 tokens"):
+        learner.step(1)
+
+
+def test_every_reply_is_saved_with_what_it_earned(make_learner, tmp_path):
+    reward = RewardConfig(weights={"correct": 1.0, "length": 0.5}, soft_tokens=4)
+    stats = make_learner(reward=reward).step(6)
+    records = [json.loads(line) for line in (tmp_path / "rollouts/step-00000007.jsonl").read_text("utf-8").splitlines()]
+    assert len(records) == 12
+    for record in records:
+        assert record["reward"] == record["parts"]["correct"] + 0.5 * record["parts"]["length"]
+        assert record["parts"]["correct"] == (len(record["reply"]) % 2 == 0)
+        assert record["tokens"] <= 12
+    assert stats.reward == pytest.approx(sum(record["reward"] for record in records) / 12)
+    assert stats.numbers["finished"] == sum(record["stop"] == "end" for record in records) / 12
+
+
+def test_a_policy_that_is_rewarded_for_short_replies_learns_to_be_brief(make_learner):
+    """Life: the reward rises, by the end mark's gradient alone."""
+    c = RolloutConfig(prompts=8, group_size=8, max_tokens=12)
+    reward = RewardConfig(weights={"length": 1.0}, soft_tokens=12)
+    learner = make_learner(rollout=c, reward=reward)
+    learner.rate = lambda step: 1e-2
+    rewards = [learner.step(step).reward for step in range(25)]
+    assert sum(rewards[:3]) / 3 < -0.5
+    assert sum(rewards[-3:]) / 3 > -0.2

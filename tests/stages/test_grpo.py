@@ -1,0 +1,159 @@
+"""The verb grpo trains, goes on where it stopped, and refuses what cannot work."""
+
+import dataclasses
+import hashlib
+import json
+
+import pytest
+
+from nanollm.bundle import load_bundle, save_bundle
+from nanollm.cli import main
+from nanollm.model.transformer import Transformer
+from nanollm.rl.loss import ObjectiveConfig
+from nanollm.rl.rollout import RolloutConfig
+from nanollm.sources.tasks import TaskConfig
+from nanollm.stages import grpo
+from nanollm.text.tokenizer import train
+from nanollm.train.checkpoint import checkpoints
+from nanollm.train.loop import LoopConfig
+from nanollm.train.optim import OptimConfig
+from tests.conftest import STORY
+from tests.stages.conftest import MODEL
+
+TASK = """
+from nanollm.sources.gsm8k import Problem
+
+class Even:
+    def problems(self, split):
+        return [Problem(f"Say {n}!", "#### 1") for n in range(20)]
+
+    def grade(self, problem, reply):
+        return len(reply) % 2 == 0
+"""
+
+
+@pytest.fixture(scope="module")
+def bundle(tokenizer, tmp_path_factory):
+    """An untrained model: replies by chance."""
+    model = Transformer(dataclasses.replace(MODEL, context_length=64)).init(3)
+    folder = tmp_path_factory.mktemp("bundles") / "untrained"
+    return save_bundle(folder, model.config, model.state_dict(), tokenizer, {"made_by": "a test"})
+
+
+@pytest.fixture
+def run_config(bundle, tmp_path, monkeypatch):
+    (tmp_path / "even_task.py").write_text(TASK)
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def make(out="run", steps=6, **changes):
+        settings = {
+            "bundle": bundle,
+            "out": tmp_path / out,
+            "task": TaskConfig(name="even_task:Even"),
+            "train": LoopConfig(steps=steps, log_every=1, validate_every=3, save_every=2),
+            "rollout": RolloutConfig(prompts=3, group_size=4, max_tokens=10),
+            "optim": OptimConfig(name="adamw", lr=1e-3, warmup_steps=1, balance_rate=0.0),
+            "validation_problems": 5,
+            "dtype": "float32",
+        }
+        return grpo.Config(**settings | changes)
+
+    return make
+
+
+def digest(c):
+    return hashlib.sha256((c.out / "bundle" / "model.safetensors").read_bytes()).hexdigest()
+
+
+def lines_of(c):
+    timed = ("tokens_per_s", "rollout_s", "train_s")
+    lines = [json.loads(line) for line in (c.out / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in timed} for line in lines]
+
+
+def test_a_run_leaves_metrics_rollouts_checkpoints_and_a_bundle(run_config):
+    c = run_config()
+    folder = grpo.run(c)
+    assert load_bundle(folder).provenance["replies_seen"] == 6 * 12
+    lines = lines_of(c)
+    assert [line["step"] for line in lines] == list(range(7))
+    assert "val_accuracy" in lines[0]
+    assert "val_accuracy" in lines[6]
+    expected = {"reward", "reward_correct", "groups_dropped", "reply_tokens", "finished", "prompts_too_long", "faults"}
+    trust = {"entropy", "kl", "clip_fraction", "engine_logprob_difference", "engine_logprob_difference_max"}
+    assert all(expected <= line.keys() for line in lines[1:])
+    learned = [line for line in lines[1:] if line["groups_dropped"] < 3]
+    assert learned
+    assert all(trust | {"loss", "grad_norm", "lr"} <= line.keys() for line in learned)
+    assert all(line["engine_logprob_difference_max"] < 1e-5 for line in learned)
+    assert len(list((c.out / "rollouts").iterdir())) == 6
+
+
+@pytest.mark.parametrize("changes", [{}, {"objective": ObjectiveConfig(beta=0.1, updates=2)}], ids=str)
+def test_resumed_is_uninterrupted(run_config, changes, monkeypatch):
+    whole = run_config("whole", **changes)
+    grpo.run(whole)
+    parts = run_config("parts", **changes)
+    step = grpo.Learner.step
+
+    def stops_at_three(self, number):
+        if number == 3:
+            raise KeyboardInterrupt
+        return step(self, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(grpo.Learner, "step", stops_at_three)
+        with pytest.raises(KeyboardInterrupt):
+            grpo.run(parts)
+    assert checkpoints(parts.out / "checkpoints")[0].name == "step-00000002"
+    grpo.run(parts)
+    assert digest(parts) == digest(whole)
+    assert lines_of(parts) == lines_of(whole)
+    for file in (whole.out / "rollouts").iterdir():
+        assert (parts.out / "rollouts" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_another_seed_is_another_run(run_config):
+    c = run_config(steps=2)
+    grpo.run(c)
+    with pytest.raises(ValueError, match=r"was begun with seed = 0, this run has 1"):
+        grpo.run(dataclasses.replace(c, seed=1))
+    with pytest.raises(ValueError, match=r"was begun with rollout.group_size = 4, this run has 5"):
+        grpo.run(dataclasses.replace(c, rollout=dataclasses.replace(c.rollout, group_size=5)))
+
+
+def test_a_reference_with_another_tokenizer_is_refused(run_config, tmp_path):
+    other = train([STORY.read_text("utf-8")[:3000]], tmp_path / "other.model", vocab_size=400)
+    model = Transformer(dataclasses.replace(MODEL, context_length=64)).init(3)
+    stranger = save_bundle(tmp_path / "stranger", model.config, model.state_dict(), other, {"made_by": "a test"})
+    c = run_config(objective=ObjectiveConfig(beta=0.1), reference=stranger)
+    with pytest.raises(ValueError, match=r"the reference .*stranger has tokenizer .* must have the same one"):
+        grpo.run(c)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--rollout.group_size", "1"], "rollout.group_size must be at least 2 (a reply is compared with others"),
+        (["--rollout.top_k", "50"], "rollout.top_k and rollout.top_p must stay 0 and 1, got 50 and 1.0"),
+        (["--rollout.temperature", "0"], "rollout.temperature must be above 0"),
+        (["--rollout.max_tokens", "64"], "leaves no room for a question in the context of 64 tokens"),
+        (["--objective.updates", "0"], "objective.updates must be at least 1"),
+        (["--reference", "somewhere"], "a reference without objective.beta has no effect"),
+        (["--task.name", "wrods"], "did you mean words?"),
+        (["--reward.weights", "{corect: 1.0}"], "reward.weights knows correct, calculations, format, length and"),
+        (["--objective.advantage", "best"], "objective.advantage: expected mean_only|std|batch_std, got best"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(bundle, tmp_path, capsys, options, message):
+    command = ["grpo", "--bundle", str(bundle), "--out", str(tmp_path / "run"), "--train.steps", "1"]
+    assert main([*command, *options]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_plan_says_what_a_run_would_do_and_does_nothing(run_config):
+    c = run_config()
+    assert "6 steps x 3 of 20 problems x 4 replies of at most 10 tokens = 72 replies" in grpo.plan(c)
+    assert not c.out.exists()
