@@ -122,6 +122,8 @@ class Help(DefaultHelpFormatter):
 def notation(kind: Any, name: str = "") -> str:
     """What to type for a value of this type: int, true|false, path ..., the presets of the nested dataclass `name`."""
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin is dict:
+        return "{" + ": ".join(map(notation, inner)) + ", ...}"
     if origin in (list, tuple):
         return f"{notation(inner[0])} ..." if origin is list else " ".join(map(notation, inner))
     if inner:

@@ -117,7 +117,7 @@ def commands_in(text: str) -> list[list[str]]:
     return [match[1].split("#")[0].split() for line in lines if (match := re.search(r"\bnanollm ([a-z]\w*\b.*)", line))]
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/map.md", "CONTRIBUTING.md"])
+@pytest.mark.parametrize("name", ["README.md", "docs/map.md", "docs/post-training.md", "CONTRIBUTING.md"])
 def test_commands_in_the_documents_exist(name):
     file = ROOT / name
     if not file.exists():

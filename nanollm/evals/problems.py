@@ -146,11 +146,9 @@ def solve(
 
 
 def _attempt(problem: Problem, completions: Sequence[Completion], tokenizer: Tokenizer) -> Attempt:
-    # A model may have more ids than its tokenizer; one that draws such an id says nothing with it.
-    known = [[token for token in completion.ids if token < tokenizer.vocab_size] for completion in completions]
     return Attempt(
         problem,
-        replies=[reply_text(ids, tokenizer) for ids in known],
+        replies=[reply_text(completion.ids, tokenizer) for completion in completions],
         finish=[completion.finish for completion in completions],
         tokens=[len(completion.ids) for completion in completions],
     )

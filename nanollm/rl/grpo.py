@@ -221,8 +221,8 @@ def portions(
 ) -> list[RolloutBatch]:
     """The replies that teach, packed into rows of `width` places, `rows` of them in each micro-batch.
 
-    compared (P, G): their advantages. A group that is left out has zero advantages, so leaving it out saves work and
-    changes nothing: it counts in the denominator.
+    compared (P, G): their advantages. A group that is left out has zero advantages and counts in the denominator, so
+    leaving it out saves work and, but for its part of the divergence from a reference, changes nothing.
     """
     kept = [
         (rollout, advantage)

@@ -5,10 +5,13 @@ Nothing here imports torch: the other process starts in a fraction of a second.
 """
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import TimeoutError
+from contextlib import redirect_stdout
 from functools import cache
 from multiprocessing import get_context
+from typing import Self
 
 from pebble import ProcessExpired, ProcessPool
 
@@ -22,6 +25,7 @@ OPTION = "reward.weights"
 MAX_TIMEOUTS = 5
 """Timeouts in one call after which the remaining replies are not judged: a function that blocks always must not hold
 a run for hours."""
+START_S = 60.0  # for the process to start and to import the function; that is not the function's time
 
 
 class Judge:
@@ -29,14 +33,20 @@ class Judge:
 
     def __init__(self, path: str, timeout_s: float) -> None:
         self.path, self.timeout_s = path, timeout_s
-        function = import_object(path, OPTION)  # here too, so that a wrong path is found before anything is sampled
+        function = import_object(path, OPTION)  # a wrong path is found here, before anything is sampled
         if not callable(function):
             raise ValueError(
                 f"{path} is {type(function).__name__}, expected a function of a problem and a reply's text"
             )
+
+    def __enter__(self) -> Self:
         self._pool = ProcessPool(max_workers=1, context=get_context("spawn"))
-        # The first call waits for the process to start and to import the function; that is not the function's time.
-        self._pool.schedule(_prepare, args=[path]).result()
+        self._prepare()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.stop()
+        self._pool.join()
 
     def __call__(self, judged: Sequence[tuple[Problem, str]]) -> list[Verdict]:
         """A number for each problem and reply, or what went wrong, in their order."""
@@ -46,44 +56,45 @@ class Judge:
             if timeouts == MAX_TIMEOUTS:
                 verdicts.append("was not asked after too many timeouts")
                 continue
-            verdicts.append(self._ask(problem, text))
-            timeouts += verdicts[-1] == self._too_slow
+            try:
+                future = self._pool.schedule(_call, args=[self.path, problem, text], timeout=self.timeout_s)
+                verdicts.append(future.result())
+            except TimeoutError:
+                timeouts += 1
+                verdicts.append(f"took longer than {self.timeout_s} s")
+                self._prepare()
+            except ProcessExpired:
+                verdicts.append("ended its process")
+                self._prepare()
         return verdicts
 
-    @property
-    def _too_slow(self) -> str:
-        return f"took longer than {self.timeout_s} s"
-
-    def _ask(self, problem: Problem, text: str) -> Verdict:
-        future = self._pool.schedule(_call, args=[self.path, problem, text], timeout=self.timeout_s)
+    def _prepare(self) -> None:
+        """Have a process that is ready for the next reply."""
         try:
-            value = future.result()
+            self._pool.schedule(_load, args=[self.path], timeout=START_S).result()
         except TimeoutError:
-            self._pool.schedule(_prepare, args=[self.path]).result()  # the new process, ready for the next reply
-            return self._too_slow
-        except ProcessExpired:
-            return "ended its process"
-        except Exception as error:  # whatever a stranger's function raises
-            return f"raised {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        if not isinstance(value, int | float) or not math.isfinite(value):
-            return f"returned {value!r}"[:200]
-        return float(value)
-
-    def close(self) -> None:
-        """End the other process."""
-        self._pool.stop()
-        self._pool.join()
+            raise ValueError(f"importing {self.path} took longer than {START_S:.0f} s; {OPTION} needs it") from None
 
 
 @cache
-def _load(path: str) -> Callable[[Problem, str], object]:
+def _function(path: str) -> Callable[[Problem, str], object]:
     function: Callable[[Problem, str], object] = import_object(path, OPTION)
     return function
 
 
-def _prepare(path: str) -> None:
-    _load(path)
+def _load(path: str) -> None:
+    with redirect_stdout(sys.stderr):
+        _function(path)
 
 
-def _call(path: str, problem: Problem, text: str) -> object:
-    return _load(path)(problem, text)
+def _call(path: str, problem: Problem, text: str) -> Verdict:
+    """In the other process: everything that the function can do wrong but never end."""
+    try:
+        with redirect_stdout(sys.stderr):  # stdout is for results
+            value = _function(path)(problem, text)
+            if isinstance(value, str | bytes) or not hasattr(value, "__float__"):
+                return f"returned {value!r}"[:200]
+            number = float(value)
+    except Exception as error:  # whatever a stranger's function raises
+        return f"raised {type(error).__name__}: {' '.join(str(error).split())}"[:200]
+    return number if math.isfinite(number) else f"returned {number}"

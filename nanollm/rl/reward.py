@@ -8,8 +8,8 @@ else.
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Self
 
 from nanollm.rl.judge import Judge, Verdict
@@ -25,10 +25,10 @@ class RewardConfig:
     """What a reply is rewarded for."""
 
     weights: dict[str, float] = field(default_factory=lambda: {"correct": 1.0})
-    """Name and weight of each part: correct (0 or 1, the task's own judgement), calculations (0 to 1: the share of the
-    notes <<48/2=24>> that are true), format (0 or 1: one answer after #### in the last line), length (0 to -1: too
-    long, see soft_tokens), or package.module:function of your own, called with the problem and the reply's text and
-    returning a number."""
+    """Name and weight of each part: correct (0 or 1, the task's own judgement), calculations (0 to 1: the share of
+    the steps whose notes <<48/2=24>> are true), format (0 or 1: one answer after #### in the last line), length (0 to
+    -1: too long, see soft_tokens), or package.module:function of your own, called with the problem and the reply's text
+    and returning a number."""
     soft_tokens: int = 32
     """length: the penalty grows from 0 to -1 over the last so many tokens before rollout.max_tokens; a reply that is
     cut off has -1 (soft overlong punishment, DAPO, arXiv:2503.14476, equation 13)."""
@@ -75,57 +75,55 @@ class Rewards:
     """Turns replies into rewards; a context, because functions of your own live in another process."""
 
     def __init__(self, c: RewardConfig, task: Task, max_tokens: int) -> None:
-        self.c = c
+        self.weights = c.weights
         self.faults: Counter[str] = Counter()
-        """What went wrong in functions of your own since the last look, and how often."""
+        """What went wrong with parts since this was last emptied, and how often."""
         own: dict[str, Callable[[Problem, Reply], float]] = {
             "correct": lambda problem, reply: float(task.grade(problem, reply.text)),
             "calculations": lambda problem, reply: true_share(reply.text),
             "format": lambda problem, reply: well_formed(reply),
             "length": lambda problem, reply: overlong(reply, max_tokens, c.soft_tokens),
         }
-        self._parts: dict[str, Callable[[Sequence[Judged]], list[float]]] = {}
+        self._ours = {name: own[name] for name in c.weights if name in OWN}
         self._judges = {name: Judge(name, c.timeout_s) for name in c.weights if name not in OWN}
-        for name in c.weights:
-            self._parts[name] = (
-                partial(self._ask, name) if name in self._judges else partial(self._each, name, own[name])
-            )
+        self._processes = ExitStack()
 
     def __enter__(self) -> Self:
+        with self._processes:  # closes what has started if another does not
+            for judge in self._judges.values():
+                self._processes.enter_context(judge)
+            self._processes = self._processes.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        for judge in self._judges.values():
-            judge.close()
+        self._processes.close()
 
     def __call__(self, judged: Sequence[Judged]) -> list[Reward]:
-        """The reward of each reply; a part that fails is worth 0 and counted in `faults`."""
-        parts = {name: part(judged) for name, part in self._parts.items()}
+        """The reward of each reply. A part that fails is counted in `faults` and is worth no more than any other."""
+        parts = {name: self._filled(name, self._verdicts(name, judged)) for name in self.weights}
         rewards = []
         for number in range(len(judged)):
             values = {name: column[number] for name, column in parts.items()}
-            rewards.append(Reward(sum(self.c.weights[name] * value for name, value in values.items()), values))
+            rewards.append(Reward(sum(self.weights[name] * value for name, value in values.items()), values))
         return rewards
 
-    def _ask(self, name: str, judged: Sequence[Judged]) -> list[float]:
-        verdicts = self._judges[name]([(problem, reply.text) for problem, reply in judged])
-        return [self._value(name, verdict) for verdict in verdicts]
+    def _verdicts(self, name: str, judged: Sequence[Judged]) -> list[Verdict]:
+        if name in self._judges:
+            return self._judges[name]([(problem, reply.text) for problem, reply in judged])
+        return [_ask(self._ours[name], problem, reply) for problem, reply in judged]
 
-    def _value(self, name: str, verdict: Verdict) -> float:
-        if isinstance(verdict, str):
-            self.faults[f"{name} {verdict}"] += 1
-            return 0.0
-        return verdict
+    def _filled(self, name: str, verdicts: Sequence[Verdict]) -> list[float]:
+        """Where a part failed, the least that it gave to any reply, and at most 0: failing must not pay."""
+        least = min((verdict for verdict in verdicts if isinstance(verdict, float)), default=0.0)
+        self.faults.update(f"{name} {verdict}" for verdict in verdicts if isinstance(verdict, str))
+        return [min(0.0, least) if isinstance(verdict, str) else verdict for verdict in verdicts]
 
-    def _each(self, name: str, part: Callable[[Problem, Reply], float], judged: Sequence[Judged]) -> list[float]:
-        values = []
-        for problem, reply in judged:
-            try:
-                values.append(part(problem, reply))
-            except Exception as error:  # a task of your own may raise anything: the step goes on, and says so
-                self.faults[f"{name} raised {type(error).__name__}: {error}"] += 1
-                values.append(0.0)
-        return values
+
+def _ask(part: Callable[[Problem, Reply], float], problem: Problem, reply: Reply) -> Verdict:
+    try:
+        return part(problem, reply)
+    except Exception as error:  # a task of your own may raise anything: the step goes on, and says so
+        return f"raised {type(error).__name__}: {error}"
 
 
 def well_formed(reply: Reply) -> float:

@@ -10,6 +10,8 @@ import re
 from collections.abc import Callable, Mapping
 from fractions import Fraction
 
+from nanollm.sources.gsm8k import ANSWER_MARK
+
 NOTE = re.compile(r"<<([0-9+*/().-]{1,60})=(-?[0-9]{0,20}(?:\.[0-9]{1,20})?)>>")
 MARK = "<<"
 OPERATORS: Mapping[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] = {
@@ -21,13 +23,24 @@ OPERATORS: Mapping[type[ast.operator], Callable[[Fraction, Fraction], Fraction]]
 
 
 def true_share(solution: str) -> float:
-    """Share of the notes in a solution that are true: 0 to 1, and 0 where there is none. Never raises."""
-    notes = solution.count(MARK)
-    return sum(is_true(expression, value) for expression, value in NOTE.findall(solution)) / notes if notes else 0.0
+    """Share of the steps of a solution that hold a true note: 0 to 1. Never raises.
+
+    Steps are the lines before the answer. One without a note is not true either, and one with several needs all of
+    them: a model rewarded for the share of its notes that are true learned to leave out those it was not sure of.
+    """
+    steps = [line for line in solution.split("\n") if line.strip() and not line.startswith(ANSWER_MARK)]
+    return sum(map(_holds_true_notes, steps)) / len(steps) if steps else 0.0
+
+
+def _holds_true_notes(step: str) -> bool:
+    notes = NOTE.findall(step)
+    return 0 < len(notes) == step.count(MARK) and all(is_true(expression, value) for expression, value in notes)
 
 
 def is_true(expression: str, value: str) -> bool:
-    """Whether an expression of + - * / and brackets has this value, to the decimals that are written."""
+    """Whether an expression of + - * / and brackets has this value: exactly, or rounded to decimals if it has any."""
+    if not re.search(r"[0-9)][-+*/]", expression):
+        return False  # 3=3 says nothing
     try:
         exact, written = _value(ast.parse(expression, mode="eval").body), Fraction(value)
     except (SyntaxError, ValueError, ArithmeticError, RecursionError, MemoryError):

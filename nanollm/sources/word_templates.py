@@ -31,7 +31,7 @@ class Template:
 
     question: str
     steps: tuple[str, ...]
-    heldout: bool = False  # never in train and test, so that a new story can be asked
+    heldout: bool = False  # in no other split, so that a new story can be asked
 
 
 TEMPLATES = (

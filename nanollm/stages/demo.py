@@ -24,7 +24,7 @@ from nanollm.sources.tasks import TaskConfig
 from nanollm.sources.word_problems import WordProblems
 from nanollm.stages import grpo, preprocess, pretrain, sft, tokenizer
 from nanollm.stages.preprocess import WordsConfig
-from nanollm.train.loop import LoopConfig, TrainConfig
+from nanollm.train.loop import TrainConfig
 from nanollm.train.optim import OptimConfig
 from nanollm.train.runlog import read_metrics
 from nanollm.world import World
@@ -197,7 +197,7 @@ def grpo_config(c: Config) -> grpo.Config:
         bundle=c.out / "sft" / "bundle",
         task=TaskConfig(levels=[2], largest=LARGEST),
         out=c.out / "grpo",
-        train=LoopConfig(steps=c.grpo_steps, validate_every=30, save_every=30, log_every=5),
+        train=grpo.GrpoTrainConfig(steps=c.grpo_steps, validate_every=30, save_every=30),
         rollout=RolloutConfig(prompts=32, group_size=8, max_tokens=MAX_REPLY),
         # Where all replies are wrong, the notes that are true still tell them apart.
         reward=RewardConfig(weights={"correct": 1.0, "calculations": 0.5}),
@@ -211,7 +211,6 @@ def grpo_config(c: Config) -> grpo.Config:
             weight_decay=0.0,
             balance_rate=0.0,
         ),
-        micro_batch_size=8,
         seed=c.seed,
         dtype="float32",  # as fast as bfloat16 at this size, and engine and trainer agree to the last digits
     )

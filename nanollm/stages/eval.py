@@ -50,7 +50,7 @@ class EvalTask(TaskConfig):
     name: str = NO_TASK
     """words: generated school problems; gsm8k: GSM8K; module:Name: a class of your own; none: no problems."""
     split: str = "test"
-    """Which problems of the task: train, test, or for words heldout, too."""
+    """Which problems of the task: train or test, and for words new_numbers or heldout."""
 
     def __post_init__(self) -> None:
         if self.name != NO_TASK:

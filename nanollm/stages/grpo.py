@@ -34,6 +34,21 @@ FIXED = ("seed", "task", "rollout", "reward.weights", "reward.soft_tokens", "obj
 
 
 @dataclass(frozen=True, kw_only=True)
+class GrpoTrainConfig(LoopConfig):
+    """How long, in which portions, and how often to look, log and save."""
+
+    log_every: int = 1
+    """Steps between two lines of metrics.jsonl, each with the numbers of its step alone."""
+    micro_batch_size: int = 8
+    """Rows per forward pass of training, each as long as the model's context and shared by the replies that fit."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.micro_batch_size < 1:
+            raise ValueError(f"train.micro_batch_size must be at least 1, got {self.micro_batch_size}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """Group-relative policy optimization (arXiv:2402.03300): sample replies to problems with known answers, and make
     those likelier that are better than others to the same problem. The same command goes on where an interrupted run
@@ -43,8 +58,8 @@ class Config:
     """The model to start from: a bundle that can already reply, such as runs/demo/sft/bundle."""
     out: Path
     """Folder of the run: config.yaml, metrics.jsonl, rollouts/, checkpoints/, bundle/."""
-    train: LoopConfig
-    """Length and intervals; a step samples once and updates objective.updates times."""
+    train: GrpoTrainConfig
+    """Length, portions and intervals; a step samples once and updates objective.updates times."""
     task: TaskConfig = field(default_factory=TaskConfig)
     """Problems and who judges the replies."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -57,12 +72,11 @@ class Config:
         default_factory=lambda: OptimConfig(lr=3e-4, warmup_steps=5, weight_decay=0.0, balance_rate=0.0)
     )
     """Optimizer and schedule. The routers' balancing is off: it would change the model without being asked."""
-    micro_batch_size: int = 8
-    """Rows per forward pass of training, each as long as the model's context and shared by the replies that fit."""
     reference: Path | None = None
     """Bundle that the policy is kept near, with objective.beta only; null: the bundle the run starts from."""
     validation_problems: int = 200
-    """Problems of the split test that are solved greedily now and then (0: none)."""
+    """Problems of the split test that are solved greedily now and then, its last ones: nanollm eval begins with the
+    first (0: none)."""
     seed: int = 0
     """Orders the problems and draws the replies."""
     device: DeviceName = "auto"
@@ -73,8 +87,6 @@ class Config:
     """Where metrics go beside metrics.jsonl: tensorboard, wandb, trackio."""
 
     def __post_init__(self) -> None:
-        if self.micro_batch_size < 1:
-            raise ValueError(f"micro_batch_size must be at least 1, got {self.micro_batch_size}")
         if self.validation_problems < 0:
             raise ValueError(f"validation_problems must be at least 0, got {self.validation_problems}")
         if self.reference is not None and not self.objective.beta:
@@ -84,7 +96,9 @@ class Config:
 def plan(c: Config) -> str:
     """What a run would do."""
     world = World.start(c.device, c.dtype)
-    bundle, _, problems, validation = _open(c)
+    bundle, task, problems, validation = _open(c)
+    _open_reference(c, bundle, world)
+    Rewards(c.reward, task, c.rollout.max_tokens)  # finds a path that leads nowhere
     replies = c.rollout.prompts * c.rollout.group_size
     return (
         f"{bundle.model.config.total_parameters:,} parameters of {c.bundle} on {world.device} in "
@@ -120,7 +134,7 @@ def run(c: Config) -> Path:
             objective=c.objective,
             optim=c.optim,
             rate=lambda step: lr_at(step, c.train.steps, c.optim),
-            micro_batch_size=c.micro_batch_size,
+            micro_batch_size=c.train.micro_batch_size,
             folder=c.out / "rollouts",
             seed=c.seed,
             world=world,
@@ -166,7 +180,8 @@ def _open(c: Config) -> tuple[Bundle, Task, Sequence[Problem], Sequence[Problem]
             f"rollout.max_tokens of {c.rollout.max_tokens} leaves no room for a question in the context of "
             f"{bundle.model.config.context_length} tokens; take a smaller one"
         )
-    validation = task.problems("test")[: c.validation_problems] if c.validation_problems else []
+    test = task.problems("test") if c.validation_problems else []
+    validation = [test[-number] for number in range(1, min(c.validation_problems, len(test)) + 1)]
     return bundle, task, task.problems("train"), validation
 
 

@@ -11,7 +11,7 @@ from nanollm.durable import check_writable
 from nanollm.progress import say
 from nanollm.sources import builtin, chats, gsm8k, instructions, openwebtext
 from nanollm.sources.builtin import BUILTIN
-from nanollm.sources.files import OnBad, find_files, is_named, read_texts
+from nanollm.sources.files import OnBad, find_files, read_texts
 from nanollm.sources.hub import stream_rows
 from nanollm.sources.word_problems import WordProblems
 from nanollm.text.tokenizer import Tokenizer
@@ -148,9 +148,8 @@ def open_source(config: Config) -> tuple[list[Part], dict[str, Any]]:
     if config.kind == "text":
         source["column"] = config.text_column
     if config.kind == "gsm8k":
-        files = find_files(config.input) if config.input else None
-        train, test = _named(files, "train"), _named(files, "test")
-        source["files"] = None if files is None else _sizes([*(train or []), *(test or [])])
+        train, test = (gsm8k.files_of(config.input, split) if config.input else None for split in ("train", "test"))
+        source["files"] = _sizes([*(train or []), *(test or [])]) if config.input else None
         return [Part(_reader(config, train, "train")), Part(_reader(config, test, "test"), "test")], source
     if config.input == [Path(BUILTIN)]:
         parts, source["dataset"] = [Part(lambda on_bad: builtin.documents())], BUILTIN
@@ -181,15 +180,6 @@ def _reader(
     if files is not None:
         return lambda on_bad: read_texts(files, config.text_column, on_bad)
     return lambda on_bad: (row[0] for row in stream_rows(str(name), split, [config.text_column], on_bad))
-
-
-def _named(files: list[Path] | None, split: str) -> list[Path] | None:
-    """The files of one split by their names, so that a problem of the test is never trained on."""
-    if files is None:
-        return None
-    if not (named := [path for path in files if is_named(path, split)]):
-        raise ValueError(f"gsm8k needs files named for their split (train.jsonl, test.jsonl); none is named {split!r}")
-    return named
 
 
 def _sizes(files: Sequence[Path]) -> list[list[str | int]]:

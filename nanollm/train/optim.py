@@ -37,6 +37,8 @@ class OptimConfig:
     """Decoupled weight decay; matrices only."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's decay rates of the two moments."""
+    eps: float = 1e-8
+    """Added to the root of AdamW's second moment; a gradient that is smaller on average moves its weight little."""
     momentum: float = 0.95
     """Muon's momentum."""
     max_grad_norm: float = 1.0
@@ -51,6 +53,8 @@ class OptimConfig:
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"optim.{name} must be at least 0, got {value}")
+        if not 0 < self.eps < math.inf:
+            raise ValueError(f"optim.eps must be above 0, got {self.eps}")
         for name, value in (("betas", self.betas[0]), ("betas", self.betas[1]), ("momentum", self.momentum)):
             if not 0 <= value < 1:
                 raise ValueError(f"optim.{name} must be at least 0 and below 1, got {value}")
@@ -81,7 +85,7 @@ def build_optimizers(parameters: Mapping[str, Tensor], c: OptimConfig, dtype: to
         {"params": [p for p in rest.values() if p.dim() >= 2], "weight_decay": c.weight_decay},
         {"params": [p for p in rest.values() if p.dim() < 2], "weight_decay": 0.0},
     ]
-    optimizers: list[Optimizer] = [AdamW(groups, lr=c.lr, betas=c.betas, fused=True)]
+    optimizers: list[Optimizer] = [AdamW(groups, lr=c.lr, betas=c.betas, eps=c.eps, fused=True)]
     if with_muon:
         matrices = [p for n, p in parameters.items() if n in with_muon]
         optimizers.append(Muon(matrices, lr=c.lr, momentum=c.momentum, weight_decay=c.weight_decay, dtype=dtype))

@@ -56,7 +56,7 @@ def test_a_solution_without_an_answer_scoring_one(monkeypatch):
     """huggingface/open-r1 #293: what could not be parsed was rewarded."""
 
     def promise():
-        with pytest.raises(ValueError, match="no number"):
+        with pytest.raises(ValueError, match="a solution must end in"):
             gsm8k.grade("#### 3", "nobody knows")
 
     promise()

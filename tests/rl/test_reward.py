@@ -28,6 +28,12 @@ def faulty(problem, reply):
             while True: pass
     return 0.5
 
+def penalty(problem, reply):
+    print("this is not the result of the run")
+    if reply == "raise":
+        raise TimeoutError("mine")
+    return -len(reply)
+
 def blocks(problem, reply):
     time.sleep(60)
 """
@@ -147,3 +153,10 @@ def test_impossible_rewards_are_refused(weights, message):
 def test_a_path_that_leads_nowhere_is_refused_before_anything_is_sampled(path, message):
     with pytest.raises(ValueError, match=message):
         Rewards(RewardConfig(weights={path: 1.0}), EndsSoon(), 40)
+
+
+def test_failing_does_not_pay(own):
+    """Where a part is a penalty, 0 would be its best value."""
+    with Rewards(RewardConfig(weights={f"{own}:penalty": 1.0}), EndsSoon(), 40) as rewards:
+        got = rewards([(PROBLEM, Reply(text, 1, ended=True)) for text in ("long text", "raise", "short")])
+    assert [reward.total for reward in got] == [-9, -9, -5]

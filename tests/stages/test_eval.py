@@ -300,7 +300,10 @@ def test_settings_without_sense_are_refused(tmp_path, settings, message):
     [
         (["--task.name", "wrods"], "got 'wrods'; did you mean words?"),
         (["--task.split", "dev"], "--task.name is missing"),
-        (["--task.name", "words", "--task.split", "dev"], "has no split 'dev'; it has train, test, heldout"),
+        (
+            ["--task.name", "words", "--task.split", "dev"],
+            "has no split 'dev'; it has train, test, new_numbers, heldout",
+        ),
         (["--task.name", "mine_for_eval:Odd"], "has no Odd"),
         (["--text", "nowhere.txt"], "nowhere.txt does not exist"),
         (["--text", "mine_for_eval.py"], "is not one of .txt"),

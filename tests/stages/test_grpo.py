@@ -15,7 +15,6 @@ from nanollm.sources.tasks import TaskConfig
 from nanollm.stages import grpo
 from nanollm.text.tokenizer import train
 from nanollm.train.checkpoint import checkpoints
-from nanollm.train.loop import LoopConfig
 from nanollm.train.optim import OptimConfig
 from tests.conftest import STORY
 from tests.stages.conftest import MODEL
@@ -50,7 +49,7 @@ def run_config(bundle, tmp_path, monkeypatch):
             "bundle": bundle,
             "out": tmp_path / out,
             "task": TaskConfig(name="even_task:Even"),
-            "train": LoopConfig(steps=steps, log_every=1, validate_every=3, save_every=2),
+            "train": grpo.GrpoTrainConfig(steps=steps, validate_every=3, save_every=2),
             "rollout": RolloutConfig(prompts=3, group_size=4, max_tokens=10),
             "optim": OptimConfig(name="adamw", lr=1e-3, warmup_steps=1, balance_rate=0.0),
             "validation_problems": 5,
