@@ -16,8 +16,6 @@ from nanollm.evals.intervals import paired
 from nanollm.evals.problems import Accuracy, Judged, judge, solve
 from nanollm.model.config import ModelConfig
 from nanollm.progress import duration, say
-from nanollm.rl.loss import ObjectiveConfig
-from nanollm.rl.reward import RewardConfig
 from nanollm.rl.rollout import RolloutConfig
 from nanollm.sources.builtin import BUILTIN
 from nanollm.sources.tasks import TaskConfig
@@ -53,7 +51,7 @@ class Config:
     """Optimizer steps of pretraining, 4,096 tokens each."""
     sft_steps: int = 140
     """Optimizer steps of instruction tuning, 64 worked solutions each."""
-    grpo_steps: int = 160
+    grpo_steps: int = 150
     """Steps of reinforcement learning, 256 replies each."""
     exam: int = 500
     """Problems of each split that the models are compared on."""
@@ -199,13 +197,11 @@ def grpo_config(c: Config) -> grpo.Config:
         out=c.out / "grpo",
         train=grpo.GrpoTrainConfig(steps=c.grpo_steps, validate_every=30, save_every=30),
         rollout=RolloutConfig(prompts=32, group_size=8, max_tokens=MAX_REPLY),
-        # Where all replies are wrong, the notes that are true still tell them apart.
-        reward=RewardConfig(weights={"correct": 1.0, "calculations": 0.5}),
-        objective=ObjectiveConfig(advantage="std"),
         optim=OptimConfig(
             name="adamw",
-            lr=7e-4,
+            lr=3e-4,
             betas=(0.9, 0.99),
+            eps=1e-6,
             schedule="wsd",
             warmup_steps=20,
             weight_decay=0.0,

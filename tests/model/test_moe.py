@@ -9,7 +9,7 @@ from nanollm.model import moe
 from nanollm.model.layers import swiglu
 from nanollm.model.moe import Experts, MoE, balance_loss, route
 from nanollm.model.transformer import Transformer
-from tests.model.conftest import TINY
+from tests.model.conftest import TINY, randomised
 
 
 @pytest.mark.parametrize("tokens", [1, 23, 300])
@@ -111,3 +111,25 @@ def test_balance_loss_is_one_when_all_share_and_larger_when_one_takes_all():
     assert balance_loss(even_scores, even).item() == pytest.approx(1.0)
     skewed_scores = torch.tensor([0.9, 0.1, 0.1, 0.1]).expand(1, 4, 4)
     assert balance_loss(skewed_scores, torch.zeros(1, 4, 1, dtype=torch.int64)).item() == pytest.approx(3.0)
+
+
+def test_empty_places_of_a_packed_row_count_for_no_expert(tiny_config):
+    model = randomised(Transformer(tiny_config).init(0)).train()
+    tokens = torch.tensor([[5, 9, 3, 44, 7, 0, 0, 0]])
+    positions = torch.tensor([[0, 1, 0, 1, 2, 0, 0, 0]])  # texts of two and three tokens, and three empty places
+    model(tokens, positions=positions)
+    loads = [layer.load.clone() for layer in model.moe_layers()]
+    for layer in model.moe_layers():
+        layer.load.zero_()
+    model(tokens[:, :5], positions=positions[:, :5])
+    assert all(torch.equal(layer.load, load) for layer, load in zip(model.moe_layers(), loads, strict=True))
+    assert all(load.sum() == 5 * tiny_config.experts_per_token for load in loads)
+
+
+def test_empty_places_change_no_balance_loss():
+    scores = torch.rand(2, 6, 5, generator=torch.Generator().manual_seed(0))
+    experts = scores.topk(2, dim=-1).indices
+    is_text = torch.tensor([[True] * 4 + [False] * 2, [True] * 6])
+    got = balance_loss(scores, experts, is_text)
+    torch.testing.assert_close(got[0], balance_loss(scores[:1, :4], experts[:1, :4])[0])
+    torch.testing.assert_close(got[1], balance_loss(scores, experts)[1])
