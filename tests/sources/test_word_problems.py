@@ -111,9 +111,7 @@ def test_problems_are_the_same_on_every_machine_and_for_ever():
         "Ben has 4 eggs. Jane has 3 times as many. They put all of them together and then give 7 away. "
         "How many eggs are left?"
     )
-    assert far["test"].answer == (
-        "Leo reads 9*5=<<9*5=45>>45 pages.\nThere are 68-45=<<68-45=23>>23 pages left.\n#### 23"
-    )
+    assert far["test"].answer == "Leo has 5+3=<<5+3=8>>8 cups.\nTogether they have 5+8=<<5+8=13>>13 cups.\n#### 13"
     assert far["heldout"].question == (
         "A box holds 17 toys. Paul takes 10 toys out of it. How many toys are still in the box?"
     )

@@ -115,7 +115,6 @@ def test_nonsense_is_refused_before_anything_is_read(tmp_path):
     for changes, words in [
         ({"corpus": []}, "give either --dataset_name NAME or --corpus FILE_OR_FOLDER..., got neither"),
         ({"dataset_name": "a/b"}, "got both"),
-        ({"corpus": ["builtin", "a.txt"]}, "--corpus builtin stands alone"),
         ({"vocab_size": 65_537}, "to 65,536"),
         ({"vocab_size": 100}, "vocab_size must be from 277"),
         ({"model_name": "a/b"}, "model_name must be a plain file name"),
@@ -208,3 +207,15 @@ def test_the_original_command_line_works(corpus, tmp_path):
     options += ["--vocab_size", "500"]
     done = subprocess.run(command + options, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'bpe_tokenizer.model'}\n"), done.stderr
+
+
+def test_the_builtin_corpus_and_files_are_learned_from_together(tmp_path, monkeypatch):
+    monkeypatch.setattr(builtin, "documents", lambda: iter(["the documentation says nothing of it " * 40]))
+    (tmp_path / "mine.txt").write_text("zyzzyva " * 400)
+    c = Config(
+        corpus=["builtin", str(tmp_path / "mine.txt")], output_dir=tmp_path / "out", vocab_size=310, held_out=0.0
+    )
+    assert "the built-in corpus and 1 files with 0.0 MB" in plan(c)
+    learned = Tokenizer.load(run(c))
+    assert len(learned.encode("zyzzyva")) <= 3
+    assert len(learned.encode(" documentation")) <= 6
