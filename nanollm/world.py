@@ -46,6 +46,14 @@ class World:
         """Whether this process writes files and speaks."""
         return self.rank == 0
 
+    def total(self, number: float) -> float:
+        """The sum of a number over all ranks."""
+        if self.size == 1:
+            return number
+        tensor = torch.tensor(number, dtype=torch.float64, device=self.device)
+        distributed.all_reduce(tensor)
+        return tensor.item()
+
     def add_up(self, tensors: Iterable[Tensor]) -> None:
         """Put in place of each tensor its sum over all ranks."""
         if self.size > 1:

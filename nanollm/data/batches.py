@@ -192,7 +192,8 @@ class Conversations:
         numbers = np.empty_like(draws)
         for source, epoch in {*zip(sources.tolist(), epochs.tolist(), strict=True)}:
             chosen = (sources == source) & (epochs == epoch)
-            numbers[chosen] = permute(places[chosen], len(self.splits[source]), epoch_seed(self.seed, epoch))
+            seed = epoch_seed(self.seed + (source << 32), epoch)  # each source in an order of its own
+            numbers[chosen] = permute(places[chosen], len(self.splits[source]), seed)
         return [self.splits[source][number] for source, number in zip(sources, numbers, strict=True)]
 
     def micro_batches(

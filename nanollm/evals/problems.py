@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Literal
 
+from nanollm.data.order import epoch_seed
 from nanollm.evals.intervals import wilson
 from nanollm.generate.engine import Completion, generate
 from nanollm.generate.sampling import SamplingConfig
@@ -126,6 +127,7 @@ def solve(
     read = [place for place, prompt in enumerate(prompts) if len(prompt) < limit]
     attempts = [Attempt(problem, [""] * samples, ["no room"] * samples, [0] * samples) for problem in problems]
     at_once = max(1, rows // samples)  # problems
+    first_seed = epoch_seed(seed, 0) >> 2  # far from those of the next seed
     with Progress("solving", len(read) * samples, "replies") as bar:
         for first in range(0, len(read), at_once):
             chosen = read[first : first + at_once]
@@ -135,7 +137,7 @@ def solve(
                 sampling,
                 max_tokens=max_tokens,
                 end_ids=reply_ends(tokenizer),
-                seed=seed + first * samples,
+                seed=first_seed + first * samples,
                 samples=samples,
             )
             for number, place in enumerate(chosen):

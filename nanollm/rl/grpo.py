@@ -8,9 +8,10 @@ Letters: P prompts, G replies per prompt.
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
+from itertools import islice
 from pathlib import Path
 from statistics import fmean, pstdev
 
@@ -34,8 +35,10 @@ from nanollm.train.state import TrainState
 from nanollm.train.step import StepStats, train_step
 from nanollm.world import World
 
-MAX_BARREN_IN_A_ROW = 10
-"""Steps without a single group to learn from after which a run ends with advice."""
+MAX_BARREN_STEPS, MAX_BARREN_GROUPS = 10, 200
+"""Steps in a row, and groups in them, without one to learn from, after which a run ends with advice."""
+REPLACEMENTS = 4
+"""How often as many problems as a step needs are drawn to replace those that do not fit."""
 
 
 @dataclass(frozen=True)
@@ -103,8 +106,9 @@ class Learner:
     world: World
     reference: Transformer | None = None
     """With objective.beta only."""
-    barren: int = 0
-    """Steps in a row without a group to learn from."""
+    barren_steps: int = 0
+    """Steps in a row without a group to learn from, and the groups in them."""
+    barren_groups: int = 0
 
     def step(self, step: int) -> GrpoStats:
         """Sample, grade, compare, learn."""
@@ -132,30 +136,41 @@ class Learner:
 
     def sample(self, step: int) -> tuple[list[Graded], dict[str, float]]:
         """The graded groups of a step; those that teach nothing are replaced as often as `resample` allows."""
+        counts: Counter[str] = Counter(prompts_too_long=0, groups_replaced=0)
+        problems = self.draw(step, counts)
         graded: list[Graded] = []
-        too_long = replaced = 0
         for attempt in range(self.rollout.resample + 1):
             kept = [each for each in graded if each.teaches]
-            if attempt and len(kept) == len(graded):
+            new = list(islice(problems, self.rollout.prompts - len(kept)))
+            if not new:
                 break
-            drawn = self.draw(step, attempt, self.rollout.prompts - len(kept))
-            problems = [problem for problem in drawn if self.fits(problem)]
-            too_long += len(drawn) - len(problems)
-            replaced += len(graded) - len(kept)
+            counts["groups_replaced"] += len(graded) - len(kept)
             seed = reply_seed(self.seed, step, attempt)
-            graded = kept + self.grade(roll_out(self.state.model, self.tokenizer, problems, self.rollout, seed))
+            graded = kept + self.grade(roll_out(self.state.model, self.tokenizer, new, self.rollout, seed))
         if not graded:
             raise ValueError(
                 f"none of the problems of step {step + 1} leaves room for a reply of {self.rollout.max_tokens} tokens "
                 f"in the context of {self.state.model.config.context_length}; take a smaller --rollout.max_tokens or "
                 f"shorter problems"
             )
-        return graded, {"prompts_too_long": too_long, "groups_replaced": replaced}
+        return graded, dict(counts)
 
-    def draw(self, step: int, attempt: int, count: int) -> list[Problem]:
-        """Problems in a fresh random order each epoch; attempts to replace some draw from another order."""
-        seed = epoch_seed(self.seed, -attempt) if attempt else self.seed
-        return [self.problems[number] for number in sample_indices(step, count, len(self.problems), seed).tolist()]
+    def draw(self, step: int, counts: Counter[str]) -> Iterator[Problem]:
+        """The problems of a step, in a fresh random order each epoch, and behind them others that may replace some.
+
+        None comes twice, and none that does not fit; those are counted.
+        """
+        seen = set[int]()
+        for attempt in range(self.rollout.resample + REPLACEMENTS):
+            seed = epoch_seed(self.seed, -attempt) if attempt else self.seed
+            for number in sample_indices(step, self.rollout.prompts, len(self.problems), seed).tolist():
+                if number in seen:
+                    continue
+                seen.add(number)
+                if self.fits(self.problems[number]):
+                    yield self.problems[number]
+                else:
+                    counts["prompts_too_long"] += 1
 
     def fits(self, problem: Problem) -> bool:
         """Whether the context holds the problem and the longest reply to it."""
@@ -180,14 +195,18 @@ class Learner:
         if faults:
             fault, times = faults.most_common(1)[0]
             say(f"step {step + 1}: {faults.total()} parts of rewards are missing, {times} because {fault}")
-        self.barren = 0 if any(each.teaches for each in graded) else self.barren + 1
-        if self.barren == MAX_BARREN_IN_A_ROW:
+        is_solved = all(reward.parts.get("correct") == 1 for each in graded for reward in each.rewards)
+        if is_solved or any(each.teaches for each in graded):
+            self.barren_steps = self.barren_groups = 0
+            return
+        self.barren_steps, self.barren_groups = self.barren_steps + 1, self.barren_groups + len(graded)
+        if self.barren_steps >= MAX_BARREN_STEPS and self.barren_groups >= MAX_BARREN_GROUPS:
             totals = [total for each in graded for total in each.totals]
+            cause = f", and {faults.total()} parts were missing because {faults.most_common(1)[0][0]}" if faults else ""
             raise ValueError(
-                f"for {self.barren} steps all replies to each problem earned the same (the last rewards lie between "
-                f"{min(totals):.3g} and {max(totals):.3g}), so there is nothing to learn from. If they are all wrong: "
-                f"train longer with nanollm sft first, or take easier problems or a larger --rollout.group_size; if "
-                f"they are all right: take harder problems, or stop at an earlier --train.steps"
+                f"for {self.barren_steps} steps all replies to each problem earned the same (the last between "
+                f"{min(totals):.3g} and {max(totals):.3g}{cause}), so there is nothing to learn from: train longer "
+                f"with nanollm sft first, or take easier problems or a larger --rollout.group_size"
             )
 
     def update(self, step: int, batches: list[RolloutBatch], seen: list[Seen]) -> StepStats:

@@ -8,6 +8,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import TimeoutError
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stdout
 from functools import cache
 from multiprocessing import get_context
@@ -38,18 +39,17 @@ class Judge:
             raise ValueError(
                 f"{path} is {type(function).__name__}, expected a function of a problem and a reply's text"
             )
+        self._pool: ProcessPool | None = None
 
     def __enter__(self) -> Self:
-        self._pool = ProcessPool(max_workers=1, context=get_context("spawn"))
-        self._prepare()
+        self._start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._pool.stop()
-        self._pool.join()
+        self._stop()
 
     def __call__(self, judged: Sequence[tuple[Problem, str]]) -> list[Verdict]:
-        """A number for each problem and reply, or what went wrong, in their order."""
+        """A number for each problem and reply, or what went wrong, in their order. Raises nothing."""
         verdicts: list[Verdict] = []
         timeouts = 0
         for problem, text in judged:
@@ -57,23 +57,34 @@ class Judge:
                 verdicts.append("was not asked after too many timeouts")
                 continue
             try:
-                future = self._pool.schedule(_call, args=[self.path, problem, text], timeout=self.timeout_s)
-                verdicts.append(future.result())
+                if self._pool is None:
+                    self._start()
+                assert self._pool is not None
+                verdicts.append(self._pool.schedule(_call, [self.path, problem, text], timeout=self.timeout_s).result())
             except TimeoutError:
                 timeouts += 1
                 verdicts.append(f"took longer than {self.timeout_s} s")
-                self._prepare()
-            except ProcessExpired:
-                verdicts.append("ended its process")
-                self._prepare()
+                self._stop()
+            except Exception as error:  # it ended its process, or that process was killed while it waited
+                ended = isinstance(error, ProcessExpired | BrokenProcessPool)
+                timeouts += not ended
+                verdicts.append("ended its process" if ended else f"could not be asked: {_told(error)}")
+                self._stop()
         return verdicts
 
-    def _prepare(self) -> None:
-        """Have a process that is ready for the next reply."""
+    def _start(self) -> None:
+        """Have a process that is ready for a reply."""
+        self._pool = ProcessPool(max_workers=1, context=get_context("spawn"))
         try:
             self._pool.schedule(_load, args=[self.path], timeout=START_S).result()
         except TimeoutError:
             raise ValueError(f"importing {self.path} took longer than {START_S:.0f} s; {OPTION} needs it") from None
+
+    def _stop(self) -> None:
+        if self._pool is not None:
+            self._pool.stop()
+            self._pool.join()
+            self._pool = None
 
 
 @cache
@@ -87,6 +98,13 @@ def _load(path: str) -> None:
         _function(path)
 
 
+def _told(error: BaseException) -> str:
+    try:
+        return f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
+    except Exception:  # its __str__ raises as well
+        return type(error).__name__
+
+
 def _call(path: str, problem: Problem, text: str) -> Verdict:
     """In the other process: everything that the function can do wrong but never end."""
     try:
@@ -95,6 +113,6 @@ def _call(path: str, problem: Problem, text: str) -> Verdict:
             if isinstance(value, str | bytes) or not hasattr(value, "__float__"):
                 return f"returned {value!r}"[:200]
             number = float(value)
-    except Exception as error:  # whatever a stranger's function raises
-        return f"raised {type(error).__name__}: {' '.join(str(error).split())}"[:200]
+    except BaseException as error:  # whatever a stranger's function raises, SystemExit too
+        return f"raised {_told(error)}"[:200]
     return number if math.isfinite(number) else f"returned {number}"

@@ -113,10 +113,11 @@ class Rewards:
         return [_ask(self._ours[name], problem, reply) for problem, reply in judged]
 
     def _filled(self, name: str, verdicts: Sequence[Verdict]) -> list[float]:
-        """Where a part failed, the least that it gave to any reply, and at most 0: failing must not pay."""
-        least = min((verdict for verdict in verdicts if isinstance(verdict, float)), default=0.0)
+        """Where a part failed, the worst that it gave to any reply, and no better than 0: failing must not pay."""
+        worst = min if self.weights[name] >= 0 else max
+        instead = worst([0.0, *(verdict for verdict in verdicts if isinstance(verdict, float))])
         self.faults.update(f"{name} {verdict}" for verdict in verdicts if isinstance(verdict, str))
-        return [min(0.0, least) if isinstance(verdict, str) else verdict for verdict in verdicts]
+        return [instead if isinstance(verdict, str) else verdict for verdict in verdicts]
 
 
 def _ask(part: Callable[[Problem, Reply], float], problem: Problem, reply: Reply) -> Verdict:

@@ -9,6 +9,7 @@ import operator
 import re
 from collections.abc import Callable, Mapping
 from fractions import Fraction
+from itertools import takewhile
 
 from nanollm.sources.gsm8k import ANSWER_MARK
 
@@ -28,7 +29,8 @@ def true_share(solution: str) -> float:
     Steps are the lines before the answer. One without a note is not true either, and one with several needs all of
     them: a model rewarded for the share of its notes that are true learned to leave out those it was not sure of.
     """
-    steps = [line for line in solution.split("\n") if line.strip() and not line.startswith(ANSWER_MARK)]
+    before_answer = takewhile(lambda line: not line.startswith(ANSWER_MARK), solution.split("\n"))
+    steps = [line for line in before_answer if line.strip()]
     return sum(map(_holds_true_notes, steps)) / len(steps) if steps else 0.0
 
 

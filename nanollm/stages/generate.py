@@ -7,7 +7,7 @@ from pathlib import Path
 from nanollm.bundle import load_bundle
 from nanollm.generate.engine import generate
 from nanollm.generate.sampling import SamplingConfig
-from nanollm.text.chat import Conversation, encode_prompt, reply_ends
+from nanollm.text.chat import Conversation, encode_prompt, reply_ends, reply_text
 from nanollm.text.tokenizer import Tokenizer
 from nanollm.world import DeviceName, DtypeName, World
 
@@ -52,7 +52,7 @@ def run(c: Config) -> str:
     tokenizer = bundle.tokenizer
 
     def stops(ids: list[int]) -> bool:
-        return any(text in tokenizer.decode(ids) for text in c.stop)
+        return any(text in tokenizer.decode_drawn(ids) for text in c.stop)
 
     completions = generate(
         bundle.model,
@@ -65,7 +65,8 @@ def run(c: Config) -> str:
     )
     lines = []
     for prompt, completion in zip(c.prompt, completions, strict=True):
-        text = cut_at_stop(tokenizer.decode(completion.ids), c.stop)
+        drawn = reply_text(completion.ids, tokenizer) if c.chat else tokenizer.decode_drawn(completion.ids)
+        text = cut_at_stop(drawn, c.stop)
         record = {"prompt": prompt, "text": text, "tokens": len(completion.ids), "finish": completion.finish}
         plain = text if c.chat else prompt + text
         lines.append(json.dumps(record, ensure_ascii=False) if c.json else plain)

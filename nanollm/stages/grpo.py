@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -28,6 +29,8 @@ from nanollm.train.runfolder import claim_folder
 from nanollm.train.runlog import RunLog, TrackerName, start_tracker
 from nanollm.train.state import TrainState
 from nanollm.world import DeviceName, DtypeName, World
+
+FINGERPRINTED = 100
 
 # What decides which numbers come out at which step; the rest (intervals, length, rates) may change on the way.
 FIXED = ("seed", "task", "rollout", "reward.weights", "reward.soft_tokens", "objective", "optim.name", "inputs")
@@ -89,6 +92,10 @@ class Config:
     def __post_init__(self) -> None:
         if self.validation_problems < 0:
             raise ValueError(f"validation_problems must be at least 0, got {self.validation_problems}")
+        if self.optim.balance_weight:
+            raise ValueError(
+                f"optim.balance_weight has no effect on replies, got {self.optim.balance_weight}; leave it at 0"
+            )
         if self.reference is not None and not self.objective.beta:
             raise ValueError("a reference without objective.beta has no effect; set --objective.beta or leave it out")
 
@@ -117,7 +124,11 @@ def run(c: Config) -> Path:
     with ExitStack() as stack:
         stack.enter_context(lock_folder(c.out))
         rewards = stack.enter_context(Rewards(c.reward, task, c.rollout.max_tokens))
-        inputs = {"bundle": bundle.provenance["files"][WEIGHTS], "tokenizer": bundle.tokenizer.fingerprint}
+        inputs = {
+            "bundle": bundle.provenance["files"][WEIGHTS],
+            "tokenizer": bundle.tokenizer.fingerprint,
+            "problems": fingerprint(problems),
+        }
         if reference is not None:
             inputs["reference"] = reference.provenance["files"][WEIGHTS]
         settings = dataclasses.asdict(c) | world.names  # what is really used instead of auto
@@ -171,6 +182,12 @@ def validate(
     return {"val_accuracy": score.value, "val_accuracy_low": score.low, "val_accuracy_high": score.high}
 
 
+def fingerprint(problems: Sequence[Problem]) -> str:
+    """sha256 of how many problems there are and of the first hundred."""
+    first = [dataclasses.astuple(problems[number]) for number in range(min(FINGERPRINTED, len(problems)))]
+    return sha256(repr((len(problems), first)).encode()).hexdigest()
+
+
 def _open(c: Config) -> tuple[Bundle, Task, Sequence[Problem], Sequence[Problem]]:
     """The bundle, the task, its problems to train on and those to validate on."""
     bundle, task = load_bundle(c.bundle), open_task(c.task)
@@ -191,6 +208,9 @@ def _open_reference(c: Config, bundle: Bundle, world: World) -> Bundle | None:
         return None
     folder = c.reference or c.bundle
     reference = load_bundle(folder, world.dtype, world.device)
+    theirs, ours = reference.model.config.vocab_size, bundle.model.config.vocab_size
+    if theirs != ours:
+        raise ValueError(f"the reference {folder} knows {theirs:,} ids, {c.bundle} {ours:,}; they must be as many")
     if reference.tokenizer.fingerprint != bundle.tokenizer.fingerprint:
         raise ValueError(
             f"the reference {folder} has tokenizer {reference.tokenizer.fingerprint[:6]}, {c.bundle} has "

@@ -138,7 +138,7 @@ def sample(c: Config, state: TrainState, tokenizer: Tokenizer) -> dict[str, obje
         max_tokens=SAMPLE_TOKENS,
         end_ids=frozenset({tokenizer.eos_id}),
     )
-    texts = [tokenizer.decode(completion.ids) for completion in completions]
+    texts = [tokenizer.decode_drawn(completion.ids) for completion in completions]
     for prompt, text in zip(c.sample_prompts, texts, strict=True):
         say(f"step {state.step:,}: {(prompt + text)!r}")
     return {"samples": texts}

@@ -97,13 +97,10 @@ def reply_ends(tokenizer: Tokenizer) -> frozenset[int]:
 
 
 def reply_text(ids: Sequence[int], tokenizer: Tokenizer) -> str:
-    """What the assistant said: the text of the ids up to the first that ends a reply, or of all of them.
-
-    A model may have more ids than its tokenizer; one that draws such an id says nothing with it.
-    """
-    ends = reply_ends(tokenizer)
+    """What the assistant said: the text of the ids up to the first that ends a reply or begins a message, or of all."""
+    ends = reply_ends(tokenizer) | {tokenizer.mark_id(mark) for mark in MARK_OF.values()}
     length = next((place for place, token in enumerate(ids) if token in ends), len(ids))
-    return tokenizer.decode([token for token in ids[:length] if token < tokenizer.vocab_size])
+    return tokenizer.decode_drawn(ids[:length])
 
 
 class Marks(NamedTuple):

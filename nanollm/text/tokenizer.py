@@ -151,6 +151,10 @@ class Tokenizer:
         """<s> text </s>."""
         return [BOS_ID, *self.encode(text), EOS_ID]
 
+    def decode_drawn(self, ids: Iterable[int]) -> str:
+        """Text of ids that a model drew. It may have more ids than its tokenizer: those say nothing."""
+        return self.decode(token for token in ids if token < self.vocab_size)
+
     def decode(self, ids: Iterable[int]) -> str:
         """Text of the ids. Control symbols give nothing; bytes that are not UTF-8 give U+FFFD."""
         ids = [int(token) for token in ids]

@@ -123,7 +123,12 @@ def fit(
                 say(f"saved step {state.step} after {received[0].name}; the same command goes on from here")
                 raise SystemExit(128 + received[0])
 
-            stats = take_step(state.step)
+            try:
+                stats = take_step(state.step)
+            except ValueError:  # a step that cannot be taken must not cost those before it
+                if state.step:
+                    save_checkpoint(checkpoints, state, c.keep_last)
+                raise
             state.step += 1
             watch.see(state.step, stats)
             clock.count(stats.tokens)

@@ -48,5 +48,10 @@ def _flat(mapping: object, prefix: str = "") -> dict[str, str]:
     """Nested settings as dotted keys, and values as text that is the same from YAML and from a dataclass."""
     if isinstance(mapping, Mapping):
         return {k: v for key, inner in mapping.items() for k, v in _flat(inner, f"{prefix}{key}.").items()}
-    plain = list(mapping) if isinstance(mapping, tuple) else mapping
-    return {prefix.removesuffix("."): plain.as_posix() if isinstance(plain, Path) else str(plain)}
+    return {prefix.removesuffix("."): str(_plain(mapping))}
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return value.as_posix() if isinstance(value, Path) else value

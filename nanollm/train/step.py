@@ -85,9 +85,7 @@ def train_step(
 ) -> StepStats:
     """Move the weights once, by the gradient of the mean loss over the micro-batches of all ranks."""
     device = next(state.model.parameters()).device
-    total = torch.tensor(float(sum(batch.count for batch in micro_batches)), dtype=torch.float64, device=device)
-    world.add_up([total])
-    count = total.item()
+    count = world.total(sum(batch.count for batch in micro_batches))
     reports = []
     for batch in micro_batches:
         loss, report = loss_of(state.model, batch.to(device))

@@ -3,6 +3,7 @@
 import sys
 import time
 
+import psutil
 import pytest
 
 from nanollm.rl.judge import MAX_TIMEOUTS
@@ -15,6 +16,10 @@ PROBLEM = Problem("How many?", "#### 3")
 OWN = """
 import math, os, time
 
+class Mute(Exception):
+    def __str__(self):
+        raise RuntimeError("no words")
+
 def vowels(problem, reply):
     return sum(map(reply.count, "aeiou")) / 10
 
@@ -24,6 +29,8 @@ def faulty(problem, reply):
         case "nan": return math.nan
         case "text": return "much"
         case "exit": os._exit(3)
+        case "leave": raise SystemExit(0)
+        case "mute": raise Mute
         case "block":
             while True: pass
     return 0.5
@@ -94,10 +101,10 @@ def test_a_function_of_ones_own_is_a_part_like_any_other(own):
 
 
 def test_a_function_that_fails_costs_its_reply_the_part_and_nothing_else(own):
-    texts = ["fine", "raise", "nan", "text", "exit", "block", "fine"]
+    texts = ["fine", "raise", "nan", "text", "exit", "leave", "mute", "block", "fine"]
     started = time.monotonic()
     got, faults = totals({f"{own}:faulty": 1.0}, texts, timeout_s=0.5)
-    assert got == [0.5, 0, 0, 0, 0, 0, 0.5]
+    assert got == [0.5, 0, 0, 0, 0, 0, 0, 0, 0.5]
     assert time.monotonic() - started < 30
     name = f"{own}:faulty"
     assert dict(faults) == {
@@ -105,6 +112,8 @@ def test_a_function_that_fails_costs_its_reply_the_part_and_nothing_else(own):
         f"{name} returned nan": 1,
         f"{name} returned 'much'": 1,
         f"{name} ended its process": 1,
+        f"{name} raised SystemExit: 0": 1,
+        f"{name} raised Mute": 1,
         f"{name} took longer than 0.5 s": 1,
     }
 
@@ -160,3 +169,17 @@ def test_failing_does_not_pay(own):
     with Rewards(RewardConfig(weights={f"{own}:penalty": 1.0}), EndsSoon(), 40) as rewards:
         got = rewards([(PROBLEM, Reply(text, 1, ended=True)) for text in ("long text", "raise", "short")])
     assert [reward.total for reward in got] == [-9, -9, -5]
+    with Rewards(RewardConfig(weights={f"{own}:penalty": -1.0}), EndsSoon(), 40) as rewards:
+        got = rewards([(PROBLEM, Reply(text, 1, ended=True)) for text in ("long text", "raise", "short")])
+    assert [reward.total for reward in got] == [9, 0, 5]
+
+
+def test_a_process_that_is_killed_while_it_waits_is_replaced(own):
+    with Rewards(RewardConfig(weights={f"{own}:vowels": 10.0}), EndsSoon(), 40) as rewards:
+        assert rewards([(PROBLEM, Reply("aa", 1, ended=True))])[0].total == 2
+        for child in psutil.Process().children(recursive=True):
+            if "resource_tracker" not in " ".join(child.cmdline()):
+                child.kill()
+        time.sleep(0.5)
+        got = [rewards([(PROBLEM, Reply("aa", 1, ended=True))])[0].total for _ in range(3)]
+    assert got[-1] == 2

@@ -1,10 +1,12 @@
 """A step does what its numbers say, and its numbers tell when something is wrong."""
 
 import json
+from collections import Counter
 
 import pytest
 import torch
 
+from nanollm.rl import grpo
 from nanollm.rl.loss import ObjectiveConfig
 from nanollm.rl.reward import RewardConfig
 from nanollm.rl.rollout import RolloutConfig
@@ -88,24 +90,47 @@ def test_groups_with_equal_rewards_are_replaced_where_that_is_asked(make_learner
     assert numbers["groups_dropped"] < plain["groups_dropped"]
 
 
-def test_a_run_in_which_nothing_teaches_ends_with_advice(make_learner):
+def test_a_run_in_which_nothing_teaches_ends_with_advice(make_learner, monkeypatch):
+    monkeypatch.setattr(grpo, "MAX_BARREN_GROUPS", 30)
     learner = make_learner(task=Never())
     before = [p.clone() for p in learner.state.model.parameters()]
     with pytest.raises(ValueError, match=r"for 10 steps all replies .* earned the same .* nanollm sft first"):
         for step in range(20):
             assert learner.step(step).grad_norm == 0
-    assert learner.barren == 10
+    assert (learner.barren_steps, learner.barren_groups) == (10, 40)
     assert all(torch.equal(p, q) for p, q in zip(before, learner.state.model.parameters(), strict=True))
+
+
+class Always(EndsSoon):
+    def grade(self, problem, reply):
+        return True
+
+
+def test_a_run_in_which_everything_is_solved_goes_on(make_learner, monkeypatch):
+    monkeypatch.setattr(grpo, "MAX_BARREN_GROUPS", 10)
+    learner = make_learner(task=Always())
+    assert [learner.step(step).numbers["groups_dropped"] for step in range(12)] == [4] * 12
+
+
+def test_no_problem_comes_twice_in_a_step(make_learner):
+    c = RolloutConfig(prompts=8, group_size=3, max_tokens=4, resample=3)
+    learner = make_learner(task=Never(), rollout=c)
+    for step in range(3):
+        drawn = list(learner.draw(step, Counter()))
+        assert len(drawn) == len({problem.question for problem in drawn}) >= 8
+        assert drawn == list(learner.draw(step, Counter()))
 
 
 def test_problems_that_do_not_fit_are_left_out_and_counted(make_learner):
     learner = make_learner()
     long = Problem("why " * 60, "#### 1")
-    learner.problems = [long, *learner.problems[:3]]
-    assert learner.step(0).numbers["prompts_too_long"] == 1
+    learner.problems = [long, *learner.problems[:9]]
+    numbers = [learner.step(step).numbers for step in range(3)]
+    assert all(each["groups"] == 4 for each in numbers)  # another took its place
+    assert any(each["prompts_too_long"] == 1 for each in numbers)
     learner.problems = [long] * 8
-    with pytest.raises(ValueError, match="none of the problems of step 2 leaves room for a reply of 12 tokens"):
-        learner.step(1)
+    with pytest.raises(ValueError, match="none of the problems of step 4 leaves room for a reply of 12 tokens"):
+        learner.step(3)
 
 
 def test_every_reply_is_saved_with_what_it_earned(make_learner, tmp_path):

@@ -10,6 +10,7 @@ from nanollm.bundle import load_bundle, save_bundle
 from nanollm.cli import main
 from nanollm.model.transformer import Transformer
 from nanollm.rl.loss import ObjectiveConfig
+from nanollm.rl.reward import RewardConfig
 from nanollm.rl.rollout import RolloutConfig
 from nanollm.sources.tasks import TaskConfig
 from nanollm.stages import grpo
@@ -110,6 +111,19 @@ def test_resumed_is_uninterrupted(run_config, changes, monkeypatch):
     assert lines_of(parts) == lines_of(whole)
     for file in (whole.out / "rollouts").iterdir():
         assert (parts.out / "rollouts" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_files_of_problems_are_the_same_files_when_a_run_goes_on(run_config, tmp_path):
+    for split in ("train", "test"):
+        rows = [json.dumps({"question": f"Say {n}!", "answer": f"#### {n}"}) for n in range(9)]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(rows))
+    reward = RewardConfig(weights={"length": 1.0}, soft_tokens=10)  # an untrained model is never right
+    c = run_config(steps=2, task=TaskConfig(name="gsm8k", input=[tmp_path]), reward=reward)
+    grpo.run(c)
+    grpo.run(dataclasses.replace(c, train=dataclasses.replace(c.train, steps=3)))
+    (tmp_path / "train.jsonl").write_text(rows[0])
+    with pytest.raises(ValueError, match=r"was begun with inputs.problems = "):
+        grpo.run(c)
 
 
 def test_another_seed_is_another_run(run_config):
