@@ -102,10 +102,8 @@ def test_a_function_of_ones_own_is_a_part_like_any_other(own):
 
 def test_a_function_that_fails_costs_its_reply_the_part_and_nothing_else(own):
     texts = ["fine", "raise", "nan", "text", "exit", "leave", "mute", "block", "fine"]
-    started = time.monotonic()
-    got, faults = totals({f"{own}:faulty": 1.0}, texts, timeout_s=0.5)
+    got, faults = totals({f"{own}:faulty": 1.0}, texts, timeout_s=2.0)
     assert got == [0.5, 0, 0, 0, 0, 0, 0, 0, 0.5]
-    assert time.monotonic() - started < 30
     name = f"{own}:faulty"
     assert dict(faults) == {
         f"{name} raised RuntimeError: two lines": 1,
@@ -114,7 +112,7 @@ def test_a_function_that_fails_costs_its_reply_the_part_and_nothing_else(own):
         f"{name} ended its process": 1,
         f"{name} raised SystemExit: 0": 1,
         f"{name} raised Mute": 1,
-        f"{name} took longer than 0.5 s": 1,
+        f"{name} took longer than 2.0 s": 1,
     }
 
 
