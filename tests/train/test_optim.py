@@ -96,6 +96,7 @@ def test_the_last_step_of_a_linear_schedule_still_moves():
         ({"lr": -1.0}, "optim.lr must be at least 0, got -1.0"),
         ({"lr": float("nan")}, "optim.lr must be at least 0"),
         ({"betas": (0.9, 1.0)}, "optim.betas must be at least 0 and below 1"),
+        ({"eps": 0.0}, "optim.eps must be above 0"),
         ({"warmup_steps": -1}, "optim.warmup_steps"),
         ({"final_lr_fraction": 1.5}, "optim.final_lr_fraction must be between 0 and 1"),
     ],
@@ -103,3 +104,13 @@ def test_the_last_step_of_a_linear_schedule_still_moves():
 def test_impossible_settings_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         OptimConfig(**change)
+
+
+@pytest.mark.parametrize(("eps", "moved"), [(1e-8, 0.01), (1e-2, 0.0001)])
+def test_a_gradient_far_below_eps_moves_its_weight_little(eps, moved):
+    weight = torch.zeros(2, 2, requires_grad=True)
+    weight.grad = torch.full((2, 2), 1e-4)
+    c = OptimConfig(name="adamw", lr=0.01, weight_decay=0.0, eps=eps)
+    (optimizer,) = build_optimizers({"embed.weight": weight}, c, torch.float32)
+    optimizer.step()
+    torch.testing.assert_close(weight.detach().abs(), torch.full((2, 2), moved), rtol=0.02, atol=0)
