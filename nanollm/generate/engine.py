@@ -54,8 +54,9 @@ def generate(
     on the other rows.
     """
     check_prompts(model, prompts)
-    if max_tokens < 1 or samples < 1:
-        raise ValueError(f"max_tokens and samples must be at least 1, got {max_tokens} and {samples}")
+    for name, value in (("max_tokens", max_tokens), ("samples", samples)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
     completions = [Completion() for _ in range(len(prompts) * samples)]
     with model.evaluating():
         cache, logits = prefill(model, prompts, max_tokens)

@@ -68,7 +68,7 @@ def test_replies_end_where_the_context_ends(tiny_model):
         ([[1] * 640], 5, "the prompt has 640 tokens"),
         ([], 5, "at least one prompt"),
         ([[1], []], 5, "no empty one"),
-        ([[1]], 0, "max_tokens and samples must be at least 1, got 0"),
+        ([[1]], 0, "max_tokens must be at least 1, got 0"),
     ],
 )
 def test_what_cannot_be_continued_is_refused(tiny_model, prompts, max_tokens, message):
