@@ -5,7 +5,6 @@ algorithm 1). A step depends on the weights, the seed and its number alone, so a
 Letters: P prompts, G replies per prompt.
 """
 
-import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -13,19 +12,18 @@ from dataclasses import dataclass, replace
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
-from statistics import fmean, pstdev
 
 import torch
 from torch import Tensor
 
 from nanollm.data.order import epoch_seed, sample_indices
 from nanollm.data.packing import Layout
-from nanollm.durable import write_file
 from nanollm.model.transformer import Transformer
 from nanollm.progress import say
 from nanollm.rl.advantage import advantages
 from nanollm.rl.loss import ObjectiveConfig, RolloutBatch, Seen, count_of, grpo_loss, policy_logprobs, token_weights
-from nanollm.rl.reward import Reply, Reward, Rewards
+from nanollm.rl.record import Graded, reply_numbers, save_rollouts, trust_numbers
+from nanollm.rl.reward import Reply, Rewards
 from nanollm.rl.rollout import Group, Rollout, RolloutConfig, prompt_of, roll_out
 from nanollm.sources.gsm8k import Problem
 from nanollm.text.chat import reply_text
@@ -39,23 +37,6 @@ MAX_BARREN_STEPS, MAX_BARREN_GROUPS = 10, 200
 """Steps in a row, and groups in them, without one to learn from, after which a run ends with advice."""
 REPLACEMENTS = 4
 """How often as many problems as a step needs are drawn to replace those that do not fit."""
-
-
-@dataclass(frozen=True)
-class Graded:
-    """A group with what its replies earned."""
-
-    group: Group
-    texts: list[str]
-    rewards: list[Reward]
-
-    @property
-    def totals(self) -> list[float]:
-        return [reward.total for reward in self.rewards]
-
-    @property
-    def teaches(self) -> bool:
-        return len(set(self.totals)) > 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,35 +232,30 @@ def portions(
     ]
     if not kept:
         return []
-    places = [len(rollout.prompt_ids) + len(rollout.reply_ids) - 1 for rollout, _ in kept]
-    packed = Layout.of(places, width, rows).rows
-    parts = [packed[first : first + rows] for first in range(0, len(packed), rows)]
     lengths = [len(rollout.reply_ids) for each in graded for rollout in each.group.rollouts]
-    count = count_of(len(lengths), sum(lengths), c.aggregation, max_tokens) / len(parts)
-    return [rollout_batch(kept, part, width, c.aggregation, count) for part in parts]
+    count = count_of(len(lengths), sum(lengths), c.aggregation, max_tokens)
+    return in_rows(kept, width, rows, c.aggregation, count).portions(rows)
 
 
-def rollout_batch(
-    kept: Sequence[tuple[Rollout, float]], rows: Sequence[Sequence[int]], width: int, aggregation: str, count: float
+def in_rows(
+    kept: Sequence[tuple[Rollout, float]], width: int, rows: int, aggregation: str, count: float
 ) -> RolloutBatch:
-    """One micro-batch: `rows` says which of the kept rollouts stand in each row of `width` places."""
-    here = [kept[index] for row in rows for index in row]
-    rollouts = [rollout for rollout, _ in here]
-    numbers = iter(range(len(here)))
-    ids = [torch.tensor(rollout.prompt_ids + rollout.reply_ids) for rollout in rollouts]
-    layout = Layout([len(each) - 1 for each in ids], [[next(numbers) for _ in row] for row in rows], width)
+    """Rollouts with their advantages, packed into a multiple of `rows` rows of `width` places."""
+    ids = [torch.tensor(rollout.prompt_ids + rollout.reply_ids) for rollout, _ in kept]
+    layout = Layout.of([len(each) - 1 for each in ids], width, rows)
+    order = layout.starts.argsort()  # replies as they stand in the rows
+    rollouts = [kept[index][0] for index in order.tolist()]
     lengths = torch.tensor([len(rollout.reply_ids) for rollout in rollouts])  # (R,)
-    reply = torch.arange(len(here)).repeat_interleave(lengths)  # (M,)
-    first = layout.starts + torch.tensor(
-        [len(rollout.prompt_ids) - 1 for rollout in rollouts]
-    )  # predicts the first token
+    reply = torch.arange(len(rollouts)).repeat_interleave(lengths)  # (M,)
+    # The last id of a prompt predicts the first token of the reply.
+    before = layout.starts[order] + torch.tensor([len(rollout.prompt_ids) - 1 for rollout in rollouts])
     return RolloutBatch(
         tokens=layout.place([each[:-1] for each in ids]),
         positions=layout.place([torch.arange(length) for length in layout.lengths]),
-        places=first[reply] + torch.arange(len(reply)) - (lengths.cumsum(0) - lengths)[reply],
+        places=before[reply] + torch.arange(len(reply)) - (lengths.cumsum(0) - lengths)[reply],
         targets=torch.tensor([token for rollout in rollouts for token in rollout.reply_ids]),
         reply=reply,
-        advantages=torch.tensor([advantage for _, advantage in here])[reply],
+        advantages=torch.tensor([advantage for _, advantage in kept])[order][reply],
         weights=token_weights(lengths, aggregation)[reply],
         engine_logprobs=torch.tensor([logprob for rollout in rollouts for logprob in rollout.logprobs]),
         old_logprobs=None,
@@ -293,56 +269,6 @@ def frozen_logprobs(model: Transformer, batch: RolloutBatch, temperature: float)
     """Log-probabilities (M,) of a model that is not trained by them."""
     with model.evaluating():
         return policy_logprobs(model, batch, temperature)[0]
-
-
-def reply_numbers(graded: Sequence[Graded]) -> dict[str, float]:
-    """What the replies of a step were like."""
-    rollouts = [rollout for each in graded for rollout in each.group.rollouts]
-    rewards = [reward for each in graded for reward in each.rewards]
-    lengths = [len(rollout.reply_ids) for rollout in rollouts]
-    parts = {f"reward_{name}": fmean(reward.parts[name] for reward in rewards) for name in rewards[0].parts}
-    return {
-        "reward_std": pstdev(reward.total for reward in rewards),
-        **parts,
-        "groups": len(graded),
-        "groups_dropped": sum(not each.teaches for each in graded),
-        "reply_tokens": fmean(lengths),
-        "reply_tokens_max": max(lengths),
-        "finished": fmean(rollout.stop == "end" for rollout in rollouts),
-    }
-
-
-def trust_numbers(seen: Sequence[Seen]) -> dict[str, float]:
-    """Whether the numbers can be trusted: means over all trained tokens of a step's updates."""
-    if not seen:
-        return {}
-    tokens = sum(each.tokens for each in seen)
-
-    def mean(name: str) -> float:
-        return sum(getattr(each, name).item() for each in seen) / tokens
-
-    return {
-        "entropy": mean("entropy"),
-        "clip_fraction": mean("clipped"),
-        "kl": mean("kl"),
-        "engine_logprob_difference": mean("engine_difference"),
-        "engine_logprob_difference_max": max(each.engine_difference_max.item() for each in seen),
-        "engine_ratio_truncated": mean("truncated"),
-    }
-
-
-def save_rollouts(path: Path, graded: Sequence[Graded], compared: Tensor) -> None:
-    """Every reply of a step with what became of it, one JSON object per line."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = []
-    for each, row in zip(graded, compared.tolist(), strict=True):
-        for text, rollout, reward, advantage in zip(each.texts, each.group.rollouts, each.rewards, row, strict=True):
-            problem = each.group.problem
-            record: dict[str, object] = {"question": problem.question, "answer": problem.answer, "reply": text}
-            record |= {"reward": reward.total, "parts": reward.parts, "advantage": advantage}
-            record |= {"tokens": len(rollout.reply_ids), "stop": rollout.stop, "trained": each.teaches}
-            lines.append(json.dumps(record, ensure_ascii=False) + "\n")
-    write_file(path, "".join(lines).encode())
 
 
 def reply_seed(seed: int, step: int, attempt: int) -> int:

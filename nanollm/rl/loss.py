@@ -78,6 +78,26 @@ class RolloutBatch:
         }
         return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
 
+    def portions(self, rows: int) -> list["RolloutBatch"]:
+        """The same in micro-batches of that many rows, into which they divide; replies stand in the order of the rows.
+
+        Each has a reply: packing leaves no more rows empty than a micro-batch has less one.
+        """
+        parts, places = len(self.tokens) // rows, rows * self.tokens.shape[1]
+        batches = []
+        for part in range(parts):
+            here = self.places // places == part  # (M,)
+            vectors = {
+                f.name: value[here]
+                for f in fields(self)
+                if isinstance(value := getattr(self, f.name), Tensor) and value.dim() == 1
+            }
+            vectors |= {"places": vectors["places"] - part * places, "reply": vectors["reply"] - vectors["reply"][0]}
+            stretch = slice(part * rows, (part + 1) * rows)
+            matrices: dict[str, Any] = {"tokens": self.tokens[stretch], "positions": self.positions[stretch]}
+            batches.append(replace(self, **matrices, **vectors, count=self.count / parts))
+        return batches
+
 
 @dataclass(frozen=True)
 class Seen:

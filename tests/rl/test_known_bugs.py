@@ -67,8 +67,8 @@ def test_a_solution_without_an_answer_scoring_one(monkeypatch):
 
 
 def change_batches(monkeypatch, change):
-    right = grpo.rollout_batch
-    monkeypatch.setattr(grpo, "rollout_batch", lambda *arguments: change(right(*arguments)))
+    right = grpo.portions
+    monkeypatch.setattr(grpo, "portions", lambda *arguments: list(map(change, right(*arguments))))
 
 
 def with_padding(batch):
