@@ -9,7 +9,7 @@ import importlib
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol, cast
@@ -83,12 +83,17 @@ class TaskConfig:
         """An option of another task would be without effect."""
         for option in fields(self)[1:]:
             owner = "gsm8k" if option.name == "input" else "words"
-            default = option.default_factory() if callable(option.default_factory) else option.default
+            default = default_of(option)
             if self.name != owner and getattr(self, option.name) != default:
                 raise ValueError(f"task.{option.name} is for {owner}, not for {self.name}; leave it at {default}")
 
     def word_problems(self) -> WordProblems:
         return WordProblems(levels=tuple(self.levels), largest=self.largest, seed=self.seed)
+
+
+def default_of(option: Field[Any]) -> object:
+    """What an option of a dataclass is when nobody gives it."""
+    return option.default_factory() if callable(option.default_factory) else option.default
 
 
 def open_task(c: TaskConfig) -> Task:

@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -30,7 +29,7 @@ from nanollm.generate.sampling import SamplingConfig
 from nanollm.progress import Progress, say
 from nanollm.sources.files import BadRecord
 from nanollm.sources.gsm8k import Problem
-from nanollm.sources.tasks import Task, TaskConfig, open_task
+from nanollm.sources.tasks import Task, TaskConfig, default_of, open_task
 from nanollm.text.chat import Marks
 from nanollm.text.tokenizer import Tokenizer
 from nanollm.world import DeviceName, DtypeName, World
@@ -55,16 +54,12 @@ class EvalTask(TaskConfig):
     def __post_init__(self) -> None:
         if self.name != NO_TASK:
             self.plain()  # which checks it
-        elif any(getattr(self, option.name) != _default(option) for option in dataclasses.fields(self)):
+        elif any(getattr(self, option.name) != default_of(option) for option in dataclasses.fields(self)):
             raise ValueError("--task.name is missing: the other --task options say nothing without it")
 
     def plain(self) -> TaskConfig:
         """The task without the split."""
         return TaskConfig(**{option.name: getattr(self, option.name) for option in dataclasses.fields(TaskConfig)})
-
-
-def _default(option: dataclasses.Field[Any]) -> object:
-    return option.default_factory() if callable(option.default_factory) else option.default
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,11 +22,10 @@ from nanollm.rl.rollout import RolloutConfig
 from nanollm.settings import read_mapping
 from nanollm.sources.gsm8k import Problem
 from nanollm.sources.tasks import Task, TaskConfig, open_task
-from nanollm.train.checkpoint import load_newest
 from nanollm.train.loop import LoopConfig, fit
 from nanollm.train.optim import OptimConfig, lr_at
-from nanollm.train.runfolder import claim_folder
-from nanollm.train.runlog import RunLog, TrackerName, start_tracker
+from nanollm.train.runfolder import open_run
+from nanollm.train.runlog import TrackerName
 from nanollm.train.state import TrainState
 from nanollm.world import DeviceName, DtypeName, World
 
@@ -132,10 +131,14 @@ def run(c: Config) -> Path:
         if reference is not None:
             inputs["reference"] = reference.provenance["files"][WEIGHTS]
         settings = dataclasses.asdict(c) | world.names  # what is really used instead of auto
-        claim_folder(c.out, settings, inputs, FIXED)
-        state = TrainState.start(bundle.model.to(world.device), c.optim, world.dtype)
-        if load_newest(c.out / "checkpoints", state):
-            say(f"going on from step {state.step:,} of {c.train.steps:,} in {c.out}")
+        state, log = open_run(
+            c.out,
+            settings,
+            inputs,
+            FIXED,
+            lambda: TrainState.start(bundle.model.to(world.device), c.optim, world.dtype),
+            c.trackers,
+        )
         learner = Learner(
             state=state,
             tokenizer=bundle.tokenizer,
@@ -151,13 +154,12 @@ def run(c: Config) -> Path:
             world=world,
             reference=None if reference is None else reference.model,
         )
-        trackers = [start_tracker(name, c.out, settings, resume_from=state.step) for name in c.trackers]
         fit(
             state,
             learner.step,
             c.train,
             c.out,
-            RunLog(c.out, trackers, resume_from=state.step),
+            log,
             validate=lambda: validate(c, state.model, bundle, task, validation, state.step),
             sample=dict,
         )

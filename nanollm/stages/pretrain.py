@@ -20,12 +20,11 @@ from nanollm.model.transformer import Transformer
 from nanollm.progress import say
 from nanollm.settings import read_mapping
 from nanollm.text.tokenizer import Tokenizer
-from nanollm.train.checkpoint import load_newest
 from nanollm.train.loop import TrainConfig, fit
 from nanollm.train.loss import next_token_loss
 from nanollm.train.optim import OptimConfig, lr_at
-from nanollm.train.runfolder import claim_folder
-from nanollm.train.runlog import RunLog, TrackerName, start_tracker
+from nanollm.train.runfolder import open_run
+from nanollm.train.runlog import TrackerName
 from nanollm.train.state import TrainState
 from nanollm.train.step import StepStats, train_step
 from nanollm.world import DeviceName, DtypeName, World
@@ -87,11 +86,14 @@ def run(c: Config) -> Path:
     with lock_folder(c.out):
         inputs = {"data": shards.fingerprint, "tokenizer": tokenizer.fingerprint}
         settings = dataclasses.asdict(c) | world.names  # what is really used instead of auto
-        claim_folder(c.out, settings, inputs, FIXED)
-        state = TrainState.start(Transformer(c.model).init(c.seed).to(world.device), c.optim, world.dtype)
-        if load_newest(c.out / "checkpoints", state):
-            say(f"going on from step {state.step:,} of {c.train.steps:,} in {c.out}")
-        trackers = [start_tracker(name, c.out, settings, resume_from=state.step) for name in c.trackers]
+        state, log = open_run(
+            c.out,
+            settings,
+            inputs,
+            FIXED,
+            lambda: TrainState.start(Transformer(c.model).init(c.seed).to(world.device), c.optim, world.dtype),
+            c.trackers,
+        )
         loss_of = partial(next_token_loss, balance_weight=c.optim.balance_weight)
 
         def take_step(step: int) -> StepStats:
@@ -103,7 +105,7 @@ def run(c: Config) -> Path:
             take_step,
             c.train,
             c.out,
-            RunLog(c.out, trackers, resume_from=state.step),
+            log,
             validate=lambda: validate(c, state, tokenizer, validation),
             sample=lambda: sample(c, state, tokenizer),
         )

@@ -4,13 +4,32 @@ A run keeps its resolved settings (config.yaml) and the fingerprints of what it 
 """
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 from nanollm.durable import write_file, write_json
 from nanollm.progress import say
 from nanollm.settings import read_mapping, to_yaml
-from nanollm.train.checkpoint import checkpoints
+from nanollm.train.checkpoint import checkpoints, load_newest
+from nanollm.train.runlog import RunLog, TrackerName, start_tracker
+from nanollm.train.state import TrainState
+
+
+def open_run(
+    out: Path,
+    settings: Mapping[str, object],
+    inputs: Mapping[str, object],
+    fixed: Collection[str],
+    make_state: Callable[[], TrainState],
+    trackers: Sequence[TrackerName],
+) -> tuple[TrainState, RunLog]:
+    """Claim the folder, make the state, go on from its newest checkpoint if it has one, and open its log."""
+    claim_folder(out, settings, inputs, fixed)
+    state = make_state()
+    if load_newest(out / "checkpoints", state):
+        say(f"going on from step {state.step:,} in {out}")
+    started = [start_tracker(name, out, settings, resume_from=state.step) for name in trackers]
+    return state, RunLog(out, started, resume_from=state.step)
 
 
 def claim_folder(
