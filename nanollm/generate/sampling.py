@@ -1,11 +1,13 @@
 """Which token comes next, given the logits?
 
-Sources: top-p (nucleus) sampling, arXiv:1904.09751.
+Sources: top-p (nucleus) sampling, arXiv:1904.09751; repetition penalty, arXiv:1909.05858, section 4.1; min-p,
+arXiv:2407.01082.
 Letters: B rows, V vocabulary.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -26,6 +28,12 @@ class SamplingConfig:
     """Choose among the k likeliest tokens only (0: all)."""
     top_p: float = 1.0
     """Choose among the likeliest tokens that together reach this probability."""
+    min_p: float = 0.0
+    """Choose among the tokens at least this share as likely as the likeliest (0: all)."""
+    repetition_penalty: float = 1.0
+    """Divides the positive logits of tokens already in prompt or reply, and multiplies the negative ones (1: off)."""
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    """Added to the logits of these token ids."""
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
@@ -34,6 +42,22 @@ class SamplingConfig:
             raise ValueError(f"top_k must be at least 0 (0: all tokens), got {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p must be between 0 and 1, got {self.min_p}")
+        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
+            raise ValueError(f"repetition_penalty must be above 0 (1: off), got {self.repetition_penalty}")
+        if any(token < 0 for token in self.logit_bias) or any(math.isnan(bias) for bias in self.logit_bias.values()):
+            raise ValueError(f"logit_bias must map token ids to numbers, got {self.logit_bias}")
+
+    @property
+    def filters(self) -> bool:
+        """Whether some tokens cannot be drawn."""
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
+    @property
+    def shifts(self) -> bool:
+        """Whether some logits are changed before the draw."""
+        return self.repetition_penalty != 1 or bool(self.logit_bias)
 
 
 def uniforms(seeds: Indices, draws: Indices) -> Tensor:
@@ -45,20 +69,33 @@ def uniforms(seeds: Indices, draws: Indices) -> Tensor:
     return torch.from_numpy((words >> np.uint64(40)).astype(np.float32)) * 2.0**-24
 
 
-def sample(logits: Tensor, c: SamplingConfig, numbers: Tensor) -> tuple[Tensor, Tensor]:
+def sample(logits: Tensor, c: SamplingConfig, numbers: Tensor, seen: Iterable[Tensor] = ()) -> tuple[Tensor, Tensor]:
     """One token per row, and its log-probability at this temperature (at 1 if that is 0) among all tokens.
 
-    logits (B, V); numbers (B,) in [0, 1), one for each row to draw with. Returns (B,) int64 and (B,) float32.
+    logits (B, V); numbers (B,) in [0, 1), one for each row to draw with; seen: for each row the ids (n,) that the
+    repetition penalty falls on. Returns (B,) int64 and (B,) float32. A row's answer depends on that row alone.
     """
-    scaled = logits.float() / (c.temperature or 1.0)
-    logprobs = scaled.log_softmax(-1)
+    shifted = shift(logits.float(), c, seen) if c.shifts else logits.float()
+    logprobs = (logits.float() / (c.temperature or 1.0)).log_softmax(-1)
     if c.temperature == 0:
-        ids = logits.argmax(-1)
+        ids = shifted.argmax(-1)
     else:
-        filters = c.top_k > 0 or c.top_p < 1
-        probabilities = keep_likeliest(scaled, c).softmax(-1) if filters else logprobs.exp()
+        scaled = shifted / c.temperature
+        probabilities = keep_likeliest(scaled, c).softmax(-1) if c.filters or c.shifts else logprobs.exp()
         ids = invert(probabilities, numbers.to(logits.device))
     return ids, logprobs.gather(-1, ids[:, None])[:, 0]
+
+
+def shift(logits: Tensor, c: SamplingConfig, seen: Iterable[Tensor]) -> Tensor:
+    """Logits (B, V) after the bias and the repetition penalty on the ids that each row has seen."""
+    logits = logits.clone()
+    for token, bias in c.logit_bias.items():
+        logits[:, token] += bias
+    if c.repetition_penalty != 1:
+        for row, ids in zip(logits, seen, strict=True):
+            repeated = row[ids]
+            row[ids] = torch.where(repeated > 0, repeated / c.repetition_penalty, repeated * c.repetition_penalty)
+    return logits
 
 
 def invert(probabilities: Tensor, numbers: Tensor) -> Tensor:
@@ -71,10 +108,13 @@ def invert(probabilities: Tensor, numbers: Tensor) -> Tensor:
 
 
 def keep_likeliest(logits: Tensor, c: SamplingConfig) -> Tensor:
-    """Set the logits (B, V) outside top-k, then outside top-p of what remains, to minus infinity."""
+    """Set the logits (B, V) outside top-k, outside min-p, then outside top-p of what remains, to minus infinity."""
     if 0 < c.top_k < logits.shape[-1]:
         smallest_kept = logits.topk(c.top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < smallest_kept, -torch.inf)
+    if c.min_p > 0:
+        least = logits.amax(-1, keepdim=True) + math.log(c.min_p)
+        logits = logits.masked_fill(logits < least, -torch.inf)
     if c.top_p < 1:
         ordered, order = logits.sort(dim=-1, descending=True, stable=True)
         probabilities = ordered.softmax(-1)

@@ -42,8 +42,7 @@ class LatentAttention(nn.Module):
             return self.expanded(q_nope, q_rope, latent, k_rope, mask)
 
         assert mask is not None
-        slots = cache.write(block, torch.cat((latent, k_rope), dim=-1), places.positions)
-        entries = slots[:, : mask.shape[-1]]  # (B, S, C + R)
+        entries = cache.write(block, torch.cat((latent, k_rope), dim=-1), places)  # (B, S, C + R)
         if x.shape[1] < c.absorbed_is_cheaper_below:
             return self.absorbed(q_nope, q_rope, entries, mask)
         latent, k_rope = entries.split([c.kv_lora_rank, c.qk_rope_head_dim], dim=-1)

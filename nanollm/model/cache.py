@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nanollm.model.config import ModelConfig
+from nanollm.model.layers import Places
 
 SLOTS = 32
 """The slots that are read are rounded up to a multiple of this, so that few shapes occur: on CPUs a kernel is made
@@ -25,6 +26,8 @@ class LatentCache:
     """(L, B, S, C + R)"""
     lengths: Tensor
     """(B,) int64 on the CPU: tokens each row holds. Shorten it to forget; what lies beyond is never read."""
+    rows: Tensor | None = None
+    """(B,) int64: which rows of a larger cache these are; None: all, in order."""
 
     @classmethod
     def empty(
@@ -54,12 +57,10 @@ class LatentCache:
         read = min(in_use + -in_use % SLOTS, self.slots.shape[2])
         return torch.arange(read, device=positions.device) <= positions[:, :, None]
 
-    def write(self, block: int, entries: Tensor, positions: Tensor) -> Tensor:
-        """Store entries (B, T, C + R) at positions (B, T) and return all slots of the block, (B, S, C + R)."""
-        rows = torch.arange(len(entries), device=entries.device)[:, None]
-        self.slots[block][rows, positions] = entries.to(self.slots.dtype)
-        return self.slots[block]
-
-    def select(self, rows: Tensor) -> "LatentCache":
-        """A cache of only these rows: a mask (B,) of booleans or indices, on the CPU."""
-        return LatentCache(self.slots[:, rows.to(self.slots.device)], self.lengths[rows])
+    def write(self, block: int, entries: Tensor, places: Places) -> Tensor:
+        """Store entries (B, T, C + R) at their positions; returns the slots (B, S', C + R) that the mask speaks of."""
+        assert places.mask is not None, "a cache needs a mask"
+        slots, read = self.slots[block], places.mask.shape[-1]
+        rows = torch.arange(len(entries), device=entries.device) if self.rows is None else self.rows
+        slots[rows[:, None], places.positions] = entries.to(slots.dtype)
+        return slots[:, :read] if self.rows is None else slots[rows, :read]

@@ -93,6 +93,8 @@ class MoE(nn.Module):
         self.register_buffer("load", torch.zeros(c.n_routed_experts, dtype=torch.int64), persistent=False)
         self.wants_balance_losses = False
         self.balance_losses: Tensor | None = None  # (B,) of the last training pass, if wanted
+        self.wants_choices = False
+        self.choices: Tensor | None = None  # (B, T, K), the experts of the last pass, if wanted
 
     def forward(self, x: Tensor, is_text: Tensor | None = None) -> Tensor:
         """x (B, T, D) to (B, T, D). Where is_text (B, T) is false a token counts for no expert's load."""
@@ -106,6 +108,8 @@ class MoE(nn.Module):
         if self.wants_balance_losses:
             rows = x.shape[:2]
             self.balance_losses = balance_loss(scores.view(*rows, -1), experts.view(*rows, -1), is_text)
+        if self.wants_choices:
+            self.choices = experts.view(*x.shape[:2], -1)
         return self.shared(x) + routed.view_as(x)
 
     @torch.no_grad()

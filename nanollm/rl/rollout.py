@@ -97,7 +97,7 @@ def roll_out(
             prompt_ids=prompts[row // c.group_size],
             reply_ids=completion.ids + ([] if completion.end_id is None else [completion.end_id]),
             logprobs=completion.logprobs,
-            stop=completion.finish,
+            stop="length" if completion.finish == "length" else "end",
         )
         for row, completion in enumerate(completions)
     ]

@@ -47,10 +47,19 @@ def test_rows_that_end_early_leave_the_others_alone(tiny_model):
 
 
 def test_a_stop_function_ends_its_row(tiny_model):
+    def at_the_third():
+        told = []
+
+        def stop(token):
+            told.append(token)
+            return len(told) == 3
+
+        return stop
+
     free = generate(tiny_model, PROMPTS, GREEDY, max_tokens=9, end_ids=frozenset())
-    stopped = generate(tiny_model, PROMPTS, GREEDY, max_tokens=9, end_ids=frozenset(), stop=lambda ids: len(ids) == 3)
+    stopped = generate(tiny_model, PROMPTS, GREEDY, max_tokens=9, end_ids=frozenset(), stop=at_the_third)
     assert [c.ids for c in stopped] == [c.ids[:3] for c in free]
-    assert {c.finish for c in stopped} == {"end"}
+    assert {c.finish for c in stopped} == {"stop"}
 
 
 def test_replies_end_where_the_context_ends(tiny_model):
