@@ -13,7 +13,8 @@ from typing import Literal
 
 from nanollm.data.order import epoch_seed
 from nanollm.evals.intervals import wilson
-from nanollm.generate.engine import Completion, generate
+from nanollm.generate.engine import Engine
+from nanollm.generate.request import Completion, Request
 from nanollm.generate.sampling import SamplingConfig
 from nanollm.model.transformer import Transformer
 from nanollm.progress import Progress, say
@@ -118,40 +119,36 @@ def solve(
     seed: int = 0,
     rows: int = ROWS,
 ) -> list[Attempt]:
-    """Let a model reply to each problem `samples` times, about `rows` replies at once; attempts in the problems' order.
+    """Let a model reply to each problem `samples` times, `rows` replies at once; attempts in the problems' order.
 
     What is drawn for a problem depends on the seed and its place among those that are read, not on `rows`.
     """
-    limit = model.config.context_length
+    limit, ends = model.config.context_length, reply_ends(tokenizer)
     prompts = [encode_prompt(Conversation.of(problem.question), tokenizer) for problem in problems]
     read = [place for place, prompt in enumerate(prompts) if len(prompt) < limit]
-    attempts = [Attempt(problem, [""] * samples, ["no room"] * samples, [0] * samples) for problem in problems]
-    at_once = max(1, rows // samples)  # problems
+    longest = max((len(prompts[place]) for place in read), default=1)
+    engine = Engine(model, rows=rows, length=min(longest + max_tokens, limit))
     first_seed = epoch_seed(seed, 0) >> 2  # far from those of the next seed
-    with Progress("solving", len(read) * samples, "replies") as bar:
-        for first in range(0, len(read), at_once):
-            chosen = read[first : first + at_once]
-            completions = generate(
-                model,
-                [prompts[place] for place in chosen],
-                sampling,
-                max_tokens=max_tokens,
-                end_ids=reply_ends(tokenizer),
-                seed=first_seed + first * samples,
-                samples=samples,
-            )
-            for number, place in enumerate(chosen):
-                own = completions[number * samples : (number + 1) * samples]
-                attempts[place] = _attempt(problems[place], own, tokenizer)
-            bar.advance(len(completions))
-    return attempts
+    completions: dict[int, list[Completion]] = {place: [] for place in read}
+    for number, place in enumerate(place for place in read for _ in range(samples)):
+        request = Request(
+            prompt=prompts[place], max_tokens=max_tokens, sampling=sampling, end_ids=ends, seed=first_seed + number
+        )
+        completions[place].append(engine.submit(request))
+    with model.evaluating(), Progress("solving", len(read) * samples, "replies") as bar:
+        while engine.has_work:
+            bar.advance(sum(drawn.completion.finish is not None for drawn in engine.step()))
+    return [_attempt(problem, completions.get(place), samples, tokenizer) for place, problem in enumerate(problems)]
 
 
-def _attempt(problem: Problem, completions: Sequence[Completion], tokenizer: Tokenizer) -> Attempt:
+def _attempt(problem: Problem, completions: Sequence[Completion] | None, samples: int, tokenizer: Tokenizer) -> Attempt:
+    """What came of a problem; None: its prompt was too long to be read."""
+    if completions is None:
+        return Attempt(problem, [""] * samples, ["no room"] * samples, [0] * samples)
     return Attempt(
         problem,
         replies=[reply_text(completion.ids, tokenizer) for completion in completions],
-        finish=[completion.finish for completion in completions],
+        finish=["length" if completion.finish == "length" else "end" for completion in completions],
         tokens=[len(completion.ids) for completion in completions],
     )
 

@@ -8,64 +8,73 @@ requests with the same beginning share it. The engine knows ids only.
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from nanollm.generate.request import Completion, Drawn, Request, Scored
-from nanollm.generate.runner import Ints, Piece, Runner, TorchRunner, Work
+from nanollm.generate.runner import open_runner
 from nanollm.generate.sampling import SamplingConfig, sample, uniforms
+from nanollm.generate.work import Ints, Kernels, Piece, Quantize, Seen, Work
 from nanollm.model.transformer import Transformer
 
 CHUNK = 512
 """Prompt tokens read in one pass, so that long prompts do not hold up the replies that are running."""
 
+LONGEST_CHUNK = 2048
+"""Where nobody waits for a first token more is read at once, up to this much: buffers grow with it."""
+
 WORTH_WAITING = 16
 """A request waits for another that is about to read at least this many tokens of the same beginning."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Row:
     """One place in the cache, and what was last read into it."""
 
     number: int
     completion: Completion | None = None
-    prompt: Ints = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    """Who uses it; None: it is free."""
+    size: int = 0
+    """Tokens of its prompt."""
     read: int = 0
-    """Tokens of the prompt that the cache holds; they stay usable when the row is free again."""
+    """How many of them the cache holds. They stay usable when the row is free again."""
+    outlook: Seen | None = None
+    """What the model said after the whole prompt."""
     newest: int = 0
     """The token drawn last, which the next pass reads."""
-
-    @property
-    def is_reading(self) -> bool:
-        return self.completion is not None and self.read < len(self.prompt)
-
-    @property
-    def is_replying(self) -> bool:
-        return self.completion is not None and self.read == len(self.prompt)
-
-    def shares(self, prompt: Ints) -> int:
-        """How many tokens of its prompt, read or yet to read, begin this one too."""
-        count = min(len(prompt), len(self.prompt))
-        differs = self.prompt[:count] != prompt[:count]
-        return int(differs.argmax()) if differs.any() else count
 
 
 class Engine:
     """Runs many requests at once.  Not thread-safe: one thread owns it."""
 
-    def __init__(self, model: Transformer, *, rows: int, length: int | None = None, chunk: int = CHUNK) -> None:
-        """Room for `rows` requests at once, of `length` tokens each (None: the model's context)."""
+    def __init__(
+        self,
+        model: Transformer,
+        *,
+        rows: int,
+        length: int | None = None,
+        chunk: int = CHUNK,
+        quantize: Quantize = "none",
+        kernels: Kernels = "auto",
+    ) -> None:
+        """Room for `rows` requests at once, of `length` tokens each (None: the model's context).
+
+        The weights are those of this moment. ValueError for what this machine cannot do.
+        """
         if rows < 1:
             raise ValueError(f"the engine needs at least one row, got {rows}")
-        self.model, self.length = model, length or model.config.context_length
-        self.chunk = chunk
+        self.vocab_size, self.length, self.chunk = model.config.vocab_size, length or model.config.context_length, chunk
+        self.runner = open_runner(model, rows, self.length, chunk, quantize, kernels)
         self.rows = [Row(number) for number in range(rows)]
+        self.prompts = np.full((rows, self.length), -1, dtype=np.int64)  # what each row read or is about to read
         self.queue: deque[Completion] = deque()
+        self.free = deque(self.rows)  # the one that was used longest ago first
+        self.reading: list[Row] = []
+        self.replying: list[Row] = []
         self.prompt_tokens = self.reused_tokens = self.drawn_tokens = 0
-        self.runner: Runner = TorchRunner(model, rows, self.length, chunk)
 
     @property
     def has_work(self) -> bool:
@@ -79,7 +88,7 @@ class Engine:
     @property
     def running(self) -> int:
         """Requests that have a row."""
-        return sum(row.completion is not None for row in self.rows)
+        return len(self.rows) - len(self.free)
 
     @property
     def cache_bytes(self) -> int:
@@ -87,7 +96,10 @@ class Engine:
 
     def submit(self, request: Request) -> Completion:
         """Queue a request; ValueError if the model cannot continue its prompt."""
-        check_prompt(request.prompt, self.length, self.model.config.vocab_size)
+        check_prompt(request.prompt, self.length, self.vocab_size)
+        if any(token >= self.vocab_size for token in request.sampling.logit_bias):
+            greatest = max(request.sampling.logit_bias)
+            raise ValueError(f"logit_bias speaks of token {greatest}, the model has {self.vocab_size:,} tokens")
         completion = Completion(request)
         self.queue.append(completion)
         return completion
@@ -106,61 +118,91 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> list[Drawn]:
         """Run one pass; the tokens drawn after it, at most one for each running request."""
-        self._admit()
+        asked = self._admit()
         pieces = list(self._pieces())
-        replying = [row for row in self.rows if row.is_replying]
-        if not pieces and not replying:
+        replying = self.replying.copy()
+        seen = [row.outlook for row in asked if row.outlook is not None]
+        if pieces or replying:
+            seen.append(self.runner.run(self._work(pieces, replying)))
+        if not seen:
             return []
-        positions = [row.read + len(row.completion.ids) - 1 for row in replying if row.completion]
-        seen = self.runner.run(
-            Work(
-                pieces,
-                np.array([row.number for row in replying], dtype=np.int64),
-                np.array([row.newest for row in replying], dtype=np.int64),
-                np.array(positions, dtype=np.int64),
-            )
-        )
-        for piece in pieces:
-            self.rows[piece.row].read += len(piece.ids)
-        ended = [self.rows[piece.row] for piece in pieces if piece.is_last]
-        return self._draw([*ended, *replying], seen.logits, seen.experts)
+        logits = seen[0].logits if len(seen) == 1 else torch.cat([part.logits for part in seen])
+        experts = np.concatenate([part.experts for part in seen])
+        ended = self._note(pieces)
+        for place, row in enumerate(ended, start=len(asked)):
+            row.outlook = Seen(logits[place : place + 1].clone(), experts[place : place + 1])
+        self.replying += [*asked, *ended]
+        return self._draw([*asked, *ended, *replying], logits, experts)
 
     # --- schedule ---
 
-    def _admit(self) -> None:
-        """Give rows to waiting requests, first come, first served, unless one is worth waiting for."""
-        held_back = []
-        free = [row for row in self.rows if row.completion is None]
-        while self.queue and free:
+    def _admit(self) -> list[Row]:
+        """Give rows to waiting requests, first come, first served, unless another is worth waiting for.
+
+        Returns the rows whose whole prompt was read before, so that their reply can begin at once.
+        """
+        asked, held_back = [], []
+        while self.queue and self.free:
             completion = self.queue.popleft()
             prompt = np.array(completion.request.prompt, dtype=np.int64)
-            shared = [row.shares(prompt) for row in self.rows]
-            ready = [min(count, row.read, len(prompt) - 1) for count, row in zip(shared, self.rows, strict=True)]
-            coming = [count if row.is_reading else 0 for count, row in zip(shared, self.rows, strict=True)]
-            if max(coming) - max(ready) >= WORTH_WAITING:
+            is_same = self.prompts[:, : len(prompt)] == prompt  # (rows, n)
+            shared = np.where(is_same.all(1), len(prompt), is_same.argmin(1))
+            ready = np.minimum(shared, [row.read for row in self.rows])
+            coming = max((int(shared[row.number]) for row in self.reading), default=0)
+            if coming - ready.max() >= WORTH_WAITING:
                 held_back.append(completion)
                 continue
-            source = self.rows[int(np.argmax(ready))]
-            row = source if source in free else free[0]
-            free.remove(row)
-            if row is not source and ready[source.number]:
-                self.runner.copy(source.number, row.number, ready[source.number])
-            row.completion, row.prompt, row.read = completion, prompt, ready[source.number]
-            self.reused_tokens += row.read
+            source = self.rows[int(ready.argmax())]
+            row = source if source.completion is None else self.free[0]
+            self.free.remove(row)
+            if self._begin(row, completion, prompt, source, int(ready.max())):
+                asked.append(row)
+            else:
+                self.reading.append(row)
         self.queue.extendleft(reversed(held_back))
+        return asked
+
+    def _begin(self, row: Row, completion: Completion, prompt: Ints, source: Row, ready: int) -> bool:
+        """Put a request into a row, with what `source` has read of its prompt; true if that is all of it."""
+        is_whole = ready == len(prompt) == source.size
+        outlook, read = (source.outlook, ready) if is_whole else (None, min(ready, len(prompt) - 1))
+        if read and row is not source:
+            self.runner.copy(source.number, row.number, read)
+        row.completion, row.size, row.read, row.outlook = completion, len(prompt), read, outlook
+        self.prompts[row.number] = -1
+        self.prompts[row.number, : len(prompt)] = prompt
+        self.reused_tokens += read
+        return is_whole
 
     def _pieces(self) -> Iterator[Piece]:
         """The next pieces of the prompts that are being read, no more than `chunk` tokens together."""
         room = self.chunk
-        for row in self.rows:
-            if row.is_reading and room:
-                ids = row.prompt[row.read : row.read + room]
-                room -= len(ids)
-                self.prompt_tokens += len(ids)
-                yield Piece(row.number, row.read, ids, row.read + len(ids) == len(row.prompt))
+        for row in self.reading:
+            if room:
+                end = min(row.size, row.read + room)
+                room -= end - row.read
+                yield Piece(row.number, row.read, self.prompts[row.number, row.read : end], end == row.size)
+
+    def _work(self, pieces: list[Piece], replying: list[Row]) -> Work:
+        places = [row.size + len(row.completion.ids) - 1 for row in replying if row.completion is not None]
+        columns = ([row.number for row in replying], [row.newest for row in replying], places)
+        return Work(pieces, *(np.array(column, dtype=np.int64) for column in columns))
+
+    def _note(self, pieces: list[Piece]) -> list[Row]:
+        """Write down what was read; returns the rows whose prompt ended."""
+        for piece in pieces:
+            self.rows[piece.row].read += len(piece.ids)
+            self.prompt_tokens += len(piece.ids)
+        ended = [self.rows[piece.row] for piece in pieces if piece.is_last]
+        self.reading = [row for row in self.reading if row not in ended]
+        return ended
 
     def _release(self, row: Row) -> None:
         row.completion = None
+        self.free.append(row)
+        for rows in (self.reading, self.replying):
+            if row in rows:
+                rows.remove(row)
 
     # --- postprocess ---
 
@@ -170,9 +212,9 @@ class Engine:
         ids, logprobs = sample_each(logits, completions)
         drawn = []
         for index, (row, completion) in enumerate(zip(rows, completions, strict=True)):
-            scored = None
-            if completion.request.top_logprobs is not None:
-                scored = score(logits[index], ids[index], completion.request.top_logprobs, experts[index].tolist())
+            top, scored = completion.request.top_logprobs, None
+            if top is not None:
+                scored = score(logits[index], ids[index], top, experts[index].tolist())
             completion.logprobs.append(logprobs[index])
             self._take(row, completion, ids[index])
             drawn.append(Drawn(completion, ids[index], scored))
@@ -187,10 +229,10 @@ class Engine:
             completion.finish, completion.end_id = "end", token
         else:
             completion.ids.append(token)
-            has_room = row.read + len(completion.ids) - 1 < self.length  # the newest token is not in the cache yet
+            has_room = row.size + len(completion.ids) - 1 < self.length  # the newest token is not in the cache yet
             if request.stop is not None and request.stop(token):
                 completion.finish = "stop"
-            elif len(completion.logprobs) == request.max_tokens or not has_room:
+            elif len(completion.ids) == request.max_tokens or not has_room:
                 completion.finish = "length"
         if completion.finish is not None:
             self._release(row)
@@ -205,7 +247,7 @@ def check_prompt(prompt: Sequence[int], limit: int, vocab_size: int) -> None:
             f"the prompt has {len(prompt):,} tokens, the model's context is {limit:,} and a reply needs at least one; "
             f"shorten the prompt to {limit - 1:,} tokens"
         )
-    if not (0 <= min(prompt) and max(prompt) < vocab_size):
+    if not (min(prompt) >= 0 and max(prompt) < vocab_size):
         raise ValueError(f"prompt ids must be from 0 to {vocab_size - 1:,}, got {min(prompt)} to {max(prompt)}")
 
 
@@ -265,7 +307,7 @@ def generate(
     for prompt in prompts:
         check_prompt(prompt, model.config.context_length, model.config.vocab_size)
     length = min(max(map(len, prompts)) + max_tokens, model.config.context_length)
-    engine = Engine(model, rows=len(repeated), length=length, chunk=sum(map(len, prompts)))
+    engine = Engine(model, rows=len(repeated), length=length, chunk=min(sum(map(len, prompts)), LONGEST_CHUNK))
     completions = [
         engine.submit(
             Request(

@@ -1,63 +1,67 @@
 """Who runs the model over tokens of many requests, and remembers them?
 
-A runner holds a cache of rows, one request each, and the engine tells it which tokens to read. Letters: N tokens of one
-pass, W logits wanted, V vocabulary, M Mixture-of-Experts blocks, K experts per token.
+A runner holds a cache of rows, one request each, and the engine tells it which tokens to read: on CPUs forward.cpp,
+elsewhere the model itself.
 """
 
-from dataclasses import dataclass
-from typing import Protocol
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
+from nanollm import progress
+from nanollm.generate.native import NativeRunner, NoCompilerError
+from nanollm.generate.work import Ints, Kernels, Piece, Quantize, Runner, Seen, Work
 from nanollm.model.cache import LatentCache
 from nanollm.model.transformer import Transformer
 
-Ints = npt.NDArray[np.int64]
+
+def open_runner(
+    model: Transformer, rows: int, length: int, chunk: int, quantize: Quantize = "none", kernels: Kernels = "auto"
+) -> Runner:
+    """The fastest runner of this machine for the model as it is; ValueError for what it cannot do.
+
+    A pass has at most `chunk` tokens of prompts, and one of each row.
+    """
+    reason = why_not_native(model)
+    if kernels == "torch" or (kernels == "auto" and quantize == "none" and reason):
+        if quantize != "none":
+            raise ValueError(f"quantize {quantize} needs kernels native, got torch")
+        return TorchRunner(model, rows, length, chunk)
+    if reason is None:
+        try:
+            return NativeRunner(model, rows, length, chunk + rows, quantize)
+        except NoCompilerError as error:
+            reason = str(error)
+    if kernels == "native" or quantize != "none":
+        raise ValueError(f"quantize {quantize} and kernels native need the compiled forward pass: {reason}")
+    tell_once(f"decoding runs on PyTorch's operations, several times slower: {reason}")
+    return TorchRunner(model, rows, length, chunk)
 
 
-@dataclass(frozen=True)
-class Piece:
-    """Neighbouring tokens of one prompt."""
-
-    row: int
-    start: int  # position of the first
-    ids: Ints
-    is_last: bool  # the prompt ends here, so that its last token's logits are wanted
-
-
-@dataclass(frozen=True)
-class Work:
-    """What one pass reads: pieces of prompts, and the newest token of each row that is replying."""
-
-    pieces: list[Piece]
-    rows: Ints  # (B,) rows that are replying
-    tokens: Ints  # (B,) their newest tokens
-    positions: Ints  # (B,) where these stand
-
-
-@dataclass(frozen=True)
-class Seen:
-    """The answer: first for each piece that is_last, in order, then for each replying row."""
-
-    logits: Tensor  # (W, V) float32
-    experts: Ints  # (W, M, K)
+def why_not_native(model: Transformer) -> str | None:
+    """What keeps this model from running through forward.cpp; None: nothing."""
+    weight, c = model.head.weight, model.config
+    if weight.device.type != "cpu":
+        return f"it is for CPUs, the model is on {weight.device.type}"
+    if weight.dtype not in (torch.float32, torch.bfloat16):
+        return f"it computes in float32 or bfloat16, the model in {str(weight.dtype).removeprefix('torch.')}"
+    inputs = (
+        c.d_model,
+        c.q_lora_rank,
+        c.kv_lora_rank,
+        c.qk_nope_head_dim,
+        c.n_heads * c.v_head_dim,
+        c.d_ff,
+        c.d_expert,
+    )
+    return None if all(size % 2 == 0 for size in inputs) else f"it needs even sizes, got {inputs}"
 
 
-class Runner(Protocol):
-    """What the engine needs of a model."""
-
-    cache_bytes: int
-
-    def run(self, work: Work) -> Seen:
-        """Read the tokens and remember them."""
-        ...
-
-    def copy(self, source: int, target: int, count: int) -> None:
-        """Let row `target` begin with the first `count` tokens of row `source`."""
-        ...
+@cache
+def tell_once(line: str) -> None:
+    progress.say(line)
 
 
 class TorchRunner:

@@ -1,0 +1,663 @@
+// How does one pass over a few tokens become as fast as the memory that holds the weights?
+//
+// The forward pass of nanollm/model written once more, for CPUs, without autograd. All tokens of a pass, whatever their
+// row and position, go through each matrix together, so that a weight is fetched once. Every sum has an order of its
+// own that depends on nothing else in the pass: a row's answer is the same, bit for bit, in any company.
+//
+// A matrix lies in panels of 32 outputs: [panel][input / 2][32][2] for bfloat16 and int8, [panel][input][32] for
+// float32; a thread reads its panels from the first byte to the last. Activations between matrices are rounded to the
+// weights' type (bfloat16 for int8), sums and the residual stream stay float32.
+// Letters as in the model: D width, H heads, Q query latent, C key-value latent, N width without position, R rotary
+// width, V value width, S slots. T is the type of activations and cache: float or bf16.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+#include <omp.h>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+namespace {
+
+struct bf16 { uint16_t bits; };
+
+using f32x16 = float __attribute__((vector_size(64), aligned(4), may_alias));
+using u32x16 = uint32_t __attribute__((vector_size(64), aligned(4), may_alias));
+using i32x16 = int32_t __attribute__((vector_size(64), aligned(4), may_alias));
+using u16x16 = uint16_t __attribute__((vector_size(32), aligned(2), may_alias));
+
+constexpr int PANEL = 32;    // outputs of a panel: two vectors
+constexpr int QUERIES = 24;  // of one head and one prompt that attend together
+#ifdef __AVX512F__
+constexpr int TALL = 12;   // rows of a tile, as many as the registers hold
+#else
+constexpr int TALL = 3;
+#endif
+
+// --- numbers ---
+
+inline float widen(float x) { return x; }
+inline float widen(bf16 x) { uint32_t bits = uint32_t(x.bits) << 16; float y; std::memcpy(&y, &bits, 4); return y; }
+inline void narrow(float x, float& y) { y = x; }
+inline void narrow(float x, bf16& y) {  // to the nearest, ties to even
+    uint32_t bits; std::memcpy(&bits, &x, 4);
+    y.bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+}
+inline f32x16 load(const float* p) { return *(const f32x16*)p; }
+inline f32x16 load(const bf16* p) { return (f32x16)(__builtin_convertvector(*(const u16x16*)p, u32x16) << 16); }
+
+inline float sum(f32x16 x) {
+    float parts[16]; std::memcpy(parts, &x, 64);
+    for (int half = 8; half; half /= 2)
+        for (int i = 0; i < half; i++) parts[i] += parts[i + half];
+    return parts[0];
+}
+
+inline f32x16 exp(f32x16 x) {  // 2^n times a polynomial of the rest; relative error 2e-7
+    x = x < -87.0f ? f32x16{} - 87.0f : x;
+    x = x > 88.0f ? f32x16{} + 88.0f : x;
+    f32x16 n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // rounded
+    f32x16 r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    f32x16 y = ((((1.9875691500e-4f * r + 1.3981999507e-3f) * r + 8.3334519073e-3f) * r + 4.1665795894e-2f) * r
+                + 1.6666665459e-1f) * r + 5.0000001201e-1f;
+    y = y * r * r + r + 1.0f;
+    return y * (f32x16)((__builtin_convertvector(n, i32x16) + 127) << 23);
+}
+
+// Every work item is a range of a loop; thread t of n takes the t-th part.
+struct Range { int begin, end; };
+inline Range part(int count, int t, int n) { return {int(int64_t(count) * t / n), int(int64_t(count) * (t + 1) / n)}; }
+
+// --- matrix products ---
+
+struct Matrix {
+    const void* panels;
+    const float* scales;  // of each output, for int8; null: none
+    int64_t outputs, inputs;
+    int count() const { return int((outputs + PANEL - 1) / PANEL); }
+};
+
+template <int M> inline void tile(const float* a, int64_t stride, const float* panel, int inputs, float* out) {
+    f32x16 acc[M][2] = {};
+    for (int k = 0; k < inputs; k++, panel += PANEL) {
+        f32x16 low = load(panel), high = load(panel + 16);
+        for (int m = 0; m < M; m++) {
+            acc[m][0] += a[m * stride + k] * low;
+            acc[m][1] += a[m * stride + k] * high;
+        }
+    }
+    std::memcpy(out, acc, sizeof acc);
+}
+
+// Two inputs of 16 outputs, as pairs of bfloat16; int8 fits in it exactly.
+inline u32x16 pairs(const bf16* p) { return *(const u32x16*)p; }
+inline u32x16 pairs(const int8_t* p) {
+#ifdef __AVX512BF16__
+    auto floats = [](const int8_t* q) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)q))); };
+    return (u32x16)_mm512_cvtne2ps_pbh(floats(p + 16), floats(p));
+#else
+    i32x16 both = __builtin_convertvector(*(const u16x16*)p, i32x16);
+    f32x16 first = __builtin_convertvector((both << 24) >> 24, f32x16), second = __builtin_convertvector((both << 16) >> 24, f32x16);
+    return ((u32x16)first >> 16) | ((u32x16)second & 0xffff0000u);
+#endif
+}
+
+template <int M, class W> inline void tile(const bf16* a, int64_t stride, const W* panel, int inputs, float* out) {
+    f32x16 acc[M][2] = {};
+    for (int k = 0; k < inputs; k += 2, panel += 2 * PANEL) {
+        u32x16 low = pairs(panel), high = pairs(panel + PANEL);
+        for (int m = 0; m < M; m++) {
+            uint32_t pair; std::memcpy(&pair, a + m * stride + k, 4);
+            u32x16 both = u32x16{} + pair;
+#ifdef __AVX512BF16__
+            acc[m][0] = (f32x16)_mm512_dpbf16_ps((__m512)acc[m][0], (__m512bh)both, (__m512bh)low);
+            acc[m][1] = (f32x16)_mm512_dpbf16_ps((__m512)acc[m][1], (__m512bh)both, (__m512bh)high);
+#else
+            f32x16 first = (f32x16)(both << 16), second = (f32x16)(both & 0xffff0000u);
+            acc[m][0] += first * (f32x16)(low << 16) + second * (f32x16)(low & 0xffff0000u);
+            acc[m][1] += first * (f32x16)(high << 16) + second * (f32x16)(high & 0xffff0000u);
+#endif
+        }
+    }
+    std::memcpy(out, acc, sizeof acc);
+}
+
+// out (rows, 32) = a (rows, inputs) times one panel, in tiles of M rows, then of fewer.
+template <class T, class W, int M = TALL>
+void tiles(const T* a, int64_t stride, int rows, const W* panel, int inputs, float* out) {
+    int row = 0;
+    for (; row + M <= rows; row += M) tile<M>(a + row * stride, stride, panel, inputs, out + row * PANEL);
+    if constexpr (M > 1)
+        if (row < rows) tiles<T, W, M - 1>(a + row * stride, stride, rows - row, panel, inputs, out + row * PANEL);
+}
+
+// Where input k of output `lane` lies in a panel.
+template <class T> inline int64_t place(int k, int lane) {
+    return sizeof(T) == 2 ? int64_t(k / 2) * 2 * PANEL + lane * 2 + k % 2 : int64_t(k) * PANEL + lane;
+}
+
+// What a thread needs for itself.
+template <class T> struct Scratch {
+    std::vector<T> panel;      // an unpacked panel
+    std::vector<float> out;    // (rows, 32)
+    std::vector<float> gate;   // the same for a second product
+    std::vector<float> scores; // (heads of a group or queries of a tile, S)
+    std::vector<T> shares;     // the same, softened
+    std::vector<int> members;  // tokens of an expert
+};
+
+// out (rows, 32) = a times panel number `panel` of w.
+template <class T>
+void product(const T* a, int64_t stride, int rows, const Matrix& w, int panel, Scratch<T>& own, float* out) {
+    int inputs = int(w.inputs);
+    int64_t start = int64_t(panel) * PANEL * inputs;
+    if (!w.scales) return tiles(a, stride, rows, (const T*)w.panels + start, inputs, out);
+    if constexpr (sizeof(T) == 2) {
+        const int8_t* bytes = (const int8_t*)w.panels + start;
+        if (rows <= 2 * TALL) {
+            tiles(a, stride, rows, bytes, inputs, out);
+        } else {  // unpacked once for all tiles
+            for (int i = 0; i < PANEL * inputs; i += 32) *(u32x16*)&own.panel[i] = pairs(bytes + i);
+            tiles(a, stride, rows, own.panel.data(), inputs, out);
+        }
+        const float* scales = w.scales + panel * PANEL;
+        for (int row = 0; row < rows; row++)
+            for (int j = 0; j < PANEL; j++) out[row * PANEL + j] *= scales[j];
+    }
+}
+
+// --- the model ---
+
+struct Block {
+    const float *attention_norm, *q_norm, *kv_norm, *ffn_norm;
+    Matrix low;        // D -> Q + C + R
+    Matrix q_up;       // Q -> H * (N + R)
+    Matrix key_up;     // per head N -> C, heads one after another: W_uk moved into the query
+    Matrix key_down;   // per head C -> N: W_uk itself
+    Matrix value_up;   // per head C -> V
+    Matrix out;        // H * V -> D
+    Matrix gate, up, down;  // dense, or the shared experts
+    int64_t is_moe;
+    const float *centroids, *balance_bias;  // (E, D), (E,)
+    const Matrix* experts;  // gate, up, down of each
+};
+
+struct Model {
+    int64_t d_model, n_blocks, n_heads, q_rank, kv_rank, nope, rope, value, widest, n_experts, top_k, vocab;
+    int64_t rows, slots, max_tokens, normalise;
+    float eps, scale, routed_scale, unused;
+    const void* embed;             // (vocab, D)
+    const float *cosine, *sine;    // (slots, R / 2)
+    const float* norm;
+    Matrix head;
+    const Block* blocks;
+    void* cache;                   // (L, rows, slots, C + R)
+    int64_t head_dim() const { return nope + rope; }
+    int64_t width() const { return kv_rank + rope; }
+};
+
+struct Pass {
+    int64_t count;                 // tokens
+    const int64_t *tokens, *rows, *positions;  // (count,)
+    int64_t pieces;                // of prompts; they come first, then single tokens of rows that are replying
+    const int64_t* lengths;        // (pieces,)
+    int64_t wanted;                // logits
+    const int64_t* wanted_at;      // (wanted,): which tokens
+    float* logits;                 // (wanted, vocab)
+    int64_t* experts;              // (count, MoE blocks, top_k)
+    int64_t threads;
+};
+
+template <class T> struct Buffers {
+    std::vector<float> x, low, q_float, weights;
+    std::vector<T> h, q_latent, q, q_absorbed, mixed, values, act, gathered;
+    std::vector<T> keys, expanded;  // of one piece: panels per head
+    std::vector<int64_t> chosen;
+};
+
+template <class T> void rms_norm(const float* x, const float* weight, int width, float eps, T* y) {
+    f32x16 total = {};
+    int i = 0;
+    for (; i + 16 <= width; i += 16) total += load(x + i) * load(x + i);
+    float squares = sum(total);
+    for (; i < width; i++) squares += x[i] * x[i];
+    float factor = 1.0f / std::sqrt(squares / width + eps);
+    for (i = 0; i < width; i++) narrow(x[i] * factor * weight[i], y[i]);
+}
+
+template <class T> void rotate(const float* x, const float* cosine, const float* sine, int width, T* y) {
+    for (int i = 0; i < width / 2; i++) {
+        narrow(x[2 * i] * cosine[i] - x[2 * i + 1] * sine[i], y[2 * i]);
+        narrow(x[2 * i + 1] * cosine[i] + x[2 * i] * sine[i], y[2 * i + 1]);
+    }
+}
+
+template <class T> float dot(const T* a, const T* b, int width) {
+    f32x16 total = {};
+    int i = 0;
+    for (; i + 16 <= width; i += 16) total += load(a + i) * load(b + i);
+    float rest = sum(total);
+    for (; i < width; i++) rest += widen(a[i]) * widen(b[i]);
+    return rest;
+}
+
+// In place: exp(x - max), with zeros from `count` to the next multiple of 16; returns 1 / sum.
+inline float soften(float* x, int count) {
+    float greatest = *std::max_element(x, x + count);
+    for (int i = count; i % 16; i++) x[i] = -INFINITY;
+    f32x16 total = {};
+    for (int i = 0; i < count; i += 16) {
+        f32x16 y = exp(load(x + i) - greatest);
+        for (int j = 0; j < 16; j++) if (i + j >= count) y[j] = 0;
+        *(f32x16*)(x + i) = y;
+        total += y;
+    }
+    return 1.0f / sum(total);
+}
+
+// G heads of one query attend to the slots of its row. q (G, C + R), slots (count, C + R), scores (G, stride), out (G, C).
+template <class T, int G>
+void attend(const T* q, const T* slots, int count, int latent, int width, float scale, float* scores, int stride, T* out) {
+    for (int s = 0; s < count; s++) {
+        const T* slot = slots + int64_t(s) * width;
+        f32x16 acc[G] = {};
+        int i = 0;
+#ifdef __AVX512BF16__
+        if constexpr (sizeof(T) == 2)
+            for (; i + 32 <= width; i += 32) {
+                __m512bh key = (__m512bh)_mm512_loadu_si512(slot + i);
+                for (int g = 0; g < G; g++)
+                    acc[g] = (f32x16)_mm512_dpbf16_ps((__m512)acc[g], (__m512bh)_mm512_loadu_si512(q + g * width + i), key);
+            }
+#endif
+        for (; i + 16 <= width; i += 16)
+            for (int g = 0; g < G; g++) acc[g] += load(q + g * width + i) * load(slot + i);
+        for (int g = 0; g < G; g++) {
+#ifdef __AVX512F__
+            float score = _mm512_reduce_add_ps((__m512)acc[g]);
+#else
+            float score = sum(acc[g]);
+#endif
+            for (int j = i; j < width; j++) score += widen(q[g * width + j]) * widen(slot[j]);
+            scores[g * stride + s] = score * scale;
+        }
+    }
+    float factor[G];
+    for (int g = 0; g < G; g++) factor[g] = soften(scores + g * stride, count);
+    int i = 0;
+    for (; i + 64 <= latent; i += 64) {
+        f32x16 acc[G][4] = {};
+        for (int s = 0; s < count; s++) {
+            const T* slot = slots + int64_t(s) * width + i;
+            f32x16 value[4] = {load(slot), load(slot + 16), load(slot + 32), load(slot + 48)};
+            for (int g = 0; g < G; g++)
+                for (int v = 0; v < 4; v++) acc[g][v] += scores[g * stride + s] * value[v];
+        }
+        for (int g = 0; g < G; g++)
+            for (int j = 0; j < 64; j++) narrow(acc[g][j / 16][j % 16] * factor[g], out[g * latent + i + j]);
+    }
+    for (; i < latent; i++)
+        for (int g = 0; g < G; g++) {
+            float total = 0;
+            for (int s = 0; s < count; s++) total += scores[g * stride + s] * widen(slots[int64_t(s) * width + i]);
+            narrow(total * factor[g], out[g * latent + i]);
+        }
+}
+
+template <class T> class Runner {
+  public:
+    explicit Runner(const Model& model) : m(model) {
+        int64_t n = m.max_tokens, heads = m.n_heads;
+        b.x.resize(n * m.d_model);
+        b.low.resize(n * (m.q_rank + m.width()));
+        b.q_float.resize(n * heads * m.head_dim());
+        b.weights.resize(n * m.top_k);
+        b.h.resize(n * m.d_model);
+        b.q_latent.resize(n * m.q_rank);
+        b.q.resize(n * heads * m.head_dim());
+        b.q_absorbed.resize(n * heads * m.width());
+        b.mixed.resize(n * heads * m.kv_rank);
+        b.values.resize(n * heads * m.value);
+        b.act.resize(n * m.widest);
+        b.gathered.resize(n * m.d_model);
+        b.chosen.resize(n * m.top_k);
+        b.keys.resize(heads * padded(m.slots) * m.head_dim());
+        b.expanded.resize(heads * padded(m.slots) * padded(m.value));
+    }
+
+    void run(const Pass& pass) {
+        p = &pass;
+        while (own.size() < size_t(pass.threads)) own.emplace_back(new_scratch());
+#pragma omp parallel num_threads(int(pass.threads))
+        work(omp_get_thread_num(), omp_get_num_threads());
+    }
+
+  private:
+    const Model m;
+    const Pass* p = nullptr;
+    Buffers<T> b;
+    std::vector<Scratch<T>> own;
+
+    static int64_t padded(int64_t count) { return (count + PANEL - 1) / PANEL * PANEL; }
+
+    Scratch<T> new_scratch() const {
+        int64_t inputs = std::max({m.d_model, m.widest, m.q_rank, m.kv_rank, m.n_heads * m.value, m.nope});
+        Scratch<T> s;
+        s.panel.resize(PANEL * inputs);
+        s.out.resize(std::max(m.max_tokens, m.slots) * PANEL);
+        s.gate.resize(m.max_tokens * PANEL);
+        s.scores.resize(QUERIES * padded(m.slots));
+        s.shares.resize(QUERIES * padded(m.slots));
+        s.members.resize(m.max_tokens);
+        return s;
+    }
+
+    // A product whose panels are divided among the threads; `take(row, first output, 32 sums)` gets the sums.
+    template <class Take>
+    void multiply(const T* a, int64_t stride, int rows, const Matrix& w, int t, int n, Take take) {
+        Range mine = part(w.count(), t, n);
+        float* out = own[t].out.data();
+        for (int panel = mine.begin; panel < mine.end; panel++) {
+            product(a, stride, rows, w, panel, own[t], out);
+            int first = panel * PANEL, outputs = std::min<int>(PANEL, int(w.outputs) - first);
+            for (int row = 0; row < rows; row++) take(row, first, outputs, out + row * PANEL);
+        }
+    }
+
+    void work(int t, int n) {
+        int count = int(p->count), width = int(m.d_model);
+        Range mine = part(count, t, n);
+        for (int i = mine.begin; i < mine.end; i++)
+            for (int j = 0; j < width; j++) b.x[i * width + j] = widen(((const T*)m.embed)[p->tokens[i] * width + j]);
+        int moe = 0;
+        for (int block = 0; block < m.n_blocks; block++) {
+            const Block& w = m.blocks[block];
+            attention(w, block, t, n);
+            for (int i = mine.begin; i < mine.end; i++)
+                rms_norm(&b.x[i * width], w.ffn_norm, width, m.eps, &b.h[i * width]);
+            if (w.is_moe) route(w, moe++, mine);
+#pragma omp barrier
+            feed_forward(&b.h[0], count, w.gate, w.up, w.down, nullptr, nullptr, t, n);
+            if (w.is_moe) run_experts(w, t, n);
+        }
+        Range asked = part(int(p->wanted), t, n);
+        for (int i = asked.begin; i < asked.end; i++)
+            rms_norm(&b.x[p->wanted_at[i] * width], m.norm, width, m.eps, &b.h[i * width]);
+#pragma omp barrier
+        multiply(&b.h[0], width, int(p->wanted), m.head, t, n, [&](int row, int first, int outputs, const float* sums) {
+            std::memcpy(p->logits + row * m.vocab + first, sums, outputs * sizeof(float));
+        });
+    }
+
+    void attention(const Block& w, int block, int t, int n) {
+        int count = int(p->count), width = int(m.d_model), heads = int(m.n_heads), per_head = int(m.head_dim());
+        int low = int(m.q_rank + m.width());
+        Range mine = part(count, t, n);
+        for (int i = mine.begin; i < mine.end; i++)
+            rms_norm(&b.x[i * width], w.attention_norm, width, m.eps, &b.h[i * width]);
+#pragma omp barrier
+        multiply(&b.h[0], width, count, w.low, t, n, [&](int row, int first, int outputs, const float* sums) {
+            std::memcpy(&b.low[row * low + first], sums, outputs * sizeof(float));
+        });
+#pragma omp barrier
+        for (int i = mine.begin; i < mine.end; i++) remember(w, block, i);
+#pragma omp barrier
+        multiply(&b.q_latent[0], m.q_rank, count, w.q_up, t, n, [&](int row, int first, int outputs, const float* sums) {
+            std::memcpy(&b.q_float[row * heads * per_head + first], sums, outputs * sizeof(float));
+        });
+#pragma omp barrier
+        for (int i = mine.begin; i < mine.end; i++) position(i);
+#pragma omp barrier
+        int first = 0;
+        for (int piece = 0; piece < p->pieces; first += int(p->lengths[piece++]))
+            attend_to_prompt(w, block, first, int(p->lengths[piece]), t, n);
+        if (first < count) attend_to_latents(w, block, first, count - first, t, n);
+        multiply(&b.values[0], heads * m.value, count, w.out, t, n, [&](int row, int first, int outputs, const float* sums) {
+            for (int j = 0; j < outputs; j++) b.x[row * width + first + j] += sums[j];
+        });
+#pragma omp barrier
+    }
+
+    // For every head: head's part of a (rows, stride) times its panels; `take(head, first output, sums (rows, 32))`.
+    template <class Take>
+    void multiply_heads(const T* a, int64_t stride, int64_t per_head, int rows, const Matrix& w, int t, int n, Take take) {
+        int per = w.count() / int(m.n_heads);
+        Range mine = part(w.count(), t, n);
+        for (int panel = mine.begin; panel < mine.end; panel++) {
+            float* out = own[t].out.data();
+            product(a + panel / per * per_head, stride, rows, w, panel, own[t], out);
+            take(panel / per, panel % per * PANEL, out);
+        }
+    }
+
+    // Single tokens, absorbed: all heads attend to the latents themselves.
+    void attend_to_latents(const Block& w, int block, int first, int count, int t, int n) {
+        int heads = int(m.n_heads), latent = int(m.kv_rank), value = int(m.value);
+        int64_t per_head = m.head_dim(), width = m.width();
+        T* q = &b.q_absorbed[0];
+        multiply_heads(&b.q[first * heads * per_head], heads * per_head, per_head, count, w.key_up, t, n,
+                       [&](int head, int from, const float* sums) {
+            for (int row = 0; row < count; row++)
+                for (int j = 0; j < PANEL && from + j < latent; j++)
+                    narrow(sums[row * PANEL + j], q[(row * heads + head) * width + from + j]);
+        });
+        Range mine = part(count, t, n);
+        for (int row = mine.begin; row < mine.end; row++)
+            for (int head = 0; head < heads; head++)
+                std::copy_n(&b.q[((first + row) * heads + head) * per_head + m.nope], m.rope, q + (row * heads + head) * width + latent);
+#pragma omp barrier
+        int group = heads % 6 == 0 ? 6 : heads % 4 == 0 ? 4 : heads % 3 == 0 ? 3 : heads % 2 == 0 ? 2 : 1;
+        int groups = heads / group;
+#pragma omp for schedule(dynamic)
+        for (int item = 0; item < count * groups; item++)
+            look_back(block, first, item / groups, item % groups * group, group, own[t]);
+        multiply_heads(&b.mixed[0], heads * latent, latent, count, w.value_up, t, n,
+                       [&](int head, int from, const float* sums) {
+            for (int row = 0; row < count; row++)
+                for (int j = 0; j < PANEL && from + j < value; j++)
+                    narrow(sums[row * PANEL + j], b.values[((first + row) * heads + head) * value + from + j]);
+        });
+#pragma omp barrier
+    }
+
+    // A piece of a prompt, expanded: keys and values of all its slots are made, head by head, as panels of a product.
+    void attend_to_prompt(const Block& w, int block, int first, int count, int t, int n) {
+        int heads = int(m.n_heads), seen = int(p->positions[first]) + count, room = int(padded(seen));
+        int64_t per_head = m.head_dim(), key_size = room * per_head, value_size = room * padded(m.value);
+        const T* slots = slots_of(block, p->rows[first]);
+        multiply_heads(slots, m.width(), 0, seen, w.key_down, t, n, [&](int head, int from, const float* sums) {
+            for (int s = 0; s < seen; s++)
+                for (int j = 0; j < PANEL && from + j < m.nope; j++)
+                    narrow(sums[s * PANEL + j], b.keys[head * key_size + s / PANEL * PANEL * per_head + place<T>(from + j, s % PANEL)]);
+        });
+        multiply_heads(slots, m.width(), 0, seen, w.value_up, t, n, [&](int head, int from, const float* sums) {
+            T* values = &b.expanded[head * value_size + from * room];
+            for (int s = 0; s < room; s++)
+                for (int j = 0; j < PANEL; j++) narrow(s < seen ? sums[s * PANEL + j] : 0.0f, values[place<T>(s, j)]);
+        });
+        Range mine = part(heads, t, n);
+        for (int head = mine.begin; head < mine.end; head++)
+            for (int s = 0; s < seen; s++)
+                for (int j = 0; j < m.rope; j++)
+                    b.keys[head * key_size + s / PANEL * PANEL * per_head + place<T>(int(m.nope) + j, s % PANEL)] =
+                        slots[s * m.width() + m.kv_rank + j];
+#pragma omp barrier
+        int per = (count + QUERIES - 1) / QUERIES;
+#pragma omp for schedule(dynamic)
+        for (int item = heads * per - 1; item >= 0; item--) {  // the longest first
+            int head = item % heads, from = item / heads * QUERIES;
+            attend_tile(&b.keys[head * key_size], &b.expanded[head * value_size], first + from,
+                        std::min(QUERIES, count - from), room, head, own[t]);
+        }
+    }
+
+    // Queries first ... first + rows - 1 of one head attend to the expanded keys and values of their prompt.
+    void attend_tile(const T* keys, const T* values, int first, int rows, int room, int head, Scratch<T>& s) {
+        int64_t heads = m.n_heads, per_head = m.head_dim();
+        int seen = int(padded(p->positions[first + rows - 1] + 1));
+        float* out = s.out.data();
+        for (int slot = 0; slot < seen; slot += PANEL) {
+            tiles(&b.q[(first * heads + head) * per_head], heads * per_head, rows, keys + slot * per_head, int(per_head), out);
+            for (int row = 0; row < rows; row++) std::memcpy(&s.scores[row * seen + slot], out + row * PANEL, PANEL * sizeof(float));
+        }
+        float factor[QUERIES];
+        for (int row = 0; row < rows; row++) {
+            float* scores = &s.scores[row * seen];
+            int count = int(p->positions[first + row]) + 1;
+            for (int i = 0; i < count; i++) scores[i] *= m.scale;
+            factor[row] = soften(scores, count);
+            std::fill(scores + count, scores + seen, 0.0f);
+            for (int i = 0; i < seen; i++) narrow(scores[i], s.shares[row * seen + i]);
+        }
+        for (int from = 0; from < m.value; from += PANEL) {
+            tiles(s.shares.data(), seen, rows, values + from * room, seen, out);
+            for (int row = 0; row < rows; row++)
+                for (int j = 0; j < PANEL && from + j < m.value; j++)
+                    narrow(out[row * PANEL + j] * factor[row], b.values[((first + row) * heads + head) * m.value + from + j]);
+        }
+    }
+
+    // The latents of token i are normalised; the one of keys and values goes into the cache with the rotated key.
+    void remember(const Block& w, int block, int i) {
+        const float* low = &b.low[i * (m.q_rank + m.width())];
+        rms_norm(low, w.q_norm, int(m.q_rank), m.eps, &b.q_latent[i * m.q_rank]);
+        T* slot = slots_of(block, p->rows[i]) + p->positions[i] * m.width();
+        rms_norm(low + m.q_rank, w.kv_norm, int(m.kv_rank), m.eps, slot);
+        int64_t at = p->positions[i] * m.rope / 2;
+        rotate(low + m.q_rank + m.kv_rank, m.cosine + at, m.sine + at, int(m.rope), slot + m.kv_rank);
+    }
+
+    // The queries of token i get their positions.
+    void position(int i) {
+        int64_t per_head = m.head_dim(), at = p->positions[i] * m.rope / 2;
+        for (int64_t head = i * m.n_heads; head < (i + 1) * m.n_heads; head++) {
+            const float* q = &b.q_float[head * per_head];
+            for (int j = 0; j < m.nope; j++) narrow(q[j], b.q[head * per_head + j]);
+            rotate(q + m.nope, m.cosine + at, m.sine + at, int(m.rope), &b.q[head * per_head + m.nope]);
+        }
+    }
+
+    // Some heads of the single token `first + row` attend to the latents of its row.
+    void look_back(int block, int first, int row, int head, int group, Scratch<T>& s) {
+        const T* q = &b.q_absorbed[(row * m.n_heads + head) * m.width()];
+        T* out = &b.mixed[(row * m.n_heads + head) * m.kv_rank];
+        const T* slots = slots_of(block, p->rows[first + row]);
+        int seen = int(p->positions[first + row]) + 1, stride = int(padded(m.slots));
+        int latent = int(m.kv_rank), width = int(m.width());
+        switch (group) {
+            case 6: return attend<T, 6>(q, slots, seen, latent, width, m.scale, s.scores.data(), stride, out);
+            case 4: return attend<T, 4>(q, slots, seen, latent, width, m.scale, s.scores.data(), stride, out);
+            case 3: return attend<T, 3>(q, slots, seen, latent, width, m.scale, s.scores.data(), stride, out);
+            case 2: return attend<T, 2>(q, slots, seen, latent, width, m.scale, s.scores.data(), stride, out);
+            default: return attend<T, 1>(q, slots, seen, latent, width, m.scale, s.scores.data(), stride, out);
+        }
+    }
+
+    T* slots_of(int block, int64_t row) const { return (T*)m.cache + (block * m.rows + row) * m.slots * m.width(); }
+
+    // x += down(silu(gate a) * up a), for the tokens `members` with their weights; null: for all, weight 1.
+    void feed_forward(const T* a, int rows, const Matrix& gate, const Matrix& up, const Matrix& down, const int* members,
+                      const float* weights, int t, int n) {
+        int64_t width = m.d_model, hidden = gate.outputs;
+        Range mine = part(gate.count(), t, n);
+        for (int panel = mine.begin; panel < mine.end; panel++) {
+            float *g = own[t].gate.data(), *u = own[t].out.data();
+            product(a, width, rows, gate, panel, own[t], g);
+            product(a, width, rows, up, panel, own[t], u);
+            int first = panel * PANEL, outputs = std::min<int>(PANEL, int(hidden) - first);
+            for (int row = 0; row < rows; row++, g += PANEL, u += PANEL) {
+                for (int j = 0; j < PANEL; j += 16)
+                    *(f32x16*)(g + j) = load(g + j) / (1.0f + exp(-load(g + j))) * load(u + j);
+                for (int j = 0; j < outputs; j++) narrow(g[j], b.act[row * hidden + first + j]);
+            }
+        }
+#pragma omp barrier
+        multiply(&b.act[0], hidden, rows, down, t, n, [&](int row, int first, int outputs, const float* sums) {
+            int token = members ? members[row] : row;
+            float weight = members ? weights[row] : 1.0f;
+            for (int j = 0; j < outputs; j++) b.x[token * width + first + j] += weight * sums[j];
+        });
+#pragma omp barrier
+    }
+
+    // Choose the experts of these tokens: the greatest of score + bias, weighted by the score alone.
+    void route(const Block& w, int moe, Range tokens) {
+        int moes = 0;
+        for (int block = 0; block < m.n_blocks; block++) moes += m.blocks[block].is_moe != 0;
+        std::vector<float> h(m.d_model), scores(m.n_experts);
+        for (int i = tokens.begin; i < tokens.end; i++) {
+            for (int j = 0; j < m.d_model; j++) h[j] = widen(b.h[i * m.d_model + j]);
+            for (int e = 0; e < m.n_experts; e++)
+                scores[e] = 1.0f / (1.0f + std::exp(-dot(h.data(), w.centroids + e * m.d_model, int(m.d_model))));
+            float total = 1e-20f;
+            std::vector<bool> taken(m.n_experts);
+            for (int k = 0; k < m.top_k; k++) {
+                int best = -1;
+                for (int e = 0; e < m.n_experts; e++)
+                    if (!taken[e] && (best < 0 || scores[e] + w.balance_bias[e] > scores[best] + w.balance_bias[best])) best = e;
+                taken[best] = true;
+                total += scores[best];
+                b.chosen[i * m.top_k + k] = best;
+                b.weights[i * m.top_k + k] = scores[best] * m.routed_scale;
+                p->experts[(i * moes + moe) * m.top_k + k] = best;
+            }
+            if (m.normalise)
+                for (int k = 0; k < m.top_k; k++) b.weights[i * m.top_k + k] /= total;
+        }
+    }
+
+    void run_experts(const Block& w, int t, int n) {
+        int* members = own[t].members.data();
+        std::vector<float> weights;
+        for (int e = 0; e < m.n_experts; e++) {
+            int rows = 0;
+            weights.clear();
+            for (int choice = 0; choice < p->count * m.top_k; choice++)
+                if (b.chosen[choice] == e) {
+                    members[rows++] = choice / int(m.top_k);
+                    weights.push_back(b.weights[choice]);
+                }
+            if (!rows) continue;  // for every thread alike
+            Range mine = part(rows, t, n);
+            for (int i = mine.begin; i < mine.end; i++)
+                std::copy_n(&b.h[members[i] * m.d_model], m.d_model, &b.gathered[i * m.d_model]);
+#pragma omp barrier
+            feed_forward(&b.gathered[0], rows, w.experts[3 * e], w.experts[3 * e + 1], w.experts[3 * e + 2], members,
+                         weights.data(), t, n);
+        }
+    }
+};
+
+}  // namespace
+
+extern "C" {
+
+void* open_float(const Model* model) { return new Runner<float>(*model); }
+void* open_bf16(const Model* model) { return new Runner<bf16>(*model); }
+void run_float(void* runner, const Pass* pass) { ((Runner<float>*)runner)->run(*pass); }
+void run_bf16(void* runner, const Pass* pass) { ((Runner<bf16>*)runner)->run(*pass); }
+void close_float(void* runner) { delete (Runner<float>*)runner; }
+void close_bf16(void* runner) { delete (Runner<bf16>*)runner; }
+
+// Seconds are measured by the caller: the sum of `count` numbers, read once by `threads` threads.
+float read_all(const float* numbers, int64_t count, int64_t threads) {
+    std::vector<float> sums(threads);
+#pragma omp parallel num_threads(int(threads))
+    {
+        int t = omp_get_thread_num();
+        int64_t begin = count * t / threads, end = count * (t + 1) / threads;
+        f32x16 a = {}, c = {}, d = {}, e = {};
+        for (int64_t i = begin; i + 64 <= end; i += 64) {
+            a += load(numbers + i); c += load(numbers + i + 16); d += load(numbers + i + 32); e += load(numbers + i + 48);
+        }
+        sums[t] = sum(a + c + d + e);
+    }
+    float total = 0;
+    for (float s : sums) total += s;
+    return total;
+}
+
+}
