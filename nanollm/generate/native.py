@@ -145,7 +145,7 @@ class NativeRunner:
         cosine, sine = rotary_table(torch.arange(length), c.qk_rope_head_dim, c.rope_theta)
         blocks = (Block * c.n_blocks)(*(self._block(block) for block in model.trunk.blocks))
         self.kept.append(blocks)
-        embed = model.trunk.embed.weight.detach().to(self.dtype).contiguous()
+        embed = model.trunk.embed.weight.detach().to(self.dtype, copy=True)
         return Model(
             d_model=c.d_model,
             n_blocks=c.n_blocks,
@@ -224,7 +224,7 @@ class NativeRunner:
         return Matrix(self._at(panels(padded.to(self.dtype), 1 if self.kind == "float" else 2)), None, outputs, inputs)
 
     def _numbers(self, values: Tensor) -> int:
-        return self._at(values.detach().float().contiguous())
+        return self._at(values.detach().to(torch.float32, copy=True))
 
     def _at(self, tensor: Tensor) -> int:
         """The address of a tensor that lives as long as this runner."""

@@ -46,8 +46,8 @@ class SamplingConfig:
             raise ValueError(f"min_p must be between 0 and 1, got {self.min_p}")
         if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
             raise ValueError(f"repetition_penalty must be above 0 (1: off), got {self.repetition_penalty}")
-        if any(token < 0 for token in self.logit_bias) or any(math.isnan(bias) for bias in self.logit_bias.values()):
-            raise ValueError(f"logit_bias must map token ids to numbers, got {self.logit_bias}")
+        if any(token < 0 for token in self.logit_bias) or not all(map(math.isfinite, self.logit_bias.values())):
+            raise ValueError(f"logit_bias must map token ids to finite numbers, got {self.logit_bias}")
 
     @property
     def filters(self) -> bool:

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from nanollm.generate.engine import generate
+from nanollm.generate.engine import Engine, generate
+from nanollm.generate.request import Request
 from nanollm.generate.sampling import SamplingConfig, sample, uniforms
 
 GREEDY = SamplingConfig(temperature=0)
@@ -120,3 +121,173 @@ def test_logprobs_are_those_of_one_full_pass_at_the_same_temperature(tiny_model,
             assert completion.logprobs[place] == pytest.approx(expected[place][token], abs=1e-5)
         if completion.finish == "end":
             assert any(completion.logprobs[-1] == pytest.approx(expected[drawn - 1][end], abs=1e-5) for end in ends)
+
+
+# --- requests that come and go ---
+
+CHOICES = [
+    GREEDY,
+    SamplingConfig(temperature=1.0),
+    SamplingConfig(temperature=0.7, top_k=9),
+    SamplingConfig(temperature=1.3, top_p=0.8, repetition_penalty=1.2),
+    SamplingConfig(temperature=0.9, min_p=0.1, logit_bias={3: 2.0, 8: -5.0}),
+]
+
+
+def request(number, **changes):
+    """The number-th of many different requests; every third begins like the others of its kind."""
+    rng = np.random.default_rng(number)
+    begins = [7, 7, 1, 9, 4, 2, 2, 30, 41, 5, 5, 60, 11, 12, 13, 14, 15, 16][: 18 * (number % 3 == 0)]
+    values = {
+        "prompt": [*begins, *rng.integers(0, 97, 1 + number % 20).tolist()],
+        "max_tokens": 3 + number % 14,
+        "sampling": CHOICES[number % len(CHOICES)],
+        "end_ids": frozenset({50 + number % 7}),
+        "seed": number,
+        "top_logprobs": 3 if number % 4 == 0 else None,
+    }
+    return Request(**(values | changes))
+
+
+def answers(engine, completions):
+    """Everything each request was told, after the engine ran dry."""
+    told = {id(completion): [] for completion in completions}
+    while engine.has_work:
+        for drawn in engine.step():
+            told[id(drawn.completion)].append((drawn.token, drawn.scored))
+    return [(told[id(c)], c.ids, c.logprobs, c.finish, c.end_id) for c in completions]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_request_is_answered_as_if_it_were_alone(tiny_model, dtype):
+    model = tiny_model.to(dtype)
+    expected = []
+    for number in range(40):
+        alone = Engine(model, rows=1)
+        expected += answers(alone, [alone.submit(request(number))])
+
+    crowd = Engine(model, rows=7, chunk=11)
+    completions, leavers, told = [], [], {}
+    for number in range(40):  # they come while others run, and some leave early
+        completions.append(crowd.submit(request(number)))
+        leavers.append(crowd.submit(request(number + 100)))
+        for _ in range(number % 3):
+            for drawn in crowd.step():
+                told.setdefault(id(drawn.completion), []).append((drawn.token, drawn.scored))
+        crowd.cancel(leavers[-1])
+    while crowd.has_work:
+        for drawn in crowd.step():
+            told.setdefault(id(drawn.completion), []).append((drawn.token, drawn.scored))
+    got = [(told[id(c)], c.ids, c.logprobs, c.finish, c.end_id) for c in completions]
+    assert got == expected
+    assert crowd.reused_tokens > 0
+    assert (crowd.waiting, crowd.running) == (0, 0)
+
+
+def test_samples_of_a_prompt_read_it_once(tiny_model):
+    prompt = list(range(30))
+    engine = Engine(tiny_model, rows=8)
+    several = [
+        engine.submit(Request(prompt=prompt, max_tokens=5, sampling=SamplingConfig(temperature=1.0), seed=seed))
+        for seed in range(8)
+    ]
+    got = answers(engine, several)
+    assert (engine.prompt_tokens, engine.reused_tokens) == (30, 7 * 30)
+    for seed, answer in enumerate(got):
+        alone = Engine(tiny_model, rows=1)
+        assert answers(alone, [alone.submit(several[seed].request)]) == [answer]
+
+
+def test_a_conversation_reads_only_what_is_new(tiny_model):
+    engine = Engine(tiny_model, rows=2)
+    first = list(range(20))
+    answers(engine, [engine.submit(Request(prompt=first, max_tokens=4, sampling=GREEDY))])
+    second = [*first, 30, 31, 32, 33, 34]
+    (got,) = answers(engine, [engine.submit(Request(prompt=second, max_tokens=4, sampling=GREEDY))])
+    assert (engine.prompt_tokens, engine.reused_tokens) == (25, 20)
+    alone = Engine(tiny_model, rows=1)
+    assert answers(alone, [alone.submit(Request(prompt=second, max_tokens=4, sampling=GREEDY))]) == [got]
+
+
+def test_long_prompts_do_not_hold_up_the_replies_that_run(tiny_model):
+    engine = Engine(tiny_model, rows=2, chunk=8)
+    quick = engine.submit(Request(prompt=[1], max_tokens=20, sampling=GREEDY))
+    engine.step()
+    engine.submit(Request(prompt=list(range(50)), max_tokens=2, sampling=GREEDY))
+    for _ in range(5):
+        assert [drawn.completion for drawn in engine.step()] == [quick]
+
+
+def test_first_come_first_served(tiny_model):
+    engine = Engine(tiny_model, rows=1)
+    completions = [engine.submit(Request(prompt=[n], max_tokens=2, sampling=GREEDY)) for n in range(5)]
+    finished = []
+    while engine.has_work:
+        finished += [drawn.completion for drawn in engine.step() if drawn.completion.finish]
+    assert finished == completions
+
+
+def test_a_cancelled_request_gives_its_row_back_at_once(tiny_model):
+    engine = Engine(tiny_model, rows=1)
+    running = engine.submit(Request(prompt=[1], max_tokens=30, sampling=GREEDY))
+    waiting = engine.submit(Request(prompt=[2], max_tokens=1, sampling=GREEDY))
+    never = engine.submit(Request(prompt=[3], max_tokens=1, sampling=GREEDY))
+    engine.step()
+    engine.cancel(running)
+    engine.cancel(never)
+    assert [drawn.completion for drawn in engine.step()] == [waiting]
+    assert [c.finish for c in (running, waiting, never)] == ["cancelled", "length", "cancelled"]
+    engine.cancel(waiting)
+    assert waiting.finish == "length"
+    assert not engine.has_work
+
+
+def test_the_models_own_operations_give_the_same_replies(tiny_model):
+    numbers = range(15)
+    native, plain = (Engine(tiny_model, rows=4, kernels=kernels) for kernels in ("native", "torch"))
+    got, expected = (answers(engine, [engine.submit(request(n)) for n in numbers]) for engine in (native, plain))
+    for one, other in zip(got, expected, strict=True):
+        assert [token for token, _ in one[0]] == [token for token, _ in other[0]]
+        assert one[2] == pytest.approx(other[2], abs=1e-4)
+        assert [s.experts for _, s in one[0] if s] == [s.experts for _, s in other[0] if s]
+
+
+def test_scores_are_the_models_own_whatever_was_drawn(tiny_model):
+    engine = Engine(tiny_model, rows=1)
+    warm = SamplingConfig(temperature=1.5, top_k=5, logit_bias={9: 3.0})
+    ((told, ids, _, _, _),) = answers(
+        engine, [engine.submit(Request(prompt=[4, 8], max_tokens=6, sampling=warm, top_logprobs=97))]
+    )
+    expected = tiny_model(torch.tensor([[4, 8, *ids[:-1]]]))[0, 1:].log_softmax(-1)
+    for (token, scored), row in zip(told, expected, strict=True):
+        assert scored.logprob == pytest.approx(row[token].item(), abs=1e-4)
+        assert [logprob for _, logprob in scored.top] == pytest.approx(
+            row.sort(descending=True).values.tolist(), abs=1e-4
+        )
+        assert dict(scored.top)[token] == scored.logprob
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompt": []}, "expected a prompt of at least one token, got an empty one"),
+        ({"prompt": [1] * 64}, "the prompt has 64 tokens, the model's context is 64 and a reply needs at least one"),
+        ({"prompt": [97]}, "prompt ids must be from 0 to 96, got 97"),
+        ({"prompt": [-1]}, "prompt ids must be from 0 to 96, got -1"),
+        ({"max_tokens": 0}, "max_tokens must be at least 1, got 0"),
+        ({"top_logprobs": -1}, "top_logprobs must be at least 0, got -1"),
+        ({"sampling": SamplingConfig(logit_bias={97: 1.0})}, "logit_bias speaks of token 97, the model has 97 tokens"),
+    ],
+)
+def test_a_request_that_cannot_be_answered_is_refused(tiny_model, changes, message):
+    engine = Engine(tiny_model, rows=1)
+    with pytest.raises(ValueError, match=message):
+        engine.submit(request(1, **changes))
+    assert not engine.has_work
+
+
+def test_a_prompt_one_short_of_the_context_has_one_reply_token_beyond(tiny_model):
+    engine = Engine(tiny_model, rows=1)
+    (completion,) = [engine.submit(Request(prompt=list(range(63)), max_tokens=9, sampling=GREEDY))]
+    answers(engine, [completion])
+    assert (len(completion.ids), completion.finish) == (2, "length")  # the second is read by nobody

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from nanollm.generate.sampling import SamplingConfig, invert, keep_likeliest, sample, uniforms
+from nanollm.generate.sampling import SamplingConfig, invert, keep_likeliest, sample, shift, uniforms
 
 LOGITS = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
 
@@ -22,6 +22,9 @@ def kept(**settings):
         ({"top_p": 0.01}, [True, False, False, False]),
         ({"top_p": 0.6}, [True, True, False, False]),
         ({"top_p": 0.81}, [True, True, True, False]),
+        ({"min_p": 0.2}, [True, True, True, False]),  # at least 0.1
+        ({"min_p": 1.0}, [True, False, False, False]),
+        ({"top_k": 3, "min_p": 0.5}, [True, True, False, False]),
         ({"top_k": 2, "top_p": 0.6}, [True, False, False, False]),  # top-p of what top-k left: 0.625 reaches 0.6
     ],
 )
@@ -84,3 +87,38 @@ def test_a_token_without_probability_is_never_drawn():
 def test_impossible_settings_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         SamplingConfig(**change)
+
+
+def test_a_bias_moves_a_token_and_leaves_the_logprob_to_the_model():
+    greedy = SamplingConfig(temperature=0, logit_bias={3: 5.0})
+    ids, logprobs = sample(LOGITS[None], greedy, torch.zeros(1))
+    assert ids.tolist() == [3]
+    assert logprobs.item() == pytest.approx(np.log(0.05), abs=1e-6)
+    never = SamplingConfig(temperature=1.0, logit_bias={0: -100.0})
+    drawn = sample(LOGITS.expand(1000, -1), never, torch.rand(1000))[0]
+    assert 0 not in drawn.tolist()
+
+
+def test_the_repetition_penalty_falls_on_what_was_seen_in_that_row():
+    logits = torch.tensor([[2.0, 1.9, -1.0, -1.1], [2.0, 1.9, -1.0, -1.1]])
+    penalised = SamplingConfig(temperature=0, repetition_penalty=1.3)
+    ids, _ = sample(logits, penalised, torch.zeros(2), [torch.tensor([0]), torch.tensor([3])])
+    assert ids.tolist() == [1, 0]
+    shifted = shift(logits, penalised, [torch.tensor([0, 2]), torch.tensor([], dtype=torch.int64)])
+    assert shifted[0].tolist() == pytest.approx([2.0 / 1.3, 1.9, -1.3, -1.1])
+    assert torch.equal(shifted[1], logits[1])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"min_p": -0.1}, "min_p must be between 0 and 1, got -0.1"),
+        ({"min_p": 1.1}, "min_p must be between 0 and 1"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be above 0"),
+        ({"logit_bias": {-1: 0.0}}, "logit_bias must map token ids to finite numbers"),
+        ({"logit_bias": {1: float("inf")}}, "logit_bias must map token ids to finite numbers"),
+    ],
+)
+def test_nonsense_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        SamplingConfig(**settings)
