@@ -93,7 +93,7 @@ class NativeRunner:
         self.quantize, self.dtype = quantize, torch.bfloat16 if quantize == "int8" else dtype
         self.kind = "float" if self.dtype == torch.float32 else "bf16"
         self.slots = torch.empty(c.n_blocks, rows, length, c.cache_width, dtype=self.dtype)
-        self.cache_bytes = self.slots.nbytes
+        self.cache_bytes, self.weight_bytes = self.slots.nbytes, 1 if quantize == "int8" else self.dtype.itemsize
         self.handle = getattr(self.library, f"open_{self.kind}")(byref(self._describe(model, rows, length, longest)))
 
     def __del__(self) -> None:

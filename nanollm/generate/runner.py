@@ -72,7 +72,7 @@ class TorchRunner:
         weight = model.head.weight
         # Pieces of different lengths are padded to the longest: behind the last slot there is room for that.
         self.cache = LatentCache.empty(model.config, rows, length + longest_piece, weight.dtype, weight.device)
-        self.cache_bytes = self.cache.slots.nbytes
+        self.cache_bytes, self.weight_bytes = self.cache.slots.nbytes, weight.itemsize
 
     def run(self, work: Work) -> Seen:
         answers = [self._read(work.pieces)] if work.pieces else []

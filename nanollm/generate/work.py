@@ -47,6 +47,8 @@ class Runner(Protocol):
     """What the engine needs of a model."""
 
     cache_bytes: int
+    weight_bytes: int
+    """Bytes of one weight."""
 
     def run(self, work: Work) -> Seen:
         """Read the tokens and remember them."""

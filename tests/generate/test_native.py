@@ -1,6 +1,7 @@
 """forward.cpp computes what the model computes, and a row's answer is the same, bit for bit, in any company."""
 
 import dataclasses
+import platform
 
 import numpy as np
 import pytest
@@ -146,6 +147,22 @@ def test_the_number_of_threads_changes_no_bit():
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(answer, answers[0]) for answer in answers)
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="names features of x86 processors")
+@pytest.mark.parametrize("processor", ["x86-64-v3", "x86-64-v2"])
+@torch.inference_mode()
+def test_processors_without_bfloat16_compute_the_same(processor, monkeypatch):
+    models = [(model_of("preset", dtype), quantize) for dtype, quantize in KINDS]
+    expected = [talk(NativeRunner(model, ROWS, LENGTH, LENGTH, quantize))[0] for model, quantize in models]
+    monkeypatch.setattr(native, "OPTIONS", (*native.OPTIONS, f"-march={processor}"))
+    native.library.cache_clear()
+    try:
+        got = [talk(NativeRunner(model, ROWS, LENGTH, LENGTH, quantize))[0] for model, quantize in models]
+    finally:
+        native.library.cache_clear()
+    for one, other, (dtype, _) in zip(got, expected, KINDS, strict=True):
+        assert (one - other).square().mean().sqrt() < (1e-5 if dtype == torch.float32 else 0.02) * other.std()
 
 
 @torch.inference_mode()
