@@ -22,7 +22,9 @@
 
 namespace {
 
-struct bf16 { uint16_t bits; };
+struct bf16 {
+    uint16_t bits;
+};
 
 using f32x16 = float __attribute__((vector_size(64), aligned(4), may_alias));
 using u32x16 = uint32_t __attribute__((vector_size(64), aligned(4), may_alias));
@@ -32,7 +34,7 @@ using u16x16 = uint16_t __attribute__((vector_size(32), aligned(2), may_alias));
 constexpr int PANEL = 32;    // outputs of a panel: two vectors
 constexpr int QUERIES = 24;  // of one head and one prompt that attend together
 #ifdef __AVX512F__
-constexpr int TALL = 12;   // rows of a tile, as many as the registers hold
+constexpr int TALL = 12;  // rows of a tile, as many as the registers hold
 #else
 constexpr int TALL = 3;
 #endif
@@ -40,35 +42,46 @@ constexpr int TALL = 3;
 // --- numbers ---
 
 inline float widen(float x) { return x; }
-inline float widen(bf16 x) { uint32_t bits = uint32_t(x.bits) << 16; float y; std::memcpy(&y, &bits, 4); return y; }
+inline float widen(bf16 x) {
+    uint32_t bits = uint32_t(x.bits) << 16;
+    float y;
+    std::memcpy(&y, &bits, 4);
+    return y;
+}
 inline void narrow(float x, float& y) { y = x; }
 inline void narrow(float x, bf16& y) {  // to the nearest, ties to even
-    uint32_t bits; std::memcpy(&bits, &x, 4);
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
     y.bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
 }
 inline f32x16 load(const float* p) { return *(const f32x16*)p; }
 inline f32x16 load(const bf16* p) { return (f32x16)(__builtin_convertvector(*(const u16x16*)p, u32x16) << 16); }
 
 inline float sum(f32x16 x) {
-    float parts[16]; std::memcpy(parts, &x, 64);
+    float parts[16];
+    std::memcpy(parts, &x, 64);
     for (int half = 8; half; half /= 2)
         for (int i = 0; i < half; i++) parts[i] += parts[i + half];
     return parts[0];
 }
 
-inline f32x16 exp(f32x16 x) {  // 2^n times a polynomial of the rest; relative error 2e-7
+// 2^n times a polynomial of the rest (the coefficients of Cephes' expf); relative error 2e-7.
+inline f32x16 exp(f32x16 x) {
     x = x < -87.0f ? f32x16{} - 87.0f : x;
     x = x > 88.0f ? f32x16{} + 88.0f : x;
     f32x16 n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // rounded
     f32x16 r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    f32x16 y = ((((1.9875691500e-4f * r + 1.3981999507e-3f) * r + 8.3334519073e-3f) * r + 4.1665795894e-2f) * r
-                + 1.6666665459e-1f) * r + 5.0000001201e-1f;
+    f32x16 y = f32x16{} + 1.9875691500e-4f;
+    for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
+        y = y * r + c;
     y = y * r * r + r + 1.0f;
     return y * (f32x16)((__builtin_convertvector(n, i32x16) + 127) << 23);
 }
 
 // Every work item is a range of a loop; thread t of n takes the t-th part.
-struct Range { int begin, end; };
+struct Range {
+    int begin, end;
+};
 inline Range part(int count, int t, int n) { return {int(int64_t(count) * t / n), int(int64_t(count) * (t + 1) / n)}; }
 
 // --- matrix products ---
@@ -96,11 +109,14 @@ template <int M> inline void tile(const float* a, int64_t stride, const float* p
 inline u32x16 pairs(const bf16* p) { return *(const u32x16*)p; }
 inline u32x16 pairs(const int8_t* p) {
 #ifdef __AVX512BF16__
-    auto floats = [](const int8_t* q) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)q))); };
+    auto floats = [](const int8_t* q) {
+        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)q)));
+    };
     return (u32x16)_mm512_cvtne2ps_pbh(floats(p + 16), floats(p));
 #else
     i32x16 both = __builtin_convertvector(*(const u16x16*)p, i32x16);
-    f32x16 first = __builtin_convertvector((both << 24) >> 24, f32x16), second = __builtin_convertvector((both << 16) >> 24, f32x16);
+    f32x16 first = __builtin_convertvector((both << 24) >> 24, f32x16),
+           second = __builtin_convertvector((both << 16) >> 24, f32x16);
     return ((u32x16)first >> 16) | ((u32x16)second & 0xffff0000u);
 #endif
 }
@@ -110,7 +126,8 @@ template <int M, class W> inline void tile(const bf16* a, int64_t stride, const 
     for (int k = 0; k < inputs; k += 2, panel += 2 * PANEL) {
         u32x16 low = pairs(panel), high = pairs(panel + PANEL);
         for (int m = 0; m < M; m++) {
-            uint32_t pair; std::memcpy(&pair, a + m * stride + k, 4);
+            uint32_t pair;
+            std::memcpy(&pair, a + m * stride + k, 4);
             u32x16 both = u32x16{} + pair;
 #ifdef __AVX512BF16__
             acc[m][0] = (f32x16)_mm512_dpbf16_ps((__m512)acc[m][0], (__m512bh)both, (__m512bh)low);
@@ -141,12 +158,12 @@ template <class T> inline int64_t place(int k, int lane) {
 
 // What a thread needs for itself.
 template <class T> struct Scratch {
-    std::vector<T> panel;      // an unpacked panel
-    std::vector<float> out;    // (rows, 32)
-    std::vector<float> gate;   // the same for a second product
-    std::vector<float> scores; // (heads of a group or queries of a tile, S)
-    std::vector<T> shares;     // the same, softened
-    std::vector<int> members;  // tokens of an expert
+    std::vector<T> panel;       // an unpacked panel
+    std::vector<float> out;     // (rows, 32)
+    std::vector<float> gate;    // the same for a second product
+    std::vector<float> scores;  // (heads of a group or queries of a tile, S)
+    std::vector<T> shares;      // the same, softened
+    std::vector<int> members;   // tokens of an expert
 };
 
 // out (rows, 32) = a times panel number `panel` of w.
@@ -173,41 +190,41 @@ void product(const T* a, int64_t stride, int rows, const Matrix& w, int panel, S
 
 struct Block {
     const float *attention_norm, *q_norm, *kv_norm, *ffn_norm;
-    Matrix low;        // D -> Q + C + R
-    Matrix q_up;       // Q -> H * (N + R)
-    Matrix key_up;     // per head N -> C, heads one after another: W_uk moved into the query
-    Matrix key_down;   // per head C -> N: W_uk itself
-    Matrix value_up;   // per head C -> V
-    Matrix out;        // H * V -> D
+    Matrix low;             // D -> Q + C + R
+    Matrix q_up;            // Q -> H * (N + R)
+    Matrix key_up;          // per head N -> C, heads one after another: W_uk moved into the query
+    Matrix key_down;        // per head C -> N: W_uk itself
+    Matrix value_up;        // per head C -> V
+    Matrix out;             // H * V -> D
     Matrix gate, up, down;  // dense, or the shared experts
     int64_t is_moe;
     const float *centroids, *balance_bias;  // (E, D), (E,)
-    const Matrix* experts;  // gate, up, down of each
+    const Matrix* experts;                  // gate, up, down of each
 };
 
 struct Model {
     int64_t d_model, n_blocks, n_heads, q_rank, kv_rank, nope, rope, value, widest, n_experts, top_k, vocab;
     int64_t rows, slots, max_tokens, normalise;
-    float eps, scale, routed_scale, unused;
-    const void* embed;             // (vocab, D)
-    const float *cosine, *sine;    // (slots, R / 2)
+    float eps, scale, routed_scale;
+    const void* embed;           // (vocab, D)
+    const float *cosine, *sine;  // (slots, R / 2)
     const float* norm;
     Matrix head;
     const Block* blocks;
-    void* cache;                   // (L, rows, slots, C + R)
+    void* cache;  // (L, rows, slots, C + R)
     int64_t head_dim() const { return nope + rope; }
     int64_t width() const { return kv_rank + rope; }
 };
 
 struct Pass {
-    int64_t count;                 // tokens
+    int64_t count;                             // tokens
     const int64_t *tokens, *rows, *positions;  // (count,)
-    int64_t pieces;                // of prompts; they come first, then single tokens of rows that are replying
-    const int64_t* lengths;        // (pieces,)
-    int64_t wanted;                // logits
-    const int64_t* wanted_at;      // (wanted,): which tokens
-    float* logits;                 // (wanted, vocab)
-    int64_t* experts;              // (count, MoE blocks, top_k)
+    int64_t pieces;            // of prompts; they come first, then single tokens of rows that are replying
+    const int64_t* lengths;    // (pieces,)
+    int64_t wanted;            // logits
+    const int64_t* wanted_at;  // (wanted,): which tokens
+    float* logits;             // (wanted, vocab)
+    int64_t* experts;          // (count, MoE blocks, top_k)
     int64_t threads;
 };
 
@@ -251,16 +268,19 @@ inline float soften(float* x, int count) {
     f32x16 total = {};
     for (int i = 0; i < count; i += 16) {
         f32x16 y = exp(load(x + i) - greatest);
-        for (int j = 0; j < 16; j++) if (i + j >= count) y[j] = 0;
+        for (int j = 0; j < 16; j++)
+            if (i + j >= count) y[j] = 0;
         *(f32x16*)(x + i) = y;
         total += y;
     }
     return 1.0f / sum(total);
 }
 
-// G heads of one query attend to the slots of its row. q (G, C + R), slots (count, C + R), scores (G, stride), out (G, C).
+// G heads of one query attend to the slots of its row.
+// q (G, C + R), slots (count, C + R), scores (G, stride), out (G, C).
 template <class T, int G>
-void attend(const T* q, const T* slots, int count, int latent, int width, float scale, float* scores, int stride, T* out) {
+void attend(const T* q, const T* slots, int count, int latent, int width, float scale, float* scores, int stride,
+            T* out) {
     for (int s = 0; s < count; s++) {
         const T* slot = slots + int64_t(s) * width;
         f32x16 acc[G] = {};
@@ -270,7 +290,8 @@ void attend(const T* q, const T* slots, int count, int latent, int width, float 
             for (; i + 32 <= width; i += 32) {
                 __m512bh key = (__m512bh)_mm512_loadu_si512(slot + i);
                 for (int g = 0; g < G; g++)
-                    acc[g] = (f32x16)_mm512_dpbf16_ps((__m512)acc[g], (__m512bh)_mm512_loadu_si512(q + g * width + i), key);
+                    acc[g] =
+                        (f32x16)_mm512_dpbf16_ps((__m512)acc[g], (__m512bh)_mm512_loadu_si512(q + g * width + i), key);
             }
 #endif
         for (; i + 16 <= width; i += 16)
@@ -405,9 +426,10 @@ template <class T> class Runner {
 #pragma omp barrier
         for (int i = mine.begin; i < mine.end; i++) remember(w, block, i);
 #pragma omp barrier
-        multiply(&b.q_latent[0], m.q_rank, count, w.q_up, t, n, [&](int row, int first, int outputs, const float* sums) {
-            std::memcpy(&b.q_float[row * heads * per_head + first], sums, outputs * sizeof(float));
-        });
+        multiply(&b.q_latent[0], m.q_rank, count, w.q_up, t, n,
+                 [&](int row, int first, int outputs, const float* sums) {
+                     std::memcpy(&b.q_float[row * heads * per_head + first], sums, outputs * sizeof(float));
+                 });
 #pragma omp barrier
         for (int i = mine.begin; i < mine.end; i++) position(i);
 #pragma omp barrier
@@ -415,15 +437,17 @@ template <class T> class Runner {
         for (int piece = 0; piece < p->pieces; first += int(p->lengths[piece++]))
             attend_to_prompt(w, block, first, int(p->lengths[piece]), t, n);
         if (first < count) attend_to_latents(w, block, first, count - first, t, n);
-        multiply(&b.values[0], heads * m.value, count, w.out, t, n, [&](int row, int first, int outputs, const float* sums) {
-            for (int j = 0; j < outputs; j++) b.x[row * width + first + j] += sums[j];
-        });
+        multiply(&b.values[0], heads * m.value, count, w.out, t, n,
+                 [&](int row, int first, int outputs, const float* sums) {
+                     for (int j = 0; j < outputs; j++) b.x[row * width + first + j] += sums[j];
+                 });
 #pragma omp barrier
     }
 
     // For every head: head's part of a (rows, stride) times its panels; `take(head, first output, sums (rows, 32))`.
     template <class Take>
-    void multiply_heads(const T* a, int64_t stride, int64_t per_head, int rows, const Matrix& w, int t, int n, Take take) {
+    void multiply_heads(const T* a, int64_t stride, int64_t per_head, int rows, const Matrix& w, int t, int n,
+                        Take take) {
         int per = w.count() / int(m.n_heads);
         Range mine = part(w.count(), t, n);
         for (int panel = mine.begin; panel < mine.end; panel++) {
@@ -440,26 +464,27 @@ template <class T> class Runner {
         T* q = &b.q_absorbed[0];
         multiply_heads(&b.q[first * heads * per_head], heads * per_head, per_head, count, w.key_up, t, n,
                        [&](int head, int from, const float* sums) {
-            for (int row = 0; row < count; row++)
-                for (int j = 0; j < PANEL && from + j < latent; j++)
-                    narrow(sums[row * PANEL + j], q[(row * heads + head) * width + from + j]);
-        });
+                           for (int row = 0; row < count; row++)
+                               for (int j = 0; j < PANEL && from + j < latent; j++)
+                                   narrow(sums[row * PANEL + j], q[(row * heads + head) * width + from + j]);
+                       });
         Range mine = part(count, t, n);
         for (int row = mine.begin; row < mine.end; row++)
             for (int head = 0; head < heads; head++)
-                std::copy_n(&b.q[((first + row) * heads + head) * per_head + m.nope], m.rope, q + (row * heads + head) * width + latent);
+                std::copy_n(&b.q[((first + row) * heads + head) * per_head + m.nope], m.rope,
+                            q + (row * heads + head) * width + latent);
 #pragma omp barrier
         int group = heads % 6 == 0 ? 6 : heads % 4 == 0 ? 4 : heads % 3 == 0 ? 3 : heads % 2 == 0 ? 2 : 1;
         int groups = heads / group;
 #pragma omp for schedule(dynamic)
         for (int item = 0; item < count * groups; item++)
             look_back(block, first, item / groups, item % groups * group, group, own[t]);
-        multiply_heads(&b.mixed[0], heads * latent, latent, count, w.value_up, t, n,
-                       [&](int head, int from, const float* sums) {
-            for (int row = 0; row < count; row++)
-                for (int j = 0; j < PANEL && from + j < value; j++)
-                    narrow(sums[row * PANEL + j], b.values[((first + row) * heads + head) * value + from + j]);
-        });
+        multiply_heads(
+            &b.mixed[0], heads * latent, latent, count, w.value_up, t, n, [&](int head, int from, const float* sums) {
+                for (int row = 0; row < count; row++)
+                    for (int j = 0; j < PANEL && from + j < value; j++)
+                        narrow(sums[row * PANEL + j], b.values[((first + row) * heads + head) * value + from + j]);
+            });
 #pragma omp barrier
     }
 
@@ -471,7 +496,8 @@ template <class T> class Runner {
         multiply_heads(slots, m.width(), 0, seen, w.key_down, t, n, [&](int head, int from, const float* sums) {
             for (int s = 0; s < seen; s++)
                 for (int j = 0; j < PANEL && from + j < m.nope; j++)
-                    narrow(sums[s * PANEL + j], b.keys[head * key_size + s / PANEL * PANEL * per_head + place<T>(from + j, s % PANEL)]);
+                    narrow(sums[s * PANEL + j],
+                           b.keys[head * key_size + s / PANEL * PANEL * per_head + place<T>(from + j, s % PANEL)]);
         });
         multiply_heads(slots, m.width(), 0, seen, w.value_up, t, n, [&](int head, int from, const float* sums) {
             T* values = &b.expanded[head * value_size + from * room];
@@ -500,8 +526,10 @@ template <class T> class Runner {
         int seen = int(padded(p->positions[first + rows - 1] + 1));
         float* out = s.out.data();
         for (int slot = 0; slot < seen; slot += PANEL) {
-            tiles(&b.q[(first * heads + head) * per_head], heads * per_head, rows, keys + slot * per_head, int(per_head), out);
-            for (int row = 0; row < rows; row++) std::memcpy(&s.scores[row * seen + slot], out + row * PANEL, PANEL * sizeof(float));
+            tiles(&b.q[(first * heads + head) * per_head], heads * per_head, rows, keys + slot * per_head,
+                  int(per_head), out);
+            for (int row = 0; row < rows; row++)
+                std::memcpy(&s.scores[row * seen + slot], out + row * PANEL, PANEL * sizeof(float));
         }
         float factor[QUERIES];
         for (int row = 0; row < rows; row++) {
@@ -516,7 +544,8 @@ template <class T> class Runner {
             tiles(s.shares.data(), seen, rows, values + from * room, seen, out);
             for (int row = 0; row < rows; row++)
                 for (int j = 0; j < PANEL && from + j < m.value; j++)
-                    narrow(out[row * PANEL + j] * factor[row], b.values[((first + row) * heads + head) * m.value + from + j]);
+                    narrow(out[row * PANEL + j] * factor[row],
+                           b.values[((first + row) * heads + head) * m.value + from + j]);
         }
     }
 
@@ -548,19 +577,24 @@ template <class T> class Runner {
         int seen = int(p->positions[first + row]) + 1, stride = int(padded(m.slots));
         int latent = int(m.kv_rank), width = int(m.width());
         switch (group) {
-            case 6: return attend<T, 6>(q, slots, seen, latent, width, m.scale, s.scores.data(), stride, out);
-            case 4: return attend<T, 4>(q, slots, seen, latent, width, m.scale, s.scores.data(), stride, out);
-            case 3: return attend<T, 3>(q, slots, seen, latent, width, m.scale, s.scores.data(), stride, out);
-            case 2: return attend<T, 2>(q, slots, seen, latent, width, m.scale, s.scores.data(), stride, out);
-            default: return attend<T, 1>(q, slots, seen, latent, width, m.scale, s.scores.data(), stride, out);
+            case 6:
+                return attend<T, 6>(q, slots, seen, latent, width, m.scale, s.scores.data(), stride, out);
+            case 4:
+                return attend<T, 4>(q, slots, seen, latent, width, m.scale, s.scores.data(), stride, out);
+            case 3:
+                return attend<T, 3>(q, slots, seen, latent, width, m.scale, s.scores.data(), stride, out);
+            case 2:
+                return attend<T, 2>(q, slots, seen, latent, width, m.scale, s.scores.data(), stride, out);
+            default:
+                return attend<T, 1>(q, slots, seen, latent, width, m.scale, s.scores.data(), stride, out);
         }
     }
 
     T* slots_of(int block, int64_t row) const { return (T*)m.cache + (block * m.rows + row) * m.slots * m.width(); }
 
     // x += down(silu(gate a) * up a), for the tokens `members` with their weights; null: for all, weight 1.
-    void feed_forward(const T* a, int rows, const Matrix& gate, const Matrix& up, const Matrix& down, const int* members,
-                      const float* weights, int t, int n) {
+    void feed_forward(const T* a, int rows, const Matrix& gate, const Matrix& up, const Matrix& down,
+                      const int* members, const float* weights, int t, int n) {
         int64_t width = m.d_model, hidden = gate.outputs;
         Range mine = part(gate.count(), t, n);
         for (int panel = mine.begin; panel < mine.end; panel++) {
@@ -597,7 +631,8 @@ template <class T> class Runner {
             for (int k = 0; k < m.top_k; k++) {
                 int best = -1;
                 for (int e = 0; e < m.n_experts; e++)
-                    if (!taken[e] && (best < 0 || scores[e] + w.balance_bias[e] > scores[best] + w.balance_bias[best])) best = e;
+                    if (!taken[e] && (best < 0 || scores[e] + w.balance_bias[e] > scores[best] + w.balance_bias[best]))
+                        best = e;
                 taken[best] = true;
                 total += scores[best];
                 b.chosen[i * m.top_k + k] = best;
@@ -651,7 +686,10 @@ float read_all(const float* numbers, int64_t count, int64_t threads) {
         int64_t begin = count * t / threads, end = count * (t + 1) / threads;
         f32x16 a = {}, c = {}, d = {}, e = {};
         for (int64_t i = begin; i + 64 <= end; i += 64) {
-            a += load(numbers + i); c += load(numbers + i + 16); d += load(numbers + i + 32); e += load(numbers + i + 48);
+            a += load(numbers + i);
+            c += load(numbers + i + 16);
+            d += load(numbers + i + 32);
+            e += load(numbers + i + 48);
         }
         sums[t] = sum(a + c + d + e);
     }
@@ -659,5 +697,4 @@ float read_all(const float* numbers, int64_t count, int64_t threads) {
     for (float s : sums) total += s;
     return total;
 }
-
 }

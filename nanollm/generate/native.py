@@ -60,7 +60,7 @@ class Model(ctypes.Structure):
                 *("n_experts", "top_k", "vocab", "rows", "slots", "max_tokens", "normalise"),
             )
         ),
-        *((name, c_float) for name in ("eps", "scale", "routed_scale", "unused")),
+        *((name, c_float) for name in ("eps", "scale", "routed_scale")),
         *((name, c_void_p) for name in ("embed", "cosine", "sine", "norm")),
         ("head", Matrix),
         ("blocks", c_void_p),
