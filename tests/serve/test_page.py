@@ -1,0 +1,454 @@
+"""Does the chat page do what it promises, in a real browser and with the real server?"""
+
+import json
+import re
+import shutil
+import time
+from dataclasses import replace
+
+import pytest
+
+from nanollm.generate.engine import Engine
+from tests.serve.conftest import CONTEXT
+from tests.serve.running import serving, wait_until
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+FLAGS = [
+    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
+    *("--disable-component-update", "--disable-sync"),
+]
+STEP_S = 0.02
+HOSTILE = "<img src=x onerror=\"document.title='hacked'\"><script>document.title='hacked'</script>"
+CHAT = "**/v1/chat/completions"
+FINISHED = ".exchange:last-child:not([data-status=waiting]):not([data-status=streaming])"
+REPLY = ".exchange:last-child .reply > .text"
+
+
+class SlowEngine(Engine):
+    """Takes a moment over each token and never ends a reply, so that there is time to watch it, and to stop it."""
+
+    def submit(self, request):
+        return super().submit(replace(request, end_ids=frozenset()))
+
+    def step(self):
+        time.sleep(STEP_S)
+        return super().step()
+
+
+@pytest.fixture(scope="module")
+def slow_server(bundle, serve_extra):
+    with serving(bundle, make_engine=lambda: SlowEngine(bundle.model, rows=4), max_tokens=CONTEXT) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def browser():
+    program = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if program is None:
+        pytest.skip("there is no Chromium on this machine: apt-get install chromium")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=program, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(browser):
+    """visit(server, **context): a page that was opened for the first time, and must not complain until the end."""
+    complaints, contexts = [], []
+
+    def open_page(server, **context):
+        contexts.append(browser.new_context(**{"viewport": {"width": 1100, "height": 800}} | context))
+        page = contexts[-1].new_page()
+        page.set_default_timeout(8_000)
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("console", lambda entry: complaints.append(entry.text) if entry.type in ("error", "warning") else None)
+        page.goto(server.url)
+        page.locator("#model-name", has_text="tiny").wait_for()
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    # The browser itself reports answers such as 429 and lost connections; tests that cause them look at the page.
+    assert [text for text in complaints if not text.startswith("Failed to load resource")] == []
+
+
+def send(page, question="Once upon a time?"):
+    page.fill("#message", question)
+    page.keyboard.press("Enter")
+
+
+def ask(page, question="Once upon a time?"):
+    send(page, question)
+    page.wait_for_selector(FINISHED)
+
+
+def set_up(page, **settings):
+    """Reload the page with these settings kept."""
+    page.evaluate("kept => localStorage.setItem('nanollm.settings', kept)", json.dumps(settings))
+    page.reload()
+    page.locator("#model-name", has_text="tiny").wait_for()
+
+
+def events(*texts, ending="data: [DONE]\n\n", **extra):
+    """What the server would stream for these pieces of text; extra: fields of each choice."""
+    chunks = [{"choices": [{"index": 0, "delta": {"content": text}, "finish_reason": None, **extra}]} for text in texts]
+    return "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks) + ending
+
+
+def answer_with(page, body, status=200, **headers):
+    """From now on the page is told this instead of what the server says."""
+    kind = "text/event-stream" if status == 200 else "application/json"
+    page.route(CHAT, lambda route: route.fulfill(status=status, body=body, content_type=kind, headers=headers))
+
+
+def is_too_wide(page):
+    return page.evaluate(
+        "[document.documentElement, document.getElementById('scroller'), document.querySelector('.fields')]"
+        ".some(part => part.scrollWidth > part.clientWidth)"
+    )
+
+
+def lightness(page):
+    """Of the ground that the page is painted on, from 0 to 255."""
+    colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    return sum(map(int, re.findall(r"\d+", colour)[:3])) / 3
+
+
+# --- a conversation ---
+
+
+def test_a_reply_appears_while_it_is_written_and_says_what_it_cost(visit, slow_server):
+    page = visit(slow_server)
+    set_up(page, seed=3, max_tokens=60)
+    send(page)
+    wait_until(lambda: len(page.locator(REPLY).text_content()) > 3)
+    assert page.locator("[data-status=streaming]").is_visible()
+    early = page.locator(REPLY).text_content()
+    page.wait_for_selector(FINISHED)
+    whole = page.locator(REPLY).text_content()
+    assert whole.startswith(early) and len(whole) > len(early)
+    numbers = page.locator(".numbers").text_content()
+    assert re.search(r"\d+ tokens?.*\d tokens/s.*\d m?s to the first.*seed 3", numbers), numbers
+    assert re.match(rf"[1-9]\d* of {CONTEXT} tokens", page.locator("#room-text").text_content())
+
+
+@pytest.mark.parametrize("way", ["button", "key"])
+def test_stop_ends_the_reply_in_the_server_and_what_had_come_stays(visit, slow_server, way):
+    page = visit(slow_server)
+    set_up(page, seed=3)
+    send(page)
+    wait_until(lambda: len(page.locator(REPLY).text_content()) > 3)
+    assert slow_server.worker.load == 1
+    page.click("#stop") if way == "button" else page.keyboard.press("Escape")
+    page.wait_for_selector("[data-status=stopped]")
+    before = slow_server.worker.figures.drawn_tokens
+    slow_server.settle(2)
+    assert slow_server.worker.figures.drawn_tokens - before < 5
+    assert page.locator(REPLY).text_content()
+    assert "stopped" in page.locator(".numbers").text_content()
+    assert page.locator("#message").evaluate("box => box === document.activeElement")
+
+
+def test_asking_again_replaces_the_last_reply_only_and_the_conversation_goes_on(visit, server):
+    page = visit(server)
+    set_up(page, seed=11, max_tokens=20)
+    ask(page, "One?")
+    ask(page, "Two?")
+    first, old = page.locator(".reply > .text").all_text_contents()
+    with page.expect_request(CHAT) as asked:
+        page.locator(".exchange:last-child .again").click()
+    page.wait_for_selector(f"{FINISHED}:has-text('seed 12')")  # a fixed seed moves on by one
+    assert [message["content"] for message in asked.value.post_data_json["messages"]] == ["One?", first, "Two?"]
+    assert page.locator(".exchange").count() == 2
+    assert page.locator(".reply > .text").all_text_contents()[0] == first
+    assert page.locator(REPLY).text_content() != old
+
+
+def test_a_reload_keeps_the_conversation_and_a_new_chat_forgets_it(visit, server):
+    page = visit(server)
+    ask(page)
+    reply = page.locator(REPLY).text_content()
+    page.reload()
+    assert page.locator(REPLY).text_content() == reply
+    page.click("#new")
+    assert page.locator(".exchange").count() == 0
+    assert page.locator("#welcome").is_visible()
+    page.reload()
+    page.locator("#model-name", has_text="tiny").wait_for()
+    assert page.locator(".exchange").count() == 0
+
+
+def test_what_user_and_model_write_stays_text(visit, server):
+    page = visit(server)
+    answer_with(page, events("<b>bold</b> ", HOSTILE))
+    ask(page, HOSTILE)
+    page.click("#inside")
+    token = {"token": HOSTILE, "bytes": list(HOSTILE.encode()), "logprob": -1.0}
+    answer_with(page, events(HOSTILE, logprobs={"content": [token | {"top_logprobs": [token], "experts": [[0]]}]}))
+    ask(page, HOSTILE)
+    page.locator(".token").click()
+    assert page.locator("#conversation").locator("img, script, b").count() == 0
+    assert page.locator(".question .text").first.text_content() == HOSTILE
+    assert page.locator(".reply > .text").first.text_content() == "<b>bold</b> " + HOSTILE
+    assert page.locator(".token").text_content() == HOSTILE
+    assert "hacked" not in page.title()
+
+
+# --- settings ---
+
+
+def test_settings_outlive_the_page_and_reach_the_server(visit, server):
+    page = visit(server)
+    page.click("#settings")
+    for name, value in {"temperature": "0.25", "top_p": "0.9", "top_k": "40", "max_tokens": "7", "seed": "5"}.items():
+        page.fill(f"#{name}", value)
+    page.fill("#system", "Be brief.")
+    page.click("text=Done")
+    page.reload()
+    with page.expect_request(CHAT) as asked:
+        ask(page)
+    body = asked.value.post_data_json
+    expected = {"temperature": 0.25, "top_p": 0.9, "top_k": 40, "max_tokens": 7, "seed": 5, "stream": True}
+    assert {name: body[name] for name in expected} == expected
+    assert body["messages"][0] == {"role": "system", "content": "Be brief."}
+    page.click("#settings")
+    page.click("text=Reset to defaults")
+    assert page.input_value("#temperature") == "0.8"
+    assert page.input_value("#seed") == page.input_value("#system") == ""
+
+
+def test_settings_that_make_no_sense_are_refused_and_never_kept(visit, server):
+    page = visit(server)
+    page.click("#settings")
+    page.fill("#temperature", "3")
+    assert page.locator("#temperature-help").text_content() == "A number from 0 to 2."
+    page.click("text=Done")
+    assert page.locator("dialog").is_visible()
+    assert page.locator("#temperature").evaluate("box => box === document.activeElement")
+    set_up(page, temperature="hot", top_p=None, top_k=1.5, max_tokens=-1, seed=6, system=["x"], unknown=1)
+    page.click("#settings")
+    assert [page.input_value(f"#{name}") for name in ("temperature", "top_p", "top_k", "max_tokens", "seed")] == [
+        *("0.8", "1", "0", "", "6")
+    ]
+
+
+# --- looking inside ---
+
+
+def test_looking_inside_shows_each_token_its_rivals_and_its_experts(visit, server, bundle):
+    page = visit(server)
+    set_up(page, seed=3, max_tokens=20)
+    page.click("#inside")
+    ask(page)
+    tokens = page.locator(".token")
+    counted = int(re.match(r"\d+", page.locator(".numbers").text_content())[0])
+    assert tokens.count() == counted > 3
+    assert "".join(tokens.all_text_contents()) == page.locator(REPLY).text_content()
+    tokens.nth(2).click()
+    assert page.locator(".other").count() in (5, 6)  # the token itself may not be among the likeliest
+    assert page.locator(".other.taken").count() == 1
+    config = bundle.model.config
+    assert page.locator(".route .block").all_text_contents() == ["block 2", "block 4"]
+    assert page.locator(".cell").count() == 2 * config.n_routed_experts
+    assert page.locator(".cell.taken").count() == 2 * config.experts_per_token
+    rows = [row.locator("td").all_text_contents() for row in page.locator(".shares tr").all()[1:]]
+    for row in rows:  # each token has that many experts in each block; the shares are rounded
+        assert sum(map(int, row)) == pytest.approx(100 * config.experts_per_token, abs=config.n_routed_experts)
+    page.click("#inside")
+    assert not page.locator(".token").first.is_visible() and page.locator(REPLY).is_visible()
+
+
+def test_a_character_of_two_tokens_is_one_character(visit, server):
+    page = visit(server)
+    halves = [
+        {"token": "half", "bytes": list(half), "logprob": -0.5, "top_logprobs": [], "experts": []}
+        for half in (b"\xc3", b"\xa9!")
+    ]
+    answer_with(page, events("é!", logprobs={"content": halves}))
+    page.click("#inside")
+    ask(page)
+    assert page.locator(".token").all_text_contents() == ["", "é!"]
+    assert page.locator(".token").first.get_attribute("data-mark") == "C3"
+
+
+# --- trouble ---
+
+
+def test_a_busy_server_is_asked_again_when_it_said_so(visit, server):
+    page = visit(server)
+    busy = json.dumps({"error": {"message": "full", "type": "rate_limit_error", "param": None, "code": "queue_full"}})
+    answer_with(page, busy, 429, **{"Retry-After": "1"})
+    ask(page)
+    assert page.locator(".trouble .title").text_content() == "The server is busy."
+    assert page.locator(".retry").is_disabled()
+    page.unroute(CHAT)
+    page.click(".retry:enabled")
+    page.wait_for_selector("[data-status=done]")
+    assert not page.locator(".trouble").is_visible()
+
+
+def test_a_lost_connection_keeps_what_had_come(visit, server):
+    page = visit(server)
+    answer_with(page, events("Once upon", ending=""))
+    ask(page)
+    assert page.locator(REPLY).text_content() == "Once upon"
+    assert "lost" in page.locator(".trouble .title").text_content()
+    page.unroute(CHAT)
+    page.click(".retry")
+    page.wait_for_selector("[data-status=done]")
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "title"),
+    [
+        (200, 'data: {"error": {"message": "the reply took too long"}}\n\n', "The server ended the reply."),
+        (401, '{"error": {"message": "no key", "code": "invalid_api_key"}}', "The server asks for its key."),
+        (500, "<html>not ours</html>", "The server could not answer."),
+    ],
+)
+def test_the_reader_is_told_what_went_wrong(visit, server, status, body, title):
+    page = visit(server)
+    answer_with(page, body, status)
+    ask(page)
+    assert page.locator(".trouble .title").text_content() == title
+    assert page.locator(".retry").is_enabled()
+
+
+def test_an_unreachable_server_is_named(visit, server):
+    page = visit(server)
+    page.route(CHAT, lambda route: route.abort())
+    ask(page)
+    assert page.locator(".trouble .title").text_content() == "The server cannot be reached."
+
+
+def test_a_conversation_beyond_the_context_leads_to_a_new_chat(visit, server):
+    page = visit(server)
+    ask(page, "a word, " * CONTEXT)
+    assert "too long" in page.locator(".trouble .title").text_content()
+    page.click(".fresh")
+    assert page.locator(".exchange").count() == 0
+    ask(page)
+    assert page.locator(REPLY).text_content()
+
+
+# --- for everybody ---
+
+
+def test_light_or_dark_follows_the_system_until_somebody_chooses(visit, server):
+    page = visit(server, color_scheme="dark")
+    assert lightness(page) < 60
+    page.emulate_media(color_scheme="light")
+    assert lightness(page) > 200
+    page.click("#theme")
+    assert lightness(page) < 60
+    page.reload()
+    assert lightness(page) < 60
+    assert page.locator("#theme").get_attribute("aria-pressed") == "true"
+
+
+def test_a_phone_never_scrolls_sideways(visit, server):
+    page = visit(server, viewport={"width": 360, "height": 640}, has_touch=True)
+    set_up(page, max_tokens=60)
+    page.click("#inside")
+    low = page.locator("#message").bounding_box()["height"]
+    page.fill("#message", "line\n" * 6 + "long" * 60)
+    assert page.locator("#message").bounding_box()["height"] > 2 * low
+    page.keyboard.press("Enter")
+    page.wait_for_selector(FINISHED)
+    assert page.locator("#message").bounding_box()["height"] == low
+    page.locator(".token").first.click()
+    assert page.locator(".panel").is_visible() and not is_too_wide(page)
+    page.click("#settings")
+    assert not is_too_wide(page)
+
+
+def test_everything_can_be_done_with_the_keyboard(visit, server):
+    page = visit(server)
+    set_up(page, max_tokens=12, seed=3)
+    focused = "document.activeElement.id || document.activeElement.className"
+    assert page.evaluate(focused) == "message"
+    page.keyboard.type("First line")
+    page.keyboard.press("Shift+Enter")
+    page.keyboard.type("second line")
+    page.keyboard.press("Alt+i")
+    page.keyboard.press("Enter")
+    page.wait_for_selector(FINISHED)
+    assert page.locator(".question .text").text_content() == "First line\nsecond line"
+    page.locator("#settings").focus()
+    order = [(page.keyboard.press("Tab"), page.evaluate(focused))[1] for _ in range(5)]
+    assert order == ["scroller", "token", "small copy", "small again", "message"]
+    page.locator(".token").first.focus()
+    page.keyboard.press("ArrowRight")
+    assert page.locator(".token").nth(1).get_attribute("aria-selected") == "true"
+    assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+    page.keyboard.press("/")
+    assert page.evaluate(focused) == "message"
+    page.keyboard.press("Alt+r")
+    page.wait_for_selector(f"{FINISHED}:has-text('seed 4')")
+    page.keyboard.press("Alt+o")
+    for _ in range(12):
+        page.keyboard.press("Tab")
+        assert page.evaluate("document.activeElement === document.body || !!document.activeElement.closest('dialog')")
+    page.keyboard.press("Escape")
+    assert page.evaluate(focused) == "message"
+    page.keyboard.press("Alt+n")
+    assert page.locator(".exchange").count() == 0
+
+
+def test_a_screen_reader_hears_whole_sentences_and_the_end(visit, server):
+    page = visit(server)
+    answer_with(page, events("Once", " upon. A", " time", " it was"))
+    ask(page)
+    assert page.locator("#spoken p").all_text_contents()[:2] == ["Once upon.", "A time it was"]
+    assert page.locator("#spoken p").last.text_content().startswith("End of the reply")
+    assert page.locator("#spoken").get_attribute("aria-live") == "polite"
+
+
+def test_a_stream_may_be_cut_anywhere(visit, server):
+    page = visit(server)
+    stream = (
+        ': hello\r\ndata: {"a": "é"}\r\n\r\ndata: one\ndata:two\n\n: ping\n\nevent: x\rdata: 🐚\r\rdata: [DONE]\n\n'
+    )
+    found = page.evaluate(
+        """async (text) => {
+            const { readEvents } = await import("/page/server.js");
+            const bytes = new TextEncoder().encode(text);
+            const found = new Set();
+            for (let cut = 0; cut <= bytes.length; cut++) {
+                for (const step of [1, 7, bytes.length]) {
+                    const parts = [bytes.slice(0, cut)];
+                    for (let at = cut; at < bytes.length; at += step) parts.push(bytes.slice(at, at + step));
+                    const body = new ReadableStream({ start(control) {
+                        parts.forEach((part) => control.enqueue(part));
+                        control.close();
+                    } });
+                    const events = [];
+                    for await (const { data } of readEvents(body)) events.push(data);
+                    found.add(JSON.stringify(events));
+                }
+            }
+            return [...found].map((events) => JSON.parse(events));
+        }""",
+        stream,
+    )
+    assert found == [['{"a": "é"}', "one\ntwo", "🐚", "[DONE]"]]
+
+
+def test_the_page_runs_under_a_policy_that_allows_its_own_files_only(visit, server):
+    page = visit(server)
+    policy = page.request.get(server.url).headers["content-security-policy"]
+    assert "default-src 'none'" in policy and "script-src 'self'" in policy and "unsafe" not in policy
+    markup = page.request.get(server.url).text()
+    assert not re.search(r"<style|<script>|\sstyle=|\son\w+=|https?://(?!www\.w3\.org/2000/svg)", markup)
+
+
+def test_with_a_key_the_browser_is_asked_for_it_once_and_the_page_works(bundle, serve_extra, visit):
+    with serving(bundle, api_key="a key") as guarded:
+        page = visit(guarded, http_credentials={"username": "anyone", "password": "a key"})
+        ask(page)
+        assert page.locator(REPLY).text_content()
+        wait_until(lambda: guarded.worker.load == 0)
