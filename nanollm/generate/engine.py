@@ -293,6 +293,7 @@ def generate(
     seed: int = 0,
     stop: Callable[[], Callable[[int], bool]] | None = None,
     samples: int = 1,
+    quantize: Quantize = "none",
 ) -> list[Completion]:
     """Continue each prompt `samples` times by at most `max_tokens` ids, within the model's context.
 
@@ -307,7 +308,8 @@ def generate(
     for prompt in prompts:
         check_prompt(prompt, model.config.context_length, model.config.vocab_size)
     length = min(max(map(len, prompts)) + max_tokens, model.config.context_length)
-    engine = Engine(model, rows=len(repeated), length=length, chunk=min(sum(map(len, prompts)), LONGEST_CHUNK))
+    chunk = min(sum(map(len, prompts)), LONGEST_CHUNK)
+    engine = Engine(model, rows=len(repeated), length=length, chunk=chunk, quantize=quantize)
     completions = [
         engine.submit(
             Request(

@@ -30,6 +30,8 @@ class Request:
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be from 0 to 2**63 - 1, got {self.seed}")
         if self.top_logprobs is not None and self.top_logprobs < 0:
             raise ValueError(f"top_logprobs must be at least 0, got {self.top_logprobs}")
 

@@ -1,13 +1,16 @@
 """A prompt becomes a continuation, or a question a reply."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from nanollm.bundle import load_bundle
 from nanollm.generate.engine import generate
 from nanollm.generate.sampling import SamplingConfig
-from nanollm.text.chat import Conversation, encode_prompt, reply_ends, reply_text
+from nanollm.generate.work import Quantize
+from nanollm.text.chat import Conversation, encode_prompt, reply_borders, reply_ends
+from nanollm.text.stream import TextStream, check_stops
 from nanollm.text.tokenizer import Tokenizer
 from nanollm.world import DeviceName, DtypeName, World
 
@@ -32,6 +35,8 @@ class Config(SamplingConfig):
     """Texts at which a continuation ends; they are left out."""
     json: bool = False
     """Print one JSON object per prompt instead of text."""
+    quantize: Quantize = "none"
+    """int8: weights in one byte each, with a scale per output."""
     device: DeviceName = "auto"
     """Where to compute."""
     dtype: DtypeName = "auto"
@@ -41,8 +46,7 @@ class Config(SamplingConfig):
         super().__post_init__()
         if not self.prompt:
             raise ValueError('--prompt expects at least one text, got none; for example --prompt "Once upon a time"')
-        if "" in self.stop:
-            raise ValueError("--stop expects texts of at least one character, got an empty one")
+        check_stops(self.stop)
 
 
 def run(c: Config) -> str:
@@ -51,22 +55,19 @@ def run(c: Config) -> str:
     bundle = load_bundle(c.bundle, world.dtype, world.device)
     tokenizer = bundle.tokenizer
 
-    def stops(ids: list[int]) -> bool:
-        return any(text in tokenizer.decode_drawn(ids) for text in c.stop)
-
     completions = generate(
         bundle.model,
         [encode(prompt, tokenizer, c.chat) for prompt in c.prompt],
         c,
         max_tokens=c.max_tokens,
-        end_ids=reply_ends(tokenizer),
+        end_ids=reply_borders(tokenizer) if c.chat else reply_ends(tokenizer),
         seed=c.seed,
-        stop=stops if c.stop else None,
+        stop=(lambda: TextStream(tokenizer, c.stop).stops_at) if c.stop else None,
+        quantize=c.quantize,
     )
     lines = []
     for prompt, completion in zip(c.prompt, completions, strict=True):
-        drawn = reply_text(completion.ids, tokenizer) if c.chat else tokenizer.decode_drawn(completion.ids)
-        text = cut_at_stop(drawn, c.stop)
+        text = text_of(completion.ids, tokenizer, c.stop)
         record = {"prompt": prompt, "text": text, "tokens": len(completion.ids), "finish": completion.finish}
         plain = text if c.chat else prompt + text
         lines.append(json.dumps(record, ensure_ascii=False) if c.json else plain)
@@ -80,6 +81,7 @@ def encode(prompt: str, tokenizer: Tokenizer, is_chat: bool) -> list[int]:
     return [tokenizer.bos_id, *tokenizer.encode(prompt)]
 
 
-def cut_at_stop(text: str, stops: list[str]) -> str:
-    """The text before the first stop text in it."""
-    return text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))]
+def text_of(ids: Sequence[int], tokenizer: Tokenizer, stops: Sequence[str]) -> str:
+    """The text of the ids, up to the first stop text in it."""
+    stream = TextStream(tokenizer, stops)
+    return "".join(map(stream.push, ids)) + stream.close()

@@ -96,10 +96,15 @@ def reply_ends(tokenizer: Tokenizer) -> frozenset[int]:
     return frozenset({tokenizer.mark_id(END), tokenizer.eos_id})
 
 
+def reply_borders(tokenizer: Tokenizer) -> frozenset[int]:
+    """The ids at which what the assistant says is over: those that end a reply, and the marks that begin a message."""
+    return reply_ends(tokenizer) | {tokenizer.mark_id(mark) for mark in MARK_OF.values()}
+
+
 def reply_text(ids: Sequence[int], tokenizer: Tokenizer) -> str:
-    """What the assistant said: the text of the ids up to the first that ends a reply or begins a message, or of all."""
-    ends = reply_ends(tokenizer) | {tokenizer.mark_id(mark) for mark in MARK_OF.values()}
-    length = next((place for place, token in enumerate(ids) if token in ends), len(ids))
+    """What the assistant said: the text of the ids up to the first at which that is over, or of all."""
+    borders = reply_borders(tokenizer)
+    length = next((place for place, token in enumerate(ids) if token in borders), len(ids))
     return tokenizer.decode_drawn(ids[:length])
 
 

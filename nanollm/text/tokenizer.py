@@ -50,6 +50,7 @@ class Tokenizer:
         try:
             self._sp.load_from_serialized_proto(serialized)  # the constructor would let no bytes at all pass
             self._bytes = [self._sp.piece_to_id(f"<0x{byte:02X}>") for byte in range(256)]
+            self._byte_of = {token: byte for byte, token in enumerate(self._bytes)}
             self._space_mark = [self._bytes[byte] for byte in SPACE_MARK.encode()]
             # `word` models (and any without a piece for a space) spell an unknown " word" with its space mark in bytes.
             self._spells_spaces = self._bytes[0xE2] in self._sp.encode(" \u0378")
@@ -163,6 +164,16 @@ class Tokenizer:
         except IndexError as error:
             wrong = next(token for token in ids if not 0 <= token < self.vocab_size)
             raise ValueError(f"id {wrong} is outside this tokenizer's 0 to {self.vocab_size - 1}") from error
+
+    def is_byte(self, token: int) -> bool:
+        """Whether the id is a byte piece, which may be only a part of a character."""
+        return token in self._byte_of
+
+    def bytes_of(self, token: int) -> bytes:
+        """What one drawn id stands for, in UTF-8. Control symbols and ids that the tokenizer lacks: nothing."""
+        if token in self._byte_of:
+            return bytes([self._byte_of[token]])
+        return self.decode_drawn([token]).encode()
 
     @cached_property
     def token_bytes(self) -> np.ndarray:

@@ -275,6 +275,8 @@ def test_scores_are_the_models_own_whatever_was_drawn(tiny_model):
         ({"prompt": [97]}, "prompt ids must be from 0 to 96, got 97"),
         ({"prompt": [-1]}, "prompt ids must be from 0 to 96, got -1"),
         ({"max_tokens": 0}, "max_tokens must be at least 1, got 0"),
+        ({"seed": -1}, "seed must be from 0 to"),
+        ({"seed": 2**63}, "seed must be from 0 to"),
         ({"top_logprobs": -1}, "top_logprobs must be at least 0, got -1"),
         ({"sampling": SamplingConfig(logit_bias={97: 1.0})}, "logit_bias speaks of token 97, the model has 97 tokens"),
     ],

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from itertools import accumulate
 
 import pytest
 
@@ -137,19 +138,16 @@ def test_a_mark_that_begins_a_message_ends_the_reply(talk, tokenizer):
 
 def test_a_stop_text_across_token_borders_ends_the_reply_and_is_never_shown(bundle, talk):
     talk.c = replace(talk.c, max_tokens=40)
-    free = ask(talk, "Who?")
-    borders = [len(talk.bundle.tokenizer.decode_drawn(ids)) for ids in prefixes(bundle, talk.c)]
-    place = next(at for at in borders[3:] if free.index(free[at - 1 : at + 1]) == at - 1)
-    stopped = Talk(bundle, replace(talk.c, stop=[free[place - 1 : place + 1]]))
-    assert ask(stopped, "Who?") == free[: place - 1]
-    assert contents(stopped)[-1] == free[: place - 1]
-
-
-def prefixes(bundle, c):
-    """The ids of the first reply, one more each time."""
-    talk = Talk(bundle, c)
-    ids = talk.reply("Who?", talk.prompt("Who?"), lambda text: None).completion.ids
-    return [ids[:length] for length in range(len(ids))]
+    pieces = []
+    talk.reply("Who?", talk.prompt("Who?"), pieces.append)
+    appeared = list(accumulate(pieces))  # the text after each token
+    free = appeared[-1]
+    stops = [free[len(text) - 1 : len(text) + 1] for text in appeared[3:] if len(text) < len(free)]  # two tokens' ends
+    stopped, heard = Talk(bundle, replace(talk.c, stop=stops[:1])), []
+    reply = stopped.reply("Who?", stopped.prompt("Who?"), heard.append)
+    assert "".join(heard) == contents(stopped)[-1] == free.partition(stops[0])[0]
+    assert reply.completion.finish == "stop"
+    assert len(reply.completion.ids) == 1 + next(place for place, text in enumerate(appeared) if stops[0] in text)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from nanollm.bundle import save_bundle
 from nanollm.model.config import ModelConfig
+from nanollm.model.transformer import Transformer
 from nanollm.stages import preprocess
 from nanollm.stages.pretrain import Config
 from nanollm.text.tokenizer import Tokenizer
@@ -29,6 +31,14 @@ MODEL = ModelConfig(
     d_expert=32,
     norm_topk_prob=False,
 )
+
+
+@pytest.fixture(scope="session")
+def bundle(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that has learned nothing."""
+    folder = tmp_path_factory.mktemp("untrained") / "bundle"
+    weights = Transformer(MODEL).init(0).state_dict()
+    return save_bundle(folder, MODEL, weights, tokenizer, {"made_by": "a test"})
 
 
 @pytest.fixture(scope="session")

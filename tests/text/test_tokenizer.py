@@ -77,6 +77,15 @@ def test_ids_are_those_of_sentencepiece(tokenizer, text):
     assert tokenizer.encode(text) == sentencepiece.SentencePieceProcessor(model_proto=tokenizer.serialized).encode(text)
 
 
+def test_the_bytes_of_the_ids_joined_are_the_bytes_of_the_text(each_type):
+    for text in [*HARD, STORY]:
+        assert b"".join(map(each_type.bytes_of, each_type.encode(text))) == text.encode()
+    sizes = [len(each_type.bytes_of(token)) for token in range(each_type.vocab_size)]
+    assert sizes == each_type.token_bytes.tolist()
+    assert each_type.bytes_of(each_type.vocab_size) == b""
+    assert [token for token in range(each_type.vocab_size) if each_type.is_byte(token)] == list(range(20, 276))
+
+
 def test_the_ids_of_the_marks_are_fixed(tokenizer):
     assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id) == (0, 2, 3)
     assert [tokenizer.mark_id(mark) for mark in (SYSTEM, USER, ASSISTANT, END)] == [4, 5, 6, 7]

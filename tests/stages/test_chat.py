@@ -1,0 +1,382 @@
+"""Talking to a model: through a pipe, by commands, and in a real terminal."""
+
+import contextlib
+import io
+import json
+import os
+import select
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+
+from nanollm import cli
+from nanollm.bundle import load_bundle, save_bundle
+from nanollm.generate.talk import Talk
+from nanollm.model.transformer import Transformer
+from nanollm.sources.chats import conversations
+from nanollm.stages import chat
+from tests.stages.conftest import MODEL
+
+NO_END = dict.fromkeys(range(3, 8), -100.0)  # no mark ends a reply
+ENDLESS = ["--logit_bias", json.dumps(NO_END)]
+
+
+# A pipe
+
+
+@pytest.fixture
+def piped(bundle, monkeypatch, capsys):
+    """Exit code, stdout and stderr of `nanollm chat BUNDLE ...` with this on stdin."""
+
+    def make(stdin: bytes, *words):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        code = cli.main(["chat", str(bundle), "--dtype", "float32", "--max_tokens", "4", *words])
+        return code, *said(capsys)
+
+    return make
+
+
+def said(capsys):
+    """stdout and stderr, without what the engine tells where no compiler is installed."""
+    out, err = capsys.readouterr()
+    return out, "".join(line for line in err.splitlines(keepends=True) if not line.startswith("decoding runs on"))
+
+
+def reply_to(bundle, *questions, **settings):
+    """What the model replies to the last of these questions."""
+    c = chat.Config(bundle=bundle, max_tokens=4, logit_bias=NO_END, **settings)
+    talk, pieces = Talk(load_bundle(bundle), c), []
+    for question in questions:
+        pieces.clear()
+        talk.reply(question, talk.prompt(question), pieces.append)
+    return "".join(pieces)
+
+
+def test_a_question_in_a_pipe_gives_the_reply_and_nothing_else(piped, bundle):
+    code, out, err = piped(b"Who?\n", *ENDLESS)
+    assert (code, out, err) == (0, reply_to(bundle, "Who?") + "\n", "")
+
+
+def test_the_lines_of_a_pipe_are_one_conversation(piped, bundle):
+    _, out, _ = piped(b"\xef\xbb\xbfWho?\r\n\n  \nWhy?", *ENDLESS)
+    assert out == reply_to(bundle, "Who?") + "\n" + reply_to(bundle, "Who?", "Why?") + "\n"
+
+
+def test_a_line_of_a_pipe_is_never_a_command(piped):
+    code, out, err = piped(b"/exit\n", *ENDLESS)
+    assert (code, err) == (0, "")
+    assert len(out) > 1
+
+
+@pytest.mark.parametrize(
+    ("stdin", "words", "message"),
+    [
+        (b"", [], "stdin held no message; pipe one message per line, or start this in a terminal"),
+        (b"\n \n", [], "stdin held no message"),
+        (b"word " * 100, [], "the model's context is 32 and a reply needs at least one; shorten the prompt"),
+        (b"\xff\n", [], "line 1 of stdin is not UTF-8; convert it"),
+        (b"Who?", ["--dtype", "float16", "--quantize", "int8"], "quantize int8 and kernels native need"),
+        (b"Who?", ["--system", ""], "the system message needs at least one character"),
+    ],
+)
+def test_a_mistake_in_a_pipe_is_one_line_and_exit_code_2(piped, stdin, words, message):
+    code, out, err = piped(stdin, *words)
+    assert (code, out) == (2, "")
+    assert err.startswith("nanollm chat: ") and err.count("\n") == 1
+    assert message in err
+
+
+def test_a_folder_that_is_no_bundle_is_a_mistake_in_one_line(capsys):
+    assert cli.main(["chat", "nowhere"]) == 2
+    assert capsys.readouterr().err.startswith("nanollm chat: nowhere is not a bundle (no such folder)")
+
+
+# Commands
+
+
+@pytest.fixture
+def type_lines(bundle, capsys):
+    """Types lines at the prompt; returns the talk, what stdout got and what stderr got."""
+    c = chat.Config(bundle=bundle, max_tokens=3, logit_bias=NO_END)
+    talk = Talk(load_bundle(bundle), c)
+
+    def make(*lines):
+        left = list(lines)
+
+        def read(prompt):
+            if not left:
+                raise EOFError
+            line = left.pop(0)
+            if isinstance(line, BaseException):
+                raise line
+            return line
+
+        chat.converse(talk, read)
+        return talk, *said(capsys)
+
+    return make
+
+
+def test_a_message_is_replied_to_on_stdout_and_figures_go_to_stderr(type_lines):
+    talk, out, err = type_lines("Who?", "")
+    assert out == talk.messages[1].content + "\n"
+    assert "3 tokens, " in err and " tokens/s, first after " in err and "cut at max_tokens" in err
+
+
+def test_a_backslash_at_the_end_continues_the_message(type_lines):
+    talk, *_ = type_lines("one\\", "two\\", " three ")
+    assert talk.messages[0].content == "one\ntwo\n three"
+
+
+def test_a_space_lets_a_message_begin_with_a_slash(type_lines):
+    talk, *_ = type_lines(" /usr is")
+    assert talk.messages[0].content == "/usr is"
+
+
+def test_exit_leaves_and_nothing_after_it_is_read(type_lines):
+    talk, out, _ = type_lines("/exit", "Who?")
+    assert (talk.messages, out) == ([], "")
+
+
+def test_ctrl_c_at_the_prompt_does_not_leave(type_lines):
+    talk, _, err = type_lines(KeyboardInterrupt(), "Who?")
+    assert "Ctrl-D or /exit leaves" in err
+    assert len(talk.messages) == 2
+
+
+def test_reset_forgets_the_conversation(type_lines):
+    talk, _, err = type_lines("Who?", "/reset")
+    assert (talk.messages, talk.replies) == ([], 0)
+    assert "the conversation is forgotten" in err
+
+
+def test_the_system_message_is_shown_and_set(type_lines):
+    talk, _, err = type_lines("Who?", "/system", "/system Be kind.\\", "Be brief.", "/system")
+    assert talk.c.system == "Be kind.\nBe brief."
+    assert talk.messages == []
+    lines = ["there is no system message; /system TEXT sets one", "the system message is set", "system: Be kind."]
+    assert [line in err for line in lines] == [True] * 3
+
+
+def test_retry_replies_again_to_the_last_message(type_lines):
+    talk, out, _ = type_lines("Who?", "/retry")
+    assert [message.content for message in talk.messages] == ["Who?", out.split("\n")[-2]]
+    assert talk.replies == 2
+
+
+def test_settings_are_shown_and_changed(type_lines):
+    talk, _, err = type_lines("/temp 0", "/top_k 5", "/seed 9", "/max_tokens 2", "/temperature", "Who?")
+    c = talk.c
+    assert (c.temperature, c.top_k, c.seed, c.max_tokens) == (0.0, 5, 9, 2)
+    assert err.startswith("temperature: 0.0\ntop_k: 5\nseed: 9\nmax_tokens: 2\ntemperature: 0.0\n2 tokens")
+
+
+def test_a_new_seed_begins_its_draws_anew(type_lines):
+    _, out, _ = type_lines("/seed 5", "Who?", "/seed 5", "/retry")
+    first, second, _ = out.split("\n")
+    assert first == second
+
+
+def test_a_saved_conversation_is_read_by_preprocess_and_not_overwritten(type_lines, tmp_path):
+    file = tmp_path / "talk.jsonl"
+    talk, _, err = type_lines("/system Be kind.", "Who?", "Why 日本?", f"/save {file}", f"/save {file}")
+    assert f"5 messages written to {file}\n" in err
+    assert f"{file} is there already; choose another name\n" in err
+    bad = []
+    assert list(conversations([file], bad.append)) == [talk.conversation()]
+    assert bad == []
+
+
+def test_help_names_every_command(type_lines):
+    _, out, err = type_lines("/help")
+    assert out == ""
+    assert [name for name in [*chat.COMMANDS, *chat.SETTINGS] if name.split()[0] not in f"{err} /temperature"] == []
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("/rest", "unknown command /rest; did you mean /reset?"),
+        ("/xyz 1", "unknown command /xyz; /help lists them; a message that begins with / needs a space first"),
+        ("/temp warm", "/temp expects a number such as 0.8, got 'warm'"),
+        ("/temp -1", "temperature must be at least 0, got -1.0"),
+        ("/seed -1", "seed must be from 0 to 2**62 - 1, got -1"),
+        ("/max_tokens 1.5", "/max_tokens expects a number such as 512, got '1.5'"),
+        ("/retry", "there is no message yet to reply to again"),
+        ("/save", "/save expects a file name that ends in .jsonl, got ''"),
+        ("/save talk.jsonl", "there is nothing to save yet"),
+        ("word " * 100, "the model's context is 32 and a reply needs at least one"),
+        ("a\ud800", "character 1 of the text is the lone surrogate U+D800"),
+        (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "odd"), "that line is not UTF-8; set the terminal to it"),
+    ],
+)
+def test_a_mistake_is_one_line_and_the_conversation_goes_on(type_lines, line, message):
+    talk, _, err = type_lines(line, "Who?")
+    assert err.startswith(message) or message in err.splitlines()[0]
+    assert len(talk.messages) == 2
+
+
+def test_a_file_that_cannot_be_written_is_a_mistake_in_one_line(type_lines, tmp_path):
+    _, _, err = type_lines("Who?", f"/save {tmp_path}/none/talk.jsonl")
+    assert "talk.jsonl cannot be written (No such file or directory); choose another name\n" in err
+
+
+# A terminal
+
+
+@pytest.fixture
+def pseudo_terminal():
+    """The file descriptors of its keyboard and screen, and of what a process inside reads and writes."""
+    pty = pytest.importorskip("pty", reason="this system has no pseudo-terminals")
+    keyboard, inside = pty.openpty()
+    yield keyboard, inside
+    os.close(keyboard)
+    os.close(inside)
+
+
+class Terminal:
+    """A process in a pseudo-terminal of its own."""
+
+    BOOT = (
+        "import fcntl, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
+        "from nanollm.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+
+    def __init__(self, keyboard, inside, *words, **environment):
+        self.keyboard = keyboard
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", self.BOOT, *map(str, words)],
+            stdin=inside,
+            stdout=inside,
+            stderr=inside,
+            start_new_session=True,
+            env=os.environ | {"TERM": "xterm", "NO_COLOR": "", "OMP_NUM_THREADS": "1"} | environment,
+        )
+        self.screen, self.seen, self.until = "", 0, time.monotonic() + 120
+
+    def press(self, keys: str) -> None:
+        os.write(self.keyboard, keys.encode())
+
+    def wait_for(self, text: str) -> str:
+        """Read until this text appears; returns what came before it."""
+        while (place := self.screen.find(text, self.seen)) < 0:
+            self.read()
+        before, self.seen = self.screen[self.seen : place], place + len(text)
+        return before
+
+    def read(self, timeout_s: float = 1) -> bool:
+        """Whether there was something."""
+        assert time.monotonic() < self.until, f"no more came after {self.screen[self.seen :]!r}"
+        if is_ready := bool(select.select([self.keyboard], [], [], timeout_s)[0]):
+            self.screen += os.read(self.keyboard, 4096).decode(errors="replace")
+        return is_ready
+
+    def interrupt_typing(self) -> None:
+        """Type something and press Ctrl-C, until it is heard: Python misses it while it handles a key."""
+        while "Ctrl-D or /exit leaves" not in self.screen[self.seen :]:
+            self.press("x")
+            while self.read(0.2):
+                pass
+            self.press("\x03")
+            self.read()
+        self.wait_for("leaves")
+
+    def leave(self) -> int:
+        """Press Ctrl-D at the prompt; returns the exit code."""
+        self.wait_for("> ")
+        self.press("\x04")
+        return self.process.wait(timeout=30)
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture
+def terminal(tmp_path, tokenizer, pseudo_terminal):
+    """`nanollm chat` in a terminal, with a model whose replies are very long."""
+    shape = replace(MODEL, context_length=8192)
+    weights = Transformer(shape).init(0).state_dict()
+    folder = save_bundle(tmp_path / "long", shape, weights, tokenizer, {"made_by": "a test"})
+    with contextlib.ExitStack() as stack:
+
+        def start(*words, **environment):
+            opened = Terminal(*pseudo_terminal, "chat", folder, "--dtype", "float32", *ENDLESS, *words, **environment)
+            stack.callback(opened.close)
+            return opened
+
+        yield start
+
+
+def test_in_a_terminal_a_reply_streams_ctrl_c_stops_it_and_the_talk_goes_on(terminal, tmp_path):
+    screen = terminal("--max_tokens", "8000")
+    assert "8,192 tokens; /help lists the commands" in screen.wait_for("> ")
+    screen.press("Who is there?\r")
+    screen.wait_for("Who is there?\r\n")
+    while len(screen.screen) < screen.seen + 20:
+        screen.read()
+    screen.press("\x03")
+    screen.wait_for("\x1b[2m")  # dim: the figures
+    assert screen.wait_for("\x1b[0m").endswith("stopped")
+    screen.wait_for("> ")
+    screen.press("/max_tokens 5\r")
+    screen.wait_for("max_tokens: 5\r\n")
+    screen.wait_for("> ")
+    screen.press("And now?\r")
+    assert "5 tokens, " in screen.wait_for("cut at max_tokens")
+    screen.wait_for("> ")
+    screen.interrupt_typing()
+    screen.wait_for("> ")
+    screen.press("\x1b[A\x1b[A")  # history: arrow up, to what was typed before that
+    screen.press("\r")
+    screen.wait_for("max_tokens: 5\r\n")
+    screen.wait_for("> ")
+    screen.press(f"/save {tmp_path}/talk.jsonl\r")
+    screen.wait_for("4 messages written")
+    assert screen.leave() == 0
+    messages = json.loads((tmp_path / "talk.jsonl").read_text("utf-8"))["messages"]
+    assert [message["content"] for message in messages[::2]] == ["Who is there?", "And now?"]
+    assert "Traceback" not in screen.screen
+
+
+def test_lines_that_are_pasted_are_one_message(terminal, tmp_path):
+    if "GNU readline" not in str(getattr(pytest.importorskip("readline"), "__doc__", "")):
+        pytest.skip("only GNU readline knows what is pasted")
+    screen = terminal("--max_tokens", "3")
+    screen.wait_for("\x1b[?2004h")  # asks the terminal to mark it
+    screen.wait_for("> ")
+    screen.press("\x1b[200~two\nlines\x1b[201~\r")
+    screen.wait_for("cut at max_tokens")
+    screen.wait_for("> ")
+    screen.press(f"/save {tmp_path}/talk.jsonl\r")
+    screen.wait_for("2 messages written")
+    assert json.loads((tmp_path / "talk.jsonl").read_text("utf-8"))["messages"][0]["content"] == "two\nlines"
+    assert screen.leave() == 0
+
+
+def test_without_colour_nothing_is_dim_and_a_reply_cannot_steer_the_terminal(terminal, tokenizer):
+    escape = tokenizer.encode("\x1b")
+    words = ["--max_tokens", "3", "--logit_bias", json.dumps({str(token): 100 for token in escape})]
+    screen = terminal(*words, NO_COLOR="1")
+    screen.wait_for("> ")
+    screen.press("Who?\r")
+    screen.wait_for("Who?\r\n")
+    shown = screen.wait_for("first after")
+    assert "\ufffd\ufffd\ufffd\r\n3 tokens, " in shown
+    assert "\x1b[2m" not in shown
+    assert screen.leave() == 0
+
+
+def test_prompts_never_go_into_a_file(bundle, tmp_path, pseudo_terminal):
+    keyboard, inside = pseudo_terminal
+    os.write(keyboard, b"Who?\n\x04")
+    words = ["chat", str(bundle), "--dtype", "float32", "--max_tokens", "4", *ENDLESS]
+    with (tmp_path / "out.txt").open("wb") as file:
+        command = [sys.executable, "-m", "nanollm", *words]
+        done = subprocess.run(command, stdin=inside, stdout=file, stderr=subprocess.PIPE, timeout=60, check=False)
+    assert done.returncode == 0
+    assert (tmp_path / "out.txt").read_text("utf-8") == reply_to(bundle, "Who?") + "\n"
+    assert done.stderr.count(b"> ") == 2
