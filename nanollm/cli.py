@@ -30,6 +30,9 @@ VERBS = {
     "Use": {
         "eval": "measure a model: problems solved, bits per byte, against another one",
         "generate": "let a model continue a prompt",
+        "chat": "talk to a model in the terminal",
+        "serve": "answer over HTTP like OpenAI, with a page to chat on",
+        "bench": "how fast a model answers on this machine",
         "info": "parameters, memory and arithmetic of a model",
     },
 }

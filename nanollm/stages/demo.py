@@ -294,7 +294,8 @@ def farewell(c: Config, summary: dict[str, Any]) -> str:
         f"{_percent(reinforced['heldout'], 'after')}).",
         f"All in {duration(sum(summary['seconds'].values()))}.",
         f'Next:  {command()} generate {c.out / "pretrain" / "bundle"} --prompt "The function returns"',
-        f'       {command()} generate {c.out / "grpo" / "bundle"} --chat --prompt "{QUESTION}"',
+        f"       {command()} chat {c.out / 'grpo' / 'bundle'}      and ask it: {QUESTION}",
+        f"       {command()} serve {c.out / 'grpo' / 'bundle'}     and ask it in the browser",
         f"       {command()} eval {c.out / 'grpo' / 'bundle'} --against {c.out / 'sft' / 'bundle'} "
         f"--task.name words --task.levels 2 --task.largest {LARGEST}",
         "       and the road to the 327M model in README.md",

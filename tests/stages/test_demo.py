@@ -35,6 +35,7 @@ def test_the_demo_runs_offline_and_the_model_learns(short_corpus, tmp_path, caps
         assert 0 <= low < high <= 1
     said = capsys.readouterr().err
     assert f"nanollm generate {tmp_path / 'demo' / 'pretrain' / 'bundle'}" in said
+    assert f"nanollm chat {tmp_path / 'demo' / 'grpo' / 'bundle'}" in said
     assert "[4/8] nano-1m: 1,206,016 parameters learn to write" in said
 
 

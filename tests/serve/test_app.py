@@ -1,0 +1,602 @@
+"""Who is let in, with how much, and in what form does everybody else hear that they are not?"""
+
+import asyncio
+import base64
+import json
+import logging
+import socket
+import threading
+import time
+
+import pytest
+
+from nanollm.generate.engine import Engine
+from nanollm.serve.limits import Limits, is_loopback
+from tests.serve.running import MODEL_NAME, wait_until
+
+httpx = pytest.importorskip("httpx", reason="httpx is not installed: pip install httpx")
+
+KEY = "a-key-of-some-length"
+MESSAGES = [{"role": "user", "content": "Once?"}]
+LONG = {"max_tokens": 64, "logit_bias": {str(token): -100 for token in (3, 4, 5, 6, 7)}}  # never ends by itself
+
+
+def body(**settings):
+    return {"model": MODEL_NAME, "messages": MESSAGES, "max_tokens": 4} | settings
+
+
+def error_of(response, status):
+    """The error in an answer, after a look at its form."""
+    assert response.status_code == status, response.text
+    answer = response.json()
+    assert list(answer) == ["error"]
+    assert list(answer["error"]) == ["message", "type", "param", "code"]
+    return answer["error"]
+
+
+def paths_of(router):
+    """A method and the path of every route, those of included routers too, parameters filled in."""
+    found = []
+    for route in router.routes:
+        if hasattr(route, "original_router"):
+            found += paths_of(route.original_router)
+        else:
+            path = route.path.replace("{model}", MODEL_NAME).replace("{name}", "index.html")
+            found += [(method, path) for method in route.methods - {"HEAD"}]
+    return found
+
+
+def address_of(running):
+    host, port = running.url.removeprefix("http://").split(":")
+    return host, int(port)
+
+
+@pytest.fixture
+def client(server):
+    with httpx.Client(base_url=server.url) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def guarded(bundle, serve_extra):
+    from tests.serve.running import serving
+
+    with serving(bundle, api_key=KEY) as running:
+        yield running
+
+
+# Keys
+
+
+def test_the_key_guards_every_route_but_health(guarded):
+    paths = paths_of(guarded.app)
+    assert {"/", "/page/index.html", "/metrics", "/openapi.json", "/v1/models"} < {path for _, path in paths}
+    wrong = [
+        {},
+        {"Authorization": f"Bearer {KEY}x"},
+        {"Authorization": f"Bearer {KEY[:-1]}"},
+        {"Authorization": "Bearer"},
+        {"Authorization": KEY},
+        {"Authorization": "Basic ???"},
+        {"Authorization": "Bearer \xff".encode("latin-1")},
+        {"Authorization": "Basic " + base64.b64encode(f"{KEY}:".encode()).decode()},
+        {"api-key": KEY},
+    ]
+    with httpx.Client(base_url=guarded.url) as client:
+        for method, path in paths:
+            for headers in wrong:
+                response = client.request(method, path, headers=headers)
+                if path == "/health":
+                    assert response.status_code == 200
+                else:
+                    assert error_of(response, 401)["code"] == "invalid_api_key"
+        assert client.get("/nothing/here").status_code == 401
+
+
+def test_the_key_opens_every_route_as_bearer_and_as_a_password(guarded):
+    for headers in (
+        {"Authorization": f"Bearer {KEY}"},
+        {"Authorization": f"bearer {KEY}"},
+        {"Authorization": "Basic " + base64.b64encode(f"anybody:{KEY}".encode()).decode()},
+    ):
+        with httpx.Client(base_url=guarded.url, headers=headers) as client:
+            for method, path in paths_of(guarded.app):
+                assert client.request(method, path).status_code == (415 if method == "POST" else 200), path
+            assert client.post("/v1/chat/completions", json=body()).status_code == 200
+
+
+def test_a_browser_is_asked_for_a_password_and_a_program_for_a_token(guarded):
+    assert httpx.get(guarded.url + "/").headers["www-authenticate"].startswith("Basic ")
+    assert httpx.get(guarded.url + "/v1/models").headers["www-authenticate"].startswith("Bearer ")
+
+
+def test_the_key_is_never_logged(bundle, serve_extra, serve, caplog, capfd):
+    with caplog.at_level(logging.DEBUG), serve(api_key=KEY) as running:
+        for key in (KEY, KEY + "x"):
+            httpx.get(running.url + "/v1/models", headers={"Authorization": f"Bearer {key}"})
+            httpx.post(running.url + "/v1/chat/completions", headers={"Authorization": f"Bearer {key}"}, json={})
+    assert KEY not in caplog.text
+    assert KEY not in "".join(capfd.readouterr())
+
+
+def test_without_a_key_only_this_machines_names_are_answered(client):
+    for host in ("localhost:8000", "127.0.0.1", "[::1]:80", "page.localhost"):
+        assert client.get("/v1/models", headers={"Host": host}).status_code == 200
+    for host in ("evil.example", "127.0.0.1.evil.example", "10.0.0.1:8000", "", "[::2]"):
+        assert "localhost" in error_of(client.get("/v1/models", headers={"Host": host}), 403)["message"]
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [("localhost", True), ("127.8.9.1", True), ("::1", True), ("0.0.0.0", False), ("::", False), ("a.b", False)],
+)
+def test_a_loopback_host_is_known(host, expected):
+    assert is_loopback(host) is expected
+
+
+# Browsers
+
+
+def test_other_pages_get_no_leave_unless_they_are_listed(client, serve):
+    asked = {"Origin": "http://other.example", "Access-Control-Request-Method": "POST"}
+    response = client.options("/v1/chat/completions", headers=asked)
+    error_of(response, 405)
+    assert not [name for name in response.headers if name.startswith("access-control")]
+    with serve(cors_origins=["http://other.example"], api_key=KEY) as running:
+        url = running.url + "/v1/chat/completions"
+        response = httpx.options(url, headers=asked)
+        assert response.headers["access-control-allow-origin"] == "http://other.example"
+        refused = httpx.options(url, headers=asked | {"Origin": "http://evil.example"})
+        error_of(refused, 400)
+        error_of(httpx.post(url, headers={"Origin": "http://other.example"}, json=body()), 401)
+
+
+def test_a_form_of_another_page_cannot_post(client):
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", ""):
+        content = json.dumps(body())
+        error_of(client.post("/v1/chat/completions", content=content, headers={"Content-Type": kind}), 415)
+
+
+def test_every_answer_carries_the_security_headers(client):
+    for path in ("/", "/health", "/v1/models", "/nothing", "/page/nothing.js", "/openapi.json"):
+        headers = client.get(path).headers
+        assert headers["content-security-policy"].startswith("default-src 'none'; script-src 'self';")
+        assert headers["x-content-type-options"] == "nosniff"
+        assert headers["referrer-policy"] == "no-referrer"
+        assert "server" not in headers
+
+
+def test_the_page_is_served_by_name_and_nothing_outside_it(client):
+    assert client.get("/").headers["content-type"] == "text/html; charset=utf-8"
+    for name in (
+        "..%2fapp.py",
+        "%2e%2e%2fapp.py",
+        "..%5capp.py",
+        "%00",
+        "index.html%00",
+        "/etc/passwd",
+        "%2fetc%2fpasswd",
+        "nothing.css",
+    ):
+        error_of(client.get(f"/page/{name}"), 404)
+        error_of(client.get(f"/v1/models/{name}"), 404)
+
+
+def test_there_are_no_pages_that_load_scripts_from_elsewhere(client):
+    for path in ("/docs", "/redoc", "/v1/models/", "//v1/models"):
+        error_of(client.get(path), 404)
+
+
+# What is asked
+
+
+@pytest.mark.parametrize(
+    ("settings", "param", "message"),
+    [
+        ({"messages": []}, "messages", "at least 1 item"),
+        ({"messages": [{"role": "user", "content": ""}]}, "messages", "a message of the user is empty"),
+        ({"messages": [{"role": "assistant", "content": "a"}]}, "messages", "then user and assistant in turn"),
+        ({"messages": [*MESSAGES, {"role": "assistant", "content": "a"}]}, "messages", "must be the user's"),
+        ({"messages": [*MESSAGES, *MESSAGES]}, "messages", "then user and assistant in turn"),
+        ({"messages": [{"role": "tool", "content": "a"}]}, "messages.0.role", "'assistant', got 'tool'"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages.0.content", "valid string, got None"),
+        ({"messages": [{"role": "user", "content": "a"}] * 1001}, "messages", "at most 1000, got 1001"),
+        ({"temperature": "1"}, "temperature", "a valid number, got '1'"),
+        ({"temperature": -1}, "temperature", "greater than or equal to 0"),
+        ({"temperature": True}, "temperature", "a valid number"),
+        ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1, got 0"),
+        ({"max_tokens": 65}, "max_tokens", "at most 64, got 65"),
+        ({"max_tokens": 1, "max_completion_tokens": 2}, None, "differ; give one of them"),
+        ({"max_tokens": 10**400}, "max_tokens", "at most 64"),
+        ({"n": 0}, "n", "greater than or equal to 1"),
+        ({"n": 9}, "n", "at most 8, got 9"),
+        ({"n": 10**9}, "n", "at most 8"),
+        ({"stop": ""}, "stop", "at least 1 character"),
+        ({"stop": list("abcde")}, "stop", "at most 4, got 5"),
+        ({"top_logprobs": 2}, None, "top_logprobs expects logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "less than or equal to 20"),
+        ({"experts": True}, None, "experts expects logprobs"),
+        ({"logit_bias": {"600": 1}}, "logit_bias", "ids from 0 to 599 as text, got '600'"),
+        ({"logit_bias": {"-1": 1}}, "logit_bias", "ids from 0 to 599"),
+        ({"logit_bias": {"1": 101}}, "logit_bias.1", "less than or equal to 100"),
+        ({"logit_bias": {str(number): 1 for number in range(301)}}, "logit_bias", "at most 300"),
+        ({"presence_penalty": 0.5}, None, "use repetition_penalty"),
+        ({"frequency_penalty": 0.5}, None, "use repetition_penalty"),
+        ({"stream_options": {"include_usage": True}}, None, "expects stream"),
+        ({"tools": [{"type": "function"}]}, "tools", "at most 0 items"),
+        ({"response_format": {"type": "json_object"}}, "response_format.type", "'text'"),
+        ({"seed": 2**63}, "seed", "less than"),
+        ({"repetition_penalty": 0}, "repetition_penalty", "greater than or equal to 0.1"),
+    ],
+)
+def test_a_chat_that_cannot_be_is_refused_with_its_reason(client, settings, param, message):
+    error = error_of(client.post("/v1/chat/completions", json=body(**settings)), 400)
+    assert message in error["message"]
+    assert error["param"] == (param or None)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"prompt": []}, "1 to 72 prompts, got 0"),
+        ({"prompt": [[]]}, "at least one id"),
+        ({"prompt": ["a"] * 73}, "1 to 72 prompts, got 73"),
+        ({"prompt": ["a"] * 10, "n": 8}, "1 to 9 prompts, got 10"),
+        ({"prompt": [600]}, "below 600, got 600"),
+        ({"prompt": [10**300]}, "below 600"),
+        ({"prompt": [-1]}, "greater than or equal to 0"),
+        ({"prompt": [1, "a"]}, "valid"),
+        ({"prompt": None}, "valid"),
+        ({"echo": True}, "echo is not supported"),
+        ({"suffix": "x"}, "suffix is not supported"),
+        ({"best_of": 3}, "best_of is not supported"),
+        ({"logprobs": 6}, "less than or equal to 5"),
+    ],
+)
+def test_a_completion_that_cannot_be_is_refused_with_its_reason(client, settings, message):
+    asked = {"model": MODEL_NAME, "prompt": "a", "max_tokens": 2} | settings
+    assert message in error_of(client.post("/v1/completions", json=asked), 400)["message"]
+
+
+def test_an_empty_text_is_a_document_that_has_just_begun(client):
+    answer = client.post("/v1/completions", json={"model": MODEL_NAME, "prompt": "", "max_tokens": 2}).json()
+    assert answer["usage"]["prompt_tokens"] == 1
+
+
+def test_unknown_fields_are_ignored_as_clients_send_many(client):
+    assert client.post("/v1/chat/completions", json=body(user="me", store=False, frequency_penalty=0)).is_success
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"null",
+        b"[]",
+        b"[" * 10_000 + b"]" * 10_000,
+        b'{"model":' * 10_000 + b"1" + b"}" * 10_000,
+        b'{"model": "tiny", "messages": [{"role": "user", "content": "a"}], "temperature": NaN}',
+        b'{"model": "tiny", "messages": [{"role": "user", "content": "a"}], "temperature": Infinity}',
+        b'{"model": "tiny", "messages": [{"role": "user", "content": "a"}], "temperature": 1e999}',
+        b'{"model": "tiny", "messages": [{"role": "user", "content": "a"}], "x": NaN}',
+        b'{"model": "tiny", "messages": [{"role": "user", "content": "\\ud800"}]}',
+        b'{"model": "tiny", "messages": [{"role": "user", "content": "\xff"}]}',
+        b'{"model": "tiny", "n": 1' + b"0" * 5000 + b"}",
+        '{"model": "tiny"}'.encode("utf-16"),
+    ],
+)
+def test_what_is_not_json_or_out_of_reason_is_a_400(client, content):
+    headers = {"Content-Type": "application/json"}
+    error_of(client.post("/v1/chat/completions", content=content, headers=headers), 400)
+
+
+def test_a_million_small_mistakes_are_refused_at_once(client):
+    headers = {"Content-Type": "application/json"}
+    bodies = [
+        b'{"model": "tiny", "messages": [' + b"1," * 500_000 + b"1]}",
+        b'{"model": "tiny", "messages": [' + b'{"role":"user","content":"a"},' * 30_000 + b"1]}",
+        b'{"model": "tiny", "messages": [{"role":"user","content":[' + b"1," * 500_000 + b"1]}]}",
+        b'{"model": "tiny", "logit_bias": {' + b",".join(b'"%d":"a"' % i for i in range(80_000)) + b"}}",
+        b'{"model": "tiny", "stop": [' + b'"",' * 300_000 + b'""]}',
+    ]
+    for content in bodies:
+        began = time.perf_counter()
+        error_of(client.post("/v1/chat/completions", content=content, headers=headers), 400)
+        assert time.perf_counter() - began < 2
+
+
+def test_errors_have_one_form_whatever_the_path_and_method(client):
+    error_of(client.get("/nothing"), 404)
+    assert error_of(client.delete("/v1/models"), 405)["code"] == "method_not_allowed"
+    assert client.delete("/v1/models").headers["allow"] == "GET"
+    assert error_of(client.get("/v1/models/other"), 404)["code"] == "model_not_found"
+
+
+def test_what_is_not_http_is_told_in_the_same_form(server):
+    with socket.create_connection(address_of(server)) as connection:
+        connection.sendall(b"\x16\x03\x01 nonsense\r\n\r\n")
+        head, _, answer = connection.makefile("rb").read().partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ")
+    assert list(json.loads(answer)["error"]) == ["message", "type", "param", "code"]
+
+
+# Sizes and times
+
+
+def test_a_body_beyond_the_limit_is_refused_with_and_without_a_declared_length(serve):
+    with serve(max_body_bytes=10_000) as running:
+        url = running.url + "/v1/chat/completions"
+        exact = json.dumps(body(user="")).encode()
+        exact = json.dumps(body(user="x" * (10_000 - len(exact)))).encode()
+        headers = {"Content-Type": "application/json"}
+        assert len(exact) == 10_000
+        assert httpx.post(url, content=exact, headers=headers).status_code == 200
+        assert httpx.post(url, content=iter([exact[:5000], exact[5000:]]), headers=headers).status_code == 200
+        for content in (exact + b" ", iter([exact, b" "]), exact * 4, iter([exact] * 4)):
+            assert error_of(httpx.post(url, content=content, headers=headers), 413)["code"] == "body_too_large"
+        declared = headers | {"Content-Length": str(10**15), "Expect": "100-continue"}
+        assert raw(running, declared, b"{")[0] == 413
+
+
+def raw(running, headers, sent, wait_s=5.0):
+    """Status and seconds of an answer to a request of which only this much is sent."""
+    began = time.perf_counter()
+    with socket.create_connection(address_of(running), timeout=wait_s) as connection:
+        lines = [f"{name}: {value}" for name, value in ({"Host": "localhost"} | headers).items()]
+        connection.sendall("\r\n".join(["POST /v1/chat/completions HTTP/1.1", *lines, "", ""]).encode() + sent)
+        answer = connection.makefile("rb").read()
+    return int(answer.split(b" ", 2)[1]), time.perf_counter() - began
+
+
+def test_an_endless_body_is_cut_off(serve):
+    with serve(max_body_bytes=1000) as running:
+        chunk = b"3e8\r\n" + b"x" * 1000 + b"\r\n"
+        status, _ = raw(running, {"Content-Type": "application/json", "Transfer-Encoding": "chunked"}, chunk * 20)
+        assert status == 413
+
+
+def test_a_body_that_comes_too_slowly_times_out(serve):
+    with serve(body_timeout_s=0.3) as running:
+        status, took_s = raw(running, {"Content-Type": "application/json", "Content-Length": "100"}, b"{")
+        assert (status, took_s < 2) == (408, True)
+
+
+def test_headers_that_come_too_slowly_end_the_connection(serve, monkeypatch):
+    monkeypatch.setattr("nanollm.serve.server.HEADERS_TIMEOUT_S", 0.4)
+    with serve() as running:
+        address = address_of(running)
+        with socket.create_connection(address, timeout=5) as slow, httpx.Client(base_url=running.url) as client:
+            slow.sendall(b"GET /health HTTP/1.1\r\n")
+            for _ in range(3):
+                time.sleep(0.1)
+                slow.sendall(b"X-A: b\r\n")
+                assert client.get("/health").is_success
+            assert slow.recv(100) == b""
+
+
+def test_requests_beyond_the_queue_are_told_to_come_back(serve):
+    with serve(max_running=1, max_waiting=1) as running, httpx.Client(base_url=running.url, timeout=30) as client:
+        slow = slowed(running, 0.02)
+        with client.stream("POST", "/v1/chat/completions", json=body(stream=True, n=2, **LONG)) as stream:
+            lines = stream.iter_lines()  # kept, as an iterator that is thrown away hangs up
+            next(lines)
+            refused = httpx.post(running.url + "/v1/chat/completions", json=body())
+            assert error_of(refused, 429)["code"] == "queue_full"
+            assert int(refused.headers["retry-after"]) >= 1
+            assert httpx.get(running.url + "/health").is_success
+        slow.undo()
+        running.settle()
+        assert client.post("/v1/chat/completions", json=body(n=2)).is_success
+        assert "at most 2" in error_of(client.post("/v1/chat/completions", json=body(n=3)), 400)["message"]
+
+
+def slowed(running, seconds):
+    """Each step of this server's engine takes longer from now on."""
+    patch = pytest.MonkeyPatch()
+    step = Engine.step
+
+    def slow_step(engine):
+        time.sleep(seconds)
+        return step(engine)
+
+    patch.setattr(Engine, "step", slow_step)
+    return patch
+
+
+@pytest.fixture
+def slow_steps(server):
+    patch = slowed(server, 0.02)
+    yield
+    patch.undo()
+
+
+def test_a_reply_that_takes_too_long_is_given_up(serve):
+    with serve(deadline_s=0.3) as running:
+        slow = slowed(running, 0.06)
+        url = running.url + "/v1/chat/completions"
+        assert error_of(httpx.post(url, json=body(**LONG), timeout=30), 504)["code"] == "deadline_exceeded"
+        running.settle(2)
+        events = httpx.post(url, json=body(stream=True, **LONG), timeout=30).text.strip().split("\n\n")
+        assert json.loads(events[-1].removeprefix("data: "))["error"]["code"] == "deadline_exceeded"
+        assert len(events) > 2
+        running.settle(2)
+        slow.undo()
+        slow = slowed(running, 0.5)
+        assert error_of(httpx.post(url, json=body(stream=True, **LONG), timeout=30), 504)
+        slow.undo()
+
+
+# Hanging up
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_hanging_up_frees_the_row_within_a_step(server, slow_steps, stream):
+    async def ask_and_leave():
+        async with httpx.AsyncClient(base_url=server.url, timeout=30) as client:
+            asking = asyncio.create_task(client.post("/v1/chat/completions", json=body(stream=stream, n=4, **LONG)))
+            while server.worker.figures.running < 4:
+                await asyncio.sleep(0.005)
+            asking.cancel()
+
+    asyncio.run(ask_and_leave())
+    steps = []
+    patch = pytest.MonkeyPatch()
+    step = Engine.step
+    patch.setattr(Engine, "step", lambda engine: (steps.append(engine.running), step(engine))[1])
+    try:
+        wait_until(lambda: server.worker.load == 0, 2)
+    finally:
+        patch.undo()
+    assert len(steps) <= 5  # noticing takes the event loop a moment; 64 steps would be needed to finish
+    wait_until(lambda: server.worker.figures.running == 0)
+
+
+def test_a_reader_that_stops_reading_holds_no_row_and_is_cut_off(serve, monkeypatch):
+    from nanollm.serve import server as module
+
+    def listen_with_little_room(host, port):
+        listener = listen(host, port)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        return listener
+
+    listen = module.listen
+    monkeypatch.setattr(module, "listen", listen_with_little_room)
+    monkeypatch.setattr(module, "READER_TIMEOUT_S", 1.0)
+    content = json.dumps(body(stream=True, logprobs=True, top_logprobs=20, n=8, **LONG)).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(content)}\r\n"
+    with serve(max_running=8) as running, socket.socket() as slow:
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        slow.connect(address_of(running))
+        slow.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + content)
+        wait_until(lambda: running.worker.load == 8)
+        running.settle(10)  # nothing was read, and yet the replies are drawn to their ends
+        assert httpx.post(running.url + "/v1/chat/completions", json=body()).is_success
+        wait_until(lambda: not running.server.server_state.tasks, 10)
+
+
+# When something breaks
+
+
+def test_a_fault_in_a_step_fails_what_runs_and_nothing_after_it(serve, caplog):
+    with serve() as running:
+        url = running.url + "/v1/chat/completions"
+        failing = threading.Event()
+        step = Engine.step
+
+        def faulty(engine):
+            if failing.is_set():
+                failing.clear()
+                raise RuntimeError("a cosmic ray")
+            return step(engine)
+
+        patch = pytest.MonkeyPatch()
+        patch.setattr(Engine, "step", faulty)
+        try:
+            failing.set()
+            assert error_of(httpx.post(url, json=body()), 500)["type"] == "server_error"
+            failing.set()
+            assert error_of(httpx.post(url, json=body(stream=True)), 500)
+            assert httpx.post(url, json=body()).is_success
+        finally:
+            patch.undo()
+        assert "a cosmic ray" in caplog.text
+        assert httpx.get(running.url + "/health").is_success
+
+
+def test_health_says_so_when_the_engine_is_gone(serve, bundle, caplog):
+    made = []
+
+    def make_once():
+        if made:
+            raise RuntimeError("no memory for another engine")
+        made.append(Engine(bundle.model, rows=2))
+        made[0].step = lambda: 1 / 0
+        return made[0]
+
+    with serve(make_engine=make_once) as running:
+        assert httpx.get(running.url + "/health").is_success
+        error_of(httpx.post(running.url + "/v1/chat/completions", json=body()), 500)
+        wait_until(lambda: not running.worker.is_alive)
+        assert error_of(httpx.get(running.url + "/health"), 503)["code"] == "engine_stopped"
+        error_of(httpx.post(running.url + "/v1/chat/completions", json=body()), 503)
+    assert "no memory for another engine" in caplog.text
+
+
+def test_a_fault_of_a_route_is_a_500_in_our_form_and_logged(serve, caplog, monkeypatch):
+    with serve() as running:
+        monkeypatch.setattr(type(running.service), "card", property(lambda self: 1 / 0))
+        error_of(httpx.get(running.url + "/v1/models"), 500)
+        assert "ZeroDivisionError" in caplog.text
+
+
+def test_a_text_that_cannot_be_followed_ends_only_its_own_reply(serve, monkeypatch, caplog):
+    from nanollm.text.stream import TextStream
+
+    push = TextStream.push
+
+    def picky(stream, token):
+        if stream._stops == ("poison",):
+            raise RuntimeError("a bad text")
+        return push(stream, token)
+
+    monkeypatch.setattr(TextStream, "push", picky)
+    with serve() as running, httpx.Client(base_url=running.url, timeout=30) as client:
+        slow = slowed(running, 0.01)
+        with client.stream("POST", "/v1/chat/completions", json=body(stream=True, **LONG)) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            error_of(httpx.post(running.url + "/v1/chat/completions", json=body(stop="poison")), 500)
+            assert list(lines)[-2] == "data: [DONE]"
+        slow.undo()
+    assert "a bad text" in caplog.text
+
+
+def test_a_server_that_stops_tells_those_whose_replies_it_cannot_finish(serve, monkeypatch):
+    monkeypatch.setattr("nanollm.serve.server.GO_ON_S", 0.3)
+    with serve() as running, httpx.Client(base_url=running.url, timeout=30) as client:
+        slow = slowed(running, 0.1)
+        with client.stream("POST", "/v1/chat/completions", json=body(stream=True, **LONG)) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            running.server.should_exit = True
+            last = [line for line in lines if line][-1]
+        slow.undo()
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "engine_stopped"
+
+
+# Numbers
+
+
+def test_metrics_count_requests_tokens_and_times(serve):
+    with serve() as running:
+        for _ in range(2):
+            assert httpx.post(running.url + "/v1/chat/completions", json=body(**LONG | {"max_tokens": 5}))
+        httpx.get(running.url + "/made/up")
+        response = httpx.get(running.url + "/metrics")
+        numbers = dict(line.rsplit(" ", 1) for line in response.text.splitlines() if line[0] != "#")
+        assert response.headers["content-type"].startswith("text/plain")
+        assert numbers['nanollm_requests_total{route="/v1/chat/completions",status="200"}'] == "2.0"
+        assert numbers['nanollm_requests_total{route="none",status="404"}'] == "1.0"
+        assert numbers["nanollm_generated_tokens_total"] == "10.0"
+        assert float(numbers["nanollm_reused_tokens_total"]) > 0
+        assert numbers["nanollm_running_replies"] == numbers["nanollm_waiting_replies"] == "0.0"
+        assert numbers["nanollm_time_to_first_token_seconds_count"] == "2.0"
+        assert numbers["nanollm_time_per_output_token_seconds_count"] == "2.0"
+        assert "/made/up" not in response.text
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_running": 0}, "max_running must be at least 1, got 0"),
+        ({"max_waiting": -1}, "max_waiting must be at least 0"),
+        ({"max_prompt_tokens": 0}, "max_prompt_tokens must be at least 1"),
+        ({"deadline_s": 0.0}, "deadline_s must be above 0 seconds"),
+        ({"deadline_s": float("nan")}, "deadline_s must be above 0 seconds"),
+        ({"cors_origins": ["*"]}, r"must list origins one by one"),
+    ],
+)
+def test_senseless_limits_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Limits(**settings)

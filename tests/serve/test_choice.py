@@ -1,0 +1,92 @@
+"""Do the tokens of a reply become its text, and is of each token told what is true?"""
+
+import itertools
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nanollm.generate.request import Scored
+from nanollm.serve.choice import LEAST_LOGPROB, Choice, Speller
+from nanollm.serve.worker import News
+from nanollm.text.tokenizer import END, EOS_ID
+
+SCORED = Scored(-1.0, [(9, -1.0)], [[0]])
+
+
+def news(ids, finish):
+    """The tokens as the engine would hand them over."""
+    return [News(0, token, SCORED, finish if place == len(ids) - 1 else None, 0.0) for place, token in enumerate(ids)]
+
+
+def told(tokenizer, ids, finish="length", stops=(), cuts=()):
+    """All parts of a reply that comes in pieces, joined: its text, its entries, why it ended."""
+    choice, text, entries, reason = Choice(0, Speller(tokenizer), stops), "", [], None
+    arrived = news(ids, finish)
+    borders = [0, *sorted(cuts), len(arrived)]
+    for start, end in itertools.pairwise(borders):
+        part = choice.take(arrived[start:end])
+        text += part.text
+        entries += part.entries
+        reason = part.finish
+    return text, entries, reason
+
+
+@given(seed=st.integers(0, 10_000), count=st.integers(1, 30))
+def test_text_and_entries_do_not_depend_on_how_the_tokens_arrive(tokenizer, seed, count):
+    chosen = random.Random(seed)
+    ids = [chosen.choice([chosen.randrange(20, 276), chosen.randrange(600)]) for _ in range(count)]
+    whole = tokenizer.decode_drawn(ids)
+    stops = [whole[2:4]] if seed % 2 and whole[2:4] else []
+    at_once = told(tokenizer, ids, stops=stops)
+    in_pieces = told(tokenizer, ids, stops=stops, cuts=chosen.sample(range(count), min(count, 4)))
+    assert at_once == in_pieces
+    if not stops:
+        text, entries, _ = at_once
+        assert text == whole
+        assert [entry.token for entry in entries] == ids
+
+
+def test_an_end_token_is_neither_text_nor_told(tokenizer):
+    ids = tokenizer.encode("The end")
+    text, entries, reason = told(tokenizer, [*ids, EOS_ID], finish="end")
+    assert (text, [entry.token for entry in entries], reason) == ("The end", ids, "stop")
+
+
+def test_tokens_that_a_stop_text_cuts_off_are_not_told(tokenizer):
+    ids = [token for char in "abcdef" for token in tokenizer.encode(char)]
+    text, entries, reason = told(tokenizer, ids[:4], finish="stop", stops=["cd"], cuts=[1, 2, 3])
+    assert (text, [entry.token for entry in entries], reason) == ("ab", ids[:2], "stop")
+
+
+def test_offsets_count_characters(tokenizer):
+    ids = tokenizer.encode("aé😀b")
+    _, entries, _ = told(tokenizer, ids)
+    spelled = [tokenizer.bytes_of(token) for token in ids]
+    begins = [b"".join(spelled[:place]).decode(errors="ignore") for place in range(len(ids))]
+    assert [entry.offset for entry in entries] == list(map(len, begins))
+
+
+@pytest.mark.parametrize(
+    ("token", "expected"),
+    [
+        (EOS_ID, ("</s>", b"")),
+        (20 + 0x41, ("A", b"A")),
+        (20 + 0xE2, ("bytes:\\xe2", b"\xe2")),
+        (70_000, ("<70000>", b"")),
+    ],
+)
+def test_every_id_has_a_name(tokenizer, token, expected):
+    assert Speller(tokenizer).spell(token) == expected
+
+
+def test_a_mark_has_its_own_name(tokenizer):
+    assert Speller(tokenizer).spell(tokenizer.mark_id(END)) == (END, b"")
+
+
+def test_minus_infinity_becomes_a_number_that_json_has(tokenizer):
+    choice = Choice(0, Speller(tokenizer), ())
+    scored = Scored(float("-inf"), [(9, float("-inf"))], [])
+    (entry,) = choice.take([News(0, 300, scored, "length", 0.0)]).entries
+    assert (entry.logprob, entry.top) == (LEAST_LOGPROB, [(9, LEAST_LOGPROB)])

@@ -1,0 +1,130 @@
+"""Does every one of many readers get its own reply, and does nothing remain of those who leave?"""
+
+import asyncio
+import gc
+import json
+import random
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+
+import psutil
+import pytest
+
+from nanollm.generate.engine import generate
+from nanollm.generate.sampling import SamplingConfig
+from nanollm.text.chat import Conversation, encode_prompt, reply_borders
+from tests.conftest import STORY
+from tests.serve.running import MODEL_NAME
+
+httpx = pytest.importorskip("httpx", reason="httpx is not installed: pip install httpx")
+
+STREAMS = 64
+LEAVING = 0.1
+
+
+@dataclass
+class Tally:
+    """What the readers of one run saw."""
+
+    counts: Counter = field(default_factory=Counter)
+    wrong: list[tuple[str, str, str]] = field(default_factory=list)
+    first_token_s: list[float] = field(default_factory=list)
+
+
+@pytest.fixture(scope="module")
+def solo(bundle):
+    """The replies to 40 questions that are asked alone, at temperature 0: text by (question, length)."""
+    words = STORY.read_text(encoding="utf-8").split()
+    texts = {}
+    for number in range(40):
+        chosen = random.Random(number)
+        question, length = " ".join(chosen.choices(words, k=chosen.randint(1, 25))), chosen.randint(1, 40)
+        prompt = encode_prompt(Conversation.of(question), bundle.tokenizer)
+        (completion,) = generate(
+            bundle.model,
+            [prompt],
+            SamplingConfig(temperature=0),
+            max_tokens=length,
+            end_ids=reply_borders(bundle.tokenizer),
+        )
+        texts[question, length] = bundle.tokenizer.decode_drawn(completion.ids)
+    return texts
+
+
+def test_many_streams_get_what_each_would_get_alone_and_leavers_free_their_rows(serve, solo):
+    with serve(max_running=16, max_waiting=STREAMS) as running:
+        tally = asyncio.run(read_for(running, solo, 5.0))
+        running.settle()
+        assert running.worker.figures.running == running.worker.figures.waiting == 0
+    check(tally)
+
+
+@pytest.mark.slow
+def test_for_two_minutes_memory_does_not_drift(serve, solo):
+    process = psutil.Process()
+    with serve(max_running=16, max_waiting=STREAMS) as running:
+        asyncio.run(read_for(running, solo, 20.0))  # warm-up: allocators and caches fill
+        before = settled_memory(running, process)
+        tally = asyncio.run(read_for(running, solo, 120.0))
+        after = settled_memory(running, process)
+    drift = after / before - 1
+    times = sorted(tally.first_token_s)
+    print(f"\n{dict(tally.counts)}, first token after {1e3 * times[len(times) // 2]:.0f} ms (median), ", end="")
+    print(
+        f"{1e3 * times[len(times) * 99 // 100]:.0f} ms (p99); memory {before >> 20} -> {after >> 20} MiB ({drift:+.2%})"
+    )
+    check(tally)
+    assert drift < 0.02
+
+
+def check(tally):
+    assert tally.wrong == []
+    assert tally.counts["finished"] >= STREAMS
+    assert tally.counts["left"] >= 3
+    assert set(tally.counts) == {"finished", "left"}
+
+
+def settled_memory(running, process):
+    running.settle()
+    gc.collect()
+    return process.memory_info().rss
+
+
+async def read_for(running, solo, seconds):
+    """Let 64 readers ask, read and sometimes leave until the time is over."""
+    tally, end = Tally(), time.monotonic() + seconds
+    limits = httpx.Limits(max_connections=STREAMS, max_keepalive_connections=STREAMS)
+    async with httpx.AsyncClient(base_url=running.url, timeout=60, limits=limits) as client:
+        await asyncio.gather(*(read_until(end, client, random.Random(i), solo, tally) for i in range(STREAMS)))
+    return tally
+
+
+async def read_until(end, client, chance, solo, tally):
+    while time.monotonic() < end:
+        (question, length), expected = chance.choice(list(solo.items()))
+        leaves_after = chance.randint(1, 5) if chance.random() < LEAVING else None
+        text, is_whole = await read(client, question, length, leaves_after, tally)
+        tally.counts["finished" if is_whole else "left"] += 1
+        if not (text == expected if is_whole else expected.startswith(text)):
+            tally.wrong.append((question, expected, text))
+
+
+async def read(client, question, length, leaves_after, tally):
+    """The text of one stream, and whether it was read to its end."""
+    messages = [{"role": "user", "content": question}]
+    body = {"model": MODEL_NAME, "messages": messages, "max_tokens": length, "temperature": 0, "stream": True}
+    text, chunks, began = "", 0, time.monotonic()
+    async with client.stream("POST", "/v1/chat/completions", json=body) as response:
+        assert response.status_code == 200, await response.aread()
+        async for line in response.aiter_lines():
+            if line == "data: [DONE]":
+                return text, True
+            if line:
+                if not chunks:
+                    tally.first_token_s.append(time.monotonic() - began)
+                chunks += 1
+                text += json.loads(line.removeprefix("data: "))["choices"][0]["delta"].get("content", "")
+                if chunks == leaves_after:
+                    return text, False
+    raise AssertionError("the stream ended without [DONE]")

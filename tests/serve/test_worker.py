@@ -1,0 +1,142 @@
+"""Does the engine's thread hand out every token once, to whoever asked, and outlive what goes wrong?"""
+
+import asyncio
+from contextlib import contextmanager
+
+import pytest
+
+from nanollm.generate.engine import Engine, generate
+from nanollm.generate.request import Request
+from nanollm.generate.sampling import SamplingConfig
+from nanollm.serve.worker import EngineFault, EngineStopped, QueueFull, Worker
+from tests.serve.running import wait_until
+
+GREEDY = SamplingConfig(temperature=0)
+
+
+@contextmanager
+def working(bundle, capacity=8, rows=4, make_engine=None):
+    worker = Worker(make_engine or (lambda: Engine(bundle.model, rows=rows)), capacity)
+    worker.start()
+    try:
+        yield worker
+    finally:
+        worker.stop()
+
+
+def asked(number, max_tokens=8):
+    return Request(prompt=[2, 300 + number, 40], max_tokens=max_tokens, sampling=GREEDY)
+
+
+async def drawn(replies):
+    """The ids of all replies to a call, by their index."""
+    ids = {index: [] for index in range(len(replies.requests))}
+    unfinished = len(ids)
+    while unfinished:
+        for one in await replies.news():
+            ids[one.index].append(one.token)
+            unfinished -= one.finish is not None
+    return list(ids.values())
+
+
+def test_each_call_gets_its_own_tokens_as_if_it_were_alone(bundle):
+    async def ask_all(worker):
+        calls = [worker.submit([asked(number), asked(number + 1)]) for number in range(4)]
+        return await asyncio.gather(*map(drawn, calls))
+
+    expected = {
+        number: generate(bundle.model, [asked(number).prompt], GREEDY, max_tokens=8, end_ids=frozenset())[0].ids
+        for number in range(5)
+    }
+    with working(bundle) as worker:
+        answers = asyncio.run(ask_all(worker))
+        wait_until(lambda: worker.load == 0)
+    assert answers == [[expected[number], expected[number + 1]] for number in range(4)]
+
+
+def test_a_call_is_taken_on_whole_or_not_at_all(bundle):
+    async def overfill(worker):
+        first = worker.submit([asked(0, 150)] * 5)
+        with pytest.raises(QueueFull, match="5 replies are running or waiting and 4 more were asked for"):
+            worker.submit([asked(1)] * 4)
+        assert worker.load == 5
+        second = worker.submit([asked(1)] * 3)
+        worker.cancel(first)
+        await drawn(second)
+        await asyncio.to_thread(wait_until, lambda: worker.load == 0)
+        worker.cancel(first)  # once more does no harm
+        await drawn(worker.submit([asked(2)] * 8))
+
+    with working(bundle) as worker:
+        asyncio.run(overfill(worker))
+        wait_until(lambda: worker.load == 0)
+
+
+def test_what_the_engine_refuses_ends_that_call_alone(bundle):
+    async def ask(worker):
+        good = worker.submit([asked(0)])
+        bad = worker.submit([asked(1), Request(prompt=[], max_tokens=1)])
+        with pytest.raises(ValueError, match="an empty one"):
+            await bad.news()
+        return await drawn(good)
+
+    with working(bundle) as worker:
+        assert len(asyncio.run(ask(worker))[0]) == 8
+        wait_until(lambda: worker.load == 0)
+
+
+def test_a_fault_ends_every_call_that_was_open_and_the_next_is_answered(bundle, caplog):
+    made = []
+
+    def make():
+        made.append(Engine(bundle.model, rows=4))
+        if len(made) == 1:
+            made[0].step = lambda: 1 / 0
+        return made[-1]
+
+    async def ask(worker):
+        calls = [worker.submit([asked(number)]) for number in range(3)]
+        outcomes = await asyncio.gather(*map(drawn, calls), return_exceptions=True)
+        return outcomes, await drawn(worker.submit([asked(3)]))
+
+    with working(bundle, make_engine=make) as worker:
+        outcomes, after = asyncio.run(ask(worker))
+        wait_until(lambda: worker.load == 0)
+        assert worker.is_alive
+    assert isinstance(outcomes[0], EngineFault)
+    assert all(isinstance(outcome, EngineFault) or len(outcome[0]) == 8 for outcome in outcomes)
+    assert len(after[0]) == 8
+    assert "ZeroDivisionError" in caplog.text
+
+
+def test_an_engine_that_cannot_be_built_is_told_at_the_start():
+    def make():
+        raise ValueError("the engine needs at least one row, got 0")
+
+    with pytest.raises(ValueError, match="at least one row"):
+        Worker(make, 1).start()
+
+
+def test_stopping_ends_what_is_open(bundle):
+    async def ask(worker):
+        replies = worker.submit([asked(0, 180)])
+        await replies.news()
+        await asyncio.to_thread(worker.stop)
+        with pytest.raises(EngineStopped):
+            while True:
+                await replies.news()
+        with pytest.raises(EngineStopped):
+            worker.submit([asked(1)])
+
+    with working(bundle) as worker:
+        asyncio.run(ask(worker))
+
+
+def test_a_loop_that_has_gone_is_no_harm(bundle):
+    async def leave(worker):
+        worker.submit([asked(0, 30)])
+
+    with working(bundle) as worker:
+        asyncio.run(leave(worker))
+        wait_until(lambda: worker.load == 0)
+        assert worker.is_alive

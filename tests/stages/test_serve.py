@@ -1,0 +1,119 @@
+"""`nanollm serve` starts where it is safe, says where it is, and leaves when it is told to."""
+
+import builtins
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+
+import pytest
+
+from nanollm import cli
+from nanollm.bundle import save_bundle
+from nanollm.model.transformer import Transformer
+from nanollm.stages.serve import Config, checked_key, run
+from tests.stages.conftest import MODEL
+
+
+@pytest.fixture
+def bundle(tmp_path, tokenizer):
+    model = Transformer(MODEL).init(0)
+    return save_bundle(tmp_path / "bundle", MODEL, model.state_dict(), tokenizer, {"made_by": "a test"})
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.0.7", "example.org", ""])
+def test_a_host_that_others_can_reach_needs_a_key(host):
+    with pytest.raises(ValueError, match="so a key is needed: set NANOLLM_API_KEY"):
+        checked_key("", host)
+    assert checked_key("secret", host) == "secret"
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1"])
+def test_this_machine_alone_needs_none(host):
+    assert checked_key("", host) == ""
+
+
+@pytest.mark.parametrize("key", ["with space", "line\nbreak", "ümlaut"])
+def test_a_key_that_no_header_carries_is_refused(key):
+    with pytest.raises(ValueError, match="printable ASCII without spaces"):
+        checked_key(key, "127.0.0.1")
+
+
+def test_the_command_line_says_so_in_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("NANOLLM_API_KEY", raising=False)
+    assert cli.main(["serve", str(tmp_path), "--host", "0.0.0.0"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("nanollm serve: host 0.0.0.0 can be reached from other machines")
+    assert captured.err.count("\n") == 1
+
+
+def test_the_key_of_the_environment_counts_and_is_not_shown(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("NANOLLM_API_KEY", "very-secret")
+    assert cli.main(["serve", str(tmp_path / "nothing"), "--host", "0.0.0.0"]) == 2
+    assert "is not a bundle" in capsys.readouterr().err
+    assert cli.main(["serve", "--help"]) == 0
+    assert cli.main(["serve", "--print_config"]) == 0
+    assert "very-secret" not in "".join(capsys.readouterr())
+    assert "very-secret" not in repr(Config(bundle=tmp_path, api_key="very-secret"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"port": 65_536}, "port must be from 0 to 65,535"), ({"model_name": "a/b"}, "printable text without /")],
+)
+def test_senseless_settings_are_refused(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        Config(bundle=tmp_path, **settings)
+
+
+def test_without_the_extra_one_line_says_what_to_install(tmp_path, monkeypatch):
+    imported = builtins.__import__
+
+    def without_fastapi(name, *rest):
+        if name.partition(".")[0] == "fastapi":
+            raise ModuleNotFoundError("No module named 'fastapi'", name="fastapi")
+        return imported(name, *rest)
+
+    for name in [name for name in sys.modules if name.startswith("nanollm.serve.")]:
+        if name != "nanollm.serve.limits":
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(builtins, "__import__", without_fastapi)
+    with pytest.raises(ValueError, match=r'needs the package fastapi; install it with: pip install "nanollm\[serve\]"'):
+        run(Config(bundle=tmp_path))
+
+
+def test_a_port_in_use_is_a_mistake_of_the_user(bundle, capsys):
+    pytest.importorskip("fastapi", reason='fastapi is not installed: pip install "nanollm[serve]"')
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert cli.main(["serve", str(bundle), "--port", port, "--dtype", "float32"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert f"cannot listen on 127.0.0.1:{port} (" in captured.err
+    assert captured.err.endswith("choose another --port or --host\n")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has other signals")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_it_prints_its_address_answers_and_stops_in_good_order(bundle, number, code):
+    pytest.importorskip("fastapi", reason='fastapi is not installed: pip install "nanollm[serve]"')
+    command = [sys.executable, "-m", "nanollm", "serve", str(bundle), "--port", "0", "--dtype", "float32"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        address = process.stdout.readline().strip()
+        body = {"model": "nanollm", "messages": [{"role": "user", "content": "Hm?"}], "stream": True, "max_tokens": 20}
+        request = urllib.request.Request(
+            f"{address}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=30) as response:
+            first = response.readline()
+            process.send_signal(number)  # what is being written is written to its end
+            rest = response.read()
+        output, errors = process.communicate(timeout=30)
+    assert first.startswith(b"data: ")
+    assert rest.endswith(b"data: [DONE]\n\n")
+    assert (process.returncode, output) == (code, "")
+    assert "Traceback" not in errors
