@@ -25,7 +25,15 @@ from benchmarks.run import RESULTS, commit, hardware
 from nanollm.generate.engine import Engine
 from nanollm.generate.request import Request
 from nanollm.generate.sampling import SamplingConfig
-from nanollm.generate.speed import Decoding, Spread, read_bandwidth, seconds, some_tokens, time_to_first_token
+from nanollm.generate.speed import (
+    Decoding,
+    Memory,
+    Spread,
+    decoding_speed,
+    seconds,
+    some_tokens,
+    time_to_first_token,
+)
 from nanollm.generate.work import Quantize
 from nanollm.model.config import ModelConfig
 from nanollm.model.transformer import Transformer
@@ -147,11 +155,10 @@ def measure() -> dict[str, Any]:
     for quantize in ("none", "int8"):
         name = f"reply, 1 row, {'bfloat16' if quantize == 'none' else quantize}"
         tell(facts, name, in_turns(their_reply(peer, prompt[:16]), our_reply(model, prompt[:16], quantize)))
-        alone = Decoding(model, 1, 16, 40, quantize)
-        facts[name] |= {"read_gb_per_s": dataclasses.asdict(read_bandwidth(torch.device("cpu")))}
-        speeds = Spread.of([alone.bytes_read(model) / 1e9 / alone.step() for _ in range(40)])
-        facts[name] |= {"gb_per_s": dataclasses.asdict(speeds)}
-        print(f"  reads {speeds.median:.1f} GB/s of {facts[name]['read_gb_per_s']['median']:.1f}", flush=True)
+        how: dict[str, Any] = {"repeats": 20, "tokens": 4, "context": 16, "quantize": quantize, "kernels": "native"}
+        facts[name]["bandwidth"] = decoding_speed(model, Memory(torch.device("cpu")), 1, **how)
+        share = facts[name]["bandwidth"]["share_of_memory"]
+        print(f"  reads {share['median']:.0%} of what memory gives ({share['least']:.0%} to {share['greatest']:.0%})")
     for rows, steps in ((8, 4), (64, 1)):
         decoding = Decoding(model, rows, CONTEXT, (REPEATS + 2) * steps)
         name = f"decode, {rows} rows, context {CONTEXT}"

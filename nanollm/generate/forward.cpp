@@ -49,11 +49,12 @@ inline float widen(bf16 x) {
     return y;
 }
 inline void narrow(float x, float& y) { y = x; }
-inline void narrow(float x, bf16& y) {  // to the nearest, ties to even
+inline uint32_t rounded(float x) {  // the upper half, to the nearest, ties to even
     uint32_t bits;
     std::memcpy(&bits, &x, 4);
-    y.bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
 }
+inline void narrow(float x, bf16& y) { y.bits = uint16_t(rounded(x)); }
 inline f32x16 load(const float* p) { return *(const f32x16*)p; }
 inline f32x16 load(const bf16* p) { return (f32x16)(__builtin_convertvector(*(const u16x16*)p, u32x16) << 16); }
 
@@ -154,6 +155,13 @@ void tiles(const T* a, int64_t stride, int rows, const W* panel, int inputs, flo
 // Where input k of output `lane` lies in a panel.
 template <class T> inline int64_t place(int k, int lane) {
     return sizeof(T) == 2 ? int64_t(k / 2) * 2 * PANEL + lane * 2 + k % 2 : int64_t(k) * PANEL + lane;
+}
+
+// Inputs k and k + 1, k even, of the output whose place for k is `to`.
+inline void put(float a, float b, float* to) { to[0] = a, to[PANEL] = b; }
+inline void put(float a, float b, bf16* to) {
+    uint32_t both = rounded(a) | rounded(b) << 16;
+    std::memcpy(to, &both, 4);
 }
 
 // What a thread needs for itself.
@@ -261,16 +269,23 @@ template <class T> float dot(const T* a, const T* b, int width) {
     return rest;
 }
 
-// In place: exp(x - max), with zeros from `count` to the next multiple of 16; returns 1 / sum.
-inline float soften(float* x, int count) {
-    float greatest = *std::max_element(x, x + count);
-    for (int i = count; i % 16; i++) x[i] = -INFINITY;
-    f32x16 total = {};
-    for (int i = 0; i < count; i += 16) {
-        f32x16 y = exp(load(x + i) - greatest);
-        for (int j = 0; j < 16; j++)
-            if (i + j >= count) y[j] = 0;
+// In place: exp(scale * (x - max)) of `count` numbers; returns 1 / sum. There is room up to the next multiple of 16.
+inline float soften(float* x, int count, float scale) {
+    int whole = count / 16 * 16;
+    f32x16 most = f32x16{} - INFINITY, total = {};
+    for (int i = 0; i < whole; i += 16) most = load(x + i) > most ? load(x + i) : most;
+    float greatest = -INFINITY;
+    for (int j = 0; j < 16; j++) greatest = std::max(greatest, most[j]);
+    for (int i = whole; i < count; i++) greatest = std::max(greatest, x[i]);
+    for (int i = 0; i < whole; i += 16) {
+        f32x16 y = exp((load(x + i) - greatest) * scale);
         *(f32x16*)(x + i) = y;
+        total += y;
+    }
+    if (whole < count) {
+        f32x16 y = exp((load(x + whole) - greatest) * scale);
+        for (int j = count - whole; j < 16; j++) y[j] = 0;
+        *(f32x16*)(x + whole) = y;
         total += y;
     }
     return 1.0f / sum(total);
@@ -303,11 +318,11 @@ void attend(const T* q, const T* slots, int count, int latent, int width, float 
             float score = sum(acc[g]);
 #endif
             for (int j = i; j < width; j++) score += widen(q[g * width + j]) * widen(slot[j]);
-            scores[g * stride + s] = score * scale;
+            scores[g * stride + s] = score;
         }
     }
     float factor[G];
-    for (int g = 0; g < G; g++) factor[g] = soften(scores + g * stride, count);
+    for (int g = 0; g < G; g++) factor[g] = soften(scores + g * stride, count, scale);
     int i = 0;
     for (; i + 64 <= latent; i += 64) {
         f32x16 acc[G][4] = {};
@@ -368,7 +383,7 @@ template <class T> class Runner {
         int64_t inputs = std::max({m.d_model, m.widest, m.q_rank, m.kv_rank, m.n_heads * m.value, m.nope});
         Scratch<T> s;
         s.panel.resize(PANEL * inputs);
-        s.out.resize(std::max(m.max_tokens, m.slots) * PANEL);
+        s.out.resize(padded(std::max(m.max_tokens, m.slots)) * PANEL);
         s.gate.resize(m.max_tokens * PANEL);
         s.scores.resize(QUERIES * padded(m.slots));
         s.shares.resize(QUERIES * padded(m.slots));
@@ -493,23 +508,25 @@ template <class T> class Runner {
         int heads = int(m.n_heads), seen = int(p->positions[first]) + count, room = int(padded(seen));
         int64_t per_head = m.head_dim(), key_size = room * per_head, value_size = room * padded(m.value);
         const T* slots = slots_of(block, p->rows[first]);
+        auto keys_at = [&](int head, int s) { return &b.keys[head * key_size + s / PANEL * PANEL * per_head]; };
         multiply_heads(slots, m.width(), 0, seen, w.key_down, t, n, [&](int head, int from, const float* sums) {
-            for (int s = 0; s < seen; s++)
-                for (int j = 0; j < PANEL && from + j < m.nope; j++)
-                    narrow(sums[s * PANEL + j],
-                           b.keys[head * key_size + s / PANEL * PANEL * per_head + place<T>(from + j, s % PANEL)]);
+            for (int s = 0; s < seen; s++, sums += PANEL)
+                for (int j = 0; j < PANEL && from + j < m.nope; j += 2)
+                    put(sums[j], sums[j + 1], keys_at(head, s) + place<T>(from + j, s % PANEL));
         });
-        multiply_heads(slots, m.width(), 0, seen, w.value_up, t, n, [&](int head, int from, const float* sums) {
+        multiply_heads(slots, m.width(), 0, seen, w.value_up, t, n, [&](int head, int from, float* sums) {
             T* values = &b.expanded[head * value_size + from * room];
-            for (int s = 0; s < room; s++)
-                for (int j = 0; j < PANEL; j++) narrow(s < seen ? sums[s * PANEL + j] : 0.0f, values[place<T>(s, j)]);
+            std::fill(sums + seen * PANEL, sums + room * PANEL, 0.0f);
+            for (int s = 0; s < room; s += 2, sums += 2 * PANEL)
+                for (int j = 0; j < PANEL; j++) put(sums[j], sums[PANEL + j], values + place<T>(s, j));
         });
         Range mine = part(heads, t, n);
         for (int head = mine.begin; head < mine.end; head++)
-            for (int s = 0; s < seen; s++)
-                for (int j = 0; j < m.rope; j++)
-                    b.keys[head * key_size + s / PANEL * PANEL * per_head + place<T>(int(m.nope) + j, s % PANEL)] =
-                        slots[s * m.width() + m.kv_rank + j];
+            for (int s = 0; s < seen; s++) {
+                const T* key = slots + s * m.width() + m.kv_rank;
+                for (int j = 0; j < m.rope; j += 2)
+                    put(widen(key[j]), widen(key[j + 1]), keys_at(head, s) + place<T>(int(m.nope) + j, s % PANEL));
+            }
 #pragma omp barrier
         int per = (count + QUERIES - 1) / QUERIES;
 #pragma omp for schedule(dynamic)
@@ -535,8 +552,7 @@ template <class T> class Runner {
         for (int row = 0; row < rows; row++) {
             float* scores = &s.scores[row * seen];
             int count = int(p->positions[first + row]) + 1;
-            for (int i = 0; i < count; i++) scores[i] *= m.scale;
-            factor[row] = soften(scores, count);
+            factor[row] = soften(scores, count, m.scale);
             std::fill(scores + count, scores + seen, 0.0f);
             for (int i = 0; i < seen; i++) narrow(scores[i], s.shares[row * seen + i]);
         }

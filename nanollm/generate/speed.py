@@ -35,22 +35,28 @@ class Spread:
         return cls(statistics.median(values), min(values), max(values))
 
 
-def read_bandwidth(device: torch.device, repeats: int = 5) -> Spread:
-    """GB/s at which this machine reads an array of half a gigabyte, once through."""
-    numbers = torch.ones(READ_BYTES // 4, device=device)
+class Memory:
+    """Reads an array of half a gigabyte, once through, to see how fast this machine reads now."""
 
-    def read() -> None:
-        try:
-            library().read_all(numbers.data_ptr(), numbers.numel(), torch.get_num_threads())
-        except NoCompilerError:
-            numbers.sum().item()
+    def __init__(self, device: torch.device) -> None:
+        self.numbers = torch.ones(READ_BYTES // 4, device=device)
+        self._read = self._read_there
+        if device.type == "cpu":
+            try:
+                self._library = library()
+                self._read = self._read_here
+            except NoCompilerError:
+                pass  # torch's own sum then, which is nearly as fast
+        self._read()
 
-    def read_there() -> None:
-        numbers.sum().item()  # the item waits for the device
+    def gb_per_s(self) -> float:
+        return READ_BYTES / 1e9 / seconds(self._read)
 
-    read_once = read if device.type == "cpu" else read_there
-    read_once()
-    return Spread.of([READ_BYTES / 1e9 / seconds(read_once) for _ in range(repeats)])
+    def _read_here(self) -> None:
+        self._library.read_all(self.numbers.data_ptr(), self.numbers.numel(), torch.get_num_threads())
+
+    def _read_there(self) -> None:
+        self.numbers.sum().item()  # the item waits for the device
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -103,20 +109,30 @@ def some_tokens(count: int, vocab_size: int) -> list[int]:
 
 
 def decoding_speed(
-    model: Transformer, rows: int, *, context: int, tokens: int, repeats: int, quantize: Quantize, kernels: Kernels
+    model: Transformer,
+    memory: Memory,
+    rows: int,
+    *,
+    context: int,
+    tokens: int,
+    repeats: int,
+    quantize: Quantize,
+    kernels: Kernels,
 ) -> dict[str, Any]:
-    """Tokens/s of all rows together, and the bandwidth that this takes."""
+    """Tokens/s of all rows together, and the bandwidth that this takes beside what memory gives at that moment."""
     decoding = Decoding(model, rows, context, tokens * repeats + 2, quantize, kernels)
     decoding.step()
-    per_step = [sum(decoding.step() for _ in range(tokens)) / tokens for _ in range(repeats)]
+    measured = [(memory.gb_per_s(), sum(decoding.step() for _ in range(tokens)) / tokens) for _ in range(repeats)]
     read = decoding.bytes_read(model)
     return {
         "rows": rows,
         "context": context,
-        "tokens_per_s": asdict(Spread.of([rows / each for each in per_step])),
-        "ms_per_step": asdict(Spread.of([1e3 * each for each in per_step])),
+        "tokens_per_s": asdict(Spread.of([rows / each for _, each in measured])),
+        "ms_per_step": asdict(Spread.of([1e3 * each for _, each in measured])),
         "bytes_read_per_step": read,
-        "gb_per_s": asdict(Spread.of([read / 1e9 / each for each in per_step])),
+        "gb_per_s": asdict(Spread.of([read / 1e9 / each for _, each in measured])),
+        "memory_gb_per_s": asdict(Spread.of([most for most, _ in measured])),
+        "share_of_memory": asdict(Spread.of([read / 1e9 / each / most for most, each in measured])),
         "cache_bytes": decoding.engine.cache_bytes,
     }
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from nanollm.bundle import load_bundle
-from nanollm.generate.speed import decoding_speed, read_bandwidth, reading_speed
+from nanollm.generate.speed import Memory, decoding_speed, reading_speed
 from nanollm.generate.work import Kernels, Quantize
 from nanollm.model.config import ModelConfig
 from nanollm.model.transformer import Transformer
@@ -65,14 +65,12 @@ def measure(c: Config) -> dict[str, Any]:
     if steps >= limit:
         raise ValueError(f"tokens x repeats must stay below the context of {limit}, got {c.tokens} x {c.repeats}")
     how: dict[str, Any] = {"repeats": c.repeats, "quantize": c.quantize, "kernels": c.kernels}
+    memory, context = Memory(world.device), min(c.context, limit)
     return {
         "model": c.model,
         **world.names,
         "quantize": c.quantize,
-        "read_gb_per_s": read_bandwidth(world.device).__dict__,
-        "decode": [
-            decoding_speed(model, rows, context=min(c.context, limit), tokens=c.tokens, **how) for rows in c.rows
-        ],
+        "decode": [decoding_speed(model, memory, rows, context=context, tokens=c.tokens, **how) for rows in c.rows],
         "prefill": reading_speed(model, min(c.prompt, limit - 1), **how),
         "cache_bytes_per_token": model.config.cache_width * model.config.n_blocks * world.dtype.itemsize,
     }
@@ -89,15 +87,13 @@ def open_model(name: str, world: World) -> Transformer:
 
 def table(facts: dict[str, Any]) -> str:
     """One line per measurement: median, and in brackets the least and the greatest."""
-    roof = facts["read_gb_per_s"]["median"]
     lines = [f"{facts['model']}, {facts['device']}, {facts['dtype']}, quantize {facts['quantize']}"]
-    lines.append(f"{'reads':<24}{roof:8.1f} GB/s")
     for decode in facts["decode"]:
-        speed, used = decode["tokens_per_s"], decode["gb_per_s"]["median"]
+        speed, used, share = decode["tokens_per_s"], decode["gb_per_s"]["median"], decode["share_of_memory"]["median"]
         name = f"decode, {decode['rows']} x {decode['context']}"
         lines.append(
-            f"{name:<24}{speed['median']:8.1f} tokens/s ({speed['least']:.1f} to {speed['greatest']:.1f}), "
-            f"{used:.1f} GB/s = {100 * used / roof:.0f} %"
+            f"{name:<24}{speed['median']:8.1f} tokens/s ({speed['least']:.1f} to {speed['greatest']:.1f}), reads "
+            f"{used:.1f} GB/s, {share:.0%} of what memory gives"
         )
     first, read = facts["prefill"]["time_to_first_token_s"], facts["prefill"]["tokens_per_s"]
     name = f"prompt of {facts['prefill']['prompt_tokens']:,}"
