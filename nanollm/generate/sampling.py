@@ -15,6 +15,9 @@ from torch import Tensor
 
 from nanollm.data.order import Indices, mix
 
+LEAST_TEMPERATURE = 1e-4
+"""Below this, and above 0, logits over temperature may leave float32."""
+
 STREAM = np.uint64(0x5A3B1E)  # keeps these draws apart from other uses of the same hash
 
 
@@ -36,8 +39,11 @@ class SamplingConfig:
     """Added to the logits of these token ids."""
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise ValueError(f"temperature must be at least 0, got {self.temperature}")
+        if self.temperature != 0 and not LEAST_TEMPERATURE <= self.temperature < math.inf:
+            raise ValueError(
+                f"temperature must be 0 (always the likeliest token) or at least {LEAST_TEMPERATURE}, "
+                f"got {self.temperature}"
+            )
         if self.top_k < 0:
             raise ValueError(f"top_k must be at least 0 (0: all tokens), got {self.top_k}")
         if not 0 < self.top_p <= 1:

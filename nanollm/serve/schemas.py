@@ -9,9 +9,6 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
 
-LEAST_TEMPERATURE = 1e-4
-"""Below this the likeliest token is certain, and dividing by it would leave the range of float32."""
-
 MAX_BIASES = 300
 ONLY_ZERO: dict[str, JsonValue] = {"minimum": 0, "maximum": 0}
 Id = Annotated[int, Field(ge=0)]

@@ -78,8 +78,9 @@ def test_a_token_without_probability_is_never_drawn():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"temperature": -0.1}, "temperature must be at least 0, got -0.1"),
-        ({"temperature": float("nan")}, "temperature must be at least 0"),
+        ({"temperature": -0.1}, "temperature must be 0 .* or at least 0.0001, got -0.1"),
+        ({"temperature": 1e-300}, "temperature must be 0"),
+        ({"temperature": float("nan")}, "temperature must be 0"),
         ({"top_k": -1}, "top_k must be at least 0"),
         ({"top_p": 0.0}, "top_p must be above 0 and at most 1, got 0.0"),
     ],

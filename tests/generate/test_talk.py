@@ -172,7 +172,7 @@ def test_figures_tell_how_fast_it_was_and_why_it_ended(tokens, finish, expected)
         ({"seed": -1}, "seed must be from 0"),
         ({"system": " "}, "the system message needs at least one character"),
         ({"stop": [""]}, "a stop text needs at least one character"),
-        ({"temperature": -1.0}, "temperature must be at least 0"),
+        ({"temperature": -1.0}, "temperature must be 0"),
     ],
 )
 def test_senseless_settings_are_refused(settings, message):

@@ -202,7 +202,7 @@ def test_help_names_every_command(type_lines):
         ("/rest", "unknown command /rest; did you mean /reset?"),
         ("/xyz 1", "unknown command /xyz; /help lists them; a message that begins with / needs a space first"),
         ("/temp warm", "/temp expects a number such as 0.8, got 'warm'"),
-        ("/temp -1", "temperature must be at least 0, got -1.0"),
+        ("/temp -1", "temperature must be 0 (always the likeliest token) or at least 0.0001, got -1.0"),
         ("/seed -1", "seed must be from 0 to 2**62 - 1, got -1"),
         ("/max_tokens 1.5", "/max_tokens expects a number such as 512, got '1.5'"),
         ("/retry", "there is no message yet to reply to again"),
