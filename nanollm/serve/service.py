@@ -20,6 +20,7 @@ from nanollm.serve.schemas import ChatMessage, ChatRequest, CompletionRequest
 from nanollm.serve.worker import EngineStopped, QueueFull, Worker
 from nanollm.text.chat import Conversation, Message, encode_prompt, reply_borders, reply_ends
 from nanollm.text.stream import TextStream
+from nanollm.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -139,7 +140,7 @@ class Service:
                 max_tokens=most_tokens,
                 sampling=sampling,
                 end_ids=end_ids,
-                stop=TextStream(self.tokenizer, body.stops).stops_at if body.stops else None,
+                stop=stop_function(self.tokenizer, body.stops),
                 seed=(seed + number) % SEEDS,
                 top_logprobs=body.likeliest,
             )
@@ -189,3 +190,19 @@ class Service:
                 raise ApiError(400, message, param="logit_bias")
         return {int(key): value for key, value in bias.items()}
 
+
+def stop_function(tokenizer: Tokenizer, stops: Sequence[str]) -> Callable[[int], bool] | None:
+    """What the engine asks, in its own thread, whether a reply is over; it has a text of its own to look at."""
+    if not stops:
+        return None
+    text = TextStream(tokenizer, stops)
+
+    def is_over(token: int) -> bool:
+        try:
+            text.push(token)
+        except Exception:  # would end everybody's replies; the reply's own text will meet it again, and end only this
+            log.exception("the text of a reply could not be followed; it ends here")
+            return True
+        return text.is_stopped
+
+    return is_over
