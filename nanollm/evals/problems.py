@@ -127,7 +127,7 @@ def solve(
     prompts = [encode_prompt(Conversation.of(problem.question), tokenizer) for problem in problems]
     read = [place for place, prompt in enumerate(prompts) if len(prompt) < limit]
     longest = max((len(prompts[place]) for place in read), default=1)
-    engine = Engine(model, rows=rows, length=min(longest + max_tokens, limit))
+    engine = Engine(model, rows=max(1, min(rows, len(read) * samples)), length=min(longest + max_tokens, limit))
     first_seed = epoch_seed(seed, 0) >> 2  # far from those of the next seed
     completions: dict[int, list[Completion]] = {place: [] for place in read}
     for number, place in enumerate(place for place in read for _ in range(samples)):

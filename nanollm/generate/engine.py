@@ -62,11 +62,15 @@ class Engine:
     ) -> None:
         """Room for `rows` requests at once, of `length` tokens each (None: the model's context).
 
-        The weights are those of this moment. ValueError for what this machine cannot do.
+        The weights must not change while it lives. ValueError for what this machine cannot do.
         """
-        if rows < 1:
-            raise ValueError(f"the engine needs at least one row, got {rows}")
-        self.vocab_size, self.length, self.chunk = model.config.vocab_size, length or model.config.context_length, chunk
+        limit = model.config.context_length
+        for name, value in (("rows", rows), ("chunk", chunk)):
+            if value < 1:
+                raise ValueError(f"the engine's {name} must be at least 1, got {value}")
+        if length is not None and not 1 < length <= limit:
+            raise ValueError(f"the engine's length must be from 2 to the model's context of {limit:,}, got {length:,}")
+        self.vocab_size, self.length, self.chunk = model.config.vocab_size, length or limit, chunk
         self.runner = open_runner(model, rows, self.length, chunk, quantize, kernels)
         self.rows = [Row(number) for number in range(rows)]
         self.prompts = np.full((rows, self.length), -1, dtype=np.int64)  # what each row read or is about to read
@@ -95,7 +99,7 @@ class Engine:
         return self.runner.cache_bytes
 
     def submit(self, request: Request) -> Completion:
-        """Queue a request; ValueError if the model cannot continue its prompt."""
+        """Queue a request; ValueError if its prompt cannot be continued."""
         check_prompt(request.prompt, self.length, self.vocab_size)
         if any(token >= self.vocab_size for token in request.sampling.logit_bias):
             greatest = max(request.sampling.logit_bias)
@@ -141,8 +145,9 @@ class Engine:
 
         Returns the rows whose whole prompt was read before, so that their reply can begin at once.
         """
-        asked, held_back = [], []
-        while self.queue and self.free:
+        asked: list[Row] = []
+        held_back: list[Completion] = []
+        while self.queue and len(held_back) < len(self.free):
             completion = self.queue.popleft()
             prompt = np.array(completion.request.prompt, dtype=np.int64)
             is_same = self.prompts[:, : len(prompt)] == prompt  # (rows, n)
@@ -153,7 +158,8 @@ class Engine:
                 held_back.append(completion)
                 continue
             source = self.rows[int(ready.argmax())]
-            row = source if source.completion is None else self.free[0]
+            is_spare = source.completion is None and source.read - ready.max() < WORTH_WAITING  # little would be lost
+            row = source if is_spare else self.free[0]
             self.free.remove(row)
             if self._begin(row, completion, prompt, source, int(ready.max())):
                 asked.append(row)
@@ -175,12 +181,16 @@ class Engine:
         return is_whole
 
     def _pieces(self) -> Iterator[Piece]:
-        """The next pieces of the prompts that are being read, no more than `chunk` tokens together."""
+        """The next pieces of the prompts that are being read, no more than `chunk` tokens together.
+
+        Each gets its share of the chunk, and what the short ones leave of theirs goes to the longer ones.
+        """
         room = self.chunk
-        for row in self.reading:
-            if room:
-                end = min(row.size, row.read + room)
-                room -= end - row.read
+        for place, row in enumerate(sorted(self.reading, key=lambda row: row.size - row.read)):
+            share = -(-room // (len(self.reading) - place))
+            end = min(row.size, row.read + share)
+            room -= end - row.read
+            if end > row.read:
                 yield Piece(row.number, row.read, self.prompts[row.number, row.read : end], end == row.size)
 
     def _work(self, pieces: list[Piece], replying: list[Row]) -> Work:
@@ -302,8 +312,9 @@ def generate(
     """
     if not prompts or not all(prompts):
         raise ValueError("expected at least one prompt and no empty one (a document starts with the <s> token)")
-    if samples < 1:
-        raise ValueError(f"samples must be at least 1, got {samples}")
+    for name, value in (("samples", samples), ("max_tokens", max_tokens)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
     repeated = [prompt for prompt in prompts for _ in range(samples)]
     for prompt in prompts:
         check_prompt(prompt, model.config.context_length, model.config.vocab_size)

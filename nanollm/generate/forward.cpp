@@ -14,6 +14,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <new>
 #include <vector>
 #include <omp.h>
 #ifdef __AVX512F__
@@ -354,8 +355,8 @@ template <class T> class Runner {
         b.h.resize(n * m.d_model);
         b.q_latent.resize(n * m.q_rank);
         b.q.resize(n * heads * m.head_dim());
-        b.q_absorbed.resize(n * heads * m.width());
-        b.mixed.resize(n * heads * m.kv_rank);
+        b.q_absorbed.resize(m.rows * heads * m.width());  // of single tokens, one for each row
+        b.mixed.resize(m.rows * heads * m.kv_rank);
         b.values.resize(n * heads * m.value);
         b.act.resize(n * m.widest);
         b.gathered.resize(n * m.d_model);
@@ -684,33 +685,34 @@ template <class T> class Runner {
 
 }  // namespace
 
+// A runner, or null where there is no memory for it.
+template <class T>
+void* open(const Model& model) try {
+    return new Runner<T>(model);
+} catch (const std::bad_alloc&) {
+    return nullptr;
+}
+
 extern "C" {
 
-void* open_float(const Model* model) { return new Runner<float>(*model); }
-void* open_bf16(const Model* model) { return new Runner<bf16>(*model); }
+void* open_float(const Model* model) { return open<float>(*model); }
+void* open_bf16(const Model* model) { return open<bf16>(*model); }
 void run_float(void* runner, const Pass* pass) { ((Runner<float>*)runner)->run(*pass); }
 void run_bf16(void* runner, const Pass* pass) { ((Runner<bf16>*)runner)->run(*pass); }
 void close_float(void* runner) { delete (Runner<float>*)runner; }
 void close_bf16(void* runner) { delete (Runner<bf16>*)runner; }
 
-// Seconds are measured by the caller: the sum of `count` numbers, read once by `threads` threads.
+// The sum of `count` numbers, a multiple of 64, read once; the caller takes the time.
 float read_all(const float* numbers, int64_t count, int64_t threads) {
-    std::vector<float> sums(threads);
-#pragma omp parallel num_threads(int(threads))
-    {
-        int t = omp_get_thread_num();
-        int64_t begin = count * t / threads, end = count * (t + 1) / threads;
-        f32x16 a = {}, c = {}, d = {}, e = {};
-        for (int64_t i = begin; i + 64 <= end; i += 64) {
-            a += load(numbers + i);
-            c += load(numbers + i + 16);
-            d += load(numbers + i + 32);
-            e += load(numbers + i + 48);
-        }
-        sums[t] = sum(a + c + d + e);
-    }
     float total = 0;
-    for (float s : sums) total += s;
+#pragma omp parallel num_threads(int(threads)) reduction(+ : total)
+    {
+        f32x16 sums[4] = {};
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < count; i += 64)
+            for (int j = 0; j < 4; j++) sums[j] += load(numbers + i + 16 * j);
+        total += sum(sums[0] + sums[1] + sums[2] + sums[3]);
+    }
     return total;
 }
 }

@@ -5,9 +5,11 @@ kept. Weights are copied into the panels that it reads from the first byte to th
 matrix has its own scale.
 """
 
+import atexit
 import ctypes
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -22,7 +24,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nanollm.durable import write_file
 from nanollm.generate.work import Quantize, Seen, Work
 from nanollm.model.attention import LatentAttention
 from nanollm.model.layers import SwiGLU, rotary_table
@@ -94,10 +95,13 @@ class NativeRunner:
         self.kind = "float" if self.dtype == torch.float32 else "bf16"
         self.slots = torch.empty(c.n_blocks, rows, length, c.cache_width, dtype=self.dtype)
         self.cache_bytes, self.weight_bytes = self.slots.nbytes, 1 if quantize == "int8" else self.dtype.itemsize
+        self.cache_bytes_per_token = self.slots[:, 0, 0].nbytes
         self.handle = getattr(self.library, f"open_{self.kind}")(byref(self._describe(model, rows, length, longest)))
+        if not self.handle:
+            raise MemoryError(f"no room for passes of {longest:,} tokens; fewer rows or a shorter length need less")
 
     def __del__(self) -> None:
-        if hasattr(self, "handle"):
+        if getattr(self, "handle", None):
             getattr(self.library, f"close_{self.kind}")(self.handle)
 
     def run(self, work: Work) -> Seen:
@@ -249,27 +253,40 @@ def expert_weights(layer: MoE) -> Iterator[Tensor]:
 @cache
 def library() -> ctypes.CDLL:
     """forward.cpp, compiled for this processor; NoCompilerError with the reason where that fails."""
-    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
-    if compiler is None:
+    names = filter(None, map(shutil.which, ("c++", "g++", "clang++")))
+    compiler = shlex.split(os.environ.get("CXX", "")) or [next(names, "")]
+    if not compiler[0]:
         raise NoCompilerError("no C++ compiler was found (on Debian and Ubuntu: sudo apt install g++)")
-    source = SOURCE.read_bytes()
     # What the compiler predefines names its version and every feature of the processor.
-    known = _run([compiler, *OPTIONS, "-dM", "-E", "-x", "c++", os.devnull])
-    name = hashlib.sha256(b"\0".join((source, known, " ".join(OPTIONS).encode()))).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanollm"
-    path = folder / f"forward-{name}.so"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory() as draft:
-            _run([compiler, *OPTIONS, str(SOURCE), "-o", f"{draft}/forward.so"])
-            write_file(path, Path(draft, "forward.so").read_bytes())
-    loaded = ctypes.CDLL(str(path))
+    known = _run([*compiler, *OPTIONS, "-dM", "-E", "-x", "c++", os.devnull])
+    key = hashlib.sha256(b"\0".join((SOURCE.read_bytes(), known, " ".join(OPTIONS).encode()))).hexdigest()[:16]
+    try:
+        path = cache_folder() / f"forward-{key}.so"
+        if not path.exists():
+            draft = path.with_name(f"{path.name}.{os.getpid()}")  # others may be compiling it as well
+            _run([*compiler, *OPTIONS, str(SOURCE), "-o", str(draft)])
+            draft.replace(path)
+        loaded = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise NoCompilerError(f"the compiled library cannot be kept or loaded: {error}") from error
     for kind in ("float", "bf16"):
         getattr(loaded, f"open_{kind}").restype, getattr(loaded, f"open_{kind}").argtypes = c_void_p, [POINTER(Model)]
         getattr(loaded, f"run_{kind}").argtypes = [c_void_p, POINTER(Pass)]
         getattr(loaded, f"close_{kind}").argtypes = [c_void_p]
     loaded.read_all.restype, loaded.read_all.argtypes = c_float, [c_void_p, c_int64, c_int64]
     return loaded
+
+
+def cache_folder() -> Path:
+    """Where the library is kept: ~/.cache/nanollm, or a folder of this process's own where that cannot be written."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "nanollm"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError:
+        folder = Path(tempfile.mkdtemp(prefix="nanollm-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def _run(command: list[str]) -> bytes:

@@ -24,11 +24,11 @@ def open_runner(
 
     A pass has at most `chunk` tokens of prompts, and one of each row.
     """
-    reason = why_not_native(model)
-    if kernels == "torch" or (kernels == "auto" and quantize == "none" and reason):
+    if kernels == "torch":
         if quantize != "none":
             raise ValueError(f"quantize {quantize} needs kernels native, got torch")
         return TorchRunner(model, rows, length, chunk)
+    reason = why_not_native(model)
     if reason is None:
         try:
             return NativeRunner(model, rows, length, chunk + rows, quantize)
@@ -36,7 +36,8 @@ def open_runner(
             reason = str(error)
     if kernels == "native" or quantize != "none":
         raise ValueError(f"quantize {quantize} and kernels native need the compiled forward pass: {reason}")
-    tell_once(f"decoding runs on PyTorch's operations, several times slower: {reason}")
+    if model.head.weight.device.type == "cpu":
+        tell_once(f"decoding runs on PyTorch's operations, several times slower: {reason}")
     return TorchRunner(model, rows, length, chunk)
 
 
@@ -73,6 +74,7 @@ class TorchRunner:
         # Pieces of different lengths are padded to the longest: behind the last slot there is room for that.
         self.cache = LatentCache.empty(model.config, rows, length + longest_piece, weight.dtype, weight.device)
         self.cache_bytes, self.weight_bytes = self.cache.slots.nbytes, weight.itemsize
+        self.cache_bytes_per_token = self.cache.slots[:, 0, 0].nbytes
 
     def run(self, work: Work) -> Seen:
         answers = [self._read(work.pieces)] if work.pieces else []

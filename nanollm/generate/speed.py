@@ -80,14 +80,15 @@ class Decoding:
     ) -> None:
         """After the prompt there are `tokens` steps, around `context` tokens in each row."""
         self.rows, self.context = rows, context
-        length = min(context + tokens + 1, model.config.context_length)
+        more = tokens + 2  # the first row, which reads the prompt for all, is one token ahead
+        length = min(context + more, model.config.context_length)
         self.engine = Engine(model, rows=rows, length=length, quantize=quantize, kernels=kernels)
-        prompt = some_tokens(max(1, length - tokens - 1), model.config.vocab_size)
+        prompt = some_tokens(max(1, length - more), model.config.vocab_size)
         for seed in range(rows):
             self.engine.submit(
-                Request(prompt=prompt, max_tokens=tokens + 1, sampling=SamplingConfig(temperature=1.0), seed=seed)
+                Request(prompt=prompt, max_tokens=more, sampling=SamplingConfig(temperature=1.0), seed=seed)
             )
-        while self.engine.drawn_tokens < rows:
+        while len(self.engine.replying) < rows:
             self.engine.step()
 
     def bytes_read(self, model: Transformer) -> int:
@@ -95,8 +96,8 @@ class Decoding:
         c = model.config
         experts = min(c.n_routed_experts, self.rows * c.experts_per_token)  # met in each Mixture of Experts
         met = c.multiplied_parameters + (experts - c.experts_per_token) * c.n_moe_blocks * c.expert_parameters
-        per_token = self.engine.cache_bytes / len(self.engine.rows) / self.engine.length
-        return int(met * self.engine.runner.weight_bytes + self.rows * self.context * per_token)
+        runner = self.engine.runner
+        return met * runner.weight_bytes + self.rows * self.context * runner.cache_bytes_per_token
 
     def step(self) -> float:
         """Seconds of one step of all rows."""
@@ -134,6 +135,7 @@ def decoding_speed(
         "memory_gb_per_s": asdict(Spread.of([most for most, _ in measured])),
         "share_of_memory": asdict(Spread.of([read / 1e9 / each / most for most, each in measured])),
         "cache_bytes": decoding.engine.cache_bytes,
+        "cache_bytes_per_token": decoding.engine.runner.cache_bytes_per_token,
     }
 
 

@@ -54,7 +54,7 @@ class Reply:
         """One line: `84 tokens, 212 tokens/s, first after 30 ms`."""
         tokens = len(self.completion.logprobs)
         parts = [f"{tokens:,} token{'s' * (tokens != 1)}"]
-        if tokens > 1:
+        if tokens > 1 and self.rest_s > 0:
             parts.append(f"{(tokens - 1) / self.rest_s:,.0f} tokens/s")
         if tokens:
             parts.append(f"first after {self.first_s * 1000:,.0f} ms")
@@ -136,14 +136,14 @@ class Talk:
 
     def _run(self, request: Request, is_interrupted: Callable[[], bool]) -> tuple[Completion, list[float]]:
         """The finished completion, and when it was asked for and when each of its tokens came (or the interruption)."""
-        times = [time.monotonic()]
+        times = [time.perf_counter()]
         completion = self.engine.submit(request)
         while completion.finish is None:
             if is_interrupted():
                 self.engine.cancel(completion)
-                times.append(time.monotonic())
+                times.append(time.perf_counter())
             elif self.engine.step():
-                times.append(time.monotonic())
+                times.append(time.perf_counter())
         return completion, times
 
     def _remember(self, question: str, text: str) -> None:

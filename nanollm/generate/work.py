@@ -47,6 +47,7 @@ class Runner(Protocol):
     """What the engine needs of a model."""
 
     cache_bytes: int
+    cache_bytes_per_token: int
     weight_bytes: int
     """Bytes of one weight."""
 

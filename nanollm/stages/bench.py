@@ -72,7 +72,6 @@ def measure(c: Config) -> dict[str, Any]:
         "quantize": c.quantize,
         "decode": [decoding_speed(model, memory, rows, context=context, tokens=c.tokens, **how) for rows in c.rows],
         "prefill": reading_speed(model, min(c.prompt, limit - 1), **how),
-        "cache_bytes_per_token": model.config.cache_width * model.config.n_blocks * world.dtype.itemsize,
     }
 
 
@@ -98,5 +97,5 @@ def table(facts: dict[str, Any]) -> str:
     first, read = facts["prefill"]["time_to_first_token_s"], facts["prefill"]["tokens_per_s"]
     name = f"prompt of {facts['prefill']['prompt_tokens']:,}"
     lines.append(f"{name:<24}{read['median']:8.1f} tokens/s, first token after {first['median']:.3f} s")
-    lines.append(f"{'cache':<24}{facts['cache_bytes_per_token']:8,} bytes per token")
+    lines.append(f"{'cache':<24}{facts['decode'][0]['cache_bytes_per_token']:8,} bytes per token")
     return "\n".join(lines)

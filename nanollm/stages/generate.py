@@ -47,6 +47,8 @@ class Config(SamplingConfig):
         if not self.prompt:
             raise ValueError('--prompt expects at least one text, got none; for example --prompt "Once upon a time"')
         check_stops(self.stop)
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")
 
 
 def run(c: Config) -> str:

@@ -79,6 +79,7 @@ def test_replies_end_where_the_context_ends(tiny_model):
         ([], 5, "at least one prompt"),
         ([[1], []], 5, "no empty one"),
         ([[1]], 0, "max_tokens must be at least 1, got 0"),
+        ([[1]], -5, "max_tokens must be at least 1, got -5"),
     ],
 )
 def test_what_cannot_be_continued_is_refused(tiny_model, prompts, max_tokens, message):
@@ -207,6 +208,42 @@ def test_a_conversation_reads_only_what_is_new(tiny_model):
     assert (engine.prompt_tokens, engine.reused_tokens) == (25, 20)
     alone = Engine(tiny_model, rows=1)
     assert answers(alone, [alone.submit(Request(prompt=second, max_tokens=4, sampling=GREEDY))]) == [got]
+
+
+def test_conversations_in_turns_are_all_remembered(tiny_model):
+    engine = Engine(tiny_model, rows=3)
+    talks = [list(range(20)), list(range(40, 60))]
+    for _ in range(3):
+        for talk in talks:
+            answers(engine, [engine.submit(Request(prompt=talk, max_tokens=1, sampling=GREEDY))])
+            talk += [len(talk)] * 3
+    assert engine.prompt_tokens == 2 * (20 + 3 + 3)
+    assert engine.reused_tokens == 2 * (20 + 23)
+
+
+def test_a_short_prompt_is_read_beside_long_ones(tiny_model):
+    engine = Engine(tiny_model, rows=4, chunk=6)
+    for first in (1, 2, 3):
+        engine.submit(Request(prompt=[first] * 60, max_tokens=1, sampling=GREEDY))
+    engine.step()
+    short = engine.submit(Request(prompt=[9, 8], max_tokens=1, sampling=GREEDY))
+    engine.step()
+    engine.step()
+    assert short.finish == "length"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"rows": 0}, "the engine's rows must be at least 1, got 0"),
+        ({"rows": 1, "chunk": 0}, "the engine's chunk must be at least 1, got 0"),
+        ({"rows": 1, "length": 65}, "the engine's length must be from 2 to the model's context of 64, got 65"),
+        ({"rows": 1, "length": 0}, "the engine's length must be from 2"),
+    ],
+)
+def test_an_engine_that_cannot_work_is_refused(tiny_model, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Engine(tiny_model, **arguments)
 
 
 def test_long_prompts_do_not_hold_up_the_replies_that_run(tiny_model):

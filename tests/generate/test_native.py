@@ -149,20 +149,38 @@ def test_the_number_of_threads_changes_no_bit():
     assert all(torch.equal(answer, answers[0]) for answer in answers)
 
 
-@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="names features of x86 processors")
-@pytest.mark.parametrize("processor", ["x86-64-v3", "x86-64-v2"])
-@torch.inference_mode()
-def test_processors_without_bfloat16_compute_the_same(processor, monkeypatch):
-    models = [(model_of("preset", dtype), quantize) for dtype, quantize in KINDS]
-    expected = [talk(NativeRunner(model, ROWS, LENGTH, LENGTH, quantize))[0] for model, quantize in models]
-    monkeypatch.setattr(native, "OPTIONS", (*native.OPTIONS, f"-march={processor}"))
+OLDER = [
+    "x86-64-v2",
+    "x86-64-v3",
+    pytest.param(
+        "x86-64-v4",
+        marks=pytest.mark.skipif(
+            not torch.backends.cpu.get_cpu_capability().startswith("AVX512"), reason="this processor has no AVX-512"
+        ),
+    ),
+]
+
+
+@pytest.fixture
+def older_processor(monkeypatch, request):
+    """The library compiled without what this processor can do beyond that level."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip("names levels of x86 processors")
+    monkeypatch.setattr(native, "OPTIONS", (*native.OPTIONS, f"-march={request.param}"))
     native.library.cache_clear()
-    try:
-        got = [talk(NativeRunner(model, ROWS, LENGTH, LENGTH, quantize))[0] for model, quantize in models]
-    finally:
-        native.library.cache_clear()
-    for one, other, (dtype, _) in zip(got, expected, KINDS, strict=True):
-        assert (one - other).square().mean().sqrt() < (1e-5 if dtype == torch.float32 else 0.02) * other.std()
+    yield
+    native.library.cache_clear()
+
+
+@pytest.mark.parametrize("older_processor", OLDER, indirect=True)
+@pytest.mark.usefixtures("older_processor")
+def test_older_processors_keep_the_promises():
+    for shape in SHAPES:
+        test_it_computes_what_the_model_computes(shape)
+        for dtype, quantize in KINDS:
+            test_company_pieces_and_reuse_change_no_bit(shape, dtype, quantize)
+        test_smaller_types_come_close(shape, "bfloat16", "none", 0.05)
+        test_smaller_types_come_close(shape, "float32", "int8", 0.05)
 
 
 @torch.inference_mode()
@@ -207,6 +225,27 @@ def test_without_a_compiler_the_model_itself_runs_and_says_so(capsys):
         open_runner(model, 1, 8, 8, quantize="int8")
 
 
+def test_a_home_that_cannot_be_written_costs_a_compilation_only(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    native.library.cache_clear()
+    try:
+        assert isinstance(open_runner(model_of("tiny"), 1, 8, 8), NativeRunner)
+    finally:
+        native.library.cache_clear()
+
+
+def test_the_compiler_may_come_with_options(monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", "c++ -O1")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    native.library.cache_clear()
+    try:
+        native.library()
+    finally:
+        native.library.cache_clear()
+    assert [path.suffix for path in (tmp_path / "nanollm").iterdir()] == [".so"]
+
+
 def test_a_compiler_that_refuses_is_quoted(monkeypatch, tmp_path):
     monkeypatch.setattr(native, "SOURCE", tmp_path / "wrong.cpp")
     native.SOURCE.write_text("int main( {")
@@ -217,9 +256,10 @@ def test_a_compiler_that_refuses_is_quoted(monkeypatch, tmp_path):
     native.library.cache_clear()
 
 
-def test_what_the_library_cannot_do_runs_on_the_model(capsys):
+def test_what_the_library_cannot_do_runs_on_the_model_and_is_said(capsys):
     half = model_of("tiny", torch.float16)
     assert isinstance(open_runner(half, 1, 8, 8), TorchRunner)
+    assert "several times slower: it computes in float32 or bfloat16, the model in float16" in capsys.readouterr().err
     odd = Transformer(dataclasses.replace(TINY, d_ff=73)).init(0)
     assert isinstance(open_runner(odd, 1, 8, 8), TorchRunner)
     with pytest.raises(ValueError, match="it needs even sizes"):
