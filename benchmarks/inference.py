@@ -1,23 +1,27 @@
 """How fast does the engine answer beside transformers?  `python benchmarks/inference.py [--save]`, about five minutes
 
-Both sides hold the same random weights of nano-327m in bfloat16 and run in turns (A-B-A-B) in one process; what this
-machine reads and multiplies per second is measured in the same run. transformers runs its Glm4MoeLiteForCausalLM with
-its own cache: for one row through `generate`, for several by calling the model as `generate` does, without what that
-does around it. Its rows share one prompt that it reads once, as ours do. That both compute the same is checked first.
+All sides hold the same random weights of nano-327m and run in turns (A-B-C-A-B-C) in one process; what this machine
+reads and multiplies per second is measured in the same run. transformers runs its Glm4MoeLiteForCausalLM in bfloat16:
+for one row through `generate`, for several by calling the model as `generate` does, without what that does around it.
+Its cache holds latents and expands all of them in every step; older versions kept keys and values instead, so that is
+a second baseline ("expanded"). The rows of each side share one prompt that is read once. That all compute the same is
+checked first.
 """
 
+import argparse
 import dataclasses
 import datetime
 import json
 import platform
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -41,6 +45,7 @@ from nanollm.settings import load_preset
 from tests.model.test_reference import reference_settings, reference_weights
 
 PRESET, REPEATS, CONTEXT, PROMPT, REPLY = "nano-327m", 5, 512, 1500, 32
+OURS: dict[str, Quantize] = {"nanollm": "none", "nanollm, int8": "int8"}
 Peer = transformers.PreTrainedModel
 Rate = Callable[[], float]  # measures once; more is better
 
@@ -83,20 +88,50 @@ def matmul_speed() -> Spread:
     return Spread.of([2 * PROMPT * 768 * 6144 / 1e9 / each for each in times])
 
 
-def their_rows(peer: Peer, prompt: list[int], rows: int, steps: int) -> Rate:
-    """Tokens/s of transformers over some steps of rows that go on after a prompt."""
-    seen = peer(torch.tensor([prompt]), use_cache=True, logits_to_keep=1)
-    cache = seen.past_key_values
-    cache.batch_repeat_interleave(rows)
-    newest = seen.logits[:, -1].argmax(-1, keepdim=True).expand(rows, 1).clone()
+class ExpandedCache(transformers.DynamicCache):
+    """Keeps keys and values of every head, as transformers did before it kept latents."""
 
-    def measure() -> float:
-        started = time.perf_counter()
-        for _ in range(steps):
-            newest[:] = peer(newest, past_key_values=cache, use_cache=True).logits[:, -1].argmax(-1, keepdim=True)
-        return rows * steps / (time.perf_counter() - started)
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        is_latent = keys.shape[1] == 1  # one "head": wait until it is expanded
+        return (keys, values) if is_latent else super().update(keys, values, layer_idx, *args, **kwargs)
 
-    return measure
+
+@contextmanager
+def expanding(peer: Peer, cache: ExpandedCache) -> Iterator[None]:
+    """Let the model expand new latents only, and remember what came of them."""
+    attentions = [layer.self_attn for layer in peer.model.layers]
+    for attention in attentions:
+        attention.expand_kv = lambda latent, key, own=attention: cache.update(
+            *type(own).expand_kv(own, latent, key), own.layer_idx
+        )
+    try:
+        yield
+    finally:
+        for attention in attentions:
+            del attention.expand_kv
+
+
+class Rows:
+    """Rows of transformers that go on after a prompt which is read once for all."""
+
+    def __init__(self, peer: Peer, prompt: list[int], rows: int, *, is_expanded: bool = False) -> None:
+        self.peer, self.cache = peer, ExpandedCache() if is_expanded else transformers.DynamicCache()
+        self.newest = torch.tensor([prompt])
+        self.step()
+        self.bytes_per_token = sum(
+            layer.keys[0, :, 0].nbytes + layer.values[0, :, 0].nbytes for layer in self.cache.layers
+        )
+        self.cache.batch_repeat_interleave(rows)
+        self.newest = self.newest.expand(rows, 1).clone()
+
+    def step(self) -> None:
+        with expanding(self.peer, self.cache) if isinstance(self.cache, ExpandedCache) else nullcontext():
+            seen = self.peer(self.newest, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        self.newest = seen.logits[:, -1].argmax(-1, keepdim=True)
+
+    def rate(self, steps: int) -> Rate:
+        """Tokens/s over some steps."""
+        return lambda: len(self.newest) * steps / seconds(lambda: [self.step() for _ in range(steps)])
 
 
 def our_rows(decoding: Decoding, steps: int) -> Rate:
@@ -133,16 +168,20 @@ def our_prompt(model: Transformer) -> Rate:
     return lambda: PROMPT / time_to_first_token(engine, ids[next(fresh) :][:PROMPT])
 
 
-def in_turns(theirs: Rate, ours: Rate) -> dict[str, dict[str, float]]:
-    """Both measured alternately, after one warm-up each."""
-    theirs(), ours()
-    pairs = [(theirs(), ours()) for _ in range(REPEATS)]
-    columns = {
-        "transformers": [a for a, _ in pairs],
-        "nanollm": [b for _, b in pairs],
-        "ratio": [b / a for a, b in pairs],
+def in_turns(rates: dict[str, Rate]) -> dict[str, Any]:
+    """All measured in turns, after one warm-up each; ratios to the first."""
+    for rate in rates.values():
+        rate()
+    turns = [[rate() for rate in rates.values()] for _ in range(REPEATS)]
+    columns = dict(zip(rates, zip(*turns, strict=True), strict=True))
+    first = next(iter(columns.values()))
+    ratios = {name: [b / a for a, b in zip(first, values, strict=True)] for name, values in columns.items()}
+    return {
+        "tokens_per_s": {name: dataclasses.asdict(Spread.of(values)) for name, values in columns.items()},
+        "ratio_to_transformers": {
+            name: dataclasses.asdict(Spread.of(values)) for name, values in list(ratios.items())[1:]
+        },
     }
-    return {name: dataclasses.asdict(Spread.of(values)) for name, values in columns.items()}
 
 
 @torch.inference_mode()
@@ -151,39 +190,59 @@ def measure() -> dict[str, Any]:
     model, peer = both_models()
     facts: dict[str, Any] = {"agreement": agreement(model, peer)}
     facts["matmul_gflop_per_s"] = dataclasses.asdict(matmul_speed())
-    prompt = some_tokens(CONTEXT, model.config.vocab_size)
-    for quantize in ("none", "int8"):
-        name = f"reply, 1 row, {'bfloat16' if quantize == 'none' else quantize}"
-        tell(facts, name, in_turns(their_reply(peer, prompt[:16]), our_reply(model, prompt[:16], quantize)))
-        how: dict[str, Any] = {"repeats": 20, "tokens": 4, "context": 16, "quantize": quantize, "kernels": "native"}
-        facts[name]["bandwidth"] = decoding_speed(model, Memory(torch.device("cpu")), 1, **how)
-        share = facts[name]["bandwidth"]["share_of_memory"]
-        print(f"  reads {share['median']:.0%} of what memory gives ({share['least']:.0%} to {share['greatest']:.0%})")
+    prompt, memory = some_tokens(CONTEXT, model.config.vocab_size), Memory(torch.device("cpu"))
+    start = prompt[:16]
+    rates = {"transformers": their_reply(peer, start)}
+    rates |= {name: our_reply(model, start, quantize) for name, quantize in OURS.items()}
+    tell(facts, "one reply", in_turns(rates))
+    how: dict[str, Any] = {"repeats": 20, "tokens": 4, "context": 16, "kernels": "native"}
+    facts["bandwidth"] = {
+        name: decoding_speed(model, memory, 1, quantize=quantize, **how) for name, quantize in OURS.items()
+    }
     for rows, steps in ((8, 4), (64, 1)):
-        decoding = Decoding(model, rows, CONTEXT, (REPEATS + 2) * steps)
-        name = f"decode, {rows} rows, context {CONTEXT}"
-        tell(facts, name, in_turns(their_rows(peer, prompt, rows, steps), our_rows(decoding, steps)))
-    tell(facts, f"prompt of {PROMPT}", in_turns(their_prompt(peer), our_prompt(model)))
-    c = model.config
-    expanded = c.n_blocks * c.n_heads * (c.qk_head_dim + c.v_head_dim) * 2
-    facts["cache_bytes_per_token"] = {"transformers": expanded, "nanollm": c.n_blocks * c.cache_width * 2}
+        latents, expanded = Rows(peer, prompt, rows), Rows(peer, prompt, rows, is_expanded=True)
+        decoding = {
+            name: Decoding(model, rows, CONTEXT, (REPEATS + 2) * steps, quantize) for name, quantize in OURS.items()
+        }
+        rates = {"transformers": latents.rate(steps), "transformers, expanded": expanded.rate(steps)}
+        rates |= {name: our_rows(own, steps) for name, own in decoding.items()}
+        tell(facts, f"{rows} rows after {CONTEXT} tokens", in_turns(rates))
+        facts["cache_bytes_per_token"] = {
+            "transformers": latents.bytes_per_token,
+            "transformers, expanded": expanded.bytes_per_token,
+            "nanollm": decoding["nanollm"].engine.runner.cache_bytes_per_token,
+        }
+    tell(facts, f"prompt of {PROMPT}", in_turns({"transformers": their_prompt(peer), "nanollm": our_prompt(model)}))
     return facts
 
 
-def tell(facts: dict[str, Any], name: str, compared: dict[str, dict[str, float]]) -> None:
+def tell(facts: dict[str, Any], name: str, compared: dict[str, Any]) -> None:
     facts[name] = compared
-    columns = [f"{side} {v['median']:8.2f} ({v['least']:.2f} to {v['greatest']:.2f})" for side, v in compared.items()]
-    print(f"{name:<30}" + "   ".join(columns), flush=True)
+    print(name)
+    for side, speed in compared["tokens_per_s"].items():
+        ratio = compared["ratio_to_transformers"].get(side)
+        times = "" if ratio is None else f"   {ratio['median']:.2f} x ({ratio['least']:.2f} to {ratio['greatest']:.2f})"
+        print(
+            f"  {side:<24}{speed['median']:8.1f} ({speed['least']:.1f} to {speed['greatest']:.1f}){times}", flush=True
+        )
 
 
-def main(words: list[str]) -> int:
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("`")[0])
+    parser.add_argument("--save", action="store_true", help="write all numbers to benchmarks/results/")
+    words = parser.parse_args()
+    print(f"{PRESET}, tokens/s: median of {REPEATS}, least and greatest; about four minutes", flush=True)
     facts = measure()
+    for name, speed in facts["bandwidth"].items():
+        share = speed["share_of_memory"]
+        low, high = share["least"], share["greatest"]
+        print(f"{name}, one row: {share['median']:.0%} ({low:.0%} to {high:.0%}) of memory's speed")
     print(
         json.dumps(
             {name: facts[name] for name in ("agreement", "matmul_gflop_per_s", "cache_bytes_per_token")}, indent=1
         )
     )
-    if "--save" in words:
+    if words.save:
         versions = {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -193,8 +252,7 @@ def main(words: list[str]) -> int:
         path = RESULTS / f"{datetime.date.today().isoformat()}_{hardware()['cores']}-cores_inference.json"
         RESULTS.mkdir(exist_ok=True)
         path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8", newline="\n")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main()

@@ -33,6 +33,11 @@ class Bundle:
     tokenizer: Tokenizer
     provenance: dict[str, Any]
 
+    @property
+    def is_base(self) -> bool:
+        """Whether it was only pretrained: what learnt to reply has a parent."""
+        return "parent" not in self.provenance
+
 
 def save_bundle(
     folder: Path,
@@ -105,10 +110,11 @@ def read_config(folder: Path) -> ModelConfig:
 
 def _read_json(folder: Path, name: str) -> dict[str, Any]:
     if not (folder / name).is_file():
-        raise FileNotFoundError(
-            f"{folder} is not a bundle ({f'no {name} in it' if folder.is_dir() else 'no such folder'}); a training run "
-            f"writes one to its folder `bundle` when it is finished"
-        )
+        found = f"no {name} in it" if folder.is_dir() else "it is a file" if folder.exists() else "no such folder"
+        hint = "a training run writes one to its folder `bundle` when it is finished"
+        if (folder / "bundle").is_dir():
+            hint = f"did you mean {folder / 'bundle'}?"
+        raise FileNotFoundError(f"{folder} is not a bundle ({found}); {hint}")
     try:
         record = json.loads((folder / name).read_bytes())
     except ValueError as error:

@@ -54,6 +54,12 @@ def test_a_changed_or_missing_file_is_named(bundle, file):
 def test_what_is_not_a_bundle_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="is not a bundle"):
         load_bundle(tmp_path)
+    (tmp_path / "run" / "bundle").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match=r"run is not a bundle .*; did you mean .*bundle\?"):
+        load_bundle(tmp_path / "run")
+    (tmp_path / "notes.txt").write_text("")
+    with pytest.raises(FileNotFoundError, match=r"notes.txt is not a bundle \(it is a file\)"):
+        load_bundle(tmp_path / "notes.txt")
 
 
 def test_weights_that_do_not_fit_the_shape_are_refused(bundle):

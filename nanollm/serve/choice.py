@@ -3,7 +3,7 @@
 A token is spoken of once some of its text is out, so that what a stop text cuts off is never mentioned.
 """
 
-import codecs
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -30,14 +30,15 @@ class Speller:
         self.spell = cache(self._spell)
 
     def _spell(self, token: int) -> tuple[str, bytes]:
-        """A mark has a name and no bytes; a part of a character is named by its bytes."""
+        """No two ids share a name. A mark has no bytes; a part of a character is named by its byte."""
         spelled = self.tokenizer.bytes_of(token)
         if token in self._names or token >= self.tokenizer.vocab_size:
             return self._names.get(token, f"<{token}>"), b""
-        try:
+        if not self.tokenizer.is_byte(token):
             return spelled.decode(), spelled
-        except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelled), spelled
+        # Where a learned piece spells the same character, the byte piece is named by its byte, too.
+        is_character = spelled.isascii() and self.tokenizer.encode(spelled.decode()) == [token]
+        return spelled.decode() if is_character else f"bytes:\\x{spelled[0]:02x}", spelled
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Entry:
     token: int
     scored: Scored
     offset: int
-    """Characters of the reply before it."""
+    """Where in the reply it begins, in characters."""
 
     @property
     def logprob(self) -> float:
@@ -77,9 +78,8 @@ class Choice:
         """Tokens drawn, an end token among them not counted."""
         self._speller = speller
         self._text = TextStream(speller.tokenizer, stops)
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._drawn_characters = 0
-        self._untold: deque[Entry] = deque()
+        self._untold: deque[News] = deque()
+        self._told = 0
 
     def take(self, news: Sequence[News]) -> Part:
         """What these tokens add to the text, and which tokens may be spoken of now."""
@@ -90,14 +90,18 @@ class Choice:
             if one.finish is not None:
                 part.text += self._text.close()
                 part.finish = "length" if one.finish == "length" and not self._text.is_stopped else "stop"
-        everything = part.finish is not None and not self._text.is_stopped
-        while self._untold and (everything or self._untold[0].offset < len(self._text.text)):
-            part.entries.append(self._untold.popleft())
+        part.entries = self._tell(everything=part.finish is not None and not self._text.is_stopped)
         return part
 
     def _take_token(self, one: News, part: Part) -> None:
         self.tokens += 1
-        if one.scored is not None:
-            self._untold.append(Entry(one.token, one.scored, self._drawn_characters))
-            self._drawn_characters += len(self._utf8.decode(self._speller.spell(one.token)[1]))
+        self._untold.append(one)
         part.text += self._text.push(one.token)
+
+    def _tell(self, *, everything: bool) -> list[Entry]:
+        """Of the tokens that were not told yet, those that begin in the text that is out, or all."""
+        begins = self._text.begins
+        end = len(begins) if everything else bisect_left(begins, len(self._text.text), self._told)
+        untold = [(self._untold.popleft(), begin) for begin in begins[self._told : end]]
+        self._told = end
+        return [Entry(one.token, one.scored, begin) for one, begin in untold if one.scored is not None]

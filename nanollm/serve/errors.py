@@ -26,6 +26,8 @@ CODES = {
     503: "engine_stopped",
     504: "deadline_exceeded",
 }
+LONGEST_ECHO = 100
+"""Characters of what a client sent that an answer repeats: enough to find it, however long it is."""
 
 
 class ErrorDetail(BaseModel):
@@ -80,10 +82,10 @@ def explain(faults: Sequence[Mapping[str, Any]], body: Any) -> tuple[str, str | 
     """
     same_field = [fault for fault in faults if fault["loc"][:2] == faults[0]["loc"][:2]]
     fault = max(same_field, key=lambda fault: (len(_place(fault, body)), not fault["type"].endswith("_type")))
-    param = ".".join(map(str, _place(fault, body))) or None
+    param = ".".join(map(str, _place(fault, body)))[:LONGEST_ECHO] or None
     message = f"{param or 'body'}: {fault['msg']}".replace("Value error, ", "")
     if fault["type"] not in ("missing", "value_error"):
-        message += f", got {repr(fault.get('input'))[:80]}"
+        message += f", got {repr(fault.get('input'))[:LONGEST_ECHO]}"
     return message, param
 
 

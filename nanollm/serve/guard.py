@@ -6,7 +6,6 @@ the headers that browsers need, and an answer in our form when a route fails.
 
 import asyncio
 import base64
-import binascii
 import hashlib
 import hmac
 import logging
@@ -68,7 +67,7 @@ class Guard:
         except Exception:
             if has_begun:
                 raise
-            log.exception("%s %s failed", scope["method"], scope["path"])
+            log.exception("%s %r failed", scope["method"], scope["path"][:200])  # quoted: it may hold line ends
             await ApiError(500, "the server failed; its log says why").response(scope, receive, send_guarded)
 
     def _check(self, scope: Scope) -> None:
@@ -76,7 +75,9 @@ class Guard:
         if self._key is None:
             host = headers.get("host", "")
             if not is_loopback(_without_port(host)):  # another site's name, made to point here
-                message = f"without a key this server answers only to localhost, got {host[:100]!r}; set --api_key"
+                message = (
+                    f"without a key this server answers only to localhost, got {host[:100]!r}; set NANOLLM_API_KEY"
+                )
                 raise ApiError(403, message)
         elif scope["path"] not in OPEN_PATHS and not hmac.compare_digest(self._key, _digest(given_key(headers))):
             scheme = "Basic" if scope["path"] == "/" else "Bearer"  # a browser then asks for a password
@@ -126,7 +127,7 @@ def given_key(headers: Headers) -> str:
     if scheme.lower() == "basic":
         try:
             return base64.b64decode(value, validate=True).decode().partition(":")[2]
-        except (binascii.Error, UnicodeDecodeError):
+        except ValueError:  # not ASCII, not base64, or not UTF-8 in it
             return ""
     return ""
 

@@ -25,9 +25,9 @@ class Config:
     rows: list[int] = field(default_factory=lambda: [1, 8, 64])
     """Replies that are decoded at once; each number is measured."""
     context: int = 512
-    """Tokens before and in each reply while it is decoded."""
+    """Tokens before and in each reply while it is decoded (cut to the model's context)."""
     prompt: int = 1500
-    """Tokens of the prompt whose reading is timed (at most the model's context less one)."""
+    """Tokens of the prompt whose reading is timed (cut to the model's context less one)."""
     tokens: int = 8
     """Tokens per row and repetition."""
     repeats: int = 5

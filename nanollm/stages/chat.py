@@ -63,6 +63,8 @@ def run(c: Config) -> None:
     world = World.start(c.device, c.dtype)
     talk = Talk(load_bundle(c.bundle, world.dtype, world.device), c, c.quantize)
     if sys.stdin.isatty():
+        if talk.bundle.is_base:
+            say("this model was only pretrained: it continues text, nanollm sft teaches it to reply")
         shape = talk.bundle.model.config
         say(
             f"{c.bundle}: {shape.total_parameters:,} parameters, context {shape.context_length:,} tokens; "

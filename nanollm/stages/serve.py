@@ -7,6 +7,7 @@ from pathlib import Path
 from nanollm.bundle import load_bundle
 from nanollm.generate.engine import Engine
 from nanollm.generate.work import Quantize
+from nanollm.progress import say
 from nanollm.serve.limits import Limits, is_loopback
 from nanollm.world import DeviceName, DtypeName, World
 
@@ -51,10 +52,15 @@ def run(c: Config) -> None:
         from nanollm.serve.server import run as run_server
     except ModuleNotFoundError as error:
         raise ValueError(
-            f'serve needs the package {error.name}; install it with: pip install "nanollm[serve]"'
+            f'serve needs the package {error.name}; in the folder of NanoLLM: pip install -e ".[serve]"'
         ) from error
     world = World.start(c.device, c.dtype)
     bundle = load_bundle(c.bundle, world.dtype, world.device)
+    shape = bundle.model.config
+    say(
+        f"{c.bundle}: {shape.total_parameters:,} parameters in {world.names['dtype']}, "
+        f"{c.max_running} replies at once, {'clients need the key' if key else 'no key'}; Ctrl-C stops"
+    )
     app = build_app(
         bundle,
         ServeConfig(model_name=c.model_name, api_key=key, limits=c),

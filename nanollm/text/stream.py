@@ -6,6 +6,7 @@ could still be half a character or the beginning of a stop text; each token is l
 
 import codecs
 import re
+from collections import deque
 from collections.abc import Sequence
 
 from nanollm.text.tokenizer import Tokenizer
@@ -26,14 +27,21 @@ class TextStream:
         """All that was handed out so far."""
         self.is_stopped = False
         """A stop text was found; it and all after it is cut."""
+        self.begins: list[int] = []
+        """Where in the text, in characters, each id begins that was pushed: at the character of its first byte. An id
+        follows when that character is certain, or at the end; behind a stop text nothing is certain any more."""
         self._tokenizer = tokenizer
         self._stops = tuple(stops)
         self._longest = max(map(len, stops), default=0)
         self._utf8 = codecs.getincrementaldecoder("utf-8")("surrogateescape")
         self._held = ""  # after each push: the proper beginning of a stop text, or nothing
+        self._unplaced: deque[int] = deque()  # bytes before each id that is not in `begins` yet
+        self._bytes = 0  # of all ids
+        self._decoded_bytes = self._decoded_characters = 0  # of these, what has become text, handed out or held
 
     def push(self, token: int) -> str:
         """The text that is certain now that this id was drawn; often none."""
+        self._unplaced.append(self._bytes)
         if token >= self._tokenizer.vocab_size:
             return ""  # says nothing, not even that a character has ended
         return self._release(self._decode(token), is_last=False)
@@ -49,6 +57,7 @@ class TextStream:
 
     def _decode(self, token: int) -> str:
         spelled = self._tokenizer.bytes_of(token)
+        self._bytes += len(spelled)
         if self._tokenizer.is_byte(token):
             return self._utf8.decode(spelled)
         # Only byte pieces in a row can spell a character; SentencePiece gives up at anything else, marks included.
@@ -57,6 +66,7 @@ class TextStream:
     def _release(self, text: str, *, is_last: bool) -> str:
         if self.is_stopped:
             return ""
+        self._place(text, is_last=is_last)
         held = self._held + NOT_UTF8.sub("\ufffd", text)
         found = min((place for stop in self._stops if (place := held.find(stop)) >= 0), default=len(held))
         certain = found if is_last else min(found, self._first_open(held))
@@ -64,6 +74,18 @@ class TextStream:
         self._held = "" if is_last or self.is_stopped else held[certain:]
         self.text += held[:certain]
         return held[:certain]
+
+    def _place(self, text: str, *, is_last: bool) -> None:
+        """Note which ids begin in this text. Each byte that is in no character is one of its own in it."""
+        for character in text:
+            self._decoded_bytes += len(character.encode("utf-8", "surrogateescape"))
+            while self._unplaced and self._unplaced[0] < self._decoded_bytes:
+                self._unplaced.popleft()
+                self.begins.append(self._decoded_characters)
+            self._decoded_characters += 1
+        if is_last:
+            self.begins += [self._decoded_characters] * len(self._unplaced)
+            self._unplaced.clear()
 
     def _first_open(self, held: str) -> int:
         """Where a stop text may have begun that the next tokens decide on; the length if nowhere."""

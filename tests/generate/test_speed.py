@@ -1,5 +1,6 @@
 """What is measured is what is said."""
 
+import pytest
 import torch
 
 from nanollm.generate.speed import Decoding, Memory, Spread, decoding_speed, reading_speed
@@ -23,7 +24,7 @@ def test_every_step_of_decoding_draws_one_token_of_each_row(tiny_model):
     before = decoding.engine.drawn_tokens
     assert all(decoding.step() > 0 for _ in range(5))
     assert decoding.engine.drawn_tokens - before == 15
-    assert {len(row.completion.ids) + row.size for row in decoding.engine.rows if row.completion} <= {20 + 6}
+    assert {row.size for row in decoding.engine.rows} == {20}
 
 
 def test_memory_is_read_at_a_finite_speed():
@@ -33,11 +34,8 @@ def test_memory_is_read_at_a_finite_speed():
 def test_the_facts_of_a_measurement_agree_with_each_other(tiny_model):
     how = {"repeats": 3, "quantize": "none", "kernels": "auto"}
     facts = decoding_speed(tiny_model, Memory(torch.device("cpu")), 2, context=10, tokens=2, **how)
-    assert (
-        facts["tokens_per_s"]["median"] * facts["ms_per_step"]["median"] == 2 * 1e3
-        or abs(facts["tokens_per_s"]["median"] * facts["ms_per_step"]["median"] / 2e3 - 1) < 1e-9
-    )
-    assert facts["cache_bytes"] == facts["cache_bytes_per_token"] * 2 * (10 + 2 * 3 + 2 + 1)
+    assert facts["tokens_per_s"]["median"] * facts["ms_per_step"]["median"] == pytest.approx(2e3)
+    assert facts["cache_bytes"] == facts["cache_bytes_per_token"] * 2 * (10 + 2 * 3 + 2 + 2)
     first = reading_speed(tiny_model, 30, **how)
     assert first["time_to_first_token_s"]["least"] <= first["time_to_first_token_s"]["greatest"]
 

@@ -1,4 +1,4 @@
-"""A tiny random model behind the real server; without the packages of `nanollm[serve]` these tests are skipped."""
+"""A tiny random model behind the real server; without the packages of the extra `serve` these tests are skipped."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -27,7 +27,7 @@ def bundle(tokenizer: Tokenizer) -> Bundle:
 def serve_extra() -> None:
     """Skips the test where the packages of the extra `serve` are missing."""
     for package in ("fastapi", "uvicorn", "prometheus_client"):
-        pytest.importorskip(package, reason=f'{package} is not installed: pip install "nanollm[serve]"')
+        pytest.importorskip(package, reason=f'{package} is not installed: pip install -e ".[serve]"')
 
 
 @pytest.fixture(scope="session")

@@ -78,7 +78,10 @@ def test_the_key_guards_every_route_but_health(guarded):
         {"Authorization": "Bearer"},
         {"Authorization": KEY},
         {"Authorization": "Basic ???"},
+        {"Authorization": "Basic \xe9".encode("latin-1")},
+        {"Authorization": "Basic " + base64.b64encode(b"anybody:\xe9").decode()},
         {"Authorization": "Bearer \xff".encode("latin-1")},
+        {"Authorization": f"Bearer {KEY}\xe9".encode()},
         {"Authorization": "Basic " + base64.b64encode(f"{KEY}:".encode()).decode()},
         {"api-key": KEY},
     ]
@@ -261,6 +264,21 @@ def test_a_completion_that_cannot_be_is_refused_with_its_reason(client, settings
 def test_an_empty_text_is_a_document_that_has_just_begun(client):
     answer = client.post("/v1/completions", json={"model": MODEL_NAME, "prompt": "", "max_tokens": 2}).json()
     assert answer["usage"]["prompt_tokens"] == 1
+
+
+def test_a_refusal_repeats_little_of_what_was_sent(client):
+    long = "x" * 200_000
+    for settings, place in (
+        ({"logit_bias": {long: "a"}}, "logit_bias.xxx"),
+        ({"logit_bias": {long: 1}}, "logit_bias"),
+        ({"temperature": long}, "temperature"),
+        ({"temperature": {long: long}}, "temperature"),
+        ({"messages": [{"role": long, "content": "a"}]}, "messages.0.role"),
+        ({"response_format": {"type": long}}, "response_format.type"),
+    ):
+        response = client.post("/v1/chat/completions", json=body(**settings))
+        assert error_of(response, 400)["param"].startswith(place)
+        assert len(response.text) < 600
 
 
 def test_unknown_fields_are_ignored_as_clients_send_many(client):
@@ -528,6 +546,14 @@ def test_a_fault_of_a_route_is_a_500_in_our_form_and_logged(serve, caplog, monke
         monkeypatch.setattr(type(running.service), "card", property(lambda self: 1 / 0))
         error_of(httpx.get(running.url + "/v1/models"), 500)
         assert "ZeroDivisionError" in caplog.text
+
+
+def test_no_path_can_write_a_line_of_its_own_into_the_log(serve, caplog, monkeypatch):
+    with serve() as running:
+        monkeypatch.setattr(type(running.service), "check_name", lambda *_: 1 / 0)
+        error_of(httpx.get(running.url + "/v1/models/x%0AWARNING%20all%20is%20well%1B[2J" + "y" * 1000), 500)
+    (message,) = [record.getMessage() for record in caplog.records if "failed" in record.getMessage()]
+    assert message.isprintable() and "x\\nWARNING" in message and len(message) < 300
 
 
 def test_a_text_that_cannot_be_followed_ends_only_its_own_reply(serve, monkeypatch, caplog):

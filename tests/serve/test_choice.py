@@ -4,14 +4,15 @@ import itertools
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanollm.generate.request import Scored
 from nanollm.serve.choice import LEAST_LOGPROB, Choice, Speller
 from nanollm.serve.worker import News
-from nanollm.text.tokenizer import END, EOS_ID
+from nanollm.text.tokenizer import END, EOS_ID, FIRST_LEARNED_ID
 
+BYTES = FIRST_LEARNED_ID - 256  # the id of the byte 0x00
 SCORED = Scored(-1.0, [(9, -1.0)], [[0]])
 
 
@@ -48,6 +49,54 @@ def test_text_and_entries_do_not_depend_on_how_the_tokens_arrive(tokenizer, seed
         assert [entry.token for entry in entries] == ids
 
 
+any_byte = st.sampled_from(b"\xe2\x82\xac\xf0\x9f\x98\x80\xc3ab") | st.integers(0, 255)
+any_id = any_byte.map(lambda byte: BYTES + byte) | st.integers(0, 640)
+
+
+def spell(spelled):
+    """Ids of byte pieces only."""
+    return [BYTES + byte for byte in spelled]
+
+
+@given(ids=st.lists(any_id, min_size=1, max_size=30), stop=st.text("ab\ufffd€ ", max_size=3), drawn=st.data())
+@settings(max_examples=500, deadline=None)
+def test_an_entry_stands_where_the_text_of_its_token_begins_and_never_behind_the_cut(tokenizer, ids, stop, drawn):
+    whole = tokenizer.decode_drawn(ids)
+    if whole and drawn.draw(st.booleans()):
+        start = drawn.draw(st.integers(0, len(whole) - 1))
+        stop = whole[start : start + 2]
+    cuts = drawn.draw(st.lists(st.integers(0, len(ids)), max_size=4))
+    text, entries, _ = told(tokenizer, ids, stops=[stop] if stop else [], cuts=cuts)
+    assert text == (whole.partition(stop)[0] if stop else whole)
+    assert [entry.token for entry in entries] == ids[: len(entries)]
+    offsets = [entry.offset for entry in entries]
+    assert offsets == sorted(offsets)
+    if len(text) < len(whole):
+        assert all(offset < len(text) for offset in offsets)
+    else:
+        assert len(entries) == len(ids)
+    for entry in entries:
+        spelled, rest = tokenizer.bytes_of(entry.token), whole[entry.offset :]
+        if tokenizer.is_byte(entry.token):
+            assert rest[0] == "\ufffd" or spelled in rest[0].encode()
+        else:
+            assert rest.startswith(spelled.decode())
+
+
+@pytest.mark.parametrize(
+    ("spelled", "stops", "text", "offsets"),
+    [
+        (b"\xe2\x82ab", [], "\ufffd\ufffdab", [0, 1, 2, 3]),
+        (b"\xe2\x82\xe2\x82abcd", ["cd"], "\ufffd\ufffd\ufffd\ufffdab", [0, 1, 2, 3, 4, 5]),
+        (b"\xe2\x82\xace\xc3", [], "€e\ufffd", [0, 0, 0, 1, 2]),
+    ],
+)
+def test_bytes_that_are_no_character_count_as_the_characters_they_become(tokenizer, spelled, stops, text, offsets):
+    for cuts in ([], range(len(spelled))):
+        told_text, entries, _ = told(tokenizer, spell(spelled), stops=stops, cuts=cuts)
+        assert (told_text, [entry.offset for entry in entries]) == (text, offsets)
+
+
 def test_an_end_token_is_neither_text_nor_told(tokenizer):
     ids = tokenizer.encode("The end")
     text, entries, reason = told(tokenizer, [*ids, EOS_ID], finish="end")
@@ -79,6 +128,22 @@ def test_offsets_count_characters(tokenizer):
 )
 def test_every_id_has_a_name(tokenizer, token, expected):
     assert Speller(tokenizer).spell(token) == expected
+
+
+def test_no_two_ids_share_a_name(tokenizer):
+    names = [Speller(tokenizer).spell(token)[0] for token in range(tokenizer.vocab_size + 2)]
+    assert len(set(names)) == len(names)
+
+
+def test_the_likeliest_tokens_are_all_there_though_two_spell_the_same_character(tokenizer, serve_extra):
+    from nanollm.serve.answers import TextForm
+
+    (learned,) = tokenizer.encode("a")
+    scored = Scored(-1.0, [(learned, -1.0), (BYTES + ord("a"), -2.0)], [])
+    choice = Choice(0, Speller(tokenizer), ())
+    part = choice.take([News(0, learned, scored, "length", 0.0)])
+    told = TextForm("tiny", Speller(tokenizer), has_logprobs=True).whole(part)["logprobs"]
+    assert told["top_logprobs"] == [{"a": -1.0, "bytes:\\x61": -2.0}]
 
 
 def test_a_mark_has_its_own_name(tokenizer):

@@ -182,6 +182,24 @@ def test_a_reload_keeps_the_conversation_and_a_new_chat_forgets_it(visit, server
     assert page.locator(".exchange").count() == 0
 
 
+def test_a_kept_conversation_that_cannot_be_read_is_forgotten_as_a_whole(visit, server):
+    page = visit(server)
+    ask(page, "One?")
+    page.evaluate(
+        """() => {
+            const kept = JSON.parse(sessionStorage.getItem("nanollm.conversation"));
+            sessionStorage.setItem("nanollm.conversation", JSON.stringify([...kept, { question: "half" }]));
+        }"""
+    )
+    page.reload()
+    page.locator("#model-name", has_text="tiny").wait_for()
+    assert page.locator(".exchange").count() == 0 and page.locator("#welcome").is_visible()
+    assert page.evaluate("sessionStorage.getItem('nanollm.conversation')") == "[]"
+    with page.expect_request(CHAT) as asked:
+        ask(page, "Two?")
+    assert [message["content"] for message in asked.value.post_data_json["messages"]] == ["Two?"]
+
+
 def test_what_user_and_model_write_stays_text(visit, server):
     page = visit(server)
     answer_with(page, events("<b>bold</b> ", HOSTILE))
@@ -273,6 +291,24 @@ def test_a_character_of_two_tokens_is_one_character(visit, server):
     ask(page)
     assert page.locator(".token").all_text_contents() == ["", "é!"]
     assert page.locator(".token").first.get_attribute("data-mark") == "C3"
+
+
+def test_drawing_a_reply_anew_in_the_middle_of_a_character_leaves_it_whole(visit, server):
+    page = visit(server)
+    found = page.evaluate(
+        """async () => {
+            const { ExchangeView, newExchange, take } = await import("/page/exchange.js");
+            const exchange = newExchange("?");
+            const view = new ExchangeView(exchange, { model: () => ({}) });
+            const half = (byte) => ({ choices: [{ index: 0, logprobs: { content: [
+                { token: "half", bytes: [byte], logprob: -0.5, top_logprobs: [], experts: [] }] } }] });
+            view.add(take(exchange, half(0xc3), 1));
+            view.restart();
+            view.add(take(exchange, half(0xa9), 2));
+            return [...view.element.querySelectorAll(".token")].map((token) => token.textContent);
+        }"""
+    )
+    assert found == ["", "é"]
 
 
 # --- trouble ---

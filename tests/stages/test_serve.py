@@ -87,7 +87,7 @@ def test_without_the_extra_one_line_says_what_to_install(tmp_path, monkeypatch):
 
 
 def test_a_port_in_use_is_a_mistake_of_the_user(bundle, capsys):
-    pytest.importorskip("fastapi", reason='fastapi is not installed: pip install "nanollm[serve]"')
+    pytest.importorskip("fastapi", reason='fastapi is not installed: pip install -e ".[serve]"')
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         assert cli.main(["serve", str(bundle), "--port", port, "--dtype", "float32"]) == 2
@@ -100,7 +100,7 @@ def test_a_port_in_use_is_a_mistake_of_the_user(bundle, capsys):
 @pytest.mark.skipif(os.name == "nt", reason="Windows has other signals")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_it_prints_its_address_answers_and_stops_in_good_order(bundle, number, code):
-    pytest.importorskip("fastapi", reason='fastapi is not installed: pip install "nanollm[serve]"')
+    pytest.importorskip("fastapi", reason='fastapi is not installed: pip install -e ".[serve]"')
     command = [sys.executable, "-m", "nanollm", "serve", str(bundle), "--port", "0", "--dtype", "float32"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         address = process.stdout.readline().strip()

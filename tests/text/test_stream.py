@@ -76,6 +76,32 @@ def test_nothing_handed_out_is_half_a_character_or_is_taken_back(tokenizer, text
         assert whole.startswith(stream.text)
 
 
+@given(ids=ids_drawn)
+@example(ids=[BYTES + 0xE2, VOCAB + 1, BYTES + 0x96, BYTES + 0x81])
+@example(ids=[BYTES + 0xE2, BYTES + 0x82, BYTES + ord("a"), 5])
+@settings(max_examples=300, deadline=None)
+def test_each_id_begins_at_the_character_of_its_first_byte(each_type, ids):
+    stream = TextStream(each_type)
+    pushed(stream, ids)
+    assert len(stream.begins) == len(ids) and stream.begins == sorted(stream.begins)
+    for token, begin in zip(ids, stream.begins, strict=True):
+        spelled = each_type.bytes_of(token)
+        if each_type.is_byte(token):
+            assert stream.text[begin] == "\ufffd" or spelled in stream.text[begin].encode()
+        else:
+            assert stream.text[begin:].startswith(spelled.decode())
+
+
+def test_where_an_id_begins_is_told_when_its_character_is_certain(tokenizer):
+    stream, told = TextStream(tokenizer), []
+    for byte in b"\xe2\x82\xac\xe2\x82a\xc3":
+        stream.push(BYTES + byte)
+        told.append(list(stream.begins))
+    assert told == [[], [], [0, 0, 0], [0, 0, 0], [0, 0, 0], [0, 0, 0, 1, 2, 3], [0, 0, 0, 1, 2, 3]]
+    stream.close()
+    assert stream.begins == [0, 0, 0, 1, 2, 3, 4]
+
+
 def test_a_character_appears_with_its_last_byte(tokenizer):
     assert pushed(TextStream(tokenizer), spell("é😀")) == ["", "é", "", "", "", "😀", ""]
 

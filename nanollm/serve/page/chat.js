@@ -4,7 +4,7 @@
  * word) stays on the page but is not told to the model: a conversation is question and answer in turn.
  */
 
-import { ExchangeView, newExchange, numbersOf, take, unanswered } from "./exchange.js";
+import { ExchangeView, isOpen, newExchange, numbersOf, take, unanswered } from "./exchange.js";
 import { Trouble, readModel, streamReply } from "./server.js";
 import { bindSettings, readSettings, samplingOf } from "./settings.js";
 import { finish, hear, hush, say } from "./spoken.js";
@@ -146,11 +146,12 @@ function keep() {
 function restore() {
     try {
         for (const exchange of JSON.parse(sessionStorage.getItem(KEPT) ?? "[]")) {
-            if (exchange.status === "waiting" || exchange.status === "streaming") exchange.status = "stopped";
+            if (isOpen(exchange)) exchange.status = "stopped";
             addView(exchange);
         }
     } catch {
         console.info("no conversation can be read in this browser: a new one begins");
+        renew(); // what was drawn before the fault goes, too
     }
 }
 

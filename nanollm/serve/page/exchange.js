@@ -21,6 +21,11 @@ export function unanswered() {
     };
 }
 
+/** Whether more of its reply may come. */
+export function isOpen(exchange) {
+    return exchange.status === "waiting" || exchange.status === "streaming";
+}
+
 /** Take a chunk that arrived `now_s` seconds after the question into its exchange; returns what is new. */
 export function take(exchange, chunk, now_s) {
     if (chunk.usage) exchange.usage = chunk.usage;
@@ -95,13 +100,14 @@ export class ExchangeView {
         this.restart();
     }
 
-    /** Draw all of the exchange anew. */
+    /** Draw all of the exchange anew; its reply may still be growing, and may end in the middle of a character. */
     restart() {
         clearInterval(this.#clock);
         this.text.textContent = this.exchange.reply;
         this.place.replaceChildren();
         this.inside = null;
         this.#addTokens(this.exchange.tokens);
+        if (!isOpen(this.exchange)) this.inside?.finish();
         this.update();
     }
 
@@ -116,7 +122,6 @@ export class ExchangeView {
         if (!tokens.length) return;
         this.inside ??= new InsideView(this.place, this.actions.model());
         this.inside.add(tokens);
-        if (tokens === this.exchange.tokens) this.inside.finish();
     }
 
     /** The reply is over, one way or another. */
@@ -130,7 +135,7 @@ export class ExchangeView {
         const { status, trouble, reply, tokens } = this.exchange;
         this.element.dataset.status = status;
         this.element.dataset.has = tokens.length ? "tokens" : "text";
-        this.reply.setAttribute("aria-busy", String(status === "waiting" || status === "streaming"));
+        this.reply.setAttribute("aria-busy", String(isOpen(this.exchange)));
         this.trouble.hidden = !trouble;
         if (trouble) {
             this.trouble.querySelector(".title").textContent = trouble.title;
