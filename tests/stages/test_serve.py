@@ -82,7 +82,7 @@ def test_without_the_extra_one_line_says_what_to_install(tmp_path, monkeypatch):
         if name != "nanollm.serve.limits":
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(builtins, "__import__", without_fastapi)
-    with pytest.raises(ValueError, match=r'needs the package fastapi; install it with: pip install "nanollm\[serve\]"'):
+    with pytest.raises(ValueError, match=r"needs the package fastapi; in the folder of NanoLLM: pip install -e"):
         run(Config(bundle=tmp_path))
 
 
