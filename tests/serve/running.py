@@ -25,8 +25,14 @@ class Running:
         return self.service.worker
 
     def settle(self, timeout_s: float = 5.0) -> None:
-        """Wait until nothing runs or waits any more."""
-        wait_until(lambda: self.worker.load == 0, timeout_s)
+        """Wait until nothing runs or waits any more; the engine's figures are told after its step."""
+        wait_until(lambda: self.worker.load == 0 and self.is_idle, timeout_s)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether the engine says that it has nothing to do."""
+        figures = self.worker.figures
+        return figures.running == figures.waiting == 0
 
 
 def wait_until(is_so, timeout_s: float = 5.0) -> None:

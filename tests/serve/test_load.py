@@ -55,8 +55,7 @@ def solo(bundle):
 def test_many_streams_get_what_each_would_get_alone_and_leavers_free_their_rows(serve, solo):
     with serve(max_running=16, max_waiting=STREAMS) as running:
         tally = asyncio.run(read_for(running, solo, 5.0))
-        running.settle()
-        assert running.worker.figures.running == running.worker.figures.waiting == 0
+        running.settle()  # fails if a row is still taken after five seconds
     check(tally)
 
 
