@@ -135,7 +135,7 @@ def solve(
             prompt=prompts[place], max_tokens=max_tokens, sampling=sampling, end_ids=ends, seed=first_seed + number
         )
         completions[place].append(engine.submit(request))
-    with model.evaluating(), Progress("solving", len(read) * samples, "replies") as bar:
+    with Progress("solving", len(read) * samples, "replies") as bar:
         while engine.has_work:
             bar.advance(sum(drawn.completion.finish is not None for drawn in engine.step()))
     return [_attempt(problem, completions.get(place), samples, tokenizer) for place, problem in enumerate(problems)]

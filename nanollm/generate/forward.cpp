@@ -701,18 +701,4 @@ void run_float(void* runner, const Pass* pass) { ((Runner<float>*)runner)->run(*
 void run_bf16(void* runner, const Pass* pass) { ((Runner<bf16>*)runner)->run(*pass); }
 void close_float(void* runner) { delete (Runner<float>*)runner; }
 void close_bf16(void* runner) { delete (Runner<bf16>*)runner; }
-
-// The sum of `count` numbers, a multiple of 64, read once; the caller takes the time.
-float read_all(const float* numbers, int64_t count, int64_t threads) {
-    float total = 0;
-#pragma omp parallel num_threads(int(threads)) reduction(+ : total)
-    {
-        f32x16 sums[4] = {};
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < count; i += 64)
-            for (int j = 0; j < 4; j++) sums[j] += load(numbers + i + 16 * j);
-        total += sum(sums[0] + sums[1] + sums[2] + sums[3]);
-    }
-    return total;
-}
 }

@@ -273,7 +273,6 @@ def library() -> ctypes.CDLL:
         getattr(loaded, f"open_{kind}").restype, getattr(loaded, f"open_{kind}").argtypes = c_void_p, [POINTER(Model)]
         getattr(loaded, f"run_{kind}").argtypes = [c_void_p, POINTER(Pass)]
         getattr(loaded, f"close_{kind}").argtypes = [c_void_p]
-    loaded.read_all.restype, loaded.read_all.argtypes = c_float, [c_void_p, c_int64, c_int64]
     return loaded
 
 

@@ -7,7 +7,6 @@ elsewhere the model itself.
 from functools import cache
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from nanollm import progress
@@ -78,8 +77,9 @@ class TorchRunner:
 
     def run(self, work: Work) -> Seen:
         answers = [self._read(work.pieces)] if work.pieces else []
-        if len(work.rows):
-            answers.append(self._forward(work.tokens[:, None], work.rows, work.positions, None))
+        if count := len(work.rows):
+            at = np.arange(count), np.zeros(count, dtype=np.int64)
+            answers.append(self._forward(work.tokens[:, None], work.rows, work.positions, *at))
         return Seen(
             torch.cat([answer.logits for answer in answers]), np.concatenate([answer.experts for answer in answers])
         )
@@ -91,25 +91,21 @@ class TorchRunner:
         tokens = np.zeros((len(pieces), max(len(piece.ids) for piece in pieces)), dtype=np.int64)
         for line, piece in zip(tokens, pieces, strict=True):
             line[: len(piece.ids)] = piece.ids  # padding goes right, where no real token looks
-        rows = np.array([piece.row for piece in pieces])
-        last = np.array([len(piece.ids) - 1 for piece in pieces])
-        return self._forward(
-            tokens, rows, np.array([p.start for p in pieces]), last, np.array([p.is_last for p in pieces])
-        )
+        rows, starts = np.array([piece.row for piece in pieces]), np.array([piece.start for piece in pieces])
+        lines = np.array([line for line, piece in enumerate(pieces) if piece.is_last], dtype=np.int64)
+        columns = np.array([len(piece.ids) - 1 for piece in pieces])[lines]
+        return self._forward(tokens, rows, starts, lines, columns)
 
-    def _forward(
-        self, tokens: Ints, rows: Ints, starts: Ints, last: Ints | None, wanted: npt.NDArray[np.bool_] | None = None
-    ) -> Seen:
-        """tokens (B, T) of these rows from these positions on; the answers at column `last` of the wanted ones."""
+    def _forward(self, tokens: Ints, rows: Ints, starts: Ints, lines: Ints, columns: Ints) -> Seen:
+        """tokens (B, T) of these rows from these positions on; what comes after those at lines and columns (W,)."""
         device = self.cache.slots.device
         cache = LatentCache(self.cache.slots, torch.from_numpy(starts).clone(), torch.from_numpy(rows).to(device))
+        layers = list(self.model.moe_layers())
         with self.model.evaluating():
-            for layer in self.model.moe_layers():
+            for layer in layers:
                 layer.wants_choices = True
             hidden = self.model.trunk(torch.from_numpy(tokens).to(device), cache=cache)  # (B, T, D)
-        lines = np.arange(len(tokens)) if wanted is None else wanted.nonzero()[0]
-        columns = np.zeros(len(lines), dtype=np.int64) if last is None else last[lines]
-        chosen = [layer.choices[lines, columns] for layer in self.model.moe_layers() if layer.choices is not None]
-        for layer in self.model.moe_layers():
+        chosen = [layer.choices[lines, columns] for layer in layers if layer.choices is not None]
+        for layer in layers:
             layer.wants_choices, layer.choices = False, None
         return Seen(self.model.head(hidden[lines, columns]).float(), torch.stack(chosen, dim=1).cpu().numpy())

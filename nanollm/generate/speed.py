@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from nanollm.generate.engine import Engine
-from nanollm.generate.native import NoCompilerError, library
 from nanollm.generate.request import Request
 from nanollm.generate.sampling import SamplingConfig
 from nanollm.generate.work import Kernels, Quantize
@@ -36,27 +35,14 @@ class Spread:
 
 
 class Memory:
-    """Reads an array of half a gigabyte, once through, to see how fast this machine reads now."""
+    """Sums an array of half a gigabyte, once through, to see how fast this machine reads now."""
 
     def __init__(self, device: torch.device) -> None:
         self.numbers = torch.ones(READ_BYTES // 4, device=device)
-        self._read = self._read_there
-        if device.type == "cpu":
-            try:
-                self._library = library()
-                self._read = self._read_here
-            except NoCompilerError:
-                pass  # torch's own sum then, which is nearly as fast
-        self._read()
+        self.gb_per_s()  # the first time is slower
 
     def gb_per_s(self) -> float:
-        return READ_BYTES / 1e9 / seconds(self._read)
-
-    def _read_here(self) -> None:
-        self._library.read_all(self.numbers.data_ptr(), self.numbers.numel(), torch.get_num_threads())
-
-    def _read_there(self) -> None:
-        self.numbers.sum().item()  # the item waits for the device
+        return READ_BYTES / 1e9 / seconds(lambda: self.numbers.sum().item())  # the item waits for the device
 
 
 def seconds(work: Callable[[], object]) -> float:

@@ -5,6 +5,7 @@ OpenAI's forms, once as models for the API's own description, and once as the di
 
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -114,7 +115,7 @@ class Health(BaseModel):
     status: Literal["ok"]
 
 
-class Form:
+class Form(ABC):
     """How the replies of one request are written down; `kind` and `prefix` name the form."""
 
     kind: str
@@ -143,11 +144,13 @@ class Form:
     def usage_chunk(self, job: Job) -> Json:
         return self._head(self.chunk_kind) | {"choices": [], "usage": usage(job)}
 
+    @abstractmethod
     def whole(self, part: Part) -> Json:
-        raise NotImplementedError
+        """A choice of a whole answer."""
 
+    @abstractmethod
     def delta(self, part: Part, *, is_first: bool) -> Json:
-        raise NotImplementedError
+        """A choice of a chunk."""
 
     def _head(self, kind: str) -> Json:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
