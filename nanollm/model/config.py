@@ -38,6 +38,8 @@ class ModelConfig:
     """Hidden width of the dense SwiGLU."""
     moe_every: int = 4
     """Every n-th block is a Mixture of Experts (blocks n, 2n, ... counted from 1)."""
+    n_dense_first: int = 0
+    """The first blocks that are dense in any case; with moe_every 1, DeepSeek-V3's first_k_dense_replace."""
     n_routed_experts: int
     """Experts the router chooses from."""
     n_shared_experts: int
@@ -70,6 +72,12 @@ class ModelConfig:
                 f"model.n_blocks must be at least model.moe_every ({self.moe_every}) to hold a Mixture of Experts, "
                 f"got {self.n_blocks}"
             )
+        last_moe = self.n_blocks // self.moe_every * self.moe_every
+        if not 0 <= self.n_dense_first < last_moe:
+            raise ValueError(
+                f"model.n_dense_first must be from 0 to {last_moe - 1} so that a Mixture of Experts is left, "
+                f"got {self.n_dense_first}"
+            )
         if self.experts_per_token > self.n_routed_experts:
             raise ValueError(
                 f"model.experts_per_token must be at most model.n_routed_experts ({self.n_routed_experts}), "
@@ -87,11 +95,16 @@ class ModelConfig:
 
     def is_moe(self, block: int) -> bool:
         """Whether block number `block`, counted from 0, is a Mixture of Experts."""
-        return (block + 1) % self.moe_every == 0
+        return (block + 1) % self.moe_every == 0 and block >= self.n_dense_first
+
+    @property
+    def n_dense_before_moe(self) -> int:
+        """Dense blocks before the first Mixture of Experts."""
+        return next(block for block in range(self.n_blocks) if self.is_moe(block))
 
     @property
     def n_moe_blocks(self) -> int:
-        return self.n_blocks // self.moe_every
+        return sum(map(self.is_moe, range(self.n_blocks)))
 
     @property
     def qk_head_dim(self) -> int:

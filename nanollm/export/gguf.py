@@ -1,0 +1,166 @@
+"""How is a model written as one GGUF file for llama.cpp, Ollama and what builds on them?
+
+Architecture `deepseek2`, tokenizer `llama`. llama.cpp runs latent attention in its absorbed form, so kv_b_proj is split
+into the matrices that go into the query (attn_k_b) and behind the attention (attn_v_b). It knows dense blocks only
+before the Mixtures of Experts: see export/dense.py.
+
+Source: llama.cpp, src/llama-model.cpp and gguf-py (loader and names of deepseek2).
+Letters: H heads, C key-value latent, N width without position, V width of values.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from nanollm.bundle import Bundle
+from nanollm.export.dense import Placement, place
+from nanollm.model.config import ModelConfig
+from nanollm.text.chat import TEMPLATE
+from nanollm.text.tokenizer import END, Tokenizer
+
+GgufType = Literal["f32", "f16", "bf16", "q8_0"]
+
+OUTSIDE = {"trunk.embed.weight": "token_embd", "trunk.norm.weight": "output_norm", "head.weight": "output"}
+IN_BLOCK = {
+    "attention_norm.weight": "attn_norm.weight",
+    "attention.q_a_proj.weight": "attn_q_a.weight",
+    "attention.q_a_norm.weight": "attn_q_a_norm.weight",
+    "attention.q_b_proj.weight": "attn_q_b.weight",
+    "attention.kv_a_proj.weight": "attn_kv_a_mqa.weight",
+    "attention.kv_a_norm.weight": "attn_kv_a_norm.weight",
+    "attention.o_proj.weight": "attn_output.weight",
+    "ffn_norm.weight": "ffn_norm.weight",
+    "ffn.gate_proj.weight": "ffn_gate.weight",
+    "ffn.up_proj.weight": "ffn_up.weight",
+    "ffn.down_proj.weight": "ffn_down.weight",
+    "ffn.centroids": "ffn_gate_inp.weight",
+    "ffn.balance_bias": "exp_probs_b.bias",
+    "ffn.shared.gate_proj.weight": "ffn_gate_shexp.weight",
+    "ffn.shared.up_proj.weight": "ffn_up_shexp.weight",
+    "ffn.shared.down_proj.weight": "ffn_down_shexp.weight",
+    "ffn.experts.gate_proj": "ffn_gate_exps.weight",
+    "ffn.experts.up_proj": "ffn_up_exps.weight",
+    "ffn.experts.down_proj": "ffn_down_exps.weight",
+}
+KIND_NUMBERS = {"normal": 1, "unknown": 2, "control": 3, "unused": 5, "byte": 6}  # of llama.cpp's tokens
+ALWAYS_F32 = ("ffn_gate_inp.weight", "exp_probs_b.bias")  # a rounded router chooses other experts
+BLOCK = 32
+"""Numbers that share a scale in q8_0: rows that are no multiple of it stay in float32."""
+LITE = (26, 27)
+"""With these numbers of blocks llama.cpp takes a model for DeepSeek-V2-Lite and does not read q_a_proj."""
+
+
+def check_fits(config: ModelConfig, tokenizer: Tokenizer) -> None:
+    """ValueError for what llama.cpp would read in another way."""
+    if tokenizer.model_type not in ("bpe", "char"):
+        raise ValueError(
+            f"gguf: llama.cpp's tokenizer needs pieces of the type bpe, this bundle's are {tokenizer.model_type}; "
+            f"export with --format compact, or train with a tokenizer of --model_type bpe"
+        )
+    if config.n_blocks in LITE:
+        raise ValueError(
+            f"gguf: llama.cpp takes a model of {config.n_blocks} blocks for DeepSeek-V2-Lite, which has no query "
+            f"latent; export with --format compact, or train with another number of blocks"
+        )
+
+
+def write_gguf(path: Path, bundle: Bundle, dtype: GgufType, name: str = "nanollm") -> None:
+    """The whole model, its tokenizer and its chat template in one file; ValueError for what llama.cpp cannot run."""
+    from gguf import GGUFWriter, LlamaFileType
+
+    check_fits(bundle.model.config, bundle.tokenizer)
+    placement = Placement.of(bundle.model.config)
+    kinds = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
+    writer = GGUFWriter(path, "deepseek2")
+    writer.add_name(name)
+    writer.add_file_type(LlamaFileType[kinds[dtype]])
+    writer.add_quantization_version(2)
+    add_shape(writer, placement.after)
+    add_tokenizer(writer, bundle.tokenizer, placement.after.vocab_size)
+    for tensor_name, tensor in tensors(place(bundle.model.state_dict(), placement), placement.after):
+        add_tensor(writer, tensor_name, tensor, dtype)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def add_shape(writer: Any, c: ModelConfig) -> None:
+    """The keys `deepseek2.*`."""
+    from gguf import ExpertGatingFuncType
+
+    writer.add_block_count(c.n_blocks)
+    writer.add_context_length(c.context_length)
+    writer.add_vocab_size(c.vocab_size)
+    writer.add_embedding_length(c.d_model)
+    writer.add_feed_forward_length(c.d_ff)
+    writer.add_head_count(c.n_heads)
+    writer.add_head_count_kv(1)  # all heads share the latent
+    writer.add_layer_norm_rms_eps(c.rms_norm_eps)
+    writer.add_q_lora_rank(c.q_lora_rank)
+    writer.add_kv_lora_rank(c.kv_lora_rank)
+    writer.add_key_length(c.cache_width)
+    writer.add_value_length(c.kv_lora_rank)
+    writer.add_key_length_mla(c.qk_head_dim)
+    writer.add_value_length_mla(c.v_head_dim)
+    writer.add_rope_dimension_count(c.qk_rope_head_dim)
+    writer.add_rope_freq_base(c.rope_theta)
+    writer.add_leading_dense_block_count(c.n_dense_before_moe)
+    writer.add_expert_count(c.n_routed_experts)
+    writer.add_expert_used_count(c.experts_per_token)
+    writer.add_expert_shared_count(c.n_shared_experts)
+    writer.add_expert_feed_forward_length(c.d_expert)
+    writer.add_expert_weights_scale(c.routed_scaling_factor)
+    writer.add_expert_weights_norm(c.norm_topk_prob)
+    writer.add_expert_gating_func(ExpertGatingFuncType.SIGMOID)
+
+
+def add_tokenizer(writer: Any, tokenizer: Tokenizer, vocab_size: int) -> None:
+    """The pieces, their scores and kinds; ids that the tokenizer lacks are unused pieces."""
+    spare = range(tokenizer.vocab_size, vocab_size)
+    pieces = tokenizer.pieces
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list([piece.text for piece in pieces] + [f"<unused {token}>" for token in spare])
+    writer.add_token_scores([piece.score for piece in pieces] + [0.0 for _ in spare])
+    kinds = [KIND_NUMBERS[piece.kind] for piece in pieces] + [KIND_NUMBERS["unused"] for _ in spare]
+    writer.add_token_types(kinds)
+    writer.add_unk_token_id(tokenizer.unk_id)
+    writer.add_bos_token_id(tokenizer.bos_id)
+    writer.add_eos_token_id(tokenizer.eos_id)
+    writer.add_pad_token_id(tokenizer.pad_id)
+    writer.add_eot_token_id(tokenizer.mark_id(END))
+    writer.add_add_bos_token(True)
+    writer.add_add_eos_token(False)
+    writer.add_add_space_prefix(False)
+    writer.add_remove_extra_whitespaces(False)
+    writer.add_chat_template(TEMPLATE)
+
+
+def tensors(weights: Mapping[str, Tensor], c: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    """(llama.cpp's name, tensor) of every tensor."""
+    for ours, theirs in OUTSIDE.items():
+        yield f"{theirs}.weight", weights[ours]
+    for block in range(c.n_blocks):
+        prefix, layer = f"trunk.blocks.{block}.", f"blk.{block}."
+        for ours, theirs in IN_BLOCK.items():
+            if prefix + ours in weights:
+                yield layer + theirs, weights[prefix + ours]
+        up = weights[prefix + "attention.kv_b_proj.weight"].unflatten(0, (c.n_heads, -1))  # (H, N + V, C)
+        w_uk, w_uv = up.split([c.qk_nope_head_dim, c.v_head_dim], dim=1)
+        yield layer + "attn_k_b.weight", w_uk.transpose(1, 2)  # (H, C, N)
+        yield layer + "attn_v_b.weight", w_uv
+
+
+def add_tensor(writer: Any, name: str, tensor: Tensor, dtype: GgufType) -> None:
+    """A tensor in the type of the file; vectors, the router and rows that do not fit stay in float32."""
+    from gguf import GGMLQuantizationType
+    from gguf.quants import quantize
+
+    stays = tensor.dim() == 1 or name.endswith(ALWAYS_F32) or (dtype == "q8_0" and tensor.shape[-1] % BLOCK)
+    kind = GGMLQuantizationType.F32 if stays else GGMLQuantizationType[dtype.upper()]
+    numbers = quantize(tensor.detach().to(torch.float32).contiguous().numpy(), kind)
+    writer.add_tensor(name, numbers, raw_dtype=kind)

@@ -1,0 +1,105 @@
+"""What must lie in a folder so that transformers, vLLM and SGLang load the model without any code of ours?
+
+compact: transformers' Glm4MoeLiteForCausalLM, whose mlp_layer_types say which blocks are dense: no parameter is added.
+deepseek-v3: DeepseekV3ForCausalLM, dense blocks first and Mixtures of Experts after them (see export/dense.py), which
+vLLM and SGLang run with their own kernels. Both read the same names of tensors.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from nanollm.bundle import Bundle, write_tensors
+from nanollm.durable import write_json
+from nanollm.export.dense import Placement, place
+from nanollm.export.names import to_theirs, words_of
+from nanollm.generate.sampling import SamplingConfig
+from nanollm.model.config import ModelConfig
+from nanollm.text.chat import reply_ends
+from nanollm.text.tokenizer import Tokenizer
+
+HfFormat = Literal["compact", "deepseek-v3"]
+HF_FORMATS: tuple[str, ...] = get_args(HfFormat)
+
+ORIGIN = "nanollm"
+"""The word of config.json that keeps the shape of the bundle, for the way back; engines ignore it."""
+SHARD_BYTES = 5_000_000_000
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+
+
+def write_model(folder: Path, bundle: Bundle, form: HfFormat, dtype: torch.dtype) -> None:
+    """config.json, generation_config.json and the weights in safetensors files of at most SHARD_BYTES."""
+    write_json(folder / "config.json", config_words(bundle.model.config, bundle.tokenizer, form, dtype))
+    write_json(folder / "generation_config.json", generation_words(bundle.tokenizer))
+    write_weights(folder, exported_weights(bundle, form, dtype))
+
+
+def exported_shape(config: ModelConfig, form: HfFormat) -> ModelConfig:
+    """The shape of the model as it is written."""
+    return config if form == "compact" else Placement.of(config).after
+
+
+def exported_weights(bundle: Bundle, form: HfFormat, dtype: torch.dtype) -> dict[str, Tensor]:
+    """All tensors by their checkpoint names. The router's bias stays in float32, as the classes keep it."""
+    config = bundle.model.config
+    weights = cast(bundle.model.state_dict(), dtype)
+    if form == "deepseek-v3":
+        weights = place(weights, Placement.of(config))
+    return to_theirs(weights, exported_shape(config, form))
+
+
+def cast(weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The weights in another type; ValueError for one whose numbers it cannot hold."""
+    kept = {name: tensor if name.endswith("balance_bias") else tensor.to(dtype) for name, tensor in weights.items()}
+    for name, tensor in kept.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name} holds numbers that {str(dtype).removeprefix('torch.')} cannot; give --dtype bf16")
+    return kept
+
+
+def write_weights(folder: Path, weights: Mapping[str, Tensor]) -> None:
+    """model.safetensors, or several with an index."""
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    split = split_torch_state_dict_into_shards(dict(weights), max_shard_size=SHARD_BYTES)
+    for file, names in split.filename_to_tensors.items():
+        write_tensors(folder / file, {name: weights[name] for name in names})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_json(folder / "model.safetensors.index.json", index)
+
+
+def config_words(config: ModelConfig, tokenizer: Tokenizer, form: HfFormat, dtype: torch.dtype) -> dict[str, Any]:
+    """config.json."""
+    shape = exported_shape(config, form)
+    words = words_of(shape) | special_ids(tokenizer)
+    if form == "compact":
+        kinds = ["sparse" if shape.is_moe(block) else "dense" for block in range(shape.n_blocks)]
+        words |= {"architectures": ["Glm4MoeLiteForCausalLM"], "model_type": "glm4_moe_lite", "mlp_layer_types": kinds}
+    else:
+        words |= {
+            "architectures": ["DeepseekV3ForCausalLM"],
+            "model_type": "deepseek_v3",
+            "first_k_dense_replace": shape.n_dense_before_moe,
+            "moe_layer_freq": 1,
+            "moe_router_dtype": "float32",
+            "num_nextn_predict_layers": 0,
+        }
+    return words | {"dtype": str(dtype).removeprefix("torch."), ORIGIN: asdict(config)}
+
+
+def generation_words(tokenizer: Tokenizer) -> dict[str, Any]:
+    """generation_config.json: what our own commands do when nothing is said."""
+    sampling = SamplingConfig()
+    drawn = {"do_sample": True, "temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
+    return special_ids(tokenizer) | drawn
+
+
+def special_ids(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The ids that begin a text, end a reply, and fill."""
+    ends = sorted(reply_ends(tokenizer))
+    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends, "pad_token_id": tokenizer.pad_id}
