@@ -1,0 +1,275 @@
+"""What does a stranger read first: what the model is, how it came to be, how good it is and how to run it?
+
+README.md with the hub's metadata in front. Every figure in it stands in the bundle, its provenance, a manifest of token
+files or an eval.json; what was not recorded or measured is said to be so.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nanollm.bundle import PROVENANCE
+from nanollm.durable import sha256_of, write_file
+from nanollm.evals import figures
+from nanollm.evals.figures import Figures
+from nanollm.export.dense import Placement
+from nanollm.export.history import Record, folders, name_of, public, stages
+from nanollm.export.usage import FORMAT, how_to_run
+from nanollm.model.config import ModelConfig
+from nanollm.progress import say
+from nanollm.sources import gsm8k, instructions, openwebtext
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult, ModelCardData
+
+CARD = "README.md"
+LIBRARIES = {"compact": "transformers", "deepseek-v3": "transformers", "gguf": "llama.cpp"}
+HUB_NAMES = {"owt": openwebtext.NAME, "sni": instructions.NAME, "gsm8k": gsm8k.NAME}
+DIGITS = 12  # of a sha256 that are shown
+
+LIMITS = """
+- It reads and writes {context:,} tokens at most.
+- What is not among the results above was not measured, safety, bias and truthfulness included: what it writes may be
+  wrong or harmful. Check it before you rely on it or show it to others.
+""".strip()
+
+
+@dataclass(frozen=True, kw_only=True)
+class About:
+    """What a card tells."""
+
+    name: str
+    """What users load it by: USER/NAME on the hub, or the name of the folder."""
+    format: str
+    """compact, deepseek-v3 or gguf."""
+    dtype: str
+    """Of the numbers in the file: f32, bf16, f16 or q8_0."""
+    config: ModelConfig
+    """The shape of the bundle's model."""
+    provenance: Record
+    """The bundle's, as it is; the card shows names of paths only."""
+    license: str
+    """As the hub calls it: mit, apache-2.0, other, ..."""
+    language: str | None = None
+    """ISO 639 code, such as en."""
+    gguf: str = "model.gguf"
+    """Name of the file, for gguf."""
+    evaluations: Sequence[Figures] = ()
+    """See find_evaluations."""
+    manifests: Mapping[str, Record] = field(default_factory=dict)
+    """Of the token files that it was trained on, see history.find_manifests."""
+
+    @property
+    def is_base(self) -> bool:
+        return "parent" not in self.provenance
+
+
+def find_evaluations(bundle: Path) -> list[Figures]:
+    """The eval/*/eval.json beside a bundle that are about this very bundle; those of other models are left out."""
+    digest, found = sha256_of(bundle / PROVENANCE), []
+    for file in sorted(Path(os.path.normpath(bundle / "..")).glob("eval/*/eval.json")):
+        try:
+            evaluation = json.loads(file.read_bytes())
+            measured = evaluation["bundle"]["digest"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{file} is not what nanollm eval writes ({error}); measure again or delete it") from error
+        if measured == digest:
+            found.append(evaluation)
+        else:
+            say(f"{file} is about another model than {bundle}, or about an earlier one: the card leaves it out")
+    return found
+
+
+def write_card(folder: Path, about: About) -> None:
+    """README.md in the folder of an exported model."""
+    write_file(folder / CARD, card(about).encode())
+
+
+def card(about: About) -> str:
+    """The text of README.md."""
+    can = "It continues texts; it was not taught to reply." if about.is_base else "It replies to messages."
+    model = f"A language model of {about.config.total_parameters:,} parameters, made with NanoLLM. {can}"
+    sections: dict[str, Iterator[str]] = {
+        "The model": shape(about),
+        "How it was made": history(about),
+        "Results": results(about.evaluations),
+        "How to run it": how_to_run(about.name, about.format, about.config, is_base=about.is_base, gguf=about.gguf),
+        "Chat format": iter([] if about.is_base else [FORMAT]),
+        "Limits": iter([LIMITS.format(context=about.config.context_length)]),
+        "Licence": iter([f"{code(about.license)}. The texts that it was trained on have licences of their own."]),
+    }
+    parts = [f"---\n{metadata(about).to_yaml()}\n---", f"# {about.name}", model]
+    for title, paragraphs in sections.items():
+        if texts := list(paragraphs):
+            parts += [f"## {title}", *texts]
+    return "\n\n".join(parts) + "\n"
+
+
+# --- metadata for the hub ---
+
+
+def metadata(about: About) -> "ModelCardData":
+    from huggingface_hub import ModelCardData
+
+    results = [result for evaluation in about.evaluations for result in eval_results(evaluation)]
+    return ModelCardData(
+        license=about.license,
+        language=about.language,
+        library_name=LIBRARIES[about.format],
+        pipeline_tag="text-generation",
+        tags=["nanollm", "mixture-of-experts", "multi-head-latent-attention", *["gguf"] * (about.format == "gguf")],
+        datasets=sorted(datasets(about)) or None,
+        model_name=about.name.rpartition("/")[2] if results else None,
+        eval_results=results or None,
+    )
+
+
+def datasets(about: About) -> set[str]:
+    """The datasets of the hub that it was trained on, as far as is recorded."""
+    sources = [manifest["source"] for manifest in about.manifests.values()]
+    tasks = [step["config"]["task"] for step in stages(about.provenance) if "task" in step.get("config", {})]
+    sources += [{"dataset": task["name"], "files": task["input"]} for task in tasks]
+    return {name for source in sources if "/" in (name := dataset_of(source))}
+
+
+def dataset_of(source: Record) -> str:
+    """The name of a dataset: on the hub, if it was read from there."""
+    name = source["dataset"]
+    if not source.get("files"):
+        name = HUB_NAMES.get(name, name)
+    is_on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists()
+    return name if is_on_hub else name_of(name)
+
+
+def eval_results(evaluation: Figures) -> Iterator["EvalResult"]:
+    """Each figure of an eval.json as the hub writes it."""
+    settings, bundle = evaluation["settings"], evaluation["bundle"]
+    task, split = settings["task"]["name"], settings["task"]["split"]
+    for grader, score in bundle.get("greedy", {}).get("scores", {}).items():
+        label = f"{grader}, greedy, {interval(score)}, n {score['n']}"
+        yield eval_result(HUB_NAMES.get(task, task), "accuracy", label, score["value"], split)
+    for grader, scores in bundle.get("samples", {}).get("scores", {}).items():
+        for tries, score in scores.items():
+            label = (
+                f"{grader}, {tries} at temperature {settings['temperature']:g}, {interval(score)}, n {settings['n']}"
+            )
+            yield eval_result(HUB_NAMES.get(task, task), tries, label, score["value"], split)
+    for text in [*bundle.get("text", []), *bundle.get("data", [])]:
+        label = f"bits per byte of {text['bytes']:,} bytes"
+        yield eval_result(name_of(text["path"]), "bits_per_byte", label, text["bits_per_byte"])
+    for name, of_task in bundle.get("harness", {}).get("tasks", {}).items():
+        for metric, score in of_task["metrics"].items():
+            sure = "" if score["low"] is None else f"{interval(score)}, "
+            label = f"{metric}, {of_task['shots']} shots, {sure}n {of_task['n']}"
+            yield eval_result(name, metric, label, score["value"])
+
+
+def eval_result(dataset: str, metric: str, label: str, value: float, split: str | None = None) -> "EvalResult":
+    from huggingface_hub import EvalResult
+
+    return EvalResult(
+        task_type="text-generation",
+        dataset_type=dataset,
+        dataset_name=dataset,
+        dataset_split=split,
+        metric_type=metric,
+        metric_name=label,
+        metric_value=round(value, 4),
+    )
+
+
+def interval(score: Figures) -> str:
+    return f"95 % interval {score['low']:.4f} to {score['high']:.4f}"
+
+
+# --- paragraphs for people ---
+
+
+def shape(about: About) -> Iterator[str]:
+    """What it is made of."""
+    c = about.config
+    experts = f"{c.n_routed_experts} routed, {c.experts_per_token} of them per token, and {c.n_shared_experts} shared"
+    rows = {
+        "parameters": f"{c.total_parameters:,}, of which a token meets {c.active_parameters:,}",
+        "blocks": f"{c.n_blocks}, of which {c.n_moe_blocks} with a Mixture of Experts",
+        "experts": f"{experts}, each {c.d_expert:,} wide",
+        "attention": f"latent, {c.n_heads} heads; its cache holds {c.cache_width} numbers per token and block",
+        "width": f"{c.d_model:,}, {c.d_ff:,} in dense blocks",
+        "vocabulary": f"{c.vocab_size:,}",
+        "context": f"{c.context_length:,} tokens",
+        "format": f"{about.format}, {about.dtype}",
+    }
+    yield "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
+    stored = c if about.format == "compact" else Placement.of(c).after
+    if stored != c:
+        yield (
+            f"The file holds {stored.total_parameters:,} parameters: it has a Mixture of Experts in each block after "
+            f"the first {stored.n_dense_before_moe}, as engines expect it. Blocks without one are written as such, and "
+            f"filled up with zeros, which changes no result beyond rounding."
+        )
+
+
+def history(about: About) -> Iterator[str]:
+    """Each stage, the first first."""
+    for number, step in enumerate(stages(about.provenance), start=1):
+        yield "\n".join(
+            [f"{number}. {step.get('made_by', 'not recorded')}", *(f"   - {line}" for line in told(step, about))]
+        )
+    yield f"Every setting is in `{PROVENANCE}`."
+
+
+def told(step: Record, about: About) -> Iterator[str]:
+    """What is recorded of a stage."""
+    config = public(step.get("config", {}))
+    for folder, digest in folders(step).items():
+        yield f"data: {data(folder, digest, about.manifests)}"
+    if task := config.get("task"):
+        yield "task: " + ", ".join(f"{name} {code(value)}" for name, value in task.items() if value != [])
+    if "train" in config:
+        seen = [f"{step[key]:,} {key.removesuffix('_seen')}" for key in step if key.endswith("_seen")]
+        yield ", ".join([f"{config['train']['steps']:,} optimizer steps", *seen])
+    if optim := config.get("optim"):
+        yield (
+            f"{optim['name']}, learning rate {optim['lr']:g} at its peak, schedule {optim['schedule']} after "
+            f"{optim['warmup_steps']:,} steps of warm-up, weight decay {optim['weight_decay']:g}"
+        )
+    if "seed" in config:
+        yield f"seed {config['seed']}, computed in {config['dtype']} on {config['device']}"
+    if not config:
+        yield "data and settings are not recorded"
+    for adoption in step.get("imports", []):
+        yield f"imported from {code(adoption['folder'])}, {'; '.join([adoption['format'], *adoption['changes']])}"
+
+
+def data(folder: str, digest: str, manifests: Mapping[str, Record]) -> str:
+    """What token files hold, if they are still there to tell it."""
+    named = f"{code(name_of(folder))} (manifest {digest[:DIGITS]})"
+    if digest not in manifests:
+        return f"{named}, made of what is not recorded"
+    train = manifests[digest]["splits"]["train"]
+    origin = code(dataset_of(manifests[digest]["source"]))
+    return f"{named}, {train['tokens']:,} tokens in {train['documents']:,} documents of {origin}"
+
+
+def results(evaluations: Sequence[Figures]) -> Iterator[str]:
+    """What was measured."""
+    if not evaluations:
+        yield "Nothing was measured: there is no eval.json of this model."
+        return
+    yield "Of the bundle that this was exported from, in NanoLLM; in brackets the 95 % interval."
+    for evaluation in evaluations:
+        mine = {name: each for name, each in evaluation.items() if name in ("bundle", "settings", "contamination")}
+        settings = evaluation["settings"]
+        how = f"measured by {evaluation['made_by']} in {settings['dtype']}"
+        if settings["task"]["name"] != "none":
+            how += f", at most {settings['max_tokens']:,} tokens a reply"
+        yield "\n".join(f"- {line}" for line in [*figures.lines(public(mine)), how])
+
+
+def code(value: object) -> str:
+    """As code in Markdown, whatever it holds."""
+    return f"`{' '.join(str(value).replace('`', chr(39)).split())}`"

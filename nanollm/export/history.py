@@ -1,0 +1,68 @@
+"""What may the world read of how a model came to be?
+
+A provenance.json names folders of the machine that trained; of each path only the last name is shown. What the token
+files were made of stands in their own manifest, which is read where it still lies at its place.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nanollm.data.shards import MANIFEST
+from nanollm.durable import sha256_of
+
+Record = Mapping[str, Any]
+
+PATH = re.compile(r"\s*([/\\~]|\.{1,2}[/\\]|[A-Za-z]:[/\\]).*|\S*[/\\]\S*", re.DOTALL)
+"""Absolute, or begun from here, or with a slash in it and no space."""
+
+
+def public(record: Record) -> dict[str, Any]:
+    """The same provenance, or figures, with the last name of each path only; paths may be keys, too."""
+    shown: dict[str, Any] = _public(record)
+    return shown
+
+
+def _public(value: Any) -> Any:
+    if isinstance(value, str):
+        return name_of(value)
+    if isinstance(value, Mapping):
+        names: dict[str, str] = {}
+        for key in sorted(value):  # two folders of one name stay two, and the same two in every mapping
+            name = name_of(key)
+            names[key] = name if name not in names.values() else f"{name} ({len(names) + 1})"
+        return {names[key]: _public(each) for key, each in value.items()}
+    return [_public(each) for each in value] if isinstance(value, list) else value
+
+
+def name_of(text: str) -> str:
+    """The last name of a path; any other text as it is."""
+    return re.split(r"[/\\]", text.strip().rstrip("/\\"))[-1] if PATH.fullmatch(text) else text
+
+
+def stages(provenance: Record) -> list[Record]:
+    """What was done to the model, the first first."""
+    found: list[Record] = []
+    step: Record | None = provenance
+    while step is not None:
+        found.append(step)
+        step = step.get("parent")
+    return found[::-1]
+
+
+def folders(step: Record) -> dict[str, str]:
+    """The token files that a stage has read: folder -> the sha256 of its manifest."""
+    data = step.get("inputs", {}).get("data", {})
+    return data if isinstance(data, dict) else {step["config"]["data"]: data}
+
+
+def find_manifests(provenance: Record) -> dict[str, Record]:
+    """sha256 -> manifest of the token files that still lie where they were read, unchanged."""
+    return {
+        digest: json.loads(file.read_bytes())
+        for step in stages(provenance)
+        for folder, digest in folders(step).items()
+        if (file := Path(folder) / MANIFEST).is_file() and sha256_of(file) == digest
+    }
