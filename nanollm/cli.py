@@ -6,6 +6,7 @@ Exit codes: 0 done, 2 the user's mistake (one line on stderr), 1 a fault of ours
 
 import importlib
 import io
+import keyword
 import os
 import sys
 import traceback
@@ -33,6 +34,7 @@ VERBS = {
         "chat": "talk to a model in the terminal",
         "serve": "answer over HTTP like OpenAI, with a page to chat on",
         "bench": "how fast a model answers on this machine",
+        "import": "make a bundle of an exported model, or of one that others trained",
         "info": "parameters, memory and arithmetic of a model",
     },
 }
@@ -75,7 +77,12 @@ def dispatch(arguments: list[str]) -> object:
     verb, *rest = arguments
     if verb not in all_verbs():
         raise ValueError(f"unknown verb {verb!r}; {suggestion(verb)}")
-    return run_stage(verb, importlib.import_module(f"nanollm.stages.{verb}"), rest)
+    return run_stage(verb, importlib.import_module(module_of(verb)), rest)
+
+
+def module_of(verb: str) -> str:
+    """The name of a verb's module: one that Python keeps for itself, such as import, has a _ behind it."""
+    return f"nanollm.stages.{verb}{'_' * keyword.iskeyword(verb)}"
 
 
 def run_stage(verb: str, stage: ModuleType, arguments: list[str]) -> object:

@@ -135,12 +135,12 @@ def test_help_imports_nothing_heavy():
 
 def test_every_listed_verb_is_a_stage_and_every_stage_is_listed():
     stages = {file.stem for file in (Path(cli.__file__).parent / "stages").glob("*.py")} - {"__init__"}
-    assert stages == set(cli.all_verbs())
+    assert {f"nanollm.stages.{stage}" for stage in stages} == {*map(cli.module_of, cli.all_verbs())}
 
 
 @pytest.mark.parametrize("verb", cli.all_verbs())
 def test_every_verb_explains_every_option(verb, capsys):
-    stage = importlib.import_module(f"nanollm.stages.{verb}")
+    stage = importlib.import_module(cli.module_of(verb))
     assert cli.main([verb, "--help"]) == 0
     text = capsys.readouterr().out
     assert " ".join(text.split()).startswith(f"usage: nanollm {verb} ")

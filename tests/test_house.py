@@ -49,7 +49,7 @@ def runs() -> list[Path]:
 
 def config_from(file: Path) -> object:
     """What `nanollm VERB --config FILE` would run."""
-    stage = importlib.import_module(f"nanollm.stages.{file.parent.name}")
+    stage = importlib.import_module(cli.module_of(file.parent.name))
     return options.read(file.parent.name, stage, ["--config", str(file)])[0]
 
 
@@ -124,7 +124,7 @@ def test_commands_in_the_documents_exist(name):
         pytest.skip(f"{name} is not written yet")
     for verb, *words in commands_in(file.read_text(encoding="utf-8")):
         assert verb in cli.all_verbs(), f"{name} names the verb {verb}"
-        stage = importlib.import_module(f"nanollm.stages.{verb}")
+        stage = importlib.import_module(cli.module_of(verb))
         named = {word[2:].partition("=")[0].replace("-", "_") for word in words if re.match(r"--\w", word)}
         unknown = named - options.kinds_of(stage).keys()
         assert not unknown, f"{name}: nanollm {verb} has no {unknown}"

@@ -176,6 +176,8 @@ def rope_theta(words: Mapping[str, Any]) -> float:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
         raise ValueError(f"config.json: the rotary type must be default, got {kind}; NanoLLM cannot express it")
+    if (part := rope.get("partial_rotary_factor", words.get("partial_rotary_factor", 1))) != 1:
+        raise ValueError(f"config.json: partial_rotary_factor must be 1, got {part!r}; NanoLLM cannot express it")
     return float(word({**words, **rope}, "rope_theta", (int, float)))
 
 
@@ -196,7 +198,7 @@ def moe_blocks(words: Mapping[str, Any]) -> list[bool]:
 def pattern_of(is_moe: list[bool]) -> tuple[int, int]:
     """moe_every and n_dense_first of these blocks; ValueError if there are none."""
     count = len(is_moe)
-    for n_dense_first in range(count):
+    for n_dense_first in range(count if any(is_moe) else 0):
         for every in range(1, count + 1):
             if is_moe == [(block + 1) % every == 0 and block >= n_dense_first for block in range(count)]:
                 return every, n_dense_first

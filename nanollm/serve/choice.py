@@ -13,7 +13,7 @@ from typing import Literal
 from nanollm.generate.request import Scored
 from nanollm.serve.worker import News
 from nanollm.text.stream import TextStream
-from nanollm.text.tokenizer import BOS_ID, EOS_ID, MARKS, PAD_ID, UNK_ID, Tokenizer
+from nanollm.text.tokenizer import Tokenizer
 
 FinishReason = Literal["stop", "length"]
 LEAST_LOGPROB = -9999.0
@@ -25,8 +25,7 @@ class Speller:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
-        special = {PAD_ID: "<pad>", UNK_ID: "<unk>", BOS_ID: "<s>", EOS_ID: "</s>"}
-        self._names = special | {tokenizer.mark_id(mark): mark for mark in MARKS}
+        self._names = tokenizer.symbols
         self.spell = cache(self._spell)
 
     def _spell(self, token: int) -> tuple[str, bytes]:

@@ -4,7 +4,8 @@ SentencePiece (arXiv:1808.06226), set up so that nothing is lost: `decode(encode
 is valid Unicode. Identity normalisation, no dummy prefix, no whitespace removal, digits one by one, and 256 byte
 pieces for whatever has no piece of its own. The marks of a chat are *control* symbols: no text can spell one.
 
-Layout of the ids: <pad> <unk> <s> </s>, 4 chat marks, 12 reserved marks, 256 bytes, then the learned pieces.
+Layout of the ids when we train one: <pad> <unk> <s> </s>, 4 chat marks, 12 reserved marks, 256 bytes, then the learned
+pieces. Another's may have another layout (export/adopt.py): ask the tokenizer for an id.
 """
 
 import hashlib
@@ -16,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import sentencepiece
@@ -24,6 +25,7 @@ import sentencepiece
 from nanollm.durable import write_file
 
 ModelType = Literal["bpe", "unigram", "char", "word"]
+PieceKind = Literal["normal", "unknown", "control", "user_defined", "unused", "byte"]
 
 PAD_ID, UNK_ID, BOS_ID, EOS_ID = 0, 1, 2, 3
 SYSTEM, USER, ASSISTANT, END = "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"
@@ -39,6 +41,14 @@ NUM_THREADS = 16  # written into the model, so a fixed number: its bytes must no
 SPACE_MARK = "\u2581"  # how SentencePiece writes a space; a text may hold it literally
 NOT_FOR_TRAINING = re.compile("[\0\u2581\u2585]+")  # SentencePiece skips a whole line for one of these
 LINE = re.compile(r"[^\n]+\n*|\n+")
+
+
+class Piece(NamedTuple):
+    """What one id stands for, as SentencePiece keeps it."""
+
+    text: str  # a space is U+2581; a byte is "<0x0A>"
+    score: float
+    kind: PieceKind
 
 
 class Tokenizer:
@@ -59,14 +69,13 @@ class Tokenizer:
             raise ValueError(f"{name} is not a SentencePiece model; make one with: nanollm tokenizer ...") from error
 
     def _check(self, name: str) -> None:
-        special = (self._sp.pad_id(), self._sp.unk_id(), self._sp.bos_id(), self._sp.eos_id())
-        missing = [
-            mark for mark in (SYSTEM, USER, ASSISTANT, END) if not self._sp.is_control(self._sp.piece_to_id(mark))
-        ]
+        marks = [self._sp.piece_to_id(mark) for mark in (SYSTEM, USER, ASSISTANT, END)]
+        special = (self.pad_id, self.unk_id, self.bos_id, self.eos_id)  # -1: there is none
         probe = "  Two  spaces,\ttab\r\nNUL \0 \u2581 \u2585 \ufb01 \U0001f600 </s><|user|>\n "
-        if special != (PAD_ID, UNK_ID, BOS_ID, EOS_ID) or missing or self.decode(self.encode(probe)) != probe:
+        has_marks = min(special) >= 0 and all(map(self._sp.is_control, marks))
+        if not has_marks or self.decode(self.encode(probe)) != probe:
             raise ValueError(
-                f"{name} is not a lossless tokenizer with chat marks (expected ids 0-3 = pad, unk, bos, eos; "
+                f"{name} is not a lossless tokenizer with chat marks (expected ids for pad, unk, bos, eos; "
                 f"byte fallback; identity normalisation); make one with: nanollm tokenizer ..."
             )
 
@@ -97,7 +106,21 @@ class Tokenizer:
     def __reduce__(self) -> tuple[type["Tokenizer"], tuple[bytes]]:
         return Tokenizer, (self.serialized,)
 
-    pad_id, bos_id, eos_id = PAD_ID, BOS_ID, EOS_ID
+    @property
+    def pad_id(self) -> int:
+        return int(self._sp.pad_id())
+
+    @property
+    def unk_id(self) -> int:
+        return int(self._sp.unk_id())
+
+    @property
+    def bos_id(self) -> int:
+        return int(self._sp.bos_id())
+
+    @property
+    def eos_id(self) -> int:
+        return int(self._sp.eos_id())
 
     @property
     def vocab_size(self) -> int:
@@ -107,6 +130,32 @@ class Tokenizer:
     def fingerprint(self) -> str:
         """sha256 (hex) of the model's bytes: two tokenizers are the same exactly when these are."""
         return hashlib.sha256(self.serialized).hexdigest()
+
+    @cached_property
+    def pieces(self) -> list[Piece]:
+        """What each id stands for."""
+        kind_name = type(self._proto).SentencePiece.Type.Name
+        return [Piece(piece.piece, piece.score, kind_name(piece.type).lower()) for piece in self._proto.pieces]
+
+    @cached_property
+    def model_type(self) -> ModelType:
+        """How a text is cut into pieces."""
+        spec = self._proto.trainer_spec
+        name: ModelType = spec.ModelType.Name(spec.model_type).lower()
+        return name
+
+    @cached_property
+    def _proto(self) -> Any:
+        from sentencepiece import sentencepiece_model_pb2 as proto  # needs protobuf, which comes with nanollm[export]
+
+        return proto.ModelProto.FromString(self.serialized)  # type: ignore[attr-defined]
+
+    @cached_property
+    def symbols(self) -> dict[int, str]:
+        """The ids that stand for no text, the marks among them, and what they are called."""
+        sp = self._sp
+        none = (token for token in range(self.vocab_size) if sp.is_control(token) or sp.is_unknown(token))
+        return {token: sp.id_to_piece(token) for token in none}
 
     def mark_id(self, mark: str) -> int:
         """The id of a control symbol, such as "<|user|>"."""
@@ -150,7 +199,7 @@ class Tokenizer:
 
     def encode_document(self, text: str) -> list[int]:
         """<s> text </s>."""
-        return [BOS_ID, *self.encode(text), EOS_ID]
+        return [self.bos_id, *self.encode(text), self.eos_id]
 
     def decode_drawn(self, ids: Iterable[int]) -> str:
         """Text of ids that a model drew. It may have more ids than its tokenizer: those say nothing."""
@@ -182,7 +231,7 @@ class Tokenizer:
         pieces = [sp.id_to_piece(token).replace(SPACE_MARK, " ") for token in range(self.vocab_size)]
         sizes = np.array([len(piece.encode()) for piece in pieces], dtype=np.int32)
         sizes[self._bytes] = 1
-        sizes[[token for token in range(self.vocab_size) if sp.is_control(token) or sp.is_unknown(token)]] = 0
+        sizes[[*self.symbols]] = 0
         return sizes
 
 

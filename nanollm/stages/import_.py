@@ -1,0 +1,71 @@
+"""A model that was exported, or that others trained, becomes a bundle."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nanollm import __version__
+from nanollm.bundle import PROVENANCE, save_bundle
+from nanollm.export.adopt import adopt
+from nanollm.export.checkpoint import Checkpoint, read_checkpoint
+from nanollm.progress import say
+
+POSITIONAL = ("folder",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Make a bundle of a model in transformers' layout: one that NanoLLM exported, or another of the shape of
+    DeepSeek-V3 or GLM-4-MoE-Lite with a SentencePiece tokenizer."""
+
+    folder: Path
+    """Folder with config.json, model.safetensors (or several with an index) and tokenizer.model."""
+    out: Path
+    """Folder of the bundle."""
+    force: bool = False
+    """Replace the bundle that lies at out."""
+
+
+def run(c: Config) -> Path:
+    """The folder of the bundle."""
+    check_out(c)
+    found = read_checkpoint(c.folder)
+    adopted = adopt(found)
+    for note in adopted.notes:
+        say(note)
+    say(f"{adopted.config.total_parameters:,} parameters, {adopted.tokenizer.vocab_size:,} pieces")
+    provenance = history_of(found, c.folder.resolve().name, adopted.notes)
+    return save_bundle(c.out, adopted.config, adopted.weights, adopted.tokenizer, provenance)
+
+
+def check_out(c: Config) -> None:
+    """Refuse a place for the bundle where something else would be lost."""
+    if c.out.is_file():
+        raise ValueError(f"{c.out} is a file; choose another --out")
+    if c.folder.resolve().is_relative_to(c.out.resolve()):
+        raise ValueError(f"{c.out} holds the model that is imported; choose another --out")
+    if c.out.is_dir() and any(c.out.iterdir()):
+        if not (c.out / PROVENANCE).is_file():
+            raise ValueError(f"{c.out} is not empty, and no bundle; choose another --out")
+        if not c.force:
+            raise ValueError(f"{c.out} is a bundle already; choose another --out, or replace it with --force")
+
+
+def history_of(found: Checkpoint, name: str, notes: Sequence[str]) -> dict[str, Any]:
+    """The provenance of the bundle: that of the exported one, with the import behind it.
+
+    What others trained has no parent: whatever it can do, it has not learnt to reply between our marks.
+    """
+    made_by = f"nanollm {__version__} import, torch {torch.__version__}"
+    history = found.history or {"made_by": made_by}
+    this = {
+        "made_by": made_by,
+        "folder": name,
+        "format": found.words["model_type"],
+        "files": found.files,
+        "changes": [*notes],
+    }
+    return {**history, "imports": [*history.get("imports", []), this]}
