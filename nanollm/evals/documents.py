@@ -11,9 +11,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nanollm.data.batches import IGNORE, Batch
+from nanollm.bundle import Bundle
+from nanollm.data.batches import IGNORE, Batch, ChatShards, sequential_batches
 from nanollm.data.shards import MANIFEST, PROGRESS, Shards
-from nanollm.sources.files import OnBad, find_files, read_texts
+from nanollm.evals.bits_per_byte import BitsPerByte, bits_per_byte
+from nanollm.progress import Progress, say
+from nanollm.sources.files import BadRecord, OnBad, find_files, read_texts
+from nanollm.text.chat import Marks
 from nanollm.text.tokenizer import Tokenizer
 
 BATCH_TOKENS = 16_384  # of a batch: enough to keep a device busy
@@ -48,6 +52,17 @@ def read(
             yield f"{file}, document {number:,}", text
 
 
+def read_all(path: Path, text_column: str, tokenizer: Tokenizer) -> Iterator[tuple[str, str]]:
+    """What `read` gives, with a bar; bad records are left out, and said."""
+    bad: list[BadRecord] = []
+    with Progress(f"reading {path}", unit="documents") as bar:
+        for document in read(path, text_column, tokenizer, bad.append):
+            yield document
+            bar.advance()
+    if bad:
+        say(f"{path}: {len(bad):,} bad records were left out, the first: {bad[0]}")
+
+
 def _read_prepared(folder: Path, tokenizer: Tokenizer, split: str) -> Iterator[tuple[str, str]]:
     shards = Shards.open(folder, split, tokenizer_fingerprint=tokenizer.fingerprint)
     starts = [*shards.document_offsets().tolist(), shards.tokens_total]
@@ -58,6 +73,24 @@ def _read_prepared(folder: Path, tokenizer: Tokenizer, split: str) -> Iterator[t
         messages = np.split(ids, np.flatnonzero(is_mark[ids]))
         text = "\n".join(filter(None, (tokenizer.decode(message.tolist()) for message in messages)))
         yield f"{folder}, {split} document {number:,}", text
+
+
+def bits_of_texts(bundle: Bundle, texts: Iterable[str]) -> BitsPerByte:
+    """Bits per byte of texts, each by itself."""
+    rows = batches(texts, bundle.tokenizer, bundle.model.config.context_length)
+    return bits_per_byte(bundle.model, rows, bundle.tokenizer.token_bytes)
+
+
+def bits_of_prepared(bundle: Bundle, folder: Path) -> BitsPerByte:
+    """Bits per byte of the split val: windows as in pretraining, or conversations as in fine-tuning."""
+    shards = Shards.open(folder, "val", tokenizer_fingerprint=bundle.tokenizer.fingerprint)
+    context = bundle.model.config.context_length
+    rows = max(1, BATCH_TOKENS // context)
+    if shards.kind == "text":
+        found = sequential_batches(shards, context, rows)
+    else:
+        found = ChatShards(shards, context, Marks.of(bundle.tokenizer)).batches(rows)
+    return bits_per_byte(bundle.model, found, bundle.tokenizer.token_bytes)
 
 
 def batches(texts: Iterable[str], tokenizer: Tokenizer, context_length: int) -> Iterator[Batch]:

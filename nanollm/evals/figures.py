@@ -100,6 +100,8 @@ def lines(figures: Figures) -> list[str]:
         found += [f"{other['path']}, greedy: {_scores(other['greedy']['scores'])}", _replies(other["greedy"])]
         found += [f"{bundle['path']} minus {other['path']}: {_differences(figures['difference'])}"]
     found += _bits_lines(bundle, other)
+    if "harness" in bundle:
+        found += _harness_lines(figures)
     if "contamination" in figures:
         found += _contamination_lines(figures["contamination"])
     return found
@@ -154,6 +156,27 @@ def _bits_lines(bundle: Figures, other: Figures) -> list[str]:
             line += f"; {others[each['path']]['bits_per_byte']:.4f} of {other['path']}"
         found.append(line)
     return found
+
+
+def _harness_lines(figures: Figures) -> list[str]:
+    """lm_eval's figures as it prints them: a share is a number from 0 to 1."""
+    bundle, other = figures["bundle"], figures.get("against")
+    found = [_harness_line(task, of_task) for task, of_task in bundle["harness"]["tasks"].items()]
+    if other:
+        tasks = other["harness"]["tasks"].items()
+        found += [f"{other['path']}, {_harness_line(task, of_task)}" for task, of_task in tasks]
+        pairs = figures["harness_difference"].items()
+        found += [f"{bundle['path']} minus {other['path']}, {task}: {_differences(of_task)}" for task, of_task in pairs]
+    return found
+
+
+def _harness_line(task: str, figures: Figures) -> str:
+    metrics = ", ".join(
+        f"{name} {of_metric['value']:.4g}"
+        + ("" if of_metric["low"] is None else f" ({of_metric['low']:.4g} to {of_metric['high']:.4g})")
+        for name, of_metric in figures["metrics"].items()
+    )
+    return f"{task}, {figures['shots']} shots: {metrics}, n {figures['n']:,}"
 
 
 def _contamination_lines(figures: Figures) -> list[str]:

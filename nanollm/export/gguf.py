@@ -45,10 +45,12 @@ IN_BLOCK = {
     "ffn.experts.up_proj": "ffn_up_exps.weight",
     "ffn.experts.down_proj": "ffn_down_exps.weight",
 }
-KIND_NUMBERS = {"normal": 1, "unknown": 2, "control": 3, "unused": 5, "byte": 6}  # of llama.cpp's tokens
+KIND_NUMBERS = {"normal": 1, "unknown": 2, "control": 3, "user_defined": 4, "unused": 5, "byte": 6}  # of llama.cpp's tokens
 ALWAYS_F32 = ("ffn_gate_inp.weight", "exp_probs_b.bias")  # a rounded router chooses other experts
+F16_IN_Q8_0 = ("attn_q_a.weight", "attn_kv_a_mqa.weight", "attn_k_b.weight", "attn_v_b.weight", "output.weight")
+"""What everything passes through: in q8_0 these few would cost half a percent of the likeliest tokens (docs/log.md)."""
 BLOCK = 32
-"""Numbers that share a scale in q8_0: rows that are no multiple of it stay in float32."""
+"""Numbers that share a scale in q8_0."""
 LITE = (26, 27)
 """With these numbers of blocks llama.cpp takes a model for DeepSeek-V2-Lite and does not read q_a_proj."""
 
@@ -156,11 +158,19 @@ def tensors(weights: Mapping[str, Tensor], c: ModelConfig) -> Iterator[tuple[str
 
 
 def add_tensor(writer: Any, name: str, tensor: Tensor, dtype: GgufType) -> None:
-    """A tensor in the type of the file; vectors, the router and rows that do not fit stay in float32."""
+    """A tensor in the type of the file, or in a wider one where that type does not do."""
     from gguf import GGMLQuantizationType
     from gguf.quants import quantize
 
-    stays = tensor.dim() == 1 or name.endswith(ALWAYS_F32) or (dtype == "q8_0" and tensor.shape[-1] % BLOCK)
-    kind = GGMLQuantizationType.F32 if stays else GGMLQuantizationType[dtype.upper()]
+    kind = GGMLQuantizationType[type_of(name, tensor, dtype).upper()]
     numbers = quantize(tensor.detach().to(torch.float32).contiguous().numpy(), kind)
     writer.add_tensor(name, numbers, raw_dtype=kind)
+
+
+def type_of(name: str, tensor: Tensor, dtype: GgufType) -> GgufType:
+    """Vectors and the router stay in float32, and with q8_0 some matrices in float16."""
+    if tensor.dim() == 1 or name.endswith(ALWAYS_F32):
+        return "f32"
+    if dtype == "q8_0" and (name.endswith(F16_IN_Q8_0) or tensor.shape[-1] % BLOCK):
+        return "f16"
+    return dtype

@@ -1,7 +1,8 @@
 """How good is a model, how sure is that, and is it better than another?
 
-Problems of a task, solved greedily and perhaps by chance; bits per byte of any text; the same for another bundle, on
-the same problems; and whether the questions stand in the training text. Every reply is saved.
+Problems of a task, solved greedily and perhaps by chance; bits per byte of any text; tasks of lm-evaluation-harness;
+the same for another bundle, on the same problems; and whether the questions stand in the training text. Every reply
+is saved.
 """
 
 import dataclasses
@@ -9,36 +10,38 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from nanollm import __version__
 from nanollm.bundle import PROVENANCE, Bundle, load_bundle, read_config
-from nanollm.data.batches import ChatShards, sequential_batches
 from nanollm.data.shards import Shards
-from nanollm.durable import check_writable, sha256_of, write_file, write_json
+from nanollm.durable import check_writable, sha256_of, write_json
 from nanollm.evals import documents, figures
-from nanollm.evals.bits_per_byte import bits_per_byte
 from nanollm.evals.contamination import NGRAM_WORDS, search
 from nanollm.evals.figures import Figures
+from nanollm.evals.measured import Measured, save_replies
 from nanollm.evals.problems import GREEDY, ROWS, Judged, graders, judge, solve
 from nanollm.generate.sampling import SamplingConfig
-from nanollm.progress import Progress, say
-from nanollm.sources.files import BadRecord
+from nanollm.progress import say
 from nanollm.sources.gsm8k import Problem
 from nanollm.sources.tasks import Task, TaskConfig, default_of, open_task
-from nanollm.text.chat import Marks
 from nanollm.text.tokenizer import Tokenizer
 from nanollm.world import DeviceName, DtypeName, World
+
+if TYPE_CHECKING:
+    from nanollm.evals.benchmarks import Benchmarks
 
 POSITIONAL = ("bundle",)
 NO_TASK = "none"
 ASK = (
-    "nothing to measure; ask for --task.name words (or gsm8k, or module:Name of your own), --text FILE_OR_FOLDER "
-    "or --data TOKEN_FOLDER"
+    "nothing to measure; ask for --task.name words (or gsm8k, or module:Name of your own), --text FILE_OR_FOLDER, "
+    "--harness hellaswag (or another task of lm-evaluation-harness) or --data TOKEN_FOLDER"
 )
 
 
@@ -66,8 +69,8 @@ class EvalTask(TaskConfig):
 class Config(SamplingConfig):
     """Measure a model: problems solved, with a 95 % interval, bits per byte, and against another model.
 
-    Ask for --task.name, --text or --data, in one call for several. Figures go to eval.json, every reply to
-    samples.jsonl, both in --out.
+    Ask for --task.name, --text, --data or --harness, in one call for several. Figures go to eval.json, every reply to
+    samples.jsonl and harness-TASK.jsonl, all in --out.
     """
 
     bundle: Path
@@ -92,12 +95,20 @@ class Config(SamplingConfig):
     """Column (.jsonl key) that holds the text, for --text and --contamination."""
     data: Path | None = None
     """Folder of token files: bits per byte of its split val; of conversations, those of the assistant's words."""
+    harness: list[str] = field(default_factory=list)
+    """Tasks of lm-evaluation-harness, such as hellaswag,arc_easy."""
+    harness_tasks: Path | None = None
+    """Folder with the YAML files of your own tasks for --harness."""
+    harness_limit: int | None = None
+    """Documents of each task of --harness, the first ones; null: all."""
+    harness_shots: int | None = None
+    """Examples before each question of --harness; null: as the task says."""
     contamination: list[Path] = field(default_factory=list)
     """What the model was trained on (files, folders, folders of token files): which of the questions stand in it?"""
     ngram: int = NGRAM_WORDS
     """Words in a row that a question and a training text have in common, for --contamination."""
     rows: int = ROWS
-    """Replies at once; fewer need less memory."""
+    """Replies and texts at once; fewer need less memory."""
     seed: int = 0
     """Of --samples."""
     out: Path | None = None
@@ -111,11 +122,16 @@ class Config(SamplingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (self.has_task or self.text or self.data):
+        if not (self.has_task or self.text or self.data or self.harness_names):
             raise ValueError(ASK)
         for name in ("n", "max_tokens", "rows", "ngram"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
+        if not self.harness_names and (self.harness_tasks, self.harness_limit, self.harness_shots) != (None,) * 3:
+            raise ValueError("the other --harness options say nothing without --harness TASKS, such as hellaswag")
+        for name, least in (("harness_limit", 1), ("harness_shots", 0)):
+            if (value := getattr(self, name)) is not None and value < least:
+                raise ValueError(f"--{name} must be at least {least}, got {value}")
         if self.samples < 0:
             raise ValueError(f"--samples must be at least 0 (0: greedy only), got {self.samples}")
         if self.samples and self.temperature == 0:
@@ -130,6 +146,11 @@ class Config(SamplingConfig):
         return self.task.name != NO_TASK
 
     @property
+    def harness_names(self) -> list[str]:
+        """The tasks of --harness one by one."""
+        return [name for word in self.harness for name in word.split(",") if name]
+
+    @property
     def tries(self) -> list[int]:
         """The k of pass@k."""
         return sorted(set(self.k or [1, self.samples])) if self.samples else []
@@ -137,26 +158,28 @@ class Config(SamplingConfig):
     @property
     def folder(self) -> Path:
         """Where the files go."""
-        name = f"{self.task.name}-{self.task.split}" if self.has_task else "text"
+        name = f"{self.task.name}-{self.task.split}" if self.has_task else "harness" if self.harness_names else "text"
         beside = Path(os.path.normpath(self.bundle / "..")) / "eval"
         return self.out or beside / re.sub(r"[^\w.-]+", "-", name)
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What was found out about one bundle."""
+class Inputs:
+    """What every bundle is asked."""
 
-    figures: Figures
-    replies: dict[str, Judged]
-    """greedy and samples, in the order of the problems."""
+    task: Task | None
+    problems: list[Problem]
+    benchmarks: "Benchmarks | None"
 
 
 def plan(c: Config) -> str:
     """What would be measured."""
-    _, problems = open_inputs(c)
-    replies = len(problems) * (1 + c.samples)
-    parts = [f"{len(problems):,} problems of {c.task.name} {c.task.split}, {replies:,} replies"] if problems else []
+    inputs = open_inputs(c)
+    n = len(inputs.problems)
+    parts = [f"{n:,} problems of {c.task.name} {c.task.split}, {n * (1 + c.samples):,} replies"] if n else []
     parts += [f"bits per byte of {path}" for path in [*c.text, *([c.data] if c.data else [])]]
+    if inputs.benchmarks:
+        parts.append(f"{inputs.benchmarks.documents:,} documents of {', '.join(c.harness_names)}")
     parts += [f"the same for {c.against}"] if c.against else []
     parts += [f"{c.ngram}-grams of the questions in {path}" for path in c.contamination]
     return "; ".join([*parts, f"into {c.folder}"])
@@ -166,20 +189,19 @@ def run(c: Config) -> str:
     """Measure, write the files, and return what to print."""
     began = time.monotonic()
     world = World.start(c.device, c.dtype)
-    task, problems = open_inputs(c)
+    inputs = open_inputs(c)
     rival = other(c)
     check_writable(c.folder, "--out")
-    first = measure(c, task, problems, world)
-    save_replies(c.folder, first.replies)  # already now: what follows may take long
-    evaluation: Figures = {"bundle": first.figures}
+    measured = {"bundle": measure(c, inputs, world)}
+    save_replies(c.folder, measured)  # already now: what follows may take long
     if rival:
-        second = measure(rival, task, problems, world)
-        evaluation["against"] = second.figures
-        if task is not None:
-            save_replies(c.folder, first.replies | {"against": second.replies["greedy"]})
-            evaluation["difference"] = figures.of_difference(first.replies["greedy"], second.replies["greedy"])
+        measured["against"] = measure(rival, inputs, world)
+        save_replies(c.folder, measured)
+    evaluation: Figures = {name: each.figures for name, each in measured.items()}
+    if rival:
+        evaluation |= measured["bundle"].minus(measured["against"])
     if c.contamination:
-        evaluation["contamination"] = look_for_copies(c, problems, first.replies["greedy"])
+        evaluation["contamination"] = look_for_copies(c, inputs.problems, measured["bundle"].replies["greedy"])
     evaluation["settings"] = json.loads(json.dumps(asdict(c) | world.names, default=str))
     evaluation["made_by"] = f"nanollm {__version__} eval, torch {torch.__version__}"
     evaluation |= seconds_since(began)
@@ -188,8 +210,8 @@ def run(c: Config) -> str:
     return json.dumps(evaluation) if c.json else "\n".join(figures.lines(evaluation))
 
 
-def open_inputs(c: Config) -> tuple[Task | None, list[Problem]]:
-    """The task and its first n problems. What is missing or does not fit is found here, before anything is computed."""
+def open_inputs(c: Config) -> Inputs:
+    """What is asked. What is missing or does not fit is found here, before anything is computed."""
     read_config(c.bundle)
     tokenizer = Tokenizer.load(c.bundle)
     if c.against:
@@ -202,13 +224,25 @@ def open_inputs(c: Config) -> tuple[Task | None, list[Problem]]:
         documents.check(path, tokenizer)
     if c.data:
         Shards.open(c.data, "val", tokenizer_fingerprint=tokenizer.fingerprint)
+    benchmarks = open_harness(c) if c.harness_names else None
     if not c.has_task:
-        return None, []
+        return Inputs(None, [], benchmarks)
     task = open_task(c.task.plain())
     found = task.problems(c.task.split)
     if len(found) < c.n:
         say(f"{c.task.name} {c.task.split} has {len(found):,} problems, fewer than --n {c.n:,}: all are taken")
-    return task, [found[place] for place in range(min(c.n, len(found)))]
+    return Inputs(task, [found[place] for place in range(min(c.n, len(found)))], benchmarks)
+
+
+def open_harness(c: Config) -> "Benchmarks":
+    """The tasks of --harness."""
+    try:
+        from nanollm.evals.benchmarks import open_benchmarks  # late: it takes seconds, and is an extra
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f'--harness needs the package {error.name}; in the folder of NanoLLM: pip install -e ".[eval]"'
+        ) from error
+    return open_benchmarks(c.harness_names, c.harness_tasks, c.harness_limit, c.harness_shots)
 
 
 def other(c: Config) -> Config | None:
@@ -218,98 +252,56 @@ def other(c: Config) -> Config | None:
     data = c.data
     if data and Tokenizer.load(c.bundle).fingerprint != Tokenizer.load(c.against).fingerprint:
         why = f"{data} holds the ids of another tokenizer than {c.against}'s"
-        if not (c.has_task or c.text):
+        if not (c.has_task or c.text or c.harness_names):
             raise ValueError(f"{why}; compare them on --text FILE_OR_FOLDER")
         say(f"{why}, so it is measured on the rest only")
         data = None
     return replace(c, bundle=c.against, against=None, data=data, samples=0, k=[])
 
 
-def measure(c: Config, task: Task | None, problems: Sequence[Problem], world: World) -> Measured:
+def measure(c: Config, inputs: Inputs, world: World) -> Measured:
     """Everything that is asked of one bundle."""
     bundle = load_bundle(c.bundle, world.dtype, world.device)
     found: Figures = {"path": str(c.bundle), "digest": sha256_of(c.bundle / PROVENANCE)}
     replies: dict[str, Judged] = {}
-    if task is not None:
+    attempt = partial(solve, bundle.model, bundle.tokenizer, inputs.problems, seed=c.seed, rows=c.rows)
+    if inputs.task is not None:
         began = time.monotonic()
-        replies["greedy"] = ask(c, task, problems, bundle, GREEDY)
+        replies["greedy"] = judge(attempt(GREEDY, max_tokens=c.max_tokens), graders(inputs.task))
         found["greedy"] = figures.of_greedy(replies["greedy"]) | seconds_since(began)
-    if task is not None and c.samples:
+    if inputs.task is not None and c.samples:
         began = time.monotonic()
-        replies["samples"] = ask(c, task, problems, bundle, c, c.samples)
+        replies["samples"] = judge(attempt(c, max_tokens=c.max_tokens, samples=c.samples), graders(inputs.task))
         found["samples"] = figures.of_samples(replies["samples"], c.samples, c.tries) | seconds_since(began)
     if c.text:
         found["text"] = [measure_text(c, path, bundle) for path in c.text]
     if c.data:
-        found["data"] = [measure_data(c.data, bundle)]
-    return Measured(found, replies)
-
-
-def ask(
-    c: Config, task: Task, problems: Sequence[Problem], bundle: Bundle, sampling: SamplingConfig, samples: int = 1
-) -> Judged:
-    """Let the model reply, and the task's graders judge."""
-    attempts = solve(
-        bundle.model,
-        bundle.tokenizer,
-        problems,
-        sampling,
-        max_tokens=c.max_tokens,
-        samples=samples,
-        seed=c.seed,
-        rows=c.rows,
-    )
-    return judge(attempts, graders(task))
+        began = time.monotonic()
+        bits = documents.bits_of_prepared(bundle, c.data)
+        found["data"] = [{"path": str(c.data)} | figures.of_bits(bits) | seconds_since(began)]
+    answered = None
+    if inputs.benchmarks:
+        began = time.monotonic()
+        answered = inputs.benchmarks.ask(bundle, c.rows)
+        found["harness"] = {"tasks": answered.figures} | seconds_since(began)
+    return Measured(found, replies, answered)
 
 
 def measure_text(c: Config, path: Path, bundle: Bundle) -> Figures:
-    """Bits per byte of files, each document by itself."""
+    """Bits per byte of files."""
     began = time.monotonic()
-    texts = (text for _, text in read(c, path, bundle.tokenizer))
-    batches = documents.batches(texts, bundle.tokenizer, bundle.model.config.context_length)
-    score = bits_per_byte(bundle.model, batches, bundle.tokenizer.token_bytes)
-    return {"path": str(path)} | figures.of_bits(score) | seconds_since(began)
-
-
-def measure_data(folder: Path, bundle: Bundle) -> Figures:
-    """Bits per byte of the split val: windows as in pretraining, or conversations as in fine-tuning."""
-    began = time.monotonic()
-    shards = Shards.open(folder, "val", tokenizer_fingerprint=bundle.tokenizer.fingerprint)
-    context = bundle.model.config.context_length
-    rows = max(1, documents.BATCH_TOKENS // context)
-    if shards.kind == "text":
-        batches = sequential_batches(shards, context, rows)
-    else:
-        batches = ChatShards(shards, context, Marks.of(bundle.tokenizer)).batches(rows)
-    score = bits_per_byte(bundle.model, batches, bundle.tokenizer.token_bytes)
-    return {"path": str(folder)} | figures.of_bits(score) | seconds_since(began)
+    read = documents.read_all(path, c.text_column, bundle.tokenizer)
+    bits = documents.bits_of_texts(bundle, (text for _, text in read))
+    return {"path": str(path)} | figures.of_bits(bits) | seconds_since(began)
 
 
 def look_for_copies(c: Config, problems: Sequence[Problem], greedy: Judged) -> Figures:
     """Questions that stand in the training text."""
     began = time.monotonic()
     tokenizer = Tokenizer.load(c.bundle)
-    training = (document for path in c.contamination for document in read(c, path, tokenizer))
+    training = (document for path in c.contamination for document in documents.read_all(path, c.text_column, tokenizer))
     found = search([problem.question for problem in problems], training, c.ngram)
     return figures.of_contamination(found, greedy) | seconds_since(began)
-
-
-def read(c: Config, path: Path, tokenizer: Tokenizer) -> Iterator[tuple[str, str]]:
-    """(where, text) of the documents, with a bar; bad records are left out, and said."""
-    bad: list[BadRecord] = []
-    with Progress(f"reading {path}", unit="documents") as bar:
-        for document in documents.read(path, c.text_column, tokenizer, bad.append):
-            yield document
-            bar.advance()
-    if bad:
-        say(f"{path}: {len(bad):,} bad records were left out, the first: {bad[0]}")
-
-
-def save_replies(folder: Path, replies: Mapping[str, Judged]) -> None:
-    """samples.jsonl, one line per problem."""
-    if replies:
-        text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in figures.records(replies))
-        write_file(folder / "samples.jsonl", text.encode())
 
 
 def seconds_since(began: float) -> Figures:

@@ -4,7 +4,8 @@
 itself, so no content can end a message or begin another. Trained: what the assistant says and the <|end|> after it.
 """
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
@@ -200,7 +201,7 @@ def _rooms(lengths: Ids, excess: int) -> list[int]:
 # the ids of encode_conversation and encode_prompt. Those can hold a message that spells a mark, because each content is
 # encoded by itself; a template is one text and cannot, so it refuses such a message. There is no {% generation %}
 # around the assistant's words: only transformers knows that tag, and plain jinja2 stops at it.
-TEMPLATE = """
+_TEMPLATE = """
 {%- set marks = MARKS -%}
 {%- set first = 1 if messages and messages[0]['role'] == 'system' else 0 -%}
 {%- if messages | length == first -%}
@@ -231,4 +232,11 @@ TEMPLATE = """
   {{- '<|assistant|>' -}}
 {%- endif -%}
 """.strip()
-TEMPLATE = TEMPLATE.replace("MARKS", str(["<pad>", "<unk>", "<s>", "</s>", *MARKS])).replace("TURNS", TURNS)
+
+
+def template_for(symbols: Iterable[str]) -> str:
+    """The template that refuses these in a message: `Tokenizer.symbols`, since a model that was imported has others."""
+    return _TEMPLATE.replace("MARKS", json.dumps(list(symbols), ensure_ascii=False)).replace("TURNS", TURNS)
+
+
+TEMPLATE = template_for(["<pad>", "<unk>", "<s>", "</s>", *MARKS])

@@ -86,6 +86,16 @@ def test_the_bytes_of_the_ids_joined_are_the_bytes_of_the_text(each_type):
     assert [token for token in range(each_type.vocab_size) if each_type.is_byte(token)] == list(range(20, 276))
 
 
+def test_a_tokenizer_knows_its_type_and_what_each_id_stands_for(each_type, request):
+    assert each_type.model_type == request.node.callspec.params["each_type"]
+    model = sentencepiece.SentencePieceProcessor(model_proto=each_type.serialized)
+    found = [(piece.text, piece.score) for piece in each_type.pieces]
+    assert found == [(model.id_to_piece(token), model.get_score(token)) for token in range(model.vocab_size())]
+    kinds = [piece.kind for piece in each_type.pieces]
+    learned = ["normal"] * (len(kinds) - 276)
+    assert kinds == ["control", "unknown", *["control"] * 18, *["byte"] * 256, *learned]
+
+
 def test_the_ids_of_the_marks_are_fixed(tokenizer):
     assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id) == (0, 2, 3)
     assert [tokenizer.mark_id(mark) for mark in (SYSTEM, USER, ASSISTANT, END)] == [4, 5, 6, 7]

@@ -1,0 +1,73 @@
+"""Does llama.cpp say what the bundle says, from the GGUF alone?"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from nanollm.bundle import Bundle
+from nanollm.export import llama, verify
+from nanollm.export.llama import Answer, Score
+from nanollm.export.verify import Check, Samples, Seen
+from nanollm.text.chat import TEMPLATE, Conversation
+
+
+def compare(model: Path, bundle: Bundle, dtype: str, prompts: int) -> list[Check]:
+    """The table for llama.cpp; with f32 it computes in float32 as the bundle must."""
+    samples = Samples.of(bundle, prompts)
+    answer = llama.ask(
+        model,
+        texts=samples.texts,
+        texts_with_marks=[rendered(conversation) for conversation in samples.conversations],
+        scored=samples.windows,
+        prompts=samples.prompts,
+        count=samples.reply_tokens,
+        threads=torch.get_num_threads(),
+    )
+    replies = verify.our_replies(bundle, samples)
+    return [
+        *compare_ids(answer, bundle, samples),
+        *compare_scores(answer, bundle, samples, is_exact=dtype == "f32"),
+        verify.check_replies(replies, answer.replies, must_equal=dtype == "f32"),
+    ]
+
+
+def rendered(conversation: Conversation) -> str:
+    """The conversation as its template writes it; llama.cpp adds <s> itself."""
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    messages = [{"role": message.role, "content": message.content} for message in conversation.messages]
+    return environment.from_string(TEMPLATE).render(
+        messages=messages, bos_token="", add_generation_prompt=messages[-1]["role"] == "user"
+    )
+
+
+def compare_ids(answer: Answer, bundle: Bundle, samples: Samples) -> list[Check]:
+    ours = [verify.ids_of(conversation, bundle) for conversation in samples.conversations]
+    spoken = [[bundle.tokenizer.bos_id, *ids] for ids in answer.ids_with_marks]
+    return [
+        verify.check_equal("ids of texts", [bundle.tokenizer.encode(text) for text in samples.texts], answer.ids),
+        verify.check_equal("ids of conversations", ours, spoken),
+    ]
+
+
+def compare_scores(answer: Answer, bundle: Bundle, samples: Samples, *, is_exact: bool) -> Iterator[Check]:
+    """Of every position: the likeliest token, its logit, that of the next token, and the sum of all."""
+    ours = [Seen.of(verify.our_logits(bundle, ids), ids) for ids in samples.windows]
+    theirs = [seen_by(scores) for scores in answer.scores]
+    if is_exact:
+        pairs = list(zip(ours, theirs, strict=True))
+        differences = [
+            (getattr(mine, name) - getattr(other, name)).abs().max().item()
+            for mine, other in pairs
+            for name in ("highest", "logit", "log_total")
+        ]
+        yield verify.check_difference("greatest difference of a logit", max(differences))
+    else:
+        yield verify.check_perplexity(ours, theirs)
+    yield verify.check_agreement(ours, theirs, wanted=1.0 if is_exact else verify.ROUNDED_AGREEMENT)
+
+
+def seen_by(scores: list[Score]) -> Seen:
+    columns = zip(*((score.top, score.top_logit, score.logit, score.log_total) for score in scores), strict=True)
+    return Seen(*(torch.tensor(column) for column in columns))

@@ -1,0 +1,113 @@
+"""Does transformers say what the bundle says, from the exported folder alone and without any code of ours?"""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nanollm.bundle import Bundle
+from nanollm.export import verify
+from nanollm.export.hf import DTYPES, cast
+from nanollm.export.verify import Check, Samples, Seen
+
+ROWS = 20
+"""Replies at once."""
+
+
+def compare(folder: Path, bundle: Bundle, dtype: str, prompts: int) -> list[Check]:
+    """The table for transformers, which computes in float32 as the bundle must, with the weights as they are written."""
+    bundle.model.load_state_dict(cast(bundle.model.state_dict(), DTYPES[dtype]))  # back into its float32
+    samples = Samples.of(bundle, prompts)
+    with quiet():
+        model, tokenizer, complaints = load(folder)
+        return [
+            Check("tensors of the class", "all, and no more", complaints or "all, and no more", not complaints),
+            *compare_ids(tokenizer, bundle, samples),
+            *compare_logits(model, bundle, samples),
+            compare_replies(model, bundle, samples),
+        ]
+
+
+def load(folder: Path) -> tuple[Any, Any, str]:
+    """Model, tokenizer, and what from_pretrained had to complain about."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    complaints = "; ".join(f"{what}: {', '.join(map(str, names))}" for what, names in info.items() if names)
+    return model.eval(), AutoTokenizer.from_pretrained(folder), complaints
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the bars and remarks of transformers: the table says what matters."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        logging.set_verbosity(level)
+        logging.enable_progress_bar()
+
+
+def compare_ids(tokenizer: Any, bundle: Bundle, samples: Samples) -> list[Check]:
+    """Texts, whose marks are text, and conversations."""
+    read = tokenizer(samples.texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    spoken = [
+        tokenizer.apply_chat_template(
+            asdict(conversation)["messages"],
+            add_generation_prompt=conversation.messages[-1].role == "user",
+            return_dict=False,
+        )
+        for conversation in samples.conversations
+    ]
+    ours = [verify.ids_of(conversation, bundle) for conversation in samples.conversations]
+    return [
+        verify.check_equal("ids of texts", [bundle.tokenizer.encode(text) for text in samples.texts], read),
+        verify.check_equal("ids of conversations", ours, spoken),
+    ]
+
+
+@torch.inference_mode()
+def compare_logits(model: Any, bundle: Bundle, samples: Samples) -> Iterator[Check]:
+    """Every logit of every window."""
+    greatest, seen = 0.0, ([], [])  # type: tuple[list[Seen], list[Seen]]
+    for ids in samples.windows:
+        ours, theirs = verify.our_logits(bundle, ids), model(torch.tensor([ids]), use_cache=False).logits[0]
+        greatest = max(greatest, (ours - theirs).abs().max().item())
+        for side, logits in zip(seen, (ours, theirs), strict=True):
+            side.append(Seen.of(logits, ids))
+    yield verify.check_difference("greatest difference of a logit", greatest)
+    yield verify.check_agreement(*seen, wanted=1.0)
+
+
+@torch.inference_mode()
+def compare_replies(model: Any, bundle: Bundle, samples: Samples) -> Check:
+    """Greedy replies with transformers' cache."""
+    ours = verify.our_replies(bundle, samples)
+    theirs: list[list[int]] = []
+    for start in range(0, len(samples.prompts), ROWS):
+        some = samples.prompts[start : start + ROWS]
+        theirs += continue_greedily(model, some, samples.reply_tokens, bundle.tokenizer.pad_id)
+    return verify.check_replies(ours, theirs, must_equal=True)
+
+
+def continue_greedily(model: Any, prompts: Sequence[Sequence[int]], count: int, pad_id: int) -> list[list[int]]:
+    """`count` ids after each prompt, prompts padded on the left."""
+    longest = max(map(len, prompts))
+    rows = torch.full((len(prompts), longest), pad_id)
+    mask = torch.zeros_like(rows)
+    for row, (line, prompt) in enumerate(zip(rows, prompts, strict=True)):
+        line[longest - len(prompt) :] = torch.tensor(prompt)
+        mask[row, longest - len(prompt) :] = 1
+    ids = model.generate(
+        rows, attention_mask=mask, do_sample=False, max_new_tokens=count, min_new_tokens=count, eos_token_id=[]
+    )
+    return [reply.tolist() for reply in ids[:, longest:]]

@@ -1,0 +1,185 @@
+"""Does an exported model say in its engine what the bundle says here?
+
+Three comparisons: the ids of texts and conversations, how both see every position of some texts, and greedy replies. If
+weights and arithmetic are of one kind (f32; bf16 and f16 in transformers, which then computes in float32) both must
+agree to TOLERANCE and in every token. Where llama.cpp rounds what it computes with (bf16, f16, q8_0) the likeliest token
+must be the same at ROUNDED_AGREEMENT of the positions, and the perplexity within ROUNDED_PERPLEXITY.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from math import ceil, exp
+
+import torch
+from torch import Tensor
+
+from nanollm.bundle import Bundle
+from nanollm.generate.engine import generate
+from nanollm.generate.sampling import SamplingConfig
+from nanollm.sources import builtin
+from nanollm.text.chat import Conversation, Message, encode_conversation, encode_prompt
+from nanollm.text.tokenizer import Tokenizer
+
+TOLERANCE = 1e-4
+ROUNDED_AGREEMENT = 0.99
+ROUNDED_PERPLEXITY = 0.005
+POSITIONS = 2_000
+REPLY_TOKENS = 64
+PROMPT_TOKENS = 24
+WINDOW = 200
+
+TRICKY = (
+    "",
+    " leading and trailing ",
+    "  two  spaces\t\ttabs\n\nnewlines \r\n",
+    "0123456789 3.14 1,000",
+    "é ﬁ 漢字 😀 \u200d\u0000\u0378",
+    "</s> <|user|> <|end|> <s> <unk> <0x0A>",
+)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the table."""
+
+    what: str
+    wanted: str
+    found: str
+    holds: bool
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What both are asked about."""
+
+    texts: list[str]
+    conversations: list[Conversation]
+    windows: list[list[int]]
+    prompts: list[list[int]]
+    reply_tokens: int
+
+    @classmethod
+    def of(cls, bundle: Bundle, prompts: int) -> "Samples":
+        """From the built-in corpus, what is difficult for tokenizers, and the model: a bundle has one sample."""
+        context = bundle.model.config.context_length
+        documents = list(islice(builtin.documents(), 100 + prompts))
+        reply_tokens = min(REPLY_TOKENS, context // 2)
+        begun = islice(beginnings(documents, bundle.tokenizer, context - reply_tokens), prompts)
+        texts = [*TRICKY, *documents[:100]]
+        return cls(texts, list(conversations(documents)), own_texts(bundle), list(begun), reply_tokens)
+
+
+def own_texts(bundle: Bundle) -> list[list[int]]:
+    """Ids of texts as the model itself writes them with the default sampling, POSITIONS predictions or more in all."""
+    length = min(WINDOW, bundle.model.config.context_length - 1)
+    empty = [bundle.tokenizer.bos_id]
+    drawn = generate(
+        bundle.model,
+        [empty],
+        SamplingConfig(),
+        max_tokens=length,
+        end_ids=frozenset(),
+        samples=ceil(POSITIONS / length),
+    )
+    return [[*empty, *completion.ids] for completion in drawn]
+
+
+def beginnings(documents: Sequence[str], tokenizer: Tokenizer, room: int) -> Iterator[list[int]]:
+    """A document's first ids and a question, in turn; at most `room` ids each."""
+    for number, text in enumerate(documents):
+        yield [tokenizer.bos_id, *tokenizer.encode(text)][: min(PROMPT_TOKENS, room)]
+        question = encode_prompt(Conversation.of(f"{text[:80]} {number}?"), tokenizer)
+        if len(question) <= room:
+            yield question
+
+
+def conversations(documents: Sequence[str]) -> Iterator[Conversation]:
+    """One to three messages, with and without a system message, with and without a reply."""
+    for number, text in enumerate(documents[:100]):
+        asked = Conversation.of(text[: 20 + number])
+        answered = Conversation.of(text[:50], f" {text[50:90]}\n" if number % 2 else None)
+        yield asked
+        yield Conversation((Message("system", text[-40:]), *answered.messages))
+
+
+def ids_of(conversation: Conversation, bundle: Bundle) -> list[int]:
+    """What our own commands feed: a prompt if the user has the last word."""
+    if conversation.messages[-1].role == "user":
+        return encode_prompt(conversation, bundle.tokenizer)
+    return encode_conversation(conversation, bundle.tokenizer).ids
+
+
+@dataclass(frozen=True)
+class Seen:
+    """How a model sees the predicted positions of one window: (n,) each."""
+
+    top: Tensor
+    """int64, the likeliest token."""
+    highest: Tensor
+    """Its logit."""
+    logit: Tensor
+    """Of the token that follows."""
+    log_total: Tensor
+    """logit - log_total is the log-probability."""
+
+    @classmethod
+    def of(cls, logits: Tensor, ids: Sequence[int]) -> "Seen":
+        """From logits (T, V) of a window of T ids."""
+        logits = logits[:-1].float()
+        highest, top = logits.max(-1)
+        following = torch.tensor(ids[1:], device=logits.device)
+        return cls(top, highest, logits.gather(-1, following[:, None])[:, 0], logits.logsumexp(-1))
+
+
+@torch.inference_mode()
+def our_logits(bundle: Bundle, ids: Sequence[int]) -> Tensor:
+    """(T, V)."""
+    return bundle.model(torch.tensor([ids]))[0]
+
+
+def our_replies(bundle: Bundle, samples: Samples) -> list[list[int]]:
+    """Greedy ids after each prompt; nothing ends a reply early."""
+    greedy = SamplingConfig(temperature=0)
+    done = generate(bundle.model, samples.prompts, greedy, max_tokens=samples.reply_tokens, end_ids=frozenset())
+    return [completion.ids for completion in done]
+
+
+# --- lines of the table ---
+
+
+def check_equal(what: str, ours: Sequence[object], theirs: Sequence[object]) -> Check:
+    """Everything must be the same."""
+    assert len(ours) == len(theirs)
+    wrong = sum(mine != other for mine, other in zip(ours, theirs, strict=True))
+    return Check(what, "0 differ", f"{wrong:,} of {len(ours):,} differ", wrong == 0)
+
+
+def check_difference(what: str, greatest: float) -> Check:
+    return Check(what, f"at most {TOLERANCE:g}", f"{greatest:.2g}", greatest <= TOLERANCE)
+
+
+def check_agreement(ours: Sequence[Seen], theirs: Sequence[Seen], wanted: float) -> Check:
+    """At how many positions the likeliest token is the same."""
+    same = torch.cat([mine.top == other.top for mine, other in zip(ours, theirs, strict=True)])
+    share = same.float().mean().item()
+    what = f"likeliest token, {len(same):,} positions"
+    return Check(what, f"{100 * wanted:g} % the same", f"{100 * share:.2f} %", share >= wanted)
+
+
+def check_perplexity(ours: Sequence[Seen], theirs: Sequence[Seen]) -> Check:
+    mine, other = (
+        exp(torch.cat([seen.log_total - seen.logit for seen in side]).double().mean()) for side in (ours, theirs)
+    )
+    change = other / mine - 1
+    found = f"{100 * change:+.3f} % ({mine:.4f} to {other:.4f})"
+    return Check("perplexity", f"within {100 * ROUNDED_PERPLEXITY:g} %", found, abs(change) <= ROUNDED_PERPLEXITY)
+
+
+def check_replies(ours: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]], *, must_equal: bool) -> Check:
+    """Greedy replies, token by token; behind a first difference both go their own ways."""
+    tokens = [mine == other for pair in zip(ours, theirs, strict=True) for mine, other in zip(*pair, strict=True)]
+    equal = sum(list(mine) == list(other) for mine, other in zip(ours, theirs, strict=True))
+    found = f"{equal:,} of {len(ours):,} replies equal, {100 * sum(tokens) / len(tokens):.1f} % of tokens"
+    wanted = "all equal" if must_equal else "(for information)"
+    return Check(f"greedy replies of {len(ours[0])} tokens", wanted, found, equal == len(ours) or not must_equal)

@@ -1,0 +1,207 @@
+"""Tasks of lm-evaluation-harness are asked, written down with intervals and compared, or refused in one line."""
+
+import json
+import sys
+from dataclasses import replace
+from functools import partial
+
+import pytest
+
+from nanollm import cli
+from nanollm.bundle import save_bundle
+from nanollm.evals.intervals import Z, paired, wilson
+from nanollm.model.transformer import Transformer
+from nanollm.stages.eval import Config, plan, run
+from tests.evals.harness_tasks import CHOICE, REPLY, question, write_task, write_tasks
+from tests.stages.conftest import MODEL
+
+pytest.importorskip("lm_eval", reason='lm-evaluation-harness is not installed: pip install -e ".[eval]"')
+
+from lm_eval.tasks import TaskManager
+
+from nanollm.evals import benchmarks
+from nanollm.evals.answers import interval
+
+NAMES = ["nano_choice", "nano_reply", "nano_whole"]
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory, tokenizer):
+    """Two bundles of other weights."""
+    shape = replace(MODEL, context_length=128)
+    folder = tmp_path_factory.mktemp("bundles")
+    return [
+        save_bundle(folder / str(seed) / "bundle", shape, Transformer(shape).init(seed).state_dict(), tokenizer, {})
+        for seed in (0, 7)
+    ]
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    return write_tasks(tmp_path_factory.mktemp("tasks"))
+
+
+@pytest.fixture(autouse=True)
+def own_tasks_only(monkeypatch):
+    """Reading lm_eval's 14,000 YAML files takes seconds."""
+    monkeypatch.setattr(benchmarks, "TaskManager", partial(TaskManager, include_defaults=False))
+
+
+@pytest.fixture(scope="module")
+def compared(bundles, tasks, tmp_path_factory):
+    """The folder of an evaluation of both bundles, and what it printed."""
+    out = tmp_path_factory.mktemp("compared")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(benchmarks, "TaskManager", partial(TaskManager, include_defaults=False))
+        config = Config(
+            bundle=bundles[0],
+            against=bundles[1],
+            harness=[",".join(NAMES)],
+            harness_tasks=tasks,
+            out=out,
+            dtype="float32",
+        )
+        return out, run(config).splitlines()
+
+
+def samples(folder, task):
+    return [json.loads(line) for line in (folder / f"harness-{task}.jsonl").read_text("utf-8").splitlines()]
+
+
+def test_each_task_has_its_metrics_with_value_error_and_interval(compared):
+    evaluation = json.loads((compared[0] / "eval.json").read_text())
+    for who in ("bundle", "against"):
+        of_tasks = evaluation[who]["harness"]["tasks"]
+        assert {task: (each["n"], each["shots"], each["version"]) for task, each in of_tasks.items()} == {
+            "nano_choice": (12, 0, 1.0),
+            "nano_reply": (6, 0, 1.0),
+            "nano_whole": (3, 0, 1.0),
+        }
+        right = [sample[who]["acc"] for sample in samples(compared[0], "nano_choice")]
+        acc = of_tasks["nano_choice"]["metrics"]["acc"]
+        assert (acc["value"], (acc["low"], acc["high"])) == (sum(right) / 12, wilson(sum(right), 12))
+        assert acc["stderr"] == pytest.approx((acc["value"] * (1 - acc["value"]) / 11) ** 0.5)
+        assert of_tasks["nano_whole"]["metrics"]["bits_per_byte"]["value"] > 0
+
+
+def test_two_bundles_are_compared_on_the_same_documents(compared):
+    evaluation = json.loads((compared[0] / "eval.json").read_text())
+    found = samples(compared[0], "nano_choice")
+    ours, theirs = ([bool(sample[who]["acc_norm"]) for sample in found] for who in ("bundle", "against"))
+    expected, difference = paired(ours, theirs), evaluation["harness_difference"]["nano_choice"]["acc_norm"]
+    assert expected.only_first + expected.only_second > 0
+    assert (difference["difference"], difference["p"]) == (expected.difference, expected.p)
+    assert (difference["low"], difference["high"]) == (expected.low, expected.high)
+    assert "nano_whole" not in evaluation["harness_difference"]  # no document of it is right or wrong
+
+
+def test_every_answer_is_saved(compared):
+    (first, *_) = samples(compared[0], "nano_choice")
+    assert first["doc"] == question(0)
+    assert [choice for _, choice in first["arguments"]] == [f" {choice}" for choice in question(0)["choices"]]
+    assert len(first["bundle"]["resps"]) == len(first["against"]["resps"]) == 4
+    assert len(samples(compared[0], "nano_reply")) == 6
+
+
+def test_the_lines_say_what_was_measured(compared, bundles):
+    evaluation = json.loads((compared[0] / "eval.json").read_text())
+    acc = evaluation["bundle"]["harness"]["tasks"]["nano_choice"]["metrics"]["acc"]
+    lines = compared[1]
+    assert lines[0].startswith(
+        f"nano_choice, 0 shots: acc {acc['value']:.4g} ({acc['low']:.4g} to {acc['high']:.4g}), acc_norm "
+    )
+    assert lines[0].endswith(", n 12")
+    assert lines[2].startswith("nano_whole, 0 shots: word_perplexity ")
+    assert lines[3].startswith(f"{bundles[1]}, nano_choice, 0 shots: acc ")
+    assert lines[6].startswith(f"{bundles[0]} minus {bundles[1]}, nano_choice: ")
+    assert len(lines) == 8
+
+
+def test_limit_and_shots_are_lm_evals(bundles, tasks, tmp_path, capsys):
+    words = ["--harness", "nano_choice", "--harness_tasks", str(tasks), "--harness_limit", "3", "--harness_shots", "2"]
+    assert cli.main(["eval", str(bundles[0]), *words, "--out", str(tmp_path / "out"), "--json"]) == 0
+    of_task = json.loads(capsys.readouterr().out)["bundle"]["harness"]["tasks"]["nano_choice"]
+    assert (of_task["n"], of_task["shots"]) == (3, 2)
+    (first, *_) = samples(tmp_path / "out", "nano_choice")
+    assert first["arguments"][0][0].count("\n\n") == 2
+
+
+def test_a_dry_run_says_how_much_would_be_asked(bundles, tasks):
+    config = Config(bundle=bundles[0], harness=NAMES, harness_tasks=tasks, harness_limit=5)
+    folder = bundles[0].parent / "eval" / "harness"
+    assert plan(config) == f"13 documents of nano_choice, nano_reply, nano_whole; into {folder}"
+
+
+def test_a_group_is_added_up(bundles, tasks, tmp_path):
+    for name in NAMES[:2]:
+        (tmp_path / f"{name}.yaml").write_text((tasks / f"{name}.yaml").read_text())
+    summary = {"metric": "acc", "aggregation": "mean", "weight_by_size": True}
+    (tmp_path / "group.yaml").write_text(
+        json.dumps({"group": "nano", "task": NAMES[:1], "aggregate_metric_list": [summary]})
+    )
+    config = Config(bundle=bundles[0], harness=["nano"], harness_tasks=tmp_path, out=tmp_path / "out", json=True)
+    of_tasks = json.loads(run(config))["bundle"]["harness"]["tasks"]
+    group, task = (of_tasks[name]["metrics"]["acc"] for name in ("nano", "nano_choice"))
+    assert group["value"] == task["value"]
+    assert group["high"] == pytest.approx(group["value"] + Z * group["stderr"])
+
+
+@pytest.mark.parametrize(
+    ("value", "stderr", "values", "expected"),
+    [
+        (0.25, 0.1, [1.0, 0.0, 0.0, 0], wilson(1, 4)),
+        (3.0, 0.5, [2.0, 4.0], (3 - Z / 2, 3 + Z / 2)),
+        (0.9, 0.1, [0.0, 1.0], (0.9 - Z / 10, 0.9 + Z / 10)),  # between 0 and 1, but not their mean
+        (0.5, 0.1, [], (0.5 - Z / 10, 0.5 + Z / 10)),  # of a group
+        (12.0, None, [[-3.0, 7]], (None, None)),
+    ],
+)
+def test_the_interval_fits_the_metric(value, stderr, values, expected):
+    assert interval(value, stderr, values) == pytest.approx(expected)
+
+
+# --- mistakes ---
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--harness", "nano_choise"], "has no task 'nano_choise'; did you mean nano_choice?"),
+        (["--harness", "qqq"], "has no task 'qqq'; `lm_eval ls tasks` lists them, --harness_tasks adds your own"),
+        (["--harness", "nano_reply", "nano_reply"], "names the task nano_reply 2 times"),
+        (
+            ["--harness", "nano_hub"],
+            "the task nano_hub cannot be opened: ConnectionError: Couldn't reach 'nobody/none'",
+        ),
+        (["--harness", "nano_code"], "the task nano_code runs what a model wrote"),
+        (["--harness", "nano_choice", "--harness_shots", "99"], "at most the 12 examples of nano_choice, got 99"),
+        (["--harness", "nano_choice", "--harness_limit", "0"], "--harness_limit must be at least 1, got 0"),
+        (["--harness", "nano_choice", "--harness_shots", "-1"], "--harness_shots must be at least 0, got -1"),
+        (["--text", "a.txt"], "the other --harness options say nothing without --harness TASKS"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line_before_a_model_is_loaded(bundles, tmp_path, capsys, monkeypatch, words, message):
+    monkeypatch.setattr("nanollm.stages.eval.load_bundle", pytest.fail)
+    write_tasks(tmp_path)
+    write_task(tmp_path, "nano_code", REPLY | {"unsafe_code": True}, [question(0)])
+    write_task(tmp_path, "nano_hub", CHOICE | {"dataset_path": "nobody/none", "dataset_kwargs": {}}, [])
+    assert cli.main(["eval", str(bundles[0]), *words, "--harness_tasks", str(tmp_path)]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert message in said.err.splitlines()[-1]
+    assert "Traceback" not in said.err
+
+
+def test_a_folder_of_tasks_that_is_none_is_refused(bundles, tmp_path):
+    with pytest.raises(ValueError, match=r"--harness_tasks .*nowhere is not a folder"):
+        run(Config(bundle=bundles[0], harness=NAMES, harness_tasks=tmp_path / "nowhere"))
+
+
+def test_without_the_extra_it_is_said_how_to_get_it(bundles, monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "nanollm.evals.benchmarks")
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    assert cli.main(["eval", str(bundles[0]), "--harness", "hellaswag"]) == 2
+    said = capsys.readouterr().err
+    assert said == (
+        'nanollm eval: --harness needs the package lm_eval; in the folder of NanoLLM: pip install -e ".[eval]"\n'
+    )
