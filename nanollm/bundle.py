@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -106,6 +106,12 @@ def read_config(folder: Path) -> ModelConfig:
         return ModelConfig(**record["model"])
     except (KeyError, TypeError) as error:
         raise ValueError(f"{folder / CONFIG} does not describe a model: {error}") from error
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The type in which a bundle keeps its weights."""
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        return file.get_tensor("trunk.norm.weight").dtype
 
 
 def _read_json(folder: Path, name: str) -> dict[str, Any]:

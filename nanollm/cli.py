@@ -34,8 +34,11 @@ VERBS = {
         "chat": "talk to a model in the terminal",
         "serve": "answer over HTTP like OpenAI, with a page to chat on",
         "bench": "how fast a model answers on this machine",
-        "import": "make a bundle of an exported model, or of one that others trained",
         "info": "parameters, memory and arithmetic of a model",
+    },
+    "Exchange": {
+        "export": "write a model for transformers, vLLM, llama.cpp or Ollama, with proof",
+        "import": "make a bundle of an exported model, or of one that others trained",
     },
 }
 

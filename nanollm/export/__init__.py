@@ -1,1 +1,1 @@
-"""The model in the programs of others: a folder for transformers, vLLM and SGLang, a GGUF for llama.cpp, and the way back."""
+"""The model in the programs of others (transformers, vLLM, SGLang, llama.cpp, Ollama), and the way back."""

@@ -1,8 +1,8 @@
 """How does a model with dense blocks among its Mixtures of Experts become one that every engine can run?
 
-DeepSeek-V3, vLLM, SGLang and llama.cpp know one pattern: some dense blocks first, then Mixtures of Experts only. So each
-later dense SwiGLU is written as a Mixture of Experts that computes the same sum. Its channels (a row of gate_proj and
-of up_proj, a column of down_proj) go into the shared expert; missing ones are zeros, and so are the routed experts.
+DeepSeek-V3, vLLM, SGLang and llama.cpp know one pattern: some dense blocks first, then Mixtures of Experts only. So
+each later dense SwiGLU is written as a Mixture of Experts that computes the same sum. Its channels (a row of gate_proj
+and of up_proj, a column of down_proj) go into the shared expert; missing ones are zeros, and so are the routed experts.
 
 If the shared expert is too narrow, the rest goes into the first routed experts, where possible at no cost in arithmetic
 (DeepSeek-V3's own rule d_ff = d_expert * (shared + active)). Centroids of zero give every expert the score 0.5, a bias

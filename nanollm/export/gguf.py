@@ -18,7 +18,7 @@ from torch import Tensor
 from nanollm.bundle import Bundle
 from nanollm.export.dense import Placement, place
 from nanollm.model.config import ModelConfig
-from nanollm.text.chat import TEMPLATE
+from nanollm.text.chat import template_for
 from nanollm.text.tokenizer import END, Tokenizer
 
 GgufType = Literal["f32", "f16", "bf16", "q8_0"]
@@ -45,7 +45,14 @@ IN_BLOCK = {
     "ffn.experts.up_proj": "ffn_up_exps.weight",
     "ffn.experts.down_proj": "ffn_down_exps.weight",
 }
-KIND_NUMBERS = {"normal": 1, "unknown": 2, "control": 3, "user_defined": 4, "unused": 5, "byte": 6}  # of llama.cpp's tokens
+KIND_NUMBERS = {
+    "normal": 1,
+    "unknown": 2,
+    "control": 3,
+    "user_defined": 4,
+    "unused": 5,
+    "byte": 6,
+}  # of llama.cpp's tokens
 ALWAYS_F32 = ("ffn_gate_inp.weight", "exp_probs_b.bias")  # a rounded router chooses other experts
 F16_IN_Q8_0 = ("attn_q_a.weight", "attn_kv_a_mqa.weight", "attn_k_b.weight", "attn_v_b.weight", "output.weight")
 """What everything passes through: in q8_0 these few would cost half a percent of the likeliest tokens (docs/log.md)."""
@@ -139,7 +146,7 @@ def add_tokenizer(writer: Any, tokenizer: Tokenizer, vocab_size: int) -> None:
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(False)
     writer.add_remove_extra_whitespaces(False)
-    writer.add_chat_template(TEMPLATE)
+    writer.add_chat_template(template_for(tokenizer.symbols.values()))
 
 
 def tensors(weights: Mapping[str, Tensor], c: ModelConfig) -> Iterator[tuple[str, Tensor]]:

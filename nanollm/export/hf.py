@@ -8,7 +8,7 @@ vLLM and SGLang run with their own kernels. Both read the same names of tensors.
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,8 +23,6 @@ from nanollm.text.chat import reply_ends
 from nanollm.text.tokenizer import Tokenizer
 
 HfFormat = Literal["compact", "deepseek-v3"]
-HF_FORMATS: tuple[str, ...] = get_args(HfFormat)
-
 ORIGIN = "nanollm"
 """The word of config.json that keeps the shape of the bundle, for the way back; engines ignore it."""
 SHARD_BYTES = 5_000_000_000
@@ -32,24 +30,19 @@ DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
 
 def write_model(folder: Path, bundle: Bundle, form: HfFormat, dtype: torch.dtype) -> None:
-    """config.json, generation_config.json and the weights in safetensors files of at most SHARD_BYTES."""
+    """config.json and the weights, in safetensors files of at most SHARD_BYTES."""
     write_json(folder / "config.json", config_words(bundle.model.config, bundle.tokenizer, form, dtype))
-    write_json(folder / "generation_config.json", generation_words(bundle.tokenizer))
     write_weights(folder, exported_weights(bundle, form, dtype))
-
-
-def exported_shape(config: ModelConfig, form: HfFormat) -> ModelConfig:
-    """The shape of the model as it is written."""
-    return config if form == "compact" else Placement.of(config).after
 
 
 def exported_weights(bundle: Bundle, form: HfFormat, dtype: torch.dtype) -> dict[str, Tensor]:
     """All tensors by their checkpoint names. The router's bias stays in float32, as the classes keep it."""
     config = bundle.model.config
     weights = cast(bundle.model.state_dict(), dtype)
-    if form == "deepseek-v3":
-        weights = place(weights, Placement.of(config))
-    return to_theirs(weights, exported_shape(config, form))
+    if form == "compact":
+        return to_theirs(weights, config)
+    placement = Placement.of(config)
+    return to_theirs(place(weights, placement), placement.after)
 
 
 def cast(weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -75,7 +68,7 @@ def write_weights(folder: Path, weights: Mapping[str, Tensor]) -> None:
 
 def config_words(config: ModelConfig, tokenizer: Tokenizer, form: HfFormat, dtype: torch.dtype) -> dict[str, Any]:
     """config.json."""
-    shape = exported_shape(config, form)
+    shape = config if form == "compact" else Placement.of(config).after
     words = words_of(shape) | special_ids(tokenizer)
     if form == "compact":
         kinds = ["sparse" if shape.is_moe(block) else "dense" for block in range(shape.n_blocks)]

@@ -10,7 +10,8 @@ from nanollm.bundle import Bundle
 from nanollm.export import llama, verify
 from nanollm.export.llama import Answer, Score
 from nanollm.export.verify import Check, Samples, Seen
-from nanollm.text.chat import TEMPLATE, Conversation
+from nanollm.text.chat import Conversation, template_for
+from nanollm.text.tokenizer import SPACE_MARK
 
 
 def compare(model: Path, bundle: Bundle, dtype: str, prompts: int) -> list[Check]:
@@ -19,7 +20,7 @@ def compare(model: Path, bundle: Bundle, dtype: str, prompts: int) -> list[Check
     answer = llama.ask(
         model,
         texts=samples.texts,
-        texts_with_marks=[rendered(conversation) for conversation in samples.conversations],
+        texts_with_marks=[rendered(conversation, bundle) for conversation in samples.conversations],
         scored=samples.windows,
         prompts=samples.prompts,
         count=samples.reply_tokens,
@@ -33,20 +34,23 @@ def compare(model: Path, bundle: Bundle, dtype: str, prompts: int) -> list[Check
     ]
 
 
-def rendered(conversation: Conversation) -> str:
+def rendered(conversation: Conversation, bundle: Bundle) -> str:
     """The conversation as its template writes it; llama.cpp adds <s> itself."""
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     messages = [{"role": message.role, "content": message.content} for message in conversation.messages]
-    return environment.from_string(TEMPLATE).render(
+    template = template_for(bundle.tokenizer.symbols.values())
+    return environment.from_string(template).render(
         messages=messages, bos_token="", add_generation_prompt=messages[-1]["role"] == "user"
     )
 
 
 def compare_ids(answer: Answer, bundle: Bundle, samples: Samples) -> list[Check]:
+    """llama.cpp reads a literal U+2581 as a space, as SentencePiece does."""
+    texts = [bundle.tokenizer.encode(text.replace(SPACE_MARK, " ")) for text in samples.texts]
     ours = [verify.ids_of(conversation, bundle) for conversation in samples.conversations]
     spoken = [[bundle.tokenizer.bos_id, *ids] for ids in answer.ids_with_marks]
     return [
-        verify.check_equal("ids of texts", [bundle.tokenizer.encode(text) for text in samples.texts], answer.ids),
+        verify.check_equal("ids of texts", texts, answer.ids),
         verify.check_equal("ids of conversations", ours, spoken),
     ]
 

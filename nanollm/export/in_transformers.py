@@ -19,7 +19,7 @@ ROWS = 20
 
 
 def compare(folder: Path, bundle: Bundle, dtype: str, prompts: int) -> list[Check]:
-    """The table for transformers, which computes in float32 as the bundle must, with the weights as they are written."""
+    """The table for transformers, which computes in float32 as the bundle must; its weights are rounded to `dtype`."""
     bundle.model.load_state_dict(cast(bundle.model.state_dict(), DTYPES[dtype]))  # back into its float32
     samples = Samples.of(bundle, prompts)
     with quiet():
@@ -36,7 +36,8 @@ def load(folder: Path) -> tuple[Any, Any, str]:
     """Model, tokenizer, and what from_pretrained had to complain about."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    model, info = loaded
     complaints = "; ".join(f"{what}: {', '.join(map(str, names))}" for what, names in info.items() if names)
     return model.eval(), AutoTokenizer.from_pretrained(folder), complaints
 
@@ -46,15 +47,16 @@ def quiet() -> Iterator[None]:
     """Without the bars and remarks of transformers: the table says what matters."""
     from transformers.utils import logging
 
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    transformers_log: Any = logging  # without annotations
+    level = transformers_log.get_verbosity()
+    transformers_log.set_verbosity_error()
+    transformers_log.disable_progress_bar()
     try:
         with warnings.catch_warnings(action="ignore"):
             yield
     finally:
-        logging.set_verbosity(level)
-        logging.enable_progress_bar()
+        transformers_log.set_verbosity(level)
+        transformers_log.enable_progress_bar()
 
 
 def compare_ids(tokenizer: Any, bundle: Bundle, samples: Samples) -> list[Check]:
@@ -78,14 +80,16 @@ def compare_ids(tokenizer: Any, bundle: Bundle, samples: Samples) -> list[Check]
 @torch.inference_mode()
 def compare_logits(model: Any, bundle: Bundle, samples: Samples) -> Iterator[Check]:
     """Every logit of every window."""
-    greatest, seen = 0.0, ([], [])  # type: tuple[list[Seen], list[Seen]]
+    greatest = 0.0
+    ours: list[Seen] = []
+    theirs: list[Seen] = []
     for ids in samples.windows:
-        ours, theirs = verify.our_logits(bundle, ids), model(torch.tensor([ids]), use_cache=False).logits[0]
-        greatest = max(greatest, (ours - theirs).abs().max().item())
-        for side, logits in zip(seen, (ours, theirs), strict=True):
-            side.append(Seen.of(logits, ids))
+        mine, other = verify.our_logits(bundle, ids), model(torch.tensor([ids]), use_cache=False).logits[0]
+        greatest = max(greatest, (mine - other).abs().max().item())
+        ours.append(Seen.of(mine, ids))
+        theirs.append(Seen.of(other, ids))
     yield verify.check_difference("greatest difference of a logit", greatest)
-    yield verify.check_agreement(*seen, wanted=1.0)
+    yield verify.check_agreement(ours, theirs, wanted=1.0)
 
 
 @torch.inference_mode()

@@ -55,7 +55,6 @@ SIZES = {
     "experts_per_token": "num_experts_per_tok",
     "d_expert": "moe_intermediate_size",
 }
-FACTORS = {"routed_scaling_factor": "routed_scaling_factor", "rms_norm_eps": "rms_norm_eps"}
 FIXED = {  # what their configs may say and we can only do in one way; a word that is absent means the same
     "hidden_act": "silu",
     "attention_bias": False,
@@ -119,10 +118,12 @@ def to_ours(weights: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Ten
 def words_of(config: ModelConfig) -> dict[str, Any]:
     """Our shape in the words of both classes, without the one that says which blocks are dense."""
     return {
-        **{their: getattr(config, our) for our, their in (SIZES | FACTORS).items()},
+        **{their: getattr(config, our) for our, their in SIZES.items()},
         **FIXED,
         "num_key_value_heads": config.n_heads,
         "norm_topk_prob": config.norm_topk_prob,
+        "routed_scaling_factor": config.routed_scaling_factor,
+        "rms_norm_eps": config.rms_norm_eps,
         "n_group": 1,
         "topk_group": 1,
         "rope_theta": config.rope_theta,
@@ -137,7 +138,8 @@ def config_of(words: Mapping[str, Any]) -> ModelConfig:
     moe_every, n_dense_first = pattern_of(moe_blocks(words))
     return ModelConfig(
         **{our: word(words, their, int) for our, their in SIZES.items()},
-        **{our: float(word(words, their, (int, float))) for our, their in FACTORS.items()},
+        routed_scaling_factor=float(word(words, "routed_scaling_factor", float)),
+        rms_norm_eps=float(word(words, "rms_norm_eps", float)),
         moe_every=moe_every,
         n_dense_first=n_dense_first,
         norm_topk_prob=word(words, "norm_topk_prob", bool),
@@ -145,11 +147,12 @@ def config_of(words: Mapping[str, Any]) -> ModelConfig:
     )
 
 
-def word(words: Mapping[str, Any], name: str, kind: type | tuple[type, ...]) -> Any:
-    """A value of a config.json; ValueError if it is missing or of another kind."""
+def word(words: Mapping[str, Any], name: str, kind: type[int] | type[float] | type[bool]) -> Any:
+    """A value of a config.json; ValueError if it is missing or of another kind. A whole number is a number, too."""
     value = words.get(name)
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        wanted = {int: "a whole number", bool: "true or false"}.get(kind, "a number")  # type: ignore[call-overload]
+    kinds = (int, float) if kind is float else (kind,)
+    if not isinstance(value, kinds) or (isinstance(value, bool) and kind is not bool):
+        wanted = {int: "a whole number", float: "a number", bool: "true or false"}[kind]
         raise ValueError(f"config.json: {name} must be {wanted}, got {value!r}; NanoLLM cannot express it")
     return value
 
@@ -178,7 +181,7 @@ def rope_theta(words: Mapping[str, Any]) -> float:
         raise ValueError(f"config.json: the rotary type must be default, got {kind}; NanoLLM cannot express it")
     if (part := rope.get("partial_rotary_factor", words.get("partial_rotary_factor", 1))) != 1:
         raise ValueError(f"config.json: partial_rotary_factor must be 1, got {part!r}; NanoLLM cannot express it")
-    return float(word({**words, **rope}, "rope_theta", (int, float)))
+    return float(word({**words, **rope}, "rope_theta", float))
 
 
 def moe_blocks(words: Mapping[str, Any]) -> list[bool]:

@@ -1,9 +1,9 @@
 """Does an exported model say in its engine what the bundle says here?
 
-Three comparisons: the ids of texts and conversations, how both see every position of some texts, and greedy replies. If
-weights and arithmetic are of one kind (f32; bf16 and f16 in transformers, which then computes in float32) both must
-agree to TOLERANCE and in every token. Where llama.cpp rounds what it computes with (bf16, f16, q8_0) the likeliest token
-must be the same at ROUNDED_AGREEMENT of the positions, and the perplexity within ROUNDED_PERPLEXITY.
+Three comparisons: the ids of texts and conversations, how both see every position of some texts, and greedy replies.
+If weights and arithmetic are of one kind (f32; bf16 and f16 in transformers, which then computes in float32) both must
+agree to TOLERANCE and in every token. Where llama.cpp rounds what it computes with (bf16, f16, q8_0) the likeliest
+token must be the same at ROUNDED_AGREEMENT of the positions, and the perplexity within ROUNDED_PERPLEXITY.
 """
 
 from collections.abc import Iterator, Sequence
@@ -145,7 +145,16 @@ def our_replies(bundle: Bundle, samples: Samples) -> list[list[int]]:
     return [completion.ids for completion in done]
 
 
-# --- lines of the table ---
+# --- the table ---
+
+
+def table(checks: Sequence[Check]) -> list[str]:
+    """One line per check, in columns."""
+    width = max(len(check.what) for check in checks)
+    return [
+        f"{'ok  ' if check.holds else 'FAIL'}  {check.what:{width}}  {check.found} (wanted: {check.wanted})"
+        for check in checks
+    ]
 
 
 def check_equal(what: str, ours: Sequence[object], theirs: Sequence[object]) -> Check:
@@ -181,5 +190,5 @@ def check_replies(ours: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]]
     tokens = [mine == other for pair in zip(ours, theirs, strict=True) for mine, other in zip(*pair, strict=True)]
     equal = sum(list(mine) == list(other) for mine, other in zip(ours, theirs, strict=True))
     found = f"{equal:,} of {len(ours):,} replies equal, {100 * sum(tokens) / len(tokens):.1f} % of tokens"
-    wanted = "all equal" if must_equal else "(for information)"
+    wanted = "all equal" if must_equal else "for information"
     return Check(f"greedy replies of {len(ours[0])} tokens", wanted, found, equal == len(ours) or not must_equal)

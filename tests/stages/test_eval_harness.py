@@ -146,6 +146,19 @@ def test_a_group_is_added_up(bundles, tasks, tmp_path):
     assert group["high"] == pytest.approx(group["value"] + Z * group["stderr"])
 
 
+def test_each_way_of_reading_a_reply_has_a_score_of_its_own(bundles, tmp_path):
+    first = {"function": "take_first"}
+    word = {"function": "regex", "regex_pattern": "(\\w+)"}
+    ways = [{"name": "word", "filter": [word, first]}, {"name": "all", "filter": [first]}]
+    write_task(tmp_path, "nano_ways", REPLY | {"filter_list": ways}, [question(number) for number in range(6)])
+    config = Config(bundle=bundles[0], harness=["nano_ways"], harness_tasks=tmp_path, out=tmp_path / "out", json=True)
+    metrics = json.loads(run(config))["bundle"]["harness"]["tasks"]["nano_ways"]["metrics"]
+    for way in ("word", "all"):
+        right = [s["bundle"]["exact_match"] for s in samples(tmp_path / "out", "nano_ways") if s["filter"] == way]
+        metric = metrics[f"exact_match,{way}"]
+        assert (metric["value"], (metric["low"], metric["high"])) == (sum(right) / 6, wilson(sum(right), 6))
+
+
 @pytest.mark.parametrize(
     ("value", "stderr", "values", "expected"),
     [

@@ -1,0 +1,60 @@
+"""What lies in an exported folder, whatever the engine it is for?"""
+
+import re
+from pathlib import Path
+from typing import Literal, get_args
+
+from nanollm.bundle import PROVENANCE, Bundle
+from nanollm.durable import write_file, write_json
+from nanollm.export.card import CARD
+from nanollm.export.dense import Placement
+from nanollm.export.gguf import GgufType, write_gguf
+from nanollm.export.hf import DTYPES, generation_words, write_model
+from nanollm.export.history import public
+from nanollm.export.modelfile import modelfile
+from nanollm.export.tokenizer_json import TOKENIZER_FILES, write_tokenizer
+from nanollm.model.config import ModelConfig
+
+Format = Literal["compact", "deepseek-v3", "gguf"]
+Dtype = Literal["f32", "bf16", "f16", "q8_0"]
+BYTES = {"f32": 4.0, "bf16": 2.0, "f16": 2.0, "q8_0": 34 / 32}  # of a number; 32 of q8_0 share a scale of two bytes
+
+CONFIG, GENERATION, MODELFILE = "config.json", "generation_config.json", "Modelfile"
+EVERYWHERE = (*TOKENIZER_FILES, GENERATION, PROVENANCE, CARD)
+OURS = re.compile(r"model.*\.safetensors|model\.safetensors\.index\.json|[^/]+\.gguf")
+
+
+def model_file(form: Format, dtype: Dtype, name: str) -> str:
+    """The file with the weights; more than hf.SHARD_BYTES of safetensors lie in several."""
+    plain = re.sub(r"[^\w.-]+", "-", name.rpartition("/")[2])
+    return f"{plain}-{dtype.upper()}.gguf" if form == "gguf" else "model.safetensors"
+
+
+def other_files(form: Format) -> list[str]:
+    """The files beside the weights."""
+    return sorted([*EVERYWHERE, MODELFILE if form == "gguf" else CONFIG])
+
+
+def is_ours(name: str) -> bool:
+    """Whether an export writes files of this name."""
+    return name in (*EVERYWHERE, MODELFILE, CONFIG) or bool(OURS.fullmatch(name))
+
+
+def exported_shape(config: ModelConfig, form: Format) -> ModelConfig:
+    """The shape of the model as it is written."""
+    return config if form == "compact" else Placement.of(config).after
+
+
+def write_export(folder: Path, bundle: Bundle, form: Format, dtype: Dtype, name: str) -> None:
+    """Everything but the card, into an empty folder; ValueError for what the engine cannot run."""
+    assert dtype in get_args(GgufType) if form == "gguf" else dtype in DTYPES
+    tokenizer, context = bundle.tokenizer, bundle.model.config.context_length
+    if form == "gguf":
+        file = model_file(form, dtype, name)
+        write_gguf(folder / file, bundle, dtype, name)
+        write_file(folder / MODELFILE, modelfile(file, context, is_base=bundle.is_base).encode())
+    else:
+        write_model(folder, bundle, form, DTYPES[dtype])
+    write_tokenizer(folder, tokenizer, context)
+    write_json(folder / GENERATION, generation_words(tokenizer))
+    write_json(folder / PROVENANCE, public(bundle.provenance))

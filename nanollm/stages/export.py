@@ -1,0 +1,170 @@
+"""A bundle becomes a model that transformers, vLLM, SGLang, llama.cpp or Ollama run, with proof."""
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from nanollm.bundle import Bundle, load_bundle, read_config, stored_dtype
+from nanollm.durable import new_folder
+from nanollm.progress import say
+
+if TYPE_CHECKING:
+    from nanollm.export.folder import Dtype
+
+POSITIONAL = ("bundle",)
+EXTRA = ("gguf", "google.protobuf", "huggingface_hub", "tokenizers", "transformers")
+STORED: "dict[torch.dtype, Dtype]" = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Write a bundle for other engines: without any code of ours, with tokenizer, chat template and model card."""
+
+    bundle: Path
+    """Folder of a bundle, such as runs/demo/grpo/bundle."""
+    format: Literal["compact", "deepseek-v3", "gguf"] = "compact"
+    """compact: for transformers, without a parameter more; deepseek-v3: for vLLM and SGLang too; gguf: for llama.cpp
+    and Ollama."""
+    dtype: Literal["auto", "f32", "bf16", "f16", "q8_0"] = "auto"
+    """Type of the weights; auto: as the bundle keeps them. q8_0 (8 bits and a little) is for gguf only."""
+    out: Path | None = None
+    """Folder to write; null: export/FORMAT beside the bundle."""
+    force: bool = False
+    """Replace an earlier export at out."""
+    name: str = ""
+    """What the model is called in its card; empty: the name of --push, or nanollm- and its size."""
+    license: str = "other"
+    """Licence of the weights as the hub calls it: mit, apache-2.0, ..."""
+    language: str | None = None
+    """Language of the texts it was trained on, for the card: en, de, ..."""
+    verify: bool = False
+    """Load the export in its engine (transformers, llama.cpp) and compare ids, logits and greedy replies with ours;
+    exit code 1 if they differ."""
+    verify_prompts: int = 20
+    """Prompts that both continue by 64 tokens, for --verify."""
+    push: str | None = None
+    """Repository of the Hugging Face hub to put it into: USER/NAME."""
+    private: bool = True
+    """Whether a repository that --push makes can be read by its owner only."""
+
+    def __post_init__(self) -> None:
+        if self.dtype == "q8_0" and self.format != "gguf":
+            raise ValueError(f"--dtype q8_0 is for --format gguf; {self.format} takes f32, bf16 or f16")
+        if self.verify_prompts < 1:
+            raise ValueError(f"verify_prompts must be at least 1, got {self.verify_prompts}")
+
+    @property
+    def folder(self) -> Path:
+        """Where the files go."""
+        return self.out or self.bundle.absolute().parent / "export" / self.format
+
+
+def plan(c: Config) -> str:
+    """The files that would be written, with their sizes, and where they would go."""
+    check(c)
+    from nanollm.export import folder
+
+    dtype, shape = dtype_of(c), folder.exported_shape(read_config(c.bundle), c.format)
+    size = f"about {shape.total_parameters * folder.BYTES[dtype] / 1e6:,.1f} MB"
+    lines = [f"{folder.model_file(c.format, dtype, name_of(c))} ({size})", *folder.other_files(c.format)]
+    place = f", and in the {'private' if c.private else 'public'} repository {c.push}" if c.push else ""
+    return "\n".join([*lines, f"in {c.folder}{place}"])
+
+
+def run(c: Config) -> Path:
+    """The folder of the export."""
+    check(c)
+    from nanollm.export import folder, push
+
+    bundle, dtype, name = load_bundle(c.bundle), dtype_of(c), name_of(c)
+    with new_folder(c.folder) as draft:
+        folder.write_export(draft, bundle, c.format, dtype, name)
+        write_card(c, draft, bundle)
+    parameters = folder.exported_shape(bundle.model.config, c.format).total_parameters
+    say(f"{c.format}, {dtype}, {parameters:,} parameters, written to {c.folder}")
+    if c.verify:
+        prove(c, c.folder / folder.model_file(c.format, dtype, name), bundle)
+    if c.push:
+        say(f"pushed to {push.push(c.folder, c.push, private=c.private)}")
+    return c.folder
+
+
+def check(c: Config) -> None:
+    """Whatever can be known to fail fails here, before anything is written."""
+    missing = [package for package in EXTRA if find_spec(package.partition(".")[0]) is None]
+    if missing:
+        raise ValueError(f'export needs {", ".join(missing)}; in the folder of NanoLLM: pip install -e ".[export]"')
+    read_config(c.bundle)
+    check_out(c)
+    if c.push:
+        from nanollm.export.push import check_push
+
+        check_push(c.push)
+    if c.verify and c.format == "gguf":
+        from nanollm.export.llama import package_folder
+
+        package_folder()
+
+
+def check_out(c: Config) -> None:
+    """Refuse a folder where something would be lost."""
+    from nanollm.export.folder import is_ours
+
+    if c.folder.is_file():
+        raise ValueError(f"{c.folder} is a file; choose another --out")
+    if c.bundle.resolve().is_relative_to(c.folder.resolve()):
+        raise ValueError(f"{c.folder} holds the bundle; choose another --out")
+    names = sorted(file.name for file in c.folder.iterdir()) if c.folder.is_dir() else []
+    if foreign := [name for name in names if not is_ours(name)]:
+        raise ValueError(f"{c.folder} holds {foreign[0]}, which no export writes; choose another --out")
+    if names and not c.force:
+        raise ValueError(f"{c.folder} is not empty; choose another --out, or replace the export there with --force")
+
+
+def dtype_of(c: Config) -> "Dtype":
+    """The type to write."""
+    return STORED[stored_dtype(c.bundle)] if c.dtype == "auto" else c.dtype
+
+
+def name_of(c: Config) -> str:
+    """What the card calls the model."""
+    size = read_config(c.bundle).total_parameters / 1e6
+    return c.name or c.push or f"nanollm-{size:.0f}M"
+
+
+def write_card(c: Config, draft: Path, bundle: Bundle) -> None:
+    """README.md, with what was measured of this very bundle."""
+    from nanollm.export import card, folder
+    from nanollm.export.history import find_manifests
+
+    dtype, name = dtype_of(c), name_of(c)
+    about = card.About(
+        name=name,
+        format=c.format,
+        dtype=dtype,
+        config=bundle.model.config,
+        provenance=bundle.provenance,
+        license=c.license,
+        language=c.language,
+        gguf=folder.model_file(c.format, dtype, name),
+        evaluations=card.find_evaluations(c.bundle),
+        manifests=find_manifests(bundle.provenance),
+    )
+    card.write_card(draft, about)
+
+
+def prove(c: Config, model: Path, bundle: Bundle) -> None:
+    """Print the table of --verify; SystemExit, which is exit code 1, if a line of it does not hold."""
+    from nanollm.export import in_llama, in_transformers, verify
+
+    if c.format == "gguf":
+        checks = in_llama.compare(model, bundle, dtype_of(c), c.verify_prompts)
+    else:
+        checks = in_transformers.compare(c.folder, bundle, dtype_of(c), c.verify_prompts)
+    for line in verify.table(checks):
+        say(line)
+    if not all(check.holds for check in checks):
+        raise SystemExit(f"nanollm export: {model} does not say what {c.bundle} says; it was not pushed")
