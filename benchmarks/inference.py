@@ -57,7 +57,7 @@ def both_models() -> tuple[Transformer, Peer]:
     kinds = ["sparse" if c.is_moe(block) else "dense" for block in range(c.n_blocks)]
     settings = reference_settings(c) | {"attn_implementation": "sdpa", "pad_token_id": 0}
     peer = transformers.Glm4MoeLiteForCausalLM(transformers.Glm4MoeLiteConfig(**settings, mlp_layer_types=kinds))
-    peer.load_state_dict(reference_weights(model))
+    peer.load_state_dict(reference_weights(model.state_dict(), c))
     return model.to(torch.bfloat16).eval(), peer.to(torch.bfloat16).eval()
 
 

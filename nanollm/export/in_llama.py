@@ -26,11 +26,10 @@ def compare(model: Path, bundle: Bundle, dtype: str, prompts: int) -> list[Check
         count=samples.reply_tokens,
         threads=torch.get_num_threads(),
     )
-    replies = verify.our_replies(bundle, samples)
     return [
         *compare_ids(answer, bundle, samples),
         *compare_scores(answer, bundle, samples, is_exact=dtype == "f32"),
-        verify.check_replies(replies, answer.replies, must_equal=dtype == "f32"),
+        verify.check_replies(bundle, samples, answer.replies, must_equal=dtype == "f32"),
     ]
 
 

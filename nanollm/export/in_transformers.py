@@ -95,12 +95,11 @@ def compare_logits(model: Any, bundle: Bundle, samples: Samples) -> Iterator[Che
 @torch.inference_mode()
 def compare_replies(model: Any, bundle: Bundle, samples: Samples) -> Check:
     """Greedy replies with transformers' cache."""
-    ours = verify.our_replies(bundle, samples)
     theirs: list[list[int]] = []
     for start in range(0, len(samples.prompts), ROWS):
         some = samples.prompts[start : start + ROWS]
         theirs += continue_greedily(model, some, samples.reply_tokens, bundle.tokenizer.pad_id)
-    return verify.check_replies(ours, theirs, must_equal=True)
+    return verify.check_replies(bundle, samples, theirs, must_equal=True)
 
 
 def continue_greedily(model: Any, prompts: Sequence[Sequence[int]], count: int, pad_id: int) -> list[list[int]]:

@@ -185,10 +185,29 @@ def check_perplexity(ours: Sequence[Seen], theirs: Sequence[Seen]) -> Check:
     return Check("perplexity", f"within {100 * ROUNDED_PERPLEXITY:g} %", found, abs(change) <= ROUNDED_PERPLEXITY)
 
 
-def check_replies(ours: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]], *, must_equal: bool) -> Check:
-    """Greedy replies, token by token; behind a first difference both go their own ways."""
+def check_replies(bundle: Bundle, samples: Samples, theirs: Sequence[Sequence[int]], *, must_equal: bool) -> Check:
+    """Greedy replies, token by token; behind a first difference both go their own ways.
+
+    Where two tokens are as likely as each other, up to TOLERANCE, either may come first.
+    """
+    ours = our_replies(bundle, samples)
     tokens = [mine == other for pair in zip(ours, theirs, strict=True) for mine, other in zip(*pair, strict=True)]
-    equal = sum(list(mine) == list(other) for mine, other in zip(ours, theirs, strict=True))
-    found = f"{equal:,} of {len(ours):,} replies equal, {100 * sum(tokens) / len(tokens):.1f} % of tokens"
-    wanted = "all equal" if must_equal else "for information"
-    return Check(f"greedy replies of {len(ours[0])} tokens", wanted, found, equal == len(ours) or not must_equal)
+    found = f"{100 * sum(tokens) / len(tokens):.1f} % of tokens equal"
+    gaps = [
+        gap_at_first_difference(bundle, prompt, mine, other)
+        for prompt, mine, other in zip(samples.prompts, ours, theirs, strict=True)
+        if list(mine) != list(other)
+    ]
+    found = f"{len(ours) - len(gaps):,} of {len(ours):,} replies equal, {found}"
+    if gaps and max(gaps) <= TOLERANCE:
+        found += f"; the others differ first where the two likeliest tokens are {max(gaps):.1g} apart"
+    wanted = "all equal, but for ties" if must_equal else "for information"
+    holds = not must_equal or all(gap <= TOLERANCE for gap in gaps)
+    return Check(f"greedy replies of {samples.reply_tokens} tokens", wanted, found, holds)
+
+
+def gap_at_first_difference(bundle: Bundle, prompt: Sequence[int], ours: Sequence[int], theirs: Sequence[int]) -> float:
+    """How much likelier (in logits) our token is than theirs where they first differ."""
+    place = next(place for place, (mine, other) in enumerate(zip(ours, theirs, strict=True)) if mine != other)
+    logits = our_logits(bundle, [*prompt, *ours[:place]])[-1]
+    return float((logits[ours[place]] - logits[theirs[place]]).abs())

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, Glm4MoeLiteConfig, Glm4MoeLiteForCausalLM
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention, DeepseekV3MoE
 
+from nanollm.export import names
 from nanollm.model.config import ModelConfig
 from nanollm.model.layers import Places, rotary_table
 from nanollm.model.transformer import Transformer
@@ -16,77 +17,22 @@ from tests.model.conftest import TINY, randomised
 TOP_1 = dataclasses.replace(TINY, n_routed_experts=2, experts_per_token=1, norm_topk_prob=False, n_shared_experts=1)
 ALL_MOE = dataclasses.replace(TINY, moe_every=1, routed_scaling_factor=2.0)
 
-ATTENTION = {
-    "q_a_proj": "q_a_proj",
-    "q_a_norm": "q_a_layernorm",
-    "q_b_proj": "q_b_proj",
-    "kv_a_proj": "kv_a_proj_with_mqa",
-    "kv_a_norm": "kv_a_layernorm",
-    "kv_b_proj": "kv_b_proj",
-    "o_proj": "o_proj",
-}
-
 
 def reference_settings(c: ModelConfig) -> dict[str, object]:
     """Our shape in the reference's words."""
-    return {
-        "vocab_size": c.vocab_size,
-        "max_position_embeddings": c.context_length,
-        "hidden_size": c.d_model,
-        "num_hidden_layers": c.n_blocks,
-        "num_attention_heads": c.n_heads,
-        "num_key_value_heads": c.n_heads,
-        "q_lora_rank": c.q_lora_rank,
-        "kv_lora_rank": c.kv_lora_rank,
-        "qk_nope_head_dim": c.qk_nope_head_dim,
-        "qk_rope_head_dim": c.qk_rope_head_dim,
-        "v_head_dim": c.v_head_dim,
-        "intermediate_size": c.d_ff,
-        "moe_intermediate_size": c.d_expert,
-        "n_routed_experts": c.n_routed_experts,
-        "n_shared_experts": c.n_shared_experts,
-        "num_experts_per_tok": c.experts_per_token,
-        "norm_topk_prob": c.norm_topk_prob,
-        "routed_scaling_factor": c.routed_scaling_factor,
-        "n_group": 1,
-        "topk_group": 1,
-        "rms_norm_eps": c.rms_norm_eps,
-        "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta},
-        "tie_word_embeddings": False,
-        "attn_implementation": "eager",
-    }
+    return names.words_of(c) | {"attn_implementation": "eager"}
 
 
-def reference_weights(model: Transformer) -> dict[str, Tensor]:
-    """Our weights under the reference's names."""
-    return renamed(model.state_dict(), model.config)
-
-
-def renamed(weights: dict[str, Tensor], c: ModelConfig) -> dict[str, Tensor]:
-    """Tensors by our names to tensors by the reference's."""
-    ours = weights
-    theirs = {
-        "model.embed_tokens.weight": ours["trunk.embed.weight"],
-        "model.norm.weight": ours["trunk.norm.weight"],
-        "lm_head.weight": ours["head.weight"],
-    }
-    for index in range(c.n_blocks):
-        prefix, layer = f"trunk.blocks.{index}.", f"model.layers.{index}."
-        ours = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
-        theirs[layer + "input_layernorm.weight"] = ours["attention_norm.weight"]
-        theirs[layer + "post_attention_layernorm.weight"] = ours["ffn_norm.weight"]
-        for our_name, their_name in ATTENTION.items():
-            theirs[f"{layer}self_attn.{their_name}.weight"] = ours[f"attention.{our_name}.weight"]
-        if c.is_moe(index):
-            theirs[layer + "mlp.gate.weight"] = ours["ffn.centroids"]
-            theirs[layer + "mlp.gate.e_score_correction_bias"] = ours["ffn.balance_bias"]
-            gate, up = ours["ffn.experts.gate_proj"], ours["ffn.experts.up_proj"]
-            theirs[layer + "mlp.experts.gate_up_proj"] = torch.cat((gate, up), dim=1)
-            theirs[layer + "mlp.experts.down_proj"] = ours["ffn.experts.down_proj"]
-        part = "shared." if c.is_moe(index) else ""
-        their_part = "shared_experts." if c.is_moe(index) else ""
-        for name in ("gate_proj", "up_proj", "down_proj"):
-            theirs[f"{layer}mlp.{their_part}{name}.weight"] = ours[f"ffn.{part}{name}.weight"]
+def reference_weights(weights: dict[str, Tensor], c: ModelConfig) -> dict[str, Tensor]:
+    """Tensors by our names to those of the reference's modules, where the experts of a block lie together."""
+    theirs = names.to_theirs(weights, c)
+    for block in filter(c.is_moe, range(c.n_blocks)):
+        prefix = f"model.layers.{block}.mlp.experts."
+        gate, up, down = (
+            torch.stack([theirs.pop(f"{prefix}{expert}.{name}.weight") for expert in range(c.n_routed_experts)])
+            for name in names.PROJECTIONS
+        )
+        theirs[prefix + "gate_up_proj"], theirs[prefix + "down_proj"] = torch.cat((gate, up), dim=1), down
     return theirs
 
 
@@ -99,7 +45,9 @@ def load(module: nn.Module, weights: dict[str, Tensor], prefix: str = "") -> nn.
 def test_latent_attention_equals_deepseek_v3(tiny_model, rng):
     c, block = TINY, tiny_model.trunk.blocks[0]
     config = DeepseekV3Config(**reference_settings(c))
-    theirs = load(DeepseekV3Attention(config, 0), reference_weights(tiny_model), "model.layers.0.self_attn.")
+    theirs = load(
+        DeepseekV3Attention(config, 0), reference_weights(tiny_model.state_dict(), TINY), "model.layers.0.self_attn."
+    )
     x = torch.randn(2, 17, c.d_model, generator=rng)
     positions = torch.arange(17)
     cos, sin = rotary_table(positions, c.qk_rope_head_dim, c.rope_theta)
@@ -114,7 +62,7 @@ def test_latent_attention_equals_deepseek_v3(tiny_model, rng):
 def test_mixture_of_experts_equals_deepseek_v3(tiny_model, rng):
     theirs = load(
         DeepseekV3MoE(DeepseekV3Config(**reference_settings(TINY))),
-        reference_weights(tiny_model),
+        reference_weights(tiny_model.state_dict(), TINY),
         "model.layers.1.mlp.",
     )
     x = torch.randn(3, 11, TINY.d_model, generator=rng)
@@ -125,7 +73,7 @@ def test_mixture_of_experts_equals_deepseek_v3(tiny_model, rng):
 def test_whole_model_equals_deepseek_v3(rng):
     ours = randomised(Transformer(ALL_MOE).init(0)).eval()
     config = DeepseekV3Config(**reference_settings(ALL_MOE), first_k_dense_replace=0)
-    theirs = load(DeepseekV3ForCausalLM(config), reference_weights(ours))
+    theirs = load(DeepseekV3ForCausalLM(config), reference_weights(ours.state_dict(), ALL_MOE))
     tokens = torch.randint(ALL_MOE.vocab_size, (2, 33), generator=rng)
     torch.testing.assert_close(ours(tokens), theirs(tokens).logits, atol=1e-5, rtol=1e-5)
 
@@ -137,7 +85,7 @@ def test_whole_model_with_dense_and_expert_blocks_equals_glm_4_moe_lite(c, rng):
     layers = ["sparse" if c.is_moe(index) else "dense" for index in range(c.n_blocks)]
     theirs = load(
         Glm4MoeLiteForCausalLM(Glm4MoeLiteConfig(**reference_settings(c), mlp_layer_types=layers)),
-        reference_weights(ours),
+        reference_weights(ours.state_dict(), c),
     )
     tokens = torch.randint(c.vocab_size, (2, 33), generator=rng)
     torch.testing.assert_close(ours(tokens), theirs(tokens).logits, atol=1e-5, rtol=1e-5)
@@ -148,7 +96,7 @@ def test_gradients_equal_those_of_the_reference(rng):
     layers = ["sparse" if TINY.is_moe(index) else "dense" for index in range(TINY.n_blocks)]
     theirs = load(
         Glm4MoeLiteForCausalLM(Glm4MoeLiteConfig(**reference_settings(TINY), mlp_layer_types=layers)),
-        reference_weights(ours),
+        reference_weights(ours.state_dict(), TINY),
     )
     tokens = torch.randint(TINY.vocab_size, (2, 33), generator=rng)
     for model in (ours, theirs):
@@ -157,7 +105,7 @@ def test_gradients_equal_those_of_the_reference(rng):
     gradients = {name: parameter.grad for name, parameter in ours.named_parameters()}
     gradients |= {name: torch.zeros_like(buffer) for name, buffer in ours.named_buffers()}  # those have none
     expected = {name: parameter.grad for name, parameter in theirs.named_parameters()}
-    got = renamed(gradients, TINY)
+    got = reference_weights(gradients, TINY)
     assert expected.keys() == {name for name in got if "correction_bias" not in name}
     for name, gradient in expected.items():
         torch.testing.assert_close(got[name], gradient, atol=1e-5, rtol=1e-5, msg=lambda text, name=name: name + text)

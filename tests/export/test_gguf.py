@@ -1,0 +1,42 @@
+"""What stands in a GGUF; that llama.cpp reads it in the same way is in tests/stages/test_export.py."""
+
+from dataclasses import replace
+
+import pytest
+from gguf import GGUFReader
+
+from nanollm.bundle import Bundle, load_bundle
+from nanollm.export import gguf
+from nanollm.model.transformer import Transformer
+from nanollm.text.tokenizer import Sample, train_on
+from tests.conftest import STORY
+from tests.model.conftest import TINY
+
+
+@pytest.mark.parametrize("dtype, types", [("f32", {"F32"}), ("f16", {"F16", "F32"}), ("q8_0", {"Q8_0", "F16", "F32"})])
+def test_every_number_of_the_model_is_there(trained, tmp_path, dtype, types):
+    bundle = load_bundle(trained)
+    gguf.write_gguf(tmp_path / "model.gguf", bundle, dtype)
+    tensors = GGUFReader(tmp_path / "model.gguf").tensors
+    biases = sum(layer.balance_bias.numel() for layer in bundle.model.moe_layers())
+    assert sum(int(tensor.n_elements) for tensor in tensors) == bundle.model.config.total_parameters + biases
+    assert {tensor.tensor_type.name for tensor in tensors} == types
+
+
+def test_ids_that_the_tokenizer_lacks_are_unused_tokens(trained, tmp_path):
+    bundle = load_bundle(trained)
+    gguf.write_gguf(tmp_path / "model.gguf", bundle, "f32")
+    fields = GGUFReader(tmp_path / "model.gguf").fields
+    kinds = fields["tokenizer.ggml.token_type"].contents()
+    assert len(kinds) == bundle.model.config.vocab_size == bundle.tokenizer.vocab_size + 8
+    assert kinds[-8:] == [gguf.KIND_NUMBERS["unused"]] * 8
+    assert len(set(fields["tokenizer.ggml.tokens"].contents())) == len(kinds)
+
+
+def test_what_llama_cpp_would_read_in_another_way_is_refused(tokenizer):
+    unigram = train_on(Sample([STORY.read_bytes()], 0), vocab_size=400, model_type="unigram")
+    deep = Bundle(Transformer(replace(TINY, n_blocks=26)), tokenizer, {})
+    with pytest.raises(ValueError, match="takes a model of 26 blocks for DeepSeek-V2-Lite"):
+        gguf.check_fits(deep.model.config, deep.tokenizer)
+    with pytest.raises(ValueError, match="needs pieces of the type bpe, this bundle's are unigram"):
+        gguf.check_fits(TINY, unigram)

@@ -1,0 +1,131 @@
+"""An export says in its engine what the bundle says, and a comparison of two different models says that it does not."""
+
+import json
+import shutil
+
+import pytest
+
+from nanollm.bundle import load_bundle, save_bundle
+from nanollm.export import in_llama, in_transformers, llama, verify
+from nanollm.stages.export import Config, run
+from nanollm.text.chat import encode_prompt
+
+PROMPTS = 6
+FORMS = [
+    ("compact", "f32"),
+    ("compact", "bf16"),
+    ("deepseek-v3", "f32"),
+    ("deepseek-v3", "f16"),
+    ("gguf", "f32"),
+    ("gguf", "bf16"),
+    ("gguf", "f16"),
+    ("gguf", "q8_0"),
+]
+
+
+@pytest.fixture(scope="session")
+def with_llama():
+    """llama.cpp; what needs it skips with what would install it."""
+    try:
+        llama.package_folder()
+    except ValueError as missing:
+        pytest.skip(str(missing))
+
+
+def exported(bundle, form, dtype, folder):
+    """The path that `compare` of the engine takes."""
+    run(Config(bundle=bundle, format=form, dtype=dtype, out=folder))
+    return next(folder.glob("*.gguf")) if form == "gguf" else folder
+
+
+def compare(form, path, bundle, dtype):
+    engine = in_llama if form == "gguf" else in_transformers
+    return engine.compare(path, load_bundle(bundle), dtype, PROMPTS)
+
+
+@pytest.mark.parametrize("form, dtype", FORMS)
+def test_an_export_says_what_the_bundle_says(form, dtype, trained, tmp_path, request):
+    if form == "gguf":
+        request.getfixturevalue("with_llama")
+    checks = compare(form, exported(trained, form, dtype, tmp_path / "out"), trained, dtype)
+    assert [line for line in verify.table(checks) if line.startswith("FAIL")] == []
+    assert len(checks) >= 5
+
+
+@pytest.mark.parametrize("form, dtype", [("compact", "f32"), ("gguf", "f32"), ("gguf", "q8_0")])
+def test_another_models_export_is_told_apart(form, dtype, trained, tmp_path, request):
+    if form == "gguf":
+        request.getfixturevalue("with_llama")
+    first = load_bundle(trained)
+    weights = first.model.state_dict()
+    weights["trunk.blocks.1.ffn.up_proj.weight"] = weights["trunk.blocks.1.ffn.up_proj.weight"] * 1.2
+    other = save_bundle(tmp_path / "other", first.model.config, weights, first.tokenizer, {"made_by": "a test"})
+    checks = compare(form, exported(trained, form, dtype, tmp_path / "out"), other, dtype)
+    failed = {check.what.partition(",")[0] for check in checks if not check.holds}
+    assert "likeliest token" in failed
+    assert "ids of texts" not in failed
+
+
+def test_another_tokenizers_export_is_told_apart(trained, tmp_path):
+    path = exported(trained, "compact", "f32", tmp_path / "out")
+    file = path / "tokenizer.json"
+    backend = json.loads(file.read_text("utf-8"))
+    vocabulary = backend["model"]["vocab"]
+    vocabulary["e"], vocabulary["a"] = vocabulary["a"], vocabulary["e"]
+    file.write_text(json.dumps(backend), encoding="utf-8")
+    failed = [check.what for check in compare("compact", path, trained, "f32") if not check.holds]
+    assert failed == ["ids of texts", "ids of conversations"]
+
+
+def test_replies_of_transformers_do_not_depend_on_their_company(trained, tmp_path):
+    path = exported(trained, "compact", "f32", tmp_path / "out")
+    bundle = load_bundle(trained)
+    model, _, complaints = in_transformers.load(path)
+    prompts = verify.Samples.of(bundle, PROMPTS).prompts
+    together = in_transformers.continue_greedily(model, prompts, 20, bundle.tokenizer.pad_id)
+    alone = [in_transformers.continue_greedily(model, [prompt], 20, bundle.tokenizer.pad_id)[0] for prompt in prompts]
+    assert complaints == ""
+    assert together == alone
+
+
+def test_replies_may_differ_where_two_tokens_are_equally_likely(trained):
+    bundle = load_bundle(trained)
+    samples = verify.Samples.of(bundle, PROMPTS)
+    ours = verify.our_replies(bundle, samples)
+    token = ours[0][3]
+    twin, stranger = bundle.tokenizer.vocab_size, bundle.tokenizer.vocab_size + 1  # no tokens of the tokenizer
+    bundle.model.head.weight.data[twin] = bundle.model.head.weight.data[token] * (1 - 1e-7)
+    bundle.model.head.weight.data[stranger] = 0
+    theirs = [[*ours[0][:3], twin, *ours[0][4:]], *ours[1:]]
+    check = verify.check_replies(bundle, samples, theirs, must_equal=True)
+    assert check.holds
+    assert f"{PROMPTS - 1} of {PROMPTS} replies equal" in check.found
+    theirs[0][3] = stranger
+    assert not verify.check_replies(bundle, samples, theirs, must_equal=True).holds
+
+
+def test_the_samples_hold_what_is_promised(trained):
+    bundle = load_bundle(trained)
+    samples = verify.Samples.of(bundle, PROMPTS)
+    assert sum(len(ids) - 1 for ids in samples.windows) >= verify.POSITIONS
+    assert len(samples.conversations) == 200
+    assert len(samples.prompts) == PROMPTS
+    limit = bundle.model.config.context_length
+    assert max(map(len, samples.prompts)) + samples.reply_tokens <= limit
+    asked = next(conversation for conversation in samples.conversations if len(conversation.messages) == 1)
+    assert verify.ids_of(asked, bundle) == encode_prompt(asked, bundle.tokenizer)
+
+
+def test_a_missing_llama_cpp_is_told_with_what_installs_it(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="npm install node-llama-cpp"):
+        llama.package_folder()
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(ValueError, match=r"needs Node.js 20 or newer"):
+        llama.package_folder()
+
+
+def test_a_file_that_is_no_gguf_is_told_by_its_path(with_llama, tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"not a model")
+    with pytest.raises(RuntimeError, match=r"llama.cpp could not read .*model\.gguf"):
+        llama.ask(tmp_path / "model.gguf", texts=["a"])

@@ -1,0 +1,124 @@
+"""A bundle becomes a folder for others, and a mistake costs one line and no file."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from nanollm import cli
+from nanollm.bundle import load_bundle, save_bundle
+from nanollm.export import in_transformers, push
+from nanollm.stages import export
+from nanollm.stages.export import Config, plan, run
+
+
+@pytest.fixture
+def complaint(bundle, tmp_path, capsys):
+    """The one line that `nanollm export BUNDLE --out tmp_path/out ...` gives; exit code 2."""
+
+    def said(*words, source=bundle):
+        capsys.readouterr()
+        code = cli.main(["export", str(source), "--out", str(tmp_path / "out"), *words])
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert (code, len(lines)) == (2, 1), lines
+        return lines[0]
+
+    return said
+
+
+@pytest.mark.parametrize("form", ["compact", "deepseek-v3", "gguf"])
+def test_the_files_are_those_of_the_plan(form, bundle, tmp_path):
+    config = Config(bundle=bundle, format=form, out=tmp_path / "out", name="ada/tiny model")
+    planned = {line.split(" (")[0] for line in plan(config).splitlines()[:-1]}
+    assert run(config) == tmp_path / "out"
+    assert {file.name for file in (tmp_path / "out").iterdir()} == planned
+    assert ("tiny-model-F32.gguf" in planned) == (form == "gguf")
+
+
+def test_the_weights_keep_the_type_of_the_bundle_unless_another_is_asked_for(bundle, tmp_path):
+    sizes = {}
+    for dtype in ("auto", "f32", "bf16"):
+        run(Config(bundle=bundle, dtype=dtype, out=tmp_path / dtype))
+        sizes[dtype] = (tmp_path / dtype / "model.safetensors").stat().st_size
+    assert sizes["auto"] == sizes["f32"] > 1.8 * sizes["bf16"]
+
+
+def test_the_folder_lies_beside_the_bundle_unless_it_is_given(bundle, tmp_path, monkeypatch):
+    shutil.copytree(bundle, tmp_path / "run" / "bundle")
+    monkeypatch.chdir(tmp_path / "run")
+    assert (
+        run(Config(bundle=Path("bundle"), format="deepseek-v3")).resolve()
+        == tmp_path / "run" / "export" / "deepseek-v3"
+    )
+
+
+def test_no_path_of_this_machine_leaves(tmp_path, bundle):
+    made, provenance = load_bundle(bundle), {"made_by": "a test", "config": {"data": {"/srv/ada/tokens": 1.0}}}
+    save_bundle(tmp_path / "bundle", made.model.config, made.model.state_dict(), made.tokenizer, provenance)
+    folder = run(Config(bundle=tmp_path / "bundle", out=tmp_path / "out"))
+    for file in folder.iterdir():
+        assert b"/srv/ada" not in file.read_bytes()
+        assert str(tmp_path).encode() not in file.read_bytes()
+    assert json.loads((folder / "provenance.json").read_text("utf-8"))["config"] == {"data": {"tokens": 1.0}}
+
+
+def test_a_folder_that_is_not_empty_is_replaced_by_force_only(bundle, tmp_path, complaint):
+    run(Config(bundle=bundle, out=tmp_path / "out"))
+    before = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+    assert "out is not empty; choose another --out, or replace the export there with --force" in complaint()
+    assert before == {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+    run(Config(bundle=bundle, format="gguf", out=tmp_path / "out", force=True))
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_what_no_export_wrote_is_never_replaced(tmp_path, complaint):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("years")
+    assert "out holds thesis.tex, which no export writes" in complaint("--force")
+    assert (tmp_path / "out" / "thesis.tex").read_text() == "years"
+
+
+def test_the_bundle_is_never_replaced_by_its_export(bundle, tmp_path, capsys):
+    shutil.copytree(bundle, tmp_path / "bundle")
+    for out in (tmp_path / "bundle", tmp_path):
+        assert cli.main(["export", str(tmp_path / "bundle"), "--out", str(out), "--force"]) == 2
+        assert "holds the bundle; choose another --out" in capsys.readouterr().err
+
+
+def test_bad_input_costs_one_line_and_no_file(bundle, tmp_path, complaint):
+    torn = tmp_path / "torn"
+    shutil.copytree(bundle, torn)
+    weights = torn / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert "model.safetensors was changed after it was written; copy the bundle again" in complaint(source=torn)
+    weights.unlink()
+    assert "model.safetensors is missing" in complaint(source=torn)
+    assert "is not a bundle (no such folder)" in complaint(source=tmp_path / "nothing")
+    assert "is not a bundle (no config.json in it)" in complaint(source=bundle.parent)
+    assert "--dtype q8_0 is for --format gguf; compact takes f32, bf16 or f16" in complaint("--dtype", "q8_0")
+    assert "format: expected compact|deepseek-v3|gguf, got" in complaint("--format", "onnx")
+    assert "--push must be USER/NAME" in complaint("--push", "tiny")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_package_is_named_with_what_installs_it(complaint, monkeypatch):
+    monkeypatch.setattr(export, "find_spec", lambda name: None if name == "gguf" else name)
+    assert 'export needs gguf; in the folder of NanoLLM: pip install -e ".[export]"' in complaint()
+
+
+def test_what_does_not_hold_ends_in_exit_code_1_and_is_not_pushed(bundle, tmp_path, monkeypatch, capsys):
+    pushed = []
+    monkeypatch.setattr(push, "push", lambda *words, **options: pushed.append(words))
+    monkeypatch.setattr(push, "check_push", lambda name: None)
+    compare = in_transformers.compare
+
+    def compare_with_another_head(folder, ours, dtype, prompts):
+        ours.model.head.weight.data[5] += 1
+        return compare(folder, ours, dtype, prompts)
+
+    monkeypatch.setattr(in_transformers, "compare", compare_with_another_head)
+    with pytest.raises(SystemExit, match="does not say what"):
+        run(Config(bundle=bundle, out=tmp_path / "out", verify=True, verify_prompts=2, push="ada/tiny"))
+    assert "FAIL  greatest difference of a logit" in capsys.readouterr().err
+    assert pushed == []
