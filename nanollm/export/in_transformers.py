@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nanollm.bundle import Bundle
 from nanollm.export import verify
@@ -28,7 +29,7 @@ def compare(folder: Path, bundle: Bundle, dtype: str, prompts: int) -> list[Chec
             Check("tensors of the class", "all, and no more", complaints or "all, and no more", not complaints),
             *compare_ids(tokenizer, bundle, samples),
             *compare_logits(model, bundle, samples),
-            compare_replies(model, bundle, samples),
+            *compare_replies(model, bundle, samples),
         ]
 
 
@@ -93,13 +94,23 @@ def compare_logits(model: Any, bundle: Bundle, samples: Samples) -> Iterator[Che
 
 
 @torch.inference_mode()
-def compare_replies(model: Any, bundle: Bundle, samples: Samples) -> Check:
-    """Greedy replies with transformers' cache."""
+def compare_replies(model: Any, bundle: Bundle, samples: Samples) -> Iterator[Check]:
+    """Greedy replies with transformers' cache, and ours read without it."""
+    ours = verify.our_replies(bundle, samples)
     theirs: list[list[int]] = []
     for start in range(0, len(samples.prompts), ROWS):
         some = samples.prompts[start : start + ROWS]
         theirs += continue_greedily(model, some, samples.reply_tokens, bundle.tokenizer.pad_id)
-    return verify.check_replies(bundle, samples, theirs, must_equal=True)
+    yield verify.check_replies(bundle, samples, ours, theirs, must_equal=True)
+    pairs = zip(samples.prompts, ours, strict=True)
+    yield verify.check_likeliest(torch.cat([gaps(model, prompt, reply) for prompt, reply in pairs]))
+
+
+def gaps(model: Any, prompt: Sequence[int], reply: Sequence[int]) -> Tensor:
+    """(n,) how much likelier, in logits, another token is than each of the reply's; 0: none is."""
+    logits = model(torch.tensor([[*prompt, *reply]]), use_cache=False).logits[0]
+    logits = logits[len(prompt) - 1 : -1]  # (n, V), those that predict the reply
+    return logits.amax(-1) - logits.gather(-1, torch.tensor(reply)[:, None])[:, 0]
 
 
 def continue_greedily(model: Any, prompts: Sequence[Sequence[int]], count: int, pad_id: int) -> list[list[int]]:

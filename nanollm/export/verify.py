@@ -29,6 +29,8 @@ REPLY_TOKENS = 64
 PROMPT_TOKENS = 24
 WINDOW = 200
 
+Ids = Sequence[int]
+
 TRICKY = (
     "",
     " leading and trailing ",
@@ -124,7 +126,7 @@ class Seen:
     """logit - log_total is the log-probability."""
 
     @classmethod
-    def of(cls, logits: Tensor, ids: Sequence[int]) -> "Seen":
+    def of(cls, logits: Tensor, ids: Ids) -> "Seen":
         """From logits (T, V) of a window of T ids."""
         logits = logits[:-1].float()
         highest, top = logits.max(-1)
@@ -133,7 +135,7 @@ class Seen:
 
 
 @torch.inference_mode()
-def our_logits(bundle: Bundle, ids: Sequence[int]) -> Tensor:
+def our_logits(bundle: Bundle, ids: Ids) -> Tensor:
     """(T, V)."""
     return bundle.model(torch.tensor([ids]))[0]
 
@@ -185,12 +187,13 @@ def check_perplexity(ours: Sequence[Seen], theirs: Sequence[Seen]) -> Check:
     return Check("perplexity", f"within {100 * ROUNDED_PERPLEXITY:g} %", found, abs(change) <= ROUNDED_PERPLEXITY)
 
 
-def check_replies(bundle: Bundle, samples: Samples, theirs: Sequence[Sequence[int]], *, must_equal: bool) -> Check:
+def check_replies(
+    bundle: Bundle, samples: Samples, ours: Sequence[Ids], theirs: Sequence[Ids], *, must_equal: bool
+) -> Check:
     """Greedy replies, token by token; behind a first difference both go their own ways.
 
     Where two tokens are as likely as each other, up to TOLERANCE, either may come first.
     """
-    ours = our_replies(bundle, samples)
     tokens = [mine == other for pair in zip(ours, theirs, strict=True) for mine, other in zip(*pair, strict=True)]
     found = f"{100 * sum(tokens) / len(tokens):.1f} % of tokens equal"
     gaps = [
@@ -206,8 +209,16 @@ def check_replies(bundle: Bundle, samples: Samples, theirs: Sequence[Sequence[in
     return Check(f"greedy replies of {samples.reply_tokens} tokens", wanted, found, holds)
 
 
-def gap_at_first_difference(bundle: Bundle, prompt: Sequence[int], ours: Sequence[int], theirs: Sequence[int]) -> float:
+def gap_at_first_difference(bundle: Bundle, prompt: Ids, ours: Ids, theirs: Ids) -> float:
     """How much likelier (in logits) our token is than theirs where they first differ."""
     place = next(place for place, (mine, other) in enumerate(zip(ours, theirs, strict=True)) if mine != other)
     logits = our_logits(bundle, [*prompt, *ours[:place]])[-1]
     return float((logits[ours[place]] - logits[theirs[place]]).abs())
+
+
+def check_likeliest(gaps: Tensor) -> Check:
+    """Of our greedy replies, read in one pass: by how much another token is likelier than ours, (n,) logits."""
+    found = f"{int((gaps == 0).sum()):,} of {len(gaps):,} tokens are the likeliest"
+    if (greatest := gaps.max().item()) > 0:
+        found += f", the others but for {greatest:.1g}"
+    return Check("our replies, without its cache", "all, but for ties", found, greatest <= TOLERANCE)

@@ -17,8 +17,8 @@ FORMS = [
     ("deepseek-v3", "f32"),
     ("deepseek-v3", "f16"),
     ("gguf", "f32"),
-    ("gguf", "bf16"),
-    ("gguf", "f16"),
+    pytest.param("gguf", "bf16", marks=pytest.mark.slow),
+    pytest.param("gguf", "f16", marks=pytest.mark.slow),
     ("gguf", "q8_0"),
 ]
 
@@ -49,7 +49,7 @@ def test_an_export_says_what_the_bundle_says(form, dtype, trained, tmp_path, req
         request.getfixturevalue("with_llama")
     checks = compare(form, exported(trained, form, dtype, tmp_path / "out"), trained, dtype)
     assert [line for line in verify.table(checks) if line.startswith("FAIL")] == []
-    assert len(checks) >= 5
+    assert len(checks) == (5 if form == "gguf" else 7)
 
 
 @pytest.mark.parametrize("form, dtype", [("compact", "f32"), ("gguf", "f32"), ("gguf", "q8_0")])
@@ -97,11 +97,11 @@ def test_replies_may_differ_where_two_tokens_are_equally_likely(trained):
     bundle.model.head.weight.data[twin] = bundle.model.head.weight.data[token] * (1 - 1e-7)
     bundle.model.head.weight.data[stranger] = 0
     theirs = [[*ours[0][:3], twin, *ours[0][4:]], *ours[1:]]
-    check = verify.check_replies(bundle, samples, theirs, must_equal=True)
+    check = verify.check_replies(bundle, samples, ours, theirs, must_equal=True)
     assert check.holds
     assert f"{PROMPTS - 1} of {PROMPTS} replies equal" in check.found
     theirs[0][3] = stranger
-    assert not verify.check_replies(bundle, samples, theirs, must_equal=True).holds
+    assert not verify.check_replies(bundle, samples, ours, theirs, must_equal=True).holds
 
 
 def test_the_samples_hold_what_is_promised(trained):
