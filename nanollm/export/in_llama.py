@@ -14,25 +14,16 @@ from nanollm.text.chat import Conversation, template_for
 from nanollm.text.tokenizer import SPACE_MARK
 
 
-def compare(model: Path, bundle: Bundle, dtype: str, prompts: int) -> list[Check]:
-    """The table for llama.cpp; with f32 it computes in float32 as the bundle must."""
-    samples = Samples.of(bundle, prompts)
-    answer = llama.ask(
-        model,
-        texts=samples.texts,
-        texts_with_marks=[rendered(conversation, bundle) for conversation in samples.conversations],
-        scored=samples.windows,
-        prompts=samples.prompts,
-        count=samples.reply_tokens,
-        threads=torch.get_num_threads(),
-    )
-    return [
-        *compare_ids(answer, bundle, samples),
-        *compare_scores(answer, bundle, samples, is_exact=dtype == "f32"),
-        verify.check_replies(
-            bundle, samples, verify.our_replies(bundle, samples), answer.replies, must_equal=dtype == "f32"
-        ),
-    ]
+def compare(model: Path, bundle: Bundle, dtype: str, prompts: int) -> Iterator[Check]:
+    """The table for llama.cpp, line by line; with f32 it computes in float32 as the bundle must."""
+    samples, is_exact, threads = Samples.of(bundle, prompts), dtype == "f32", torch.get_num_threads()
+    spoken = [rendered(conversation, bundle) for conversation in samples.conversations]
+    yield from compare_ids(llama.ask(model, texts=samples.texts, texts_with_marks=spoken), bundle, samples)
+    answer = llama.ask(model, scored=samples.windows, threads=threads)
+    yield from compare_scores(answer, bundle, samples, is_exact=is_exact)
+    ours = verify.our_replies(bundle, samples)
+    answer = llama.ask(model, prompts=samples.prompts, count=samples.reply_tokens, threads=threads)
+    yield verify.check_replies(bundle, samples, ours, answer.replies, must_equal=is_exact)
 
 
 def rendered(conversation: Conversation, bundle: Bundle) -> str:

@@ -14,23 +14,23 @@ from nanollm.bundle import Bundle
 from nanollm.export import verify
 from nanollm.export.hf import DTYPES, cast
 from nanollm.export.verify import Check, Samples, Seen
+from nanollm.progress import Progress
 
 ROWS = 20
 """Replies at once."""
 
 
-def compare(folder: Path, bundle: Bundle, dtype: str, prompts: int) -> list[Check]:
-    """The table for transformers, which computes in float32 as the bundle must; its weights are rounded to `dtype`."""
+def compare(folder: Path, bundle: Bundle, dtype: str, prompts: int) -> Iterator[Check]:
+    """The table for transformers, line by line. It computes in float32, as the bundle must, whose weights are rounded
+    to `dtype`."""
     bundle.model.load_state_dict(cast(bundle.model.state_dict(), DTYPES[dtype]))  # back into its float32
     samples = Samples.of(bundle, prompts)
     with quiet():
         model, tokenizer, complaints = load(folder)
-        return [
-            Check("tensors of the class", "all, and no more", complaints or "all, and no more", not complaints),
-            *compare_ids(tokenizer, bundle, samples),
-            *compare_logits(model, bundle, samples),
-            *compare_replies(model, bundle, samples),
-        ]
+        yield Check("tensors of the class", "all, and no more", complaints or "all, and no more", not complaints)
+        yield from compare_ids(tokenizer, bundle, samples)
+        yield from compare_logits(model, bundle, samples)
+        yield from compare_replies(model, bundle, samples)
 
 
 def load(folder: Path) -> tuple[Any, Any, str]:
@@ -84,11 +84,13 @@ def compare_logits(model: Any, bundle: Bundle, samples: Samples) -> Iterator[Che
     greatest = 0.0
     ours: list[Seen] = []
     theirs: list[Seen] = []
-    for ids in samples.windows:
-        mine, other = verify.our_logits(bundle, ids), model(torch.tensor([ids]), use_cache=False).logits[0]
-        greatest = max(greatest, (mine - other).abs().max().item())
-        ours.append(Seen.of(mine, ids))
-        theirs.append(Seen.of(other, ids))
+    with Progress("comparing logits", len(samples.windows), "texts") as bar:
+        for ids in samples.windows:
+            mine, other = verify.our_logits(bundle, ids), model(torch.tensor([ids]), use_cache=False).logits[0]
+            greatest = max(greatest, (mine - other).abs().max().item())
+            ours.append(Seen.of(mine, ids))
+            theirs.append(Seen.of(other, ids))
+            bar.advance()
     yield verify.check_difference("greatest difference of a logit", greatest)
     yield verify.check_agreement(ours, theirs, wanted=1.0)
 
@@ -98,9 +100,11 @@ def compare_replies(model: Any, bundle: Bundle, samples: Samples) -> Iterator[Ch
     """Greedy replies with transformers' cache, and ours read without it."""
     ours = verify.our_replies(bundle, samples)
     theirs: list[list[int]] = []
-    for start in range(0, len(samples.prompts), ROWS):
-        some = samples.prompts[start : start + ROWS]
-        theirs += continue_greedily(model, some, samples.reply_tokens, bundle.tokenizer.pad_id)
+    with Progress("transformers replies", len(samples.prompts), "prompts") as bar:
+        for start in range(0, len(samples.prompts), ROWS):
+            some = samples.prompts[start : start + ROWS]
+            theirs += continue_greedily(model, some, samples.reply_tokens, bundle.tokenizer.pad_id)
+            bar.advance(len(some))
     yield verify.check_replies(bundle, samples, ours, theirs, must_equal=True)
     pairs = zip(samples.prompts, ours, strict=True)
     yield verify.check_likeliest(torch.cat([gaps(model, prompt, reply) for prompt, reply in pairs]))

@@ -29,6 +29,9 @@ REPLY_TOKENS = 64
 PROMPT_TOKENS = 24
 WINDOW = 200
 
+WIDTH = 32
+"""Of the table's first column."""
+
 Ids = Sequence[int]
 
 TRICKY = (
@@ -150,13 +153,9 @@ def our_replies(bundle: Bundle, samples: Samples) -> list[list[int]]:
 # --- the table ---
 
 
-def table(checks: Sequence[Check]) -> list[str]:
-    """One line per check, in columns."""
-    width = max(len(check.what) for check in checks)
-    return [
-        f"{'ok  ' if check.holds else 'FAIL'}  {check.what:{width}}  {check.found} (wanted: {check.wanted})"
-        for check in checks
-    ]
+def line(check: Check) -> str:
+    """A line of the table."""
+    return f"{'ok  ' if check.holds else 'FAIL'}  {check.what:{WIDTH}}  {check.found} (wanted: {check.wanted})"
 
 
 def check_equal(what: str, ours: Sequence[object], theirs: Sequence[object]) -> Check:

@@ -164,7 +164,9 @@ def prove(c: Config, model: Path, bundle: Bundle) -> None:
         checks = in_llama.compare(model, bundle, dtype_of(c), c.verify_prompts)
     else:
         checks = in_transformers.compare(c.folder, bundle, dtype_of(c), c.verify_prompts)
-    for line in verify.table(checks):
-        say(line)
-    if not all(check.holds for check in checks):
+    holds = True
+    for check in checks:
+        say(verify.line(check))
+        holds &= check.holds
+    if not holds:
         raise SystemExit(f"nanollm export: {model} does not say what {c.bundle} says; it was not pushed")
