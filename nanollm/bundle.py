@@ -22,6 +22,7 @@ from nanollm.model.transformer import Transformer
 from nanollm.text.tokenizer import Tokenizer
 
 CONFIG, WEIGHTS, TOKENIZER, PROVENANCE = "config.json", "model.safetensors", "tokenizer.model", "provenance.json"
+FILES = (CONFIG, WEIGHTS, TOKENIZER, PROVENANCE)
 FORMAT = 1
 
 
@@ -59,10 +60,13 @@ def save_bundle(
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """A safetensors file; raises OSError when the disk is full, as any other write."""
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    path.touch()
+    mode = path.stat().st_mode  # save_file would let nobody else read it
     try:
         save_file(on_cpu, path, {"format": "pt"})
     except SafetensorError as error:
         raise OSError(f"{path} could not be written: {error}") from error
+    path.chmod(mode)
 
 
 def load_bundle(folder: Path | str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Bundle:
@@ -100,7 +104,11 @@ def build_model(config: ModelConfig) -> Transformer:
 def read_config(folder: Path) -> ModelConfig:
     """The shape of a bundle's model."""
     record = _read_json(folder, CONFIG)
-    if record.get("format") != FORMAT:
+    if "format" not in record:
+        raise ValueError(
+            f"{folder} is not a bundle: its {CONFIG} is another's; nanollm import makes a bundle of models"
+        )
+    if record["format"] != FORMAT:
         raise ValueError(f"{folder / CONFIG}: expected format {FORMAT}, got {record.get('format')!r}; update nanollm")
     try:
         return ModelConfig(**record["model"])
@@ -108,10 +116,24 @@ def read_config(folder: Path) -> ModelConfig:
         raise ValueError(f"{folder / CONFIG} does not describe a model: {error}") from error
 
 
+def is_bundle(folder: Path) -> bool:
+    """Whether a bundle lies in this folder, in whatever state."""
+    try:
+        return _read_json(folder, CONFIG).get("format") == FORMAT
+    except (OSError, ValueError):
+        return False
+
+
 def stored_dtype(folder: Path) -> torch.dtype:
-    """The type in which a bundle keeps its weights."""
-    with safe_open(folder / WEIGHTS, framework="pt") as file:
-        return file.get_tensor("trunk.norm.weight").dtype
+    """The type that holds every weight of a bundle as it is kept; the router's bias is float32 in any case."""
+    kinds = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+    try:
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            names = [name for name in file.keys() if not name.endswith("balance_bias")]  # noqa: SIM118 (no dict)
+            found = {kinds[file.get_slice(name).get_dtype()] for name in names}
+    except (SafetensorError, KeyError) as error:
+        raise ValueError(f"{folder / WEIGHTS} is not a bundle's ({error}); copy the bundle again") from error
+    return found.pop() if len(found) == 1 else torch.float32
 
 
 def _read_json(folder: Path, name: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -54,6 +54,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     A folder already at `path` is moved aside just before and deleted just after; killed in between, `settle` brings it
     back.
     """
+    path = path.resolve()  # a link keeps its place, what it leads to is replaced
     path.parent.mkdir(parents=True, exist_ok=True)
     settle(path)
     beside, old = path.with_name(path.name + ".tmp"), path.with_name(path.name + ".old")
@@ -75,12 +76,27 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 def settle(path: Path) -> None:
     """Undo or finish what a killed `new_folder(path)` left: the folder is then the old one or the new one, alone."""
+    path = path.resolve()
     beside, old = path.with_name(path.name + ".tmp"), path.with_name(path.name + ".old")
     if old.exists() and not path.exists():
         old.rename(path)
     for leftover in (beside, old):
         if leftover.exists():
             shutil.rmtree(leftover)
+
+
+def check_replaceable(path: Path, written: Collection[str], *, force: bool, what: str) -> None:
+    """Refuse a folder (--out) in whose place something else would be lost.
+
+    written: the names of files that we wrote there before, none if it is not ours; what: what we call such a folder.
+    """
+    if path.is_file():
+        raise ValueError(f"{path} is a file; choose another --out")
+    names = sorted(file.name for file in path.iterdir()) if path.is_dir() else []
+    if foreign := [name for name in names if name not in written]:
+        raise ValueError(f"{path} holds {foreign[0]}, which is not of {what}; choose another --out")
+    if names and not force:
+        raise ValueError(f"{path} is {what} already; choose another --out, or replace it with --force")
 
 
 def check_writable(folder: Path, option: str) -> None:

@@ -110,7 +110,7 @@ def load(name: str, manager: Any) -> list[Any]:
     except Exception as error:  # no network, no such dataset, a package that this task needs, a broken YAML file, ...
         why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise ValueError(
-            f"the task {name} cannot be opened: {why}; check the network, or leave the task out"
+            f"the task {name} cannot be opened: {why}; check its YAML file and the network, or leave it out"
         ) from error
     groups = found.get("groups", {})
     return [groups[name]] if name in groups else list(found["tasks"].values())

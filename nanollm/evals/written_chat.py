@@ -10,14 +10,16 @@ from nanollm.text.chat import MARK_OF, Conversation
 from nanollm.text.tokenizer import ASSISTANT, END, Tokenizer
 
 CHAT = "\ufdd0"
-"""Begins a written chat, and parts what a message spells from a mark. Unicode gives this code point to no character:
-it is for uses inside a program."""
+"""Begins a written chat, and stands in it before each character of a message that could begin a mark. Unicode gives
+this code point to no character: it is for uses inside a program. A text of others that begins with it is taken for a
+chat."""
 
-MARK = re.compile("(" + "|".join(map(re.escape, [*MARK_OF.values(), END])) + ")")
+MARKS = (*MARK_OF.values(), END)
+UNIT = re.compile(f"{CHAT}(.)|({'|'.join(map(re.escape, MARKS))})", re.DOTALL)
 
 
 def is_chat(text: str) -> bool:
-    return text.startswith(CHAT)
+    return text.startswith(CHAT + CHAT)
 
 
 def write_chat(conversation: Conversation, begun: str = "") -> str:
@@ -25,19 +27,22 @@ def write_chat(conversation: Conversation, begun: str = "") -> str:
     if conversation.messages[-1].role != "user":
         raise ValueError("a prompt must end with the user's message, this one ends with the assistant's")
     said = (f"{MARK_OF[message.role]}{plain(message.content)}{END}" for message in conversation.messages)
-    return f"{CHAT}{''.join(said)}{ASSISTANT}{plain(begun)}"
+    return f"{CHAT}{CHAT}{''.join(said)}{ASSISTANT}{plain(begun)}"
 
 
 def plain(content: str) -> str:
-    """A content as it stands in a written chat, where it spells no mark."""
-    return MARK.sub(lambda mark: mark[0][0] + CHAT + mark[0][1:], content.replace(CHAT, CHAT + CHAT))
+    """A content as it stands in a written chat, where it spells no mark, whatever stands beside it."""
+    return re.sub(f"[<{CHAT}]", lambda char: CHAT + char[0], content)
 
 
 def read_chat(written: str, tokenizer: Tokenizer) -> list[int]:
     """The ids of a written chat, without <s>: those of text.chat.encode_prompt and of what was begun."""
     ids: list[int] = []
-    for place, part in enumerate(MARK.split(written.removeprefix(CHAT))):
-        is_mark = place % 2 == 1
-        content = re.sub(f"{CHAT}(.)", r"\1", part, flags=re.DOTALL)
-        ids += [tokenizer.mark_id(part)] if is_mark else tokenizer.encode(content)
-    return ids
+    content, place = "", 2  # behind the beginning
+    for unit in UNIT.finditer(written, place):
+        content += written[place : unit.start()] + (unit[1] or "")
+        place = unit.end()
+        if unit[2]:
+            ids += [*tokenizer.encode(content), tokenizer.mark_id(unit[2])]
+            content = ""
+    return ids + tokenizer.encode(content + written[place:])

@@ -76,16 +76,25 @@ def with_dense_blocks(
     if not isinstance(origin, dict) or origin.get("n_blocks") != config.n_blocks:
         return config, weights
     try:
-        placement = Placement.of(ModelConfig(**origin))
-    except TypeError as error:
+        placement = Placement.of(ModelConfig(**origin | {"context_length": config.context_length}))
+    except (TypeError, OverflowError) as error:
         raise ValueError(f"{CONFIG}: {ORIGIN} does not describe the shape of a bundle: {error}") from error
-    if placement.after != config or placement.before == config:
+    if is_same(placement.before, config):
+        return placement.before, weights
+    if not is_same(placement.after, config):
+        notes.append(f"{CONFIG} was changed since NanoLLM wrote it: blocks stay as they are described")
         return config, weights
     try:
         return placement.before, take_back(weights, placement)
     except ValueError as error:
         notes.append(f"the blocks that were dense stay Mixtures of Experts ({error})")
         return config, weights
+
+
+def is_same(one: ModelConfig, other: ModelConfig) -> bool:
+    """Whether two configs describe one model: other numbers may say which blocks are Mixtures of Experts."""
+    alike = replace(one, moe_every=other.moe_every, n_dense_first=other.n_dense_first) == other
+    return alike and all(one.is_moe(block) == other.is_moe(block) for block in range(other.n_blocks))
 
 
 # --- the tokenizer ---

@@ -43,7 +43,11 @@ class About:
     """What a card tells."""
 
     name: str
-    """What users load it by: USER/NAME on the hub, or the name of the folder."""
+    """Its title."""
+    address: str
+    """What users load it by: USER/NAME on the hub, or a path."""
+    is_base: bool
+    """Whether it was only pretrained."""
     format: str
     """compact, deepseek-v3 or gguf."""
     dtype: str
@@ -62,10 +66,6 @@ class About:
     """See find_evaluations."""
     manifests: Mapping[str, Record] = field(default_factory=dict)
     """Of the token files that it was trained on, see history.find_manifests."""
-
-    @property
-    def is_base(self) -> bool:
-        return "parent" not in self.provenance
 
 
 def find_evaluations(bundle: Path) -> list[Figures]:
@@ -97,7 +97,7 @@ def card(about: About) -> str:
         "The model": shape(about),
         "How it was made": history(about),
         "Results": results(about.evaluations),
-        "How to run it": how_to_run(about.name, about.format, about.config, is_base=about.is_base, gguf=about.gguf),
+        "How to run it": how_to_run(about.address, about.format, about.config, is_base=about.is_base, gguf=about.gguf),
         "Chat format": iter([] if about.is_base else [FORMAT]),
         "Limits": iter([LIMITS.format(context=about.config.context_length)]),
         "Licence": iter([f"{code(about.license)}. The texts that it was trained on have licences of their own."]),
@@ -131,8 +131,10 @@ def metadata(about: About) -> "ModelCardData":
 def datasets(about: About) -> set[str]:
     """The datasets of the hub that it was trained on, as far as is recorded."""
     sources = [manifest["source"] for manifest in about.manifests.values()]
-    tasks = [step["config"]["task"] for step in stages(about.provenance) if "task" in step.get("config", {})]
-    sources += [{"dataset": task["name"], "files": task["input"]} for task in tasks]
+    tasks = [step.get("config", {}).get("task") for step in stages(about.provenance)]
+    sources += [
+        {"dataset": str(task.get("name")), "files": task.get("input")} for task in tasks if isinstance(task, dict)
+    ]
     return {name for source in sources if "/" in (name := dataset_of(source))}
 
 
@@ -216,9 +218,12 @@ def shape(about: About) -> Iterator[str]:
 def history(about: About) -> Iterator[str]:
     """Each stage, the first first."""
     for number, step in enumerate(stages(about.provenance), start=1):
-        yield "\n".join(
-            [f"{number}. {step.get('made_by', 'not recorded')}", *(f"   - {line}" for line in told(step, about))]
-        )
+        try:
+            lines = list(told(step, about))
+        except (AttributeError, KeyError, TypeError, ValueError):  # an imported history may hold anything
+            lines = ["what is recorded of this step cannot be read"]
+        made_by = code(step.get("made_by", "not recorded"))
+        yield "\n".join([f"{number}. {made_by}", *(f"   - {line}" for line in lines)])
     yield f"Every setting is in `{PROVENANCE}`."
 
 
@@ -242,7 +247,7 @@ def told(step: Record, about: About) -> Iterator[str]:
     if not config:
         yield "data and settings are not recorded"
     for adoption in step.get("imports", []):
-        yield f"imported from {code(adoption['folder'])}, {'; '.join([adoption['format'], *adoption['changes']])}"
+        yield f"imported from {code(adoption['folder'])}, {code('; '.join([adoption['format'], *adoption['changes']]))}"
 
 
 def data(folder: str, digest: str, manifests: Mapping[str, Record]) -> str:

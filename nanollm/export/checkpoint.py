@@ -18,6 +18,7 @@ from torch import Tensor
 
 from nanollm.bundle import CONFIG, PROVENANCE, TOKENIZER, WEIGHTS
 from nanollm.durable import sha256_of
+from nanollm.export import history
 from nanollm.export.names import SIZES
 
 MODEL_TYPES = ("deepseek_v3", "glm4_moe_lite")
@@ -66,7 +67,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         weights,
         (folder / TOKENIZER).read_bytes(),
         dict(added_tokens(folder)),
-        read_json(folder / PROVENANCE) if (folder / PROVENANCE).is_file() else None,
+        read_history(folder / PROVENANCE),
         {name: sha256_of(folder / name) for name in (CONFIG, TOKENIZER, *shards)},
         tuple(notes),
     )
@@ -83,12 +84,24 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def read_history(path: Path) -> dict[str, Any] | None:
+    """What an export of ours tells of the bundle; None: nothing. What it says of itself is left out."""
+    if not path.is_file():
+        return None
+    record = read_json(path)
+    history.check(record)
+    return {name: value for name, value in record.items() if name != "export"}
+
+
 def read_words(folder: Path) -> dict[str, Any]:
     """config.json of a class that we know."""
     if not (folder / CONFIG).is_file():
         found = f"there is no {CONFIG} in it" if folder.is_dir() else "it is a file" if folder.exists() else "no folder"
+        if any(folder.glob("*.gguf")):
+            found = "it holds a GGUF, which import does not read"
         raise FileNotFoundError(
-            f"{folder} is not a model to import ({found}); expected a folder with {CONFIG}, {WEIGHTS} and {TOKENIZER}"
+            f"{folder} is not a model to import ({found}); expected a folder with {CONFIG}, {WEIGHTS} and {TOKENIZER}, "
+            f"such as `hf download USER/NAME --local-dir DIR` makes"
         )
     words = read_json(folder / CONFIG)
     if "model" in words and "format" in words:
@@ -108,6 +121,8 @@ def read_words(folder: Path) -> dict[str, Any]:
 
 def shards_of(folder: Path) -> dict[str, set[str] | None]:
     """The safetensors files, and which tensors the index promises in each; None: there is no index."""
+    if (folder / INDEX).is_file() and (folder / WEIGHTS).is_file():
+        raise ValueError(f"{folder} has both {WEIGHTS} and {INDEX}; delete the one that is older")
     if (folder / INDEX).is_file():
         places = read_json(folder / INDEX).get("weight_map")
         if not isinstance(places, dict) or not places:
@@ -190,5 +205,5 @@ def added_tokens(folder: Path) -> Iterator[tuple[int, str]]:
                 for token in named:  # a list of tokens with their ids, or an object by ids
                     about = named[token] if isinstance(named, dict) else token
                     yield int(about.get("id", token)), str(about["content"])
-            except (AttributeError, KeyError, TypeError, ValueError) as error:
+            except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
                 raise ValueError(f"{folder / file}: {key} does not list tokens with their ids ({error})") from error

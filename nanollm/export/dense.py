@@ -6,8 +6,8 @@ and of up_proj, a column of down_proj) go into the shared expert; missing ones a
 
 If the shared expert is too narrow, the rest goes into the first routed experts, where possible at no cost in arithmetic
 (DeepSeek-V3's own rule d_ff = d_expert * (shared + active)). Centroids of zero give every expert the score 0.5, a bias
-of 2 makes the router choose these, and their down_proj is divided by the weight that the router gives them: a power of
-two, so nothing is rounded. Where that is no power of two, the shared expert is widened instead.
+of 2 makes the router choose these, and their down_proj is divided by the weight that the router gives them: a half, a
+quarter, ..., so nothing is rounded. Where it is none of these, the shared expert is widened instead.
 
 Letters: D model width, F dense hidden width, E routed experts, W their width, S shared width, K experts per token.
 """
@@ -47,7 +47,8 @@ class Placement:
         shared = c.n_shared_experts * c.d_expert
         if c.d_ff <= shared:
             return cls(c, after)
-        if c.d_ff <= shared + c.experts_per_token * c.d_expert and frexp(answer_weight(c))[0] == 0.5:
+        is_exact = answer_weight(c) <= 1 and frexp(answer_weight(c))[0] == 0.5
+        if c.d_ff <= shared + c.experts_per_token * c.d_expert and is_exact:
             return cls(c, after, splits=True)
         return cls(c, replace(after, n_shared_experts=ceil(c.d_ff / c.d_expert)))
 

@@ -1,14 +1,16 @@
 """What lies in an exported folder, whatever the engine it is for?"""
 
+import json
 import re
 from pathlib import Path
 from typing import Literal, get_args
 
-from nanollm.bundle import PROVENANCE, Bundle
+from nanollm import __version__
+from nanollm.bundle import PROVENANCE, Bundle, build_model
 from nanollm.durable import write_file, write_json
 from nanollm.export.card import CARD
 from nanollm.export.dense import Placement
-from nanollm.export.gguf import GgufType, write_gguf
+from nanollm.export.gguf import GgufType, tensors, type_of, write_gguf
 from nanollm.export.hf import DTYPES, generation_words, write_model
 from nanollm.export.history import public
 from nanollm.export.modelfile import modelfile
@@ -18,10 +20,10 @@ from nanollm.model.config import ModelConfig
 Format = Literal["compact", "deepseek-v3", "gguf"]
 Dtype = Literal["f32", "bf16", "f16", "q8_0"]
 BYTES = {"f32": 4.0, "bf16": 2.0, "f16": 2.0, "q8_0": 34 / 32}  # of a number; 32 of q8_0 share a scale of two bytes
-
 CONFIG, GENERATION, MODELFILE = "config.json", "generation_config.json", "Modelfile"
 EVERYWHERE = (*TOKENIZER_FILES, GENERATION, PROVENANCE, CARD)
-OURS = re.compile(r"model.*\.safetensors|model\.safetensors\.index\.json|[^/]+\.gguf")
+EXPORT = "export"
+"""The word of provenance.json that says which files this export wrote."""
 
 
 def model_file(form: Format, dtype: Dtype, name: str) -> str:
@@ -35,9 +37,21 @@ def other_files(form: Format) -> list[str]:
     return sorted([*EVERYWHERE, MODELFILE if form == "gguf" else CONFIG])
 
 
-def is_ours(name: str) -> bool:
-    """Whether an export writes files of this name."""
-    return name in (*EVERYWHERE, MODELFILE, CONFIG) or bool(OURS.fullmatch(name))
+def weight_bytes(config: ModelConfig, form: Format, dtype: Dtype) -> float:
+    """Of the model's numbers in the file."""
+    shape = exported_shape(config, form)
+    if form != "gguf":
+        return shape.total_parameters * BYTES[dtype]
+    named = tensors(build_model(shape).state_dict(), shape)
+    return sum(tensor.numel() * BYTES[type_of(name, tensor, dtype)] for name, tensor in named)
+
+
+def written_in(folder: Path) -> list[str]:
+    """The files that an earlier export wrote into a folder; none if there was none."""
+    try:
+        return [str(name) for name in json.loads((folder / PROVENANCE).read_bytes())[EXPORT]["files"]]
+    except (OSError, ValueError, KeyError, TypeError):  # whatever it is, it is not an export's
+        return []
 
 
 def exported_shape(config: ModelConfig, form: Format) -> ModelConfig:
@@ -57,4 +71,6 @@ def write_export(folder: Path, bundle: Bundle, form: Format, dtype: Dtype, name:
         write_model(folder, bundle, form, DTYPES[dtype])
     write_tokenizer(folder, tokenizer, context)
     write_json(folder / GENERATION, generation_words(tokenizer))
-    write_json(folder / PROVENANCE, public(bundle.provenance))
+    files = sorted({CARD, PROVENANCE, *(file.name for file in folder.iterdir())})
+    made = {"made_by": f"nanollm {__version__} export", "format": form, "dtype": dtype, "files": files}
+    write_json(folder / PROVENANCE, public(bundle.provenance) | {EXPORT: made})

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from nanollm.bundle import Bundle
 from nanollm.export.dense import Placement, place
+from nanollm.export.hf import check_finite
 from nanollm.model.config import ModelConfig
 from nanollm.text.chat import template_for
 from nanollm.text.tokenizer import END, Tokenizer
@@ -91,10 +92,13 @@ def write_gguf(path: Path, bundle: Bundle, dtype: GgufType, name: str = "nanollm
     add_tokenizer(writer, bundle.tokenizer, placement.after.vocab_size)
     for tensor_name, tensor in tensors(place(bundle.model.state_dict(), placement), placement.after):
         add_tensor(writer, tensor_name, tensor, dtype)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    except OSError as error:
+        raise OSError(f"{path} could not be written ({error}); is the disk full?") from error
 
 
 def add_shape(writer: Any, c: ModelConfig) -> None:
@@ -170,6 +174,8 @@ def add_tensor(writer: Any, name: str, tensor: Tensor, dtype: GgufType) -> None:
     from gguf.quants import quantize
 
     kind = GGMLQuantizationType[type_of(name, tensor, dtype).upper()]
+    if kind in (GGMLQuantizationType.F16, GGMLQuantizationType.Q8_0):  # whose scales are float16
+        check_finite(name, (tensor / 127 if kind == GGMLQuantizationType.Q8_0 else tensor).half())
     numbers = quantize(tensor.detach().to(torch.float32).contiguous().numpy(), kind)
     writer.add_tensor(name, numbers, raw_dtype=kind)
 

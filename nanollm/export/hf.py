@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nanollm.bundle import Bundle, write_tensors
 from nanollm.durable import write_json
+from nanollm.export.checkpoint import INDEX
 from nanollm.export.dense import Placement, place
 from nanollm.export.names import to_theirs, words_of
 from nanollm.generate.sampling import SamplingConfig
@@ -37,21 +38,26 @@ def write_model(folder: Path, bundle: Bundle, form: HfFormat, dtype: torch.dtype
 
 def exported_weights(bundle: Bundle, form: HfFormat, dtype: torch.dtype) -> dict[str, Tensor]:
     """All tensors by their checkpoint names. The router's bias stays in float32, as the classes keep it."""
-    config = bundle.model.config
-    weights = cast(bundle.model.state_dict(), dtype)
-    if form == "compact":
-        return to_theirs(weights, config)
-    placement = Placement.of(config)
-    return to_theirs(place(weights, placement), placement.after)
+    weights, config = cast(bundle.model.state_dict(), dtype), bundle.model.config
+    if form == "deepseek-v3":
+        placement = Placement.of(config)
+        weights, config = place(weights, placement), placement.after
+    theirs = to_theirs(weights, config)
+    for name, tensor in theirs.items():
+        check_finite(name, tensor)
+    return theirs
 
 
 def cast(weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The weights in another type; ValueError for one whose numbers it cannot hold."""
-    kept = {name: tensor if name.endswith("balance_bias") else tensor.to(dtype) for name, tensor in weights.items()}
-    for name, tensor in kept.items():
-        if not tensor.isfinite().all():
-            raise ValueError(f"{name} holds numbers that {str(dtype).removeprefix('torch.')} cannot; give --dtype bf16")
-    return kept
+    """The weights in another type."""
+    return {name: tensor if name.endswith("balance_bias") else tensor.to(dtype) for name, tensor in weights.items()}
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """ValueError for numbers that are none, or too great for their type."""
+    if not tensor.isfinite().all():
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise ValueError(f"{name} holds numbers that are not finite in {kind}; if they are in the bundle, --dtype f32")
 
 
 def write_weights(folder: Path, weights: Mapping[str, Tensor]) -> None:
@@ -63,7 +69,7 @@ def write_weights(folder: Path, weights: Mapping[str, Tensor]) -> None:
         write_tensors(folder / file, {name: weights[name] for name in names})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        write_json(folder / "model.safetensors.index.json", index)
+        write_json(folder / INDEX, index)
 
 
 def config_words(config: ModelConfig, tokenizer: Tokenizer, form: HfFormat, dtype: torch.dtype) -> dict[str, Any]:

@@ -10,13 +10,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nanollm.bundle import PROVENANCE
 from nanollm.data.shards import MANIFEST
 from nanollm.durable import sha256_of
 
 Record = Mapping[str, Any]
 
+FIELDS = frozenset(
+    {"bundle", "contamination", "corpus", "data", "folder", "input", "out", "output_dir", "reference", "save_dir"}
+    | {"text", "tokenizer_path", "val_input"}
+)
+"""Settings whose texts are paths, whatever they look like."""
 PATH = re.compile(r"\s*([/\\~]|\.{1,2}[/\\]|[A-Za-z]:[/\\]).*|\S*[/\\]\S*", re.DOTALL)
 """Absolute, or begun from here, or with a slash in it and no space."""
+
+
+WITHIN = re.compile(r"(?<![\w.:/\\])(?:~?/|[A-Za-z]:[/\\])[^\s'\"]*[/\\][^\s'\"]*")
+"""An absolute path within a text."""
+DEEPEST = 100
 
 
 def public(record: Record) -> dict[str, Any]:
@@ -25,21 +36,39 @@ def public(record: Record) -> dict[str, Any]:
     return shown
 
 
-def _public(value: Any) -> Any:
+def _public(value: Any, *, is_path: bool = False) -> Any:
     if isinstance(value, str):
-        return name_of(value)
+        return name_of(value, is_path=is_path)
     if isinstance(value, Mapping):
         names: dict[str, str] = {}
         for key in sorted(value):  # two folders of one name stay two, and the same two in every mapping
-            name = name_of(key)
+            name = name_of(key, is_path=is_path)
             names[key] = name if name not in names.values() else f"{name} ({len(names) + 1})"
-        return {names[key]: _public(each) for key, each in value.items()}
-    return [_public(each) for each in value] if isinstance(value, list) else value
+        return {names[key]: _public(each, is_path=key in FIELDS) for key, each in value.items()}
+    return [_public(each, is_path=is_path) for each in value] if isinstance(value, list) else value
 
 
-def name_of(text: str) -> str:
-    """The last name of a path; any other text as it is."""
-    return re.split(r"[/\\]", text.strip().rstrip("/\\"))[-1] if PATH.fullmatch(text) else text
+def name_of(text: str, *, is_path: bool = False) -> str:
+    """The last name of a path; any other text as it is, but for absolute paths in it."""
+    if is_path or PATH.fullmatch(text):
+        return re.split(r"[/\\]", text.strip().rstrip("/\\"))[-1]
+    return WITHIN.sub(lambda path: name_of(path[0], is_path=True), text)
+
+
+def check(record: Any, depth: int = 0) -> None:
+    """ValueError for what is no provenance: in a folder of others it may hold anything."""
+    if depth > DEEPEST:
+        raise ValueError(f"{PROVENANCE} goes more than {DEEPEST} levels deep; delete it, and the history is left out")
+    if isinstance(record, list):
+        for each in record:
+            check(each, depth + 1)
+    if not isinstance(record, dict):
+        return
+    for name, kind in (("parent", dict), ("config", dict), ("inputs", dict), ("imports", list), ("made_by", str)):
+        if not isinstance(record.get(name, kind()), kind):
+            raise ValueError(f"{PROVENANCE}: {name} must be a {kind.__name__}; delete it, and the history is left out")
+    for each in record.values():
+        check(each, depth + 1)
 
 
 def stages(provenance: Record) -> list[Record]:
@@ -55,7 +84,7 @@ def stages(provenance: Record) -> list[Record]:
 def folders(step: Record) -> dict[str, str]:
     """The token files that a stage has read: folder -> the sha256 of its manifest."""
     data = step.get("inputs", {}).get("data", {})
-    return data if isinstance(data, dict) else {step["config"]["data"]: data}
+    return data if isinstance(data, dict) else {str(step.get("config", {}).get("data")): str(data)}
 
 
 def find_manifests(provenance: Record) -> dict[str, Record]:

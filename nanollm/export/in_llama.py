@@ -10,6 +10,7 @@ from nanollm.bundle import Bundle
 from nanollm.export import llama, verify
 from nanollm.export.llama import Answer, Score
 from nanollm.export.verify import Check, Samples, Seen
+from nanollm.progress import say
 from nanollm.text.chat import Conversation, template_for
 from nanollm.text.tokenizer import SPACE_MARK
 
@@ -19,6 +20,7 @@ def compare(model: Path, bundle: Bundle, dtype: str, prompts: int) -> Iterator[C
     samples, is_exact, threads = Samples.of(bundle, prompts), dtype == "f32", torch.get_num_threads()
     spoken = [rendered(conversation, bundle) for conversation in samples.conversations]
     yield from compare_ids(llama.ask(model, texts=samples.texts, texts_with_marks=spoken), bundle, samples)
+    say(f"llama.cpp reads {len(samples.windows)} texts and replies to {len(samples.prompts)} prompts")
     answer = llama.ask(model, scored=samples.windows, threads=threads)
     yield from compare_scores(answer, bundle, samples, is_exact=is_exact)
     ours = verify.our_replies(bundle, samples)
@@ -59,9 +61,10 @@ def compare_scores(answer: Answer, bundle: Bundle, samples: Samples, *, is_exact
             for name in ("highest", "logit", "log_total")
         ]
         yield verify.check_difference("greatest difference of a logit", max(differences))
+        yield verify.check_equal_tops(bundle, samples, ours, theirs)
     else:
         yield verify.check_perplexity(ours, theirs)
-    yield verify.check_agreement(ours, theirs, wanted=1.0 if is_exact else verify.ROUNDED_AGREEMENT)
+        yield verify.check_agreement(ours, theirs)
 
 
 def seen_by(scores: list[Score]) -> Seen:

@@ -92,7 +92,7 @@ def compare_logits(model: Any, bundle: Bundle, samples: Samples) -> Iterator[Che
             theirs.append(Seen.of(other, ids))
             bar.advance()
     yield verify.check_difference("greatest difference of a logit", greatest)
-    yield verify.check_agreement(ours, theirs, wanted=1.0)
+    yield verify.check_equal_tops(bundle, samples, ours, theirs)
 
 
 @torch.inference_mode()

@@ -14,7 +14,6 @@ const asked = JSON.parse(await text(process.stdin));
 const llama = await getLlama({build: "never", gpu: false, logLevel: "error", maxThreads: asked.threads});
 const model = await llama.loadModel({modelPath: asked.model});
 const answer = {
-    release: llama.llamaCppRelease.release,
     ids: asked.texts.map((text) => model.tokenize(text)),
     ids_with_marks: asked.texts_with_marks.map((text) => model.tokenize(text, true)),
     scores: [],

@@ -34,7 +34,6 @@ class Score:
 class Answer:
     """What was found out; each list in the order of the question."""
 
-    release: str
     ids: list[list[int]]
     ids_with_marks: list[list[int]]
     scores: list[list[Score]]
@@ -82,4 +81,4 @@ def ask(
         raise RuntimeError(f"llama.cpp could not read {model}: {' | '.join(lines[-5:])}")
     found = json.loads(done.stdout)
     scores = [[Score(*score) for score in of_text] for of_text in found["scores"]]
-    return Answer(found["release"], found["ids"], found["ids_with_marks"], scores, found["replies"])
+    return Answer(found["ids"], found["ids_with_marks"], scores, found["replies"])

@@ -199,13 +199,14 @@ def moe_blocks(words: Mapping[str, Any]) -> list[bool]:
 
 
 def pattern_of(is_moe: list[bool]) -> tuple[int, int]:
-    """moe_every and n_dense_first of these blocks; ValueError if there are none."""
-    count = len(is_moe)
-    for n_dense_first in range(count if any(is_moe) else 0):
-        for every in range(1, count + 1):
-            if is_moe == [(block + 1) % every == 0 and block >= n_dense_first for block in range(count)]:
-                return every, n_dense_first
+    """moe_every and n_dense_first of these blocks; ValueError if no two numbers tell them."""
+    places = [block for block, moe in enumerate(is_moe) if moe]
+    if places:
+        every = places[1] - places[0] if len(places) > 1 else places[0] + 1
+        first = max(0, places[0] + 1 - every)
+        if is_moe == [(block + 1) % every == 0 and block >= first for block in range(len(is_moe))]:
+            return every, first
     raise ValueError(
-        f"config.json: Mixtures of Experts in blocks {[block + 1 for block in range(count) if is_moe[block]]} of "
-        f"{count}; NanoLLM can express every n-th block, after some dense ones"
+        f"config.json: Mixtures of Experts in blocks {[place + 1 for place in places]} of {len(is_moe)}; NanoLLM can "
+        f"express every n-th block, after some dense ones"
     )

@@ -6,28 +6,31 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from nanollm import __version__
+from nanollm.bundle import WEIGHTS
+from nanollm.export.checkpoint import INDEX
 from nanollm.progress import say
 
-OLD_WEIGHTS = ["model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"]
+OLD_WEIGHTS = [WEIGHTS, "model-*-of-*.safetensors", INDEX]
 """What an earlier push may have left and new weights do not overwrite. GGUFs of several types may lie together."""
 
 
-def check_push(name: str) -> None:
-    """Refuse what cannot work before anything is exported."""
+def check_name(name: str) -> None:
+    """Refuse what is no name of a repository."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise ValueError(f"--push must be USER/NAME, as in the address of a model on the hub, got {name!r}")
-    try:
-        from huggingface_hub import constants, get_token
-        from huggingface_hub.errors import HFValidationError
-        from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
-    except ImportError as error:
-        raise ValueError(
-            '--push needs huggingface_hub; in the folder of NanoLLM: pip install -e ".[export]"'
-        ) from error
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
     try:
         validate_repo_id(name)
     except HFValidationError as error:
         raise ValueError(f"--push: {error}") from error
+
+
+def check_access() -> None:
+    """Refuse what cannot work before anything is exported."""
+    from huggingface_hub import constants, get_token
+
     if constants.HF_HUB_OFFLINE:
         raise ValueError("--push needs the network, but HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set; unset it")
     if get_token() is None:
@@ -46,7 +49,8 @@ def push(folder: Path, name: str, *, private: bool = True) -> str:
     Files of a repository that is already there are replaced, its other files stay, and so does who may read it: where
     that is everybody, only private=False is taken for an answer.
     """
-    check_push(name)
+    check_name(name)
+    check_access()
     from huggingface_hub import HfApi
 
     hub = HfApi(library_name="nanollm", library_version=__version__)

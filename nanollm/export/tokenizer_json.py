@@ -40,6 +40,7 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, context_length: int) -> 
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": context_length,
         "model_input_names": ["input_ids", "attention_mask"],  # transformers 4 would add what generate() refuses
+        "padding_side": "left",  # generate() continues rows at their right
         "clean_up_tokenization_spaces": False,  # transformers 4 would change "a ." into "a."
     }
     tokenizer.save(folder / "tokenizer.model")

@@ -1,6 +1,7 @@
 """Which lines does a stranger type to run an exported model, and what does it expect to read?"""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from nanollm.model.config import ModelConfig
 
@@ -60,9 +61,9 @@ marks; the template in an Ollama `Modelfile` cannot refuse, there such a text be
 
 
 def how_to_run(name: str, form: str, c: ModelConfig, *, is_base: bool, gguf: str) -> Iterator[str]:
-    """Paragraphs; `name` is what transformers loads, `gguf` the file that llama.cpp does."""
+    """Paragraphs; `name` is what transformers loads ("." in the folder itself), `gguf` the file of llama.cpp."""
     if form == "gguf":
-        yield GGUF.replace("FILE", gguf).replace("MODEL", name.rpartition("/")[2].lower())
+        yield GGUF.replace("FILE", gguf).replace("MODEL", Path(gguf).stem.lower())
         return
     yield f"With transformers{' 5 or newer' if form == 'compact' else ''}:"
     prompt = BASE_PROMPT if is_base else CHAT_PROMPT

@@ -158,7 +158,8 @@ class Config(SamplingConfig):
     @property
     def folder(self) -> Path:
         """Where the files go."""
-        name = f"{self.task.name}-{self.task.split}" if self.has_task else "harness" if self.harness_names else "text"
+        names = [f"{self.task.name}-{self.task.split}"] if self.has_task else self.harness_names
+        name = "-".join(names)[:100] or "text"
         beside = Path(os.path.normpath(self.bundle / "..")) / "eval"
         return self.out or beside / re.sub(r"[^\w.-]+", "-", name)
 

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from nanollm.bundle import Bundle, load_bundle, read_config, stored_dtype
-from nanollm.durable import new_folder
+from nanollm.durable import check_replaceable, new_folder
 from nanollm.progress import say
 
 if TYPE_CHECKING:
     from nanollm.export.folder import Dtype
 
 POSITIONAL = ("bundle",)
-EXTRA = ("gguf", "google.protobuf", "huggingface_hub", "tokenizers", "transformers")
+EXTRA = ("gguf", "google", "huggingface_hub", "tokenizers", "transformers")
 STORED: "dict[torch.dtype, Dtype]" = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
@@ -67,9 +67,9 @@ def plan(c: Config) -> str:
     check(c)
     from nanollm.export import folder
 
-    dtype, shape = dtype_of(c), folder.exported_shape(read_config(c.bundle), c.format)
-    size = f"about {shape.total_parameters * folder.BYTES[dtype] / 1e6:,.1f} MB"
-    lines = [f"{folder.model_file(c.format, dtype, name_of(c))} ({size})", *folder.other_files(c.format)]
+    dtype = dtype_of(c)
+    size = f"about {folder.weight_bytes(read_config(c.bundle), c.format, dtype) / 1e6:,.1f} MB"
+    lines = [f"{folder.model_file(c.format, dtype, title_of(c))} ({size})", *folder.other_files(c.format)]
     place = f", and in the {'private' if c.private else 'public'} repository {c.push}" if c.push else ""
     return "\n".join([*lines, f"in {c.folder}{place}"])
 
@@ -79,7 +79,9 @@ def run(c: Config) -> Path:
     check(c)
     from nanollm.export import folder, push
 
-    bundle, dtype, name = load_bundle(c.bundle), dtype_of(c), name_of(c)
+    if c.push:
+        push.check_access()
+    bundle, dtype, name = load_bundle(c.bundle), dtype_of(c), title_of(c)
     with new_folder(c.folder) as draft:
         folder.write_export(draft, bundle, c.format, dtype, name)
         write_card(c, draft, bundle)
@@ -94,15 +96,15 @@ def run(c: Config) -> Path:
 
 def check(c: Config) -> None:
     """Whatever can be known to fail fails here, before anything is written."""
-    missing = [package for package in EXTRA if find_spec(package.partition(".")[0]) is None]
+    missing = [package for package in EXTRA if find_spec(package) is None]
     if missing:
         raise ValueError(f'export needs {", ".join(missing)}; in the folder of NanoLLM: pip install -e ".[export]"')
     read_config(c.bundle)
     check_out(c)
     if c.push:
-        from nanollm.export.push import check_push
+        from nanollm.export.push import check_name
 
-        check_push(c.push)
+        check_name(c.push)
     if c.verify and c.format == "gguf":
         from nanollm.export.llama import package_folder
 
@@ -111,17 +113,11 @@ def check(c: Config) -> None:
 
 def check_out(c: Config) -> None:
     """Refuse a folder where something would be lost."""
-    from nanollm.export.folder import is_ours
+    from nanollm.export.folder import written_in
 
-    if c.folder.is_file():
-        raise ValueError(f"{c.folder} is a file; choose another --out")
     if c.bundle.resolve().is_relative_to(c.folder.resolve()):
         raise ValueError(f"{c.folder} holds the bundle; choose another --out")
-    names = sorted(file.name for file in c.folder.iterdir()) if c.folder.is_dir() else []
-    if foreign := [name for name in names if not is_ours(name)]:
-        raise ValueError(f"{c.folder} holds {foreign[0]}, which no export writes; choose another --out")
-    if names and not c.force:
-        raise ValueError(f"{c.folder} is not empty; choose another --out, or replace the export there with --force")
+    check_replaceable(c.folder, written_in(c.folder), force=c.force, what="an export")
 
 
 def dtype_of(c: Config) -> "Dtype":
@@ -129,7 +125,7 @@ def dtype_of(c: Config) -> "Dtype":
     return STORED[stored_dtype(c.bundle)] if c.dtype == "auto" else c.dtype
 
 
-def name_of(c: Config) -> str:
+def title_of(c: Config) -> str:
     """What the card calls the model."""
     size = read_config(c.bundle).total_parameters / 1e6
     return c.name or c.push or f"nanollm-{size:.0f}M"
@@ -140,9 +136,11 @@ def write_card(c: Config, draft: Path, bundle: Bundle) -> None:
     from nanollm.export import card, folder
     from nanollm.export.history import find_manifests
 
-    dtype, name = dtype_of(c), name_of(c)
+    dtype, name = dtype_of(c), title_of(c)
     about = card.About(
         name=name,
+        address=c.push or ".",
+        is_base=bundle.is_base,
         format=c.format,
         dtype=dtype,
         config=bundle.model.config,

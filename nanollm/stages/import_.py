@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from nanollm import __version__
-from nanollm.bundle import PROVENANCE, save_bundle
+from nanollm.bundle import FILES, is_bundle, save_bundle
+from nanollm.durable import check_replaceable
 from nanollm.export.adopt import adopt
 from nanollm.export.checkpoint import Checkpoint, read_checkpoint
 from nanollm.progress import say
@@ -33,7 +34,10 @@ def run(c: Config) -> Path:
     """The folder of the bundle."""
     check_out(c)
     found = read_checkpoint(c.folder)
-    adopted = adopt(found)
+    try:
+        adopted = adopt(found)
+    except ValueError as error:
+        raise ValueError(f"{c.folder}: {error}") from error
     for note in adopted.notes:
         say(note)
     say(f"{adopted.config.total_parameters:,} parameters, {adopted.tokenizer.vocab_size:,} pieces")
@@ -43,15 +47,9 @@ def run(c: Config) -> Path:
 
 def check_out(c: Config) -> None:
     """Refuse a place for the bundle where something else would be lost."""
-    if c.out.is_file():
-        raise ValueError(f"{c.out} is a file; choose another --out")
     if c.folder.resolve().is_relative_to(c.out.resolve()):
         raise ValueError(f"{c.out} holds the model that is imported; choose another --out")
-    if c.out.is_dir() and any(c.out.iterdir()):
-        if not (c.out / PROVENANCE).is_file():
-            raise ValueError(f"{c.out} is not empty, and no bundle; choose another --out")
-        if not c.force:
-            raise ValueError(f"{c.out} is a bundle already; choose another --out, or replace it with --force")
+    check_replaceable(c.out, FILES if is_bundle(c.out) else (), force=c.force, what="a bundle")
 
 
 def history_of(found: Checkpoint, name: str, notes: Sequence[str]) -> dict[str, Any]:

@@ -236,7 +236,7 @@ _TEMPLATE = """
 
 def template_for(symbols: Iterable[str]) -> str:
     """The template that refuses these in a message: `Tokenizer.symbols`, since a model that was imported has others."""
-    return _TEMPLATE.replace("MARKS", json.dumps(list(symbols), ensure_ascii=False)).replace("TURNS", TURNS)
+    return _TEMPLATE.replace("TURNS", TURNS).replace("MARKS", json.dumps(list(symbols), ensure_ascii=False))
 
 
 TEMPLATE = template_for(["<pad>", "<unk>", "<s>", "</s>", *MARKS])

@@ -89,6 +89,8 @@ def about(runs):
     provenance = json.loads((bundle / "provenance.json").read_bytes())
     defaults = {
         "name": "ada/tiny",
+        "address": "ada/tiny",
+        "is_base": False,
         "format": "compact",
         "dtype": "f32",
         "config": SHAPE,
@@ -111,7 +113,7 @@ def test_every_stage_is_told_with_its_data_its_length_and_its_optimizer(about, r
     manifest = runs / "tokens" / "manifest.json"
     train = json.loads(manifest.read_bytes())["splits"]["train"]
     size = f"{train['tokens']:,} tokens in {train['documents']} documents"
-    assert [line.split()[3] for line in told if re.match(r"\d\. nanollm ", line)] == ["pretrain,", "sft,", "grpo,"]
+    assert [line.split()[3] for line in told if re.match(r"\d\. `nanollm ", line)] == ["pretrain,", "sft,", "grpo,"]
     assert f"   - data: `tokens` (manifest {sha256_of(manifest)[:12]}), {size} of `text`" in told
     assert "   - 2 optimizer steps, 1,024 tokens" in told
     assert "   - 2 optimizer steps, 4 conversations" in told
@@ -149,13 +151,19 @@ def test_the_owner_of_the_machine_is_named_nowhere(about, runs, tmp_path):
     assert OWNER not in shown
 
 
+@pytest.mark.parametrize("odd", [{"config": {"train": {}}}, {"config": {"task": 3}}, {"inputs": {"data": {"x": 3}}}])
+def test_a_history_that_cannot_be_read_is_said_to_be_so(about, odd):
+    told = section(card(about(provenance={"made_by": "grpo\n## Results\n99 %"} | odd)), "How it was made")
+    assert told.startswith("1. `grpo ## Results 99 %`\n   - what is recorded of this step cannot be read")
+
+
 def test_what_others_trained_is_said_to_be_imported(about):
     imported = {"made_by": "x", "folder": "theirs", "format": "deepseek_v3", "files": {}, "changes": ["4 marks added"]}
     told = section(
         card(about(provenance={"made_by": "nanollm 0.1.0 import", "imports": [imported]})), "How it was made"
     )
-    assert "1. nanollm 0.1.0 import\n   - data and settings are not recorded" in told
-    assert "   - imported from `theirs`, deepseek_v3; 4 marks added" in told
+    assert "1. `nanollm 0.1.0 import`\n   - data and settings are not recorded" in told
+    assert "   - imported from `theirs`, `deepseek_v3; 4 marks added`" in told
 
 
 # --- how good it is ---
@@ -291,16 +299,16 @@ def test_the_lines_for_transformers_run(about, runs, run, form, tmp_path, capsys
     bundle = load_bundle(runs / run / "bundle")
     write_model(tmp_path, bundle, form, torch.float32)
     write_tokenizer(tmp_path, bundle.tokenizer, SHAPE.context_length)
-    text = card(about(name=str(tmp_path), format=form, provenance=bundle.provenance))
+    told = {"address": str(tmp_path), "is_base": bundle.is_base, "provenance": bundle.provenance}
+    text = card(about(format=form, **told))
     (lines,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert ("messages" in lines) == (run == "grpo")
     exec(compile(lines, "README.md", "exec"), {})
     assert capsys.readouterr().out.strip()
 
 
-def test_a_base_model_is_called_one_and_has_no_chat_format(about, runs):
-    provenance = json.loads((runs / "pretrain" / "bundle" / "provenance.json").read_bytes())
-    base, chat = card(about(provenance=provenance)), card(about())
+def test_a_base_model_is_called_one_and_has_no_chat_format(about):
+    base, chat = card(about(is_base=True)), card(about())
     assert "It continues texts; it was not taught to reply." in base
     assert "## Chat format" not in base
     assert "It replies to messages." in chat
@@ -318,7 +326,7 @@ def test_vllm_is_named_only_where_it_has_kernels_for_the_shape(about):
 def test_a_gguf_is_run_by_its_name(about):
     text = card(about(name="ada/Tiny", format="gguf", dtype="q8_0", gguf="Tiny-q8_0.gguf"))
     assert "llama-server -m Tiny-q8_0.gguf" in text
-    assert "ollama create tiny -f Modelfile" in text
+    assert "ollama create tiny-q8_0 -f Modelfile" in text
     assert "transformers" not in section(text, "How to run it")
     assert ModelCard(text).data.library_name == "llama.cpp"
     assert "| format | gguf, q8_0 |" in text

@@ -1,4 +1,4 @@
-"""What stands in a GGUF; that llama.cpp reads it in the same way is in tests/stages/test_export.py."""
+"""What stands in a GGUF; that llama.cpp reads it in the same way is in test_verify.py."""
 
 from dataclasses import replace
 
@@ -21,6 +21,18 @@ def test_every_number_of_the_model_is_there(trained, tmp_path, dtype, types):
     biases = sum(layer.balance_bias.numel() for layer in bundle.model.moe_layers())
     assert sum(int(tensor.n_elements) for tensor in tensors) == bundle.model.config.total_parameters + biases
     assert {tensor.tensor_type.name for tensor in tensors} == types
+    exact = {"F32"} if dtype == "f32" else {"F32", "F16"}
+    kinds = {tensor.name.split(".", 2)[-1]: tensor.tensor_type.name for tensor in tensors}
+    assert kinds["ffn_gate_inp.weight"] == kinds["exp_probs_b.bias"] == kinds["attn_norm.weight"] == "F32"
+    assert {kinds["attn_k_b.weight"], kinds["attn_kv_a_mqa.weight"]} <= exact
+
+
+@pytest.mark.parametrize("dtype", ["f16", "q8_0"])
+def test_numbers_that_the_type_cannot_hold_are_refused(dtype, trained, tmp_path):
+    bundle = load_bundle(trained)
+    bundle.model.head.weight.data[0, 0] = 1e8
+    with pytest.raises(ValueError, match=r"output.weight holds numbers that are not finite in float16"):
+        gguf.write_gguf(tmp_path / "model.gguf", bundle, dtype)
 
 
 def test_ids_that_the_tokenizer_lacks_are_unused_tokens(trained, tmp_path):

@@ -73,5 +73,5 @@ def test_a_reply_ends_where_ours_ends(tokenizer):
 
 def test_numbers_that_float16_cannot_hold_are_refused(bundle, tmp_path):
     bundle.model.head.weight.data[0, 0] = 1e5
-    with pytest.raises(ValueError, match=r"head.weight holds numbers that float16 cannot; give --dtype bf16"):
+    with pytest.raises(ValueError, match=r"lm_head.weight holds numbers that are not finite in float16"):
         hf.write_model(tmp_path, bundle, "compact", torch.float16)

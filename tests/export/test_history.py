@@ -2,7 +2,7 @@
 
 import pytest
 
-from nanollm.export.history import folders, name_of, public, stages
+from nanollm.export.history import check, folders, name_of, public, stages
 
 
 @pytest.mark.parametrize(
@@ -50,3 +50,28 @@ def test_the_first_stage_comes_first():
 
 def test_a_stage_that_read_no_token_files_has_none():
     assert folders({"made_by": "us"}) == folders({"config": {"seed": 0}, "inputs": {"problems": "ab"}}) == {}
+
+
+@pytest.mark.parametrize(
+    "record",
+    [{"imports": 5}, {"parent": 3}, {"config": "lr"}, {"parent": {"inputs": []}}, {"made_by": ["a"]}],
+)
+def test_what_is_no_history_is_refused(record):
+    with pytest.raises(ValueError, match=r"provenance.json: \w+ must be a \w+; delete it"):
+        check(record)
+
+
+def test_a_history_without_end_is_refused():
+    record: dict = {}
+    for _ in range(300):
+        record = {"x": [record]}
+    with pytest.raises(ValueError, match="levels deep"):
+        check(record)
+
+
+def test_settings_that_are_paths_are_shortened_whatever_they_look_like():
+    config = {"out": "client files/acme corp/tokens", "data": {"my data/alice/a": 1.0}, "input": ["x y/z.txt"]}
+    assert public(config) == {"out": "tokens", "data": {"a": 1.0}, "input": ["z.txt"]}
+    assert public({"note": "see /srv/alice/x and C:\\alice\\y, 3/4 of it, https://a.b/c"}) == {
+        "note": "see x and y, 3/4 of it, https://a.b/c"
+    }

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import get_args
 
 import pytest
 import sentencepiece
@@ -15,7 +16,7 @@ from nanollm.bundle import Bundle, build_model
 from nanollm.durable import sha256_of
 from nanollm.export.adopt import adopt, adopt_tokenizer, with_rows
 from nanollm.export.checkpoint import read_checkpoint
-from nanollm.export.hf import DTYPES, HF_FORMATS, write_model
+from nanollm.export.hf import DTYPES, HfFormat, write_model
 from nanollm.model.transformer import Transformer
 from nanollm.text.chat import Conversation, encode_prompt
 from nanollm.text.tokenizer import ASSISTANT, END, MARKS, SYSTEM, USER
@@ -116,7 +117,7 @@ def test_new_rows_are_the_mean_of_all():
 
 
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
-@pytest.mark.parametrize("form", HF_FORMATS)
+@pytest.mark.parametrize("form", get_args(HfFormat))
 @pytest.mark.parametrize("shape", [TINY, EVEN, SPLIT], ids=["tiny", "even", "split"])
 def test_export_import_export_gives_the_same_bytes(tmp_path, tokenizer, shape, form, dtype):
     shape = dataclasses.replace(shape, vocab_size=tokenizer.vocab_size)

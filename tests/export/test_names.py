@@ -40,6 +40,8 @@ def test_the_shape_comes_back_from_the_config_of_deepseek_v3(first, tokenizer):
         ("ssss", (1, 0)),
         ("dsss", (1, 1)),
         ("dddsds", (2, 2)),
+        ("dddddsds", (2, 4)),
+        ("ddsddd", None),
         ("dddddsddds", None),
         ("dddd", None),
     ],

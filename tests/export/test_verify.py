@@ -2,8 +2,10 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from nanollm.bundle import load_bundle, save_bundle
 from nanollm.export import in_llama, in_transformers, llama, verify
@@ -58,12 +60,36 @@ def test_another_models_export_is_told_apart(form, dtype, trained, tmp_path, req
         request.getfixturevalue("with_llama")
     first = load_bundle(trained)
     weights = first.model.state_dict()
-    weights["trunk.blocks.1.ffn.up_proj.weight"] = weights["trunk.blocks.1.ffn.up_proj.weight"] * 1.2
+    weights["trunk.blocks.1.ffn.up_proj.weight"] = weights["trunk.blocks.1.ffn.up_proj.weight"] * 3
     other = save_bundle(tmp_path / "other", first.model.config, weights, first.tokenizer, {"made_by": "a test"})
     checks = compare(form, exported(trained, form, dtype, tmp_path / "out"), other, dtype)
     failed = {check.what.partition(",")[0] for check in checks if not check.holds}
     assert "likeliest token" in failed
+    assert ("perplexity" if dtype == "q8_0" else "greatest difference of a logit") in failed
     assert "ids of texts" not in failed
+
+
+def test_a_tensor_that_is_missing_is_told(trained, tmp_path):
+    path = exported(trained, "compact", "f32", tmp_path / "out")
+    tensors = load_file(path / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    first = next(in_transformers.compare(path, load_bundle(trained), "f32", PROMPTS))
+    assert not first.holds
+    assert "missing_keys: model.layers.1.mlp.up_proj.weight" in first.found
+
+
+def test_positions_may_differ_where_two_tokens_are_equally_likely(trained):
+    bundle = load_bundle(trained)
+    samples = verify.Samples.of(bundle, PROMPTS)
+    ours = [verify.Seen.of(verify.our_logits(bundle, ids), ids) for ids in samples.windows]
+    token, twin = int(ours[0].top[5]), bundle.tokenizer.vocab_size
+    theirs = [*ours]
+    theirs[0] = replace(ours[0], top=ours[0].top.clone())
+    theirs[0].top[5] = twin
+    assert not verify.check_equal_tops(bundle, samples, ours, theirs).holds
+    bundle.model.head.weight.data[twin] = bundle.model.head.weight.data[token]
+    assert verify.check_equal_tops(bundle, samples, ours, theirs).holds
 
 
 def test_another_tokenizers_export_is_told_apart(trained, tmp_path):

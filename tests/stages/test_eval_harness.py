@@ -128,7 +128,7 @@ def test_limit_and_shots_are_lm_evals(bundles, tasks, tmp_path, capsys):
 
 def test_a_dry_run_says_how_much_would_be_asked(bundles, tasks):
     config = Config(bundle=bundles[0], harness=NAMES, harness_tasks=tasks, harness_limit=5)
-    folder = bundles[0].parent / "eval" / "harness"
+    folder = bundles[0].parent / "eval" / "nano_choice-nano_reply-nano_whole"
     assert plan(config) == f"13 documents of nano_choice, nano_reply, nano_whole; into {folder}"
 
 

@@ -66,17 +66,46 @@ def test_no_path_of_this_machine_leaves(tmp_path, bundle):
 def test_a_folder_that_is_not_empty_is_replaced_by_force_only(bundle, tmp_path, complaint):
     run(Config(bundle=bundle, out=tmp_path / "out"))
     before = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
-    assert "out is not empty; choose another --out, or replace the export there with --force" in complaint()
+    assert "out is an export already; choose another --out, or replace it with --force" in complaint()
     assert before == {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
     run(Config(bundle=bundle, format="gguf", out=tmp_path / "out", force=True))
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
-def test_what_no_export_wrote_is_never_replaced(tmp_path, complaint):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "thesis.tex").write_text("years")
-    assert "out holds thesis.tex, which no export writes" in complaint("--force")
-    assert (tmp_path / "out" / "thesis.tex").read_text() == "years"
+@pytest.mark.parametrize("name", ["thesis.tex", "README.md", "llama-70b.gguf"])
+def test_what_no_export_wrote_is_never_replaced(name, bundle, tmp_path, complaint):
+    mine = tmp_path / "out" / name
+    mine.parent.mkdir()
+    mine.write_text("years")
+    assert f"out holds {name}, which is not of an export; choose another --out" in complaint("--force")
+    shutil.rmtree(mine.parent)
+    run(Config(bundle=bundle, out=mine.parent))
+    mine.write_text("years")
+    if name != "README.md":
+        assert f"out holds {name}, which is not of an export; choose another --out" in complaint("--force")
+    assert mine.read_text() == "years"
+
+
+def test_another_bundle_is_never_replaced(bundle, tmp_path, complaint):
+    shutil.copytree(bundle, tmp_path / "out")
+    assert "out holds config.json, which is not of an export" in complaint("--force")
+    assert load_bundle(tmp_path / "out")
+
+
+def test_a_link_keeps_its_place(bundle, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    for force in (False, True):
+        run(Config(bundle=bundle, out=tmp_path / "link", force=force))
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real" / "config.json").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]
+
+
+def test_the_folder_one_is_in_can_be_named_by_a_dot(bundle, tmp_path, monkeypatch):
+    shutil.copytree(bundle, tmp_path / "bundle")
+    monkeypatch.chdir(tmp_path / "bundle")
+    assert (run(Config(bundle=Path(), out=Path("../out"))) / "config.json").is_file()
 
 
 def test_the_bundle_is_never_replaced_by_its_export(bundle, tmp_path, capsys):
@@ -92,6 +121,7 @@ def test_bad_input_costs_one_line_and_no_file(bundle, tmp_path, complaint):
     weights = torn / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     assert "model.safetensors was changed after it was written; copy the bundle again" in complaint(source=torn)
+    assert "model.safetensors is not a bundle's" in complaint("--dry_run", source=torn)
     weights.unlink()
     assert "model.safetensors is missing" in complaint(source=torn)
     assert "is not a bundle (no such folder)" in complaint(source=tmp_path / "nothing")
@@ -110,7 +140,7 @@ def test_a_missing_package_is_named_with_what_installs_it(complaint, monkeypatch
 def test_what_does_not_hold_ends_in_exit_code_1_and_is_not_pushed(bundle, tmp_path, monkeypatch, capsys):
     pushed = []
     monkeypatch.setattr(push, "push", lambda *words, **options: pushed.append(words))
-    monkeypatch.setattr(push, "check_push", lambda name: None)
+    monkeypatch.setattr(push, "check_access", lambda: None)
     compare = in_transformers.compare
 
     def compare_with_another_head(folder, ours, dtype, prompts):

@@ -119,14 +119,17 @@ def test_nothing_that_lies_at_out_is_lost_unasked(foreign, tmp_path, complaint):
     notes = tmp_path / "notes"
     notes.mkdir()
     (notes / "poem.txt").write_text("o sea")
-    assert "notes is not empty, and no bundle; choose another --out" in complaint(foreign, "notes", "--force")
+    assert "notes holds poem.txt, which is not of a bundle; choose another --out" in complaint(
+        foreign, "notes", "--force"
+    )
     assert "poem.txt is a file; choose another --out" in complaint(foreign, "notes/poem.txt")
     assert "holds the model that is imported" in complaint(shutil.copytree(foreign, tmp_path / "in" / "dir"), "in")
     made = run(Config(folder=foreign, out=tmp_path / "made"))
-    (made / "mine.txt").write_text("")
     assert "made is a bundle already; choose another --out, or replace it with --force" in complaint(foreign, "made")
+    (made / "mine.txt").write_text("")
+    assert "made holds mine.txt, which is not of a bundle" in complaint(foreign, "made", "--force")
+    (made / "mine.txt").unlink()
     run(Config(folder=foreign, out=made, force=True))
-    assert not (made / "mine.txt").exists()
     assert load_bundle(made).is_base
 
 
