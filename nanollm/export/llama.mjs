@@ -21,15 +21,22 @@ const answer = {
 };
 
 async function score(sequence, ids) {
-    const steps = ids.slice(0, -1).map((id, place) => [id, {generateNext: {
-        totalLogitWeight: true,
-        logits: {filter: {tokens: [ids[place + 1]], includeTop: 1}}
-    }}]);
-    const found = await sequence.controlledEvaluate(steps);
-    return found.map(({next}, place) => {
-        const [top, highest] = [...next.logits].reduce((best, pair) => pair[1] > best[1] ? pair : best);
-        return [top, highest, next.logits.get(ids[place + 1]), highest + Math.log(next.totalLogitWeight)];
-    });
+    const scores = [];
+    // A few at a time: every position has all its logits. (totalLogitWeight adds them up in float32 and loses 1e-3.)
+    for (let start = 0; start < ids.length - 1; start += 20) {
+        const some = ids.slice(start, Math.min(start + 20, ids.length - 1));
+        const found = await sequence.controlledEvaluate(some.map((id) => [id, {generateNext: {logits: true}}]));
+        for (const [place, {next: {logits}}] of found.entries()) {
+            let [top, highest] = logits.entries().next().value;
+            let total = 0;
+            for (const [id, logit] of logits)
+                if (logit > highest) [top, highest] = [id, logit];
+            for (const logit of logits.values())
+                total += Math.exp(logit - highest);
+            scores.push([top, highest, logits.get(ids[start + place + 1]), highest + Math.log(total)]);
+        }
+    }
+    return scores;
 }
 
 async function reply(sequence, prompt) {
