@@ -33,7 +33,7 @@ from nanollm.model.config import ModelConfig
 from nanollm.model.transformer import Transformer
 from nanollm.settings import load_preset
 from nanollm.sources import builtin
-from nanollm.text.tokenizer import Sample, train_on
+from nanollm.text.learn import Sample, train_on
 
 PRESETS = ("nano-327m", "nano-327m-fine")
 REPEATS, PROMPT, REPLY = 5, 16, 32

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 from nanollm.settings import load_preset
 from nanollm.sources import builtin
 from nanollm.stages import preprocess
-from nanollm.text.tokenizer import train
+from nanollm.text.learn import train
 
 if TYPE_CHECKING:
     from nanollm.world import World

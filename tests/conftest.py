@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from nanollm.text.tokenizer import Tokenizer, train
+from nanollm.text.learn import train
+from nanollm.text.tokenizer import Tokenizer
 
 # --- text and data: a small real tokenizer, and the real data beside the project ---
 

@@ -15,7 +15,8 @@ from nanollm.sources.builtin import BUILTIN
 from nanollm.sources.files import BadRecord, OnBad, find_files, read_texts
 from nanollm.sources.hub import stream_rows
 from nanollm.text.draw import draw
-from nanollm.text.tokenizer import SAMPLE_BYTES, ModelType, Tokenizer, check_sizes, cut, sample, train_on
+from nanollm.text.learn import SAMPLE_BYTES, check_sizes, cut, sample, train_on
+from nanollm.text.tokenizer import ModelType, Tokenizer
 
 HELD_OUT_BYTES = 2_000_000  # enough to measure on
 SECTION_CHARS = 16_384  # a longer document is held out by sections, so that one huge file still gives some

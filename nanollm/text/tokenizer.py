@@ -1,23 +1,16 @@
-"""Which ids spell a text, and how are the pieces learned?
+"""Which ids spell a text, and which text do ids spell?
 
 SentencePiece (arXiv:1808.06226), set up so that nothing is lost: `decode(encode(text)) == text` for every text that
 is valid Unicode. Identity normalisation, no dummy prefix, no whitespace removal, digits one by one, and 256 byte
-pieces for whatever has no piece of its own. The marks of a chat are *control* symbols: no text can spell one.
-
-Layout of the ids when we train one: <pad> <unk> <s> </s>, 4 chat marks, 12 reserved marks, 256 bytes, then the learned
-pieces. Another's may have another layout (export/adopt.py): ask the tokenizer for an id.
+pieces for whatever has no piece of its own. The marks of a chat are *control* symbols: no text can spell one. Ids have
+no fixed layout, because others' tokenizers are taken as well (export/adopt.py): ask the tokenizer for an id.
 """
 
 import hashlib
-import heapq
-import io
-import random
-import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import sentencepiece
@@ -27,20 +20,11 @@ from nanollm.durable import write_file
 ModelType = Literal["bpe", "unigram", "char", "word"]
 PieceKind = Literal["normal", "unknown", "control", "user_defined", "unused", "byte"]
 
-PAD_ID, UNK_ID, BOS_ID, EOS_ID = 0, 1, 2, 3
 SYSTEM, USER, ASSISTANT, END = "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"
 RESERVED = tuple(f"<|reserved_{n}|>" for n in range(12))
 MARKS = (SYSTEM, USER, ASSISTANT, END, *RESERVED)
-FIRST_LEARNED_ID = 4 + len(MARKS) + 256
 MAX_VOCAB_SIZE = 65_536  # token files hold uint16
-
-SAMPLE_BYTES = 100_000_000
-PIECE_CHARS = 4096  # the unit of sampling; a longer document is cut into several
-NUM_THREADS = 16  # written into the model, so a fixed number: its bytes must not depend on the cores
-
 SPACE_MARK = "\u2581"  # how SentencePiece writes a space; a text may hold it literally
-NOT_FOR_TRAINING = re.compile("[\0\u2581\u2585]+")  # SentencePiece skips a whole line for one of these
-LINE = re.compile(r"[^\n]+\n*|\n+")
 
 
 class Piece(NamedTuple):
@@ -233,138 +217,3 @@ class Tokenizer:
         sizes[self._bytes] = 1
         sizes[[*self.symbols]] = 0
         return sizes
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A uniform part of a corpus, small enough to learn pieces from."""
-
-    pieces: list[bytes]  # UTF-8, in the order of the corpus
-    bytes_seen: int
-
-    @property
-    def bytes_kept(self) -> int:
-        return sum(map(len, self.pieces))
-
-
-def cut(text: str, limit: int = PIECE_CHARS) -> Iterator[str]:
-    """Cut a text into parts of at most `limit` characters: after a newline, else before a space, else anywhere.
-
-    No character is lost: the parts joined are the text.
-    """
-    start = 0
-    while len(text) - start > limit:
-        end = text.rfind("\n", start, start + limit) + 1 or text.rfind(" ", start + 1, start + limit)
-        end = end if end > start else start + limit
-        yield text[start:end]
-        start = end
-    if start < len(text):
-        yield text[start:]
-
-
-def sample(texts: Iterable[str], budget: int = SAMPLE_BYTES, seed: int = 0) -> Sample:
-    """Keep a uniform random part of the texts, at most `budget` bytes, reading them once and holding only that part.
-
-    Each piece of text draws a number; those below the threshold stay, and the threshold falls as the budget fills.
-    Training with vocab_size 50,304 then takes about 10 bytes of memory for each byte kept (bpe) or 22 (unigram):
-    57 MB of English took 0.75 GB and 8 s (bpe), 1.4 GB and 49 s (unigram) on two cores.
-    """
-    draw = random.Random(seed).random
-    threshold, kept_bytes, seen_bytes = 1.0, 0, 0
-    kept: list[tuple[float, int, bytes]] = []  # a heap with the largest number first
-    for index, piece in enumerate(part for text in texts for part in cut(text)):
-        encoded, number = piece.encode(), draw()
-        seen_bytes += len(encoded)
-        if number >= threshold:
-            continue
-        heapq.heappush(kept, (-number, index, encoded))
-        kept_bytes += len(encoded)
-        while kept_bytes > budget and len(kept) > 1:
-            number, _, dropped = heapq.heappop(kept)
-            threshold = -number
-            kept_bytes -= len(dropped)
-    return Sample([piece for _, _, piece in sorted(kept, key=lambda entry: entry[1])], seen_bytes)
-
-
-def train(
-    texts: Iterable[str],
-    path: Path,
-    *,
-    vocab_size: int,
-    model_type: ModelType = "bpe",
-    sample_bytes: int = SAMPLE_BYTES,
-    seed: int = 0,
-    num_threads: int = NUM_THREADS,
-) -> Tokenizer:
-    """Learn the pieces of a tokenizer from (a uniform sample of) texts and write the model to `path`."""
-    check_sizes(vocab_size, model_type)
-    chosen = sample(texts, sample_bytes, seed)
-    tokenizer = train_on(chosen, vocab_size=vocab_size, model_type=model_type, num_threads=num_threads)
-    tokenizer.save(path)
-    return tokenizer
-
-
-def train_on(chosen: Sample, *, vocab_size: int, model_type: ModelType, num_threads: int = NUM_THREADS) -> Tokenizer:
-    """Learn the pieces from a sample. The same sample and settings give the same bytes."""
-    check_sizes(vocab_size, model_type)
-    if not any(_lines(chosen.pieces)):
-        raise ValueError("there is no text to train a tokenizer on; check that the corpus is not empty")
-    model = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_lines(chosen.pieces),
-            model_writer=model,
-            model_type=model_type,
-            vocab_size=vocab_size,
-            num_threads=num_threads,
-            max_sentence_length=8 * PIECE_CHARS,  # bytes; above any line that `cut` leaves
-            normalization_rule_name="identity",
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True,
-            split_digits=True,
-            byte_fallback=True,
-            unk_surface="",
-            pad_id=PAD_ID,
-            unk_id=UNK_ID,
-            bos_id=BOS_ID,
-            eos_id=EOS_ID,
-            control_symbols=list(MARKS),
-            minloglevel=2,  # errors come as exceptions
-        )
-    except RuntimeError as error:
-        raise ValueError(_advice(str(error), vocab_size)) from error
-    return Tokenizer(model.getvalue())
-
-
-def check_sizes(vocab_size: int, model_type: str) -> None:
-    if model_type not in get_args(ModelType):
-        raise ValueError(f"model_type must be one of {', '.join(get_args(ModelType))}, got {model_type!r}")
-    if not FIRST_LEARNED_ID < vocab_size <= MAX_VOCAB_SIZE:
-        raise ValueError(
-            f"vocab_size must be from {FIRST_LEARNED_ID + 1} ({FIRST_LEARNED_ID} marks and bytes come first) "
-            f"to {MAX_VOCAB_SIZE:,} (token files hold uint16), got {vocab_size}"
-        )
-
-
-def _lines(pieces: Iterable[bytes]) -> Iterator[str]:
-    """The lines to learn from: line by line, so that "end\\nStart" is not a word, each with its newlines.
-
-    A space goes last because SentencePiece strips a newline there; a space before nothing teaches nothing.
-    """
-    for piece in pieces:
-        for part in NOT_FOR_TRAINING.split(piece.decode()):
-            for line in LINE.findall(part):
-                yield line + " "
-
-
-def _advice(error: str, vocab_size: int) -> str:
-    """SentencePiece's complaint as one line that says what to do."""
-    if largest := re.search(r"too high \(\d+\)\. Please set it to a value <= (\d+)", error):
-        return (
-            f"the text yields only {largest[1]} pieces, vocab_size is {vocab_size}; "
-            f"give more text or --vocab_size {largest[1]} or less"
-        )
-    if smallest := re.search(r"smaller than required_chars\. \d+ vs (\d+)", error):
-        return f"the characters of the text need a vocab_size of at least {smallest[1]}, got {vocab_size}"
-    return f"SentencePiece could not train: {' '.join(error.split())}"

@@ -12,7 +12,8 @@ from nanollm.export.adopt import adopt_tokenizer
 from nanollm.export.tokenizer_json import TOKENIZER_FILES, write_tokenizer
 from nanollm.sources.openwebtext import documents
 from nanollm.text.chat import Conversation, encode_conversation, encode_prompt
-from nanollm.text.tokenizer import MARKS, Tokenizer, train
+from nanollm.text.learn import train
+from nanollm.text.tokenizer import MARKS, Tokenizer
 from tests.conftest import STORY
 from tests.export.foreign import sentencepiece_model
 from tests.export.strings import (

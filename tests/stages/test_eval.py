@@ -12,7 +12,7 @@ from nanollm.durable import sha256_of
 from nanollm.evals.intervals import paired, pass_at_k, wilson
 from nanollm.model.transformer import Transformer
 from nanollm.stages.eval import Config, EvalTask, plan, run
-from nanollm.text.tokenizer import train
+from nanollm.text.learn import train
 from tests.conftest import STORY
 from tests.stages.conftest import MODEL
 

@@ -20,7 +20,7 @@ from nanollm.model.transformer import Transformer
 from nanollm.settings import read_mapping, to_yaml
 from nanollm.stages import preprocess, sft
 from nanollm.stages.sft import ChatTrainConfig, Config
-from nanollm.text.tokenizer import train as train_tokenizer
+from nanollm.text.learn import train as train_tokenizer
 from nanollm.train.checkpoint import checkpoints
 from nanollm.train.optim import OptimConfig
 from nanollm.train.runlog import read_metrics

@@ -7,8 +7,9 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanollm.text import tokenizer as module
-from nanollm.text.tokenizer import ASSISTANT, END, MARKS, SYSTEM, USER, Tokenizer, cut, sample, train
+from nanollm.text import learn as module
+from nanollm.text.learn import cut, sample, train
+from nanollm.text.tokenizer import ASSISTANT, END, MARKS, SYSTEM, USER, Tokenizer
 
 STORY = (Path(__file__).parents[1] / "story.txt").read_text(encoding="utf-8")
 TYPES = ("bpe", "unigram", "char", "word")
