@@ -16,7 +16,7 @@ from nanollm.bundle import PROVENANCE
 from nanollm.durable import sha256_of, write_file
 from nanollm.evals import figures
 from nanollm.evals.figures import Figures
-from nanollm.export.dense import Placement
+from nanollm.export.dense import Format, exported_shape
 from nanollm.export.history import Record, folders, name_of, public, stages
 from nanollm.export.usage import FORMAT, how_to_run
 from nanollm.model.config import ModelConfig
@@ -48,8 +48,7 @@ class About:
     """What users load it by: USER/NAME on the hub, or a path."""
     is_base: bool
     """Whether it was only pretrained."""
-    format: str
-    """compact, deepseek-v3 or gguf."""
+    format: Format
     dtype: str
     """Of the numbers in the file: f32, bf16, f16 or q8_0."""
     config: ModelConfig
@@ -206,7 +205,7 @@ def shape(about: About) -> Iterator[str]:
         "format": f"{about.format}, {about.dtype}",
     }
     yield "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
-    stored = c if about.format == "compact" else Placement.of(c).after
+    stored = exported_shape(c, about.format)
     if stored != c:
         yield (
             f"The file holds {stored.total_parameters:,} parameters: it has a Mixture of Experts in each block after "

@@ -15,12 +15,15 @@ Letters: D model width, F dense hidden width, E routed experts, W their width, S
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import ceil, frexp
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from nanollm.model.config import ModelConfig
+
+Format = Literal["compact", "deepseek-v3", "gguf"]
 
 CHOSEN = 2.0  # a selection bias that the others' score of 0.5 cannot reach
 CHANNELS = {"gate_proj": 0, "up_proj": 0, "down_proj": 1}  # their dimension in the matrices of a SwiGLU
@@ -62,6 +65,11 @@ class Placement:
         for block in range(self.after.n_blocks):
             if self.after != self.before and self.after.is_moe(block):
                 yield f"trunk.blocks.{block}.ffn.", self.before.is_moe(block)
+
+
+def exported_shape(config: ModelConfig, form: Format) -> ModelConfig:
+    """The shape of the model as a format has it: compact alone knows dense blocks everywhere."""
+    return config if form == "compact" else Placement.of(config).after
 
 
 def answer_weight(c: ModelConfig) -> float:

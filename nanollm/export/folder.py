@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from nanollm import __version__
-from nanollm.bundle import PROVENANCE, Bundle, build_model
+from nanollm.bundle import CONFIG, PROVENANCE, WEIGHTS, Bundle, build_model
 from nanollm.durable import write_file, write_json
 from nanollm.export.card import CARD
-from nanollm.export.dense import Placement
+from nanollm.export.dense import Format, exported_shape
 from nanollm.export.gguf import GgufType, tensors, type_of, write_gguf
 from nanollm.export.hf import DTYPES, generation_words, write_model
 from nanollm.export.history import public
@@ -17,10 +17,9 @@ from nanollm.export.modelfile import modelfile
 from nanollm.export.tokenizer_json import TOKENIZER_FILES, write_tokenizer
 from nanollm.model.config import ModelConfig
 
-Format = Literal["compact", "deepseek-v3", "gguf"]
 Dtype = Literal["f32", "bf16", "f16", "q8_0"]
 BYTES = {"f32": 4.0, "bf16": 2.0, "f16": 2.0, "q8_0": 34 / 32}  # of a number; 32 of q8_0 share a scale of two bytes
-CONFIG, GENERATION, MODELFILE = "config.json", "generation_config.json", "Modelfile"
+GENERATION, MODELFILE = "generation_config.json", "Modelfile"
 EVERYWHERE = (*TOKENIZER_FILES, GENERATION, PROVENANCE, CARD)
 EXPORT = "export"
 """The word of provenance.json that says which files this export wrote."""
@@ -29,7 +28,7 @@ EXPORT = "export"
 def model_file(form: Format, dtype: Dtype, name: str) -> str:
     """The file with the weights; more than hf.SHARD_BYTES of safetensors lie in several."""
     plain = re.sub(r"[^\w.-]+", "-", name.rpartition("/")[2])
-    return f"{plain}-{dtype.upper()}.gguf" if form == "gguf" else "model.safetensors"
+    return f"{plain}-{dtype.upper()}.gguf" if form == "gguf" else WEIGHTS
 
 
 def other_files(form: Format) -> list[str]:
@@ -52,11 +51,6 @@ def written_in(folder: Path) -> list[str]:
         return [str(name) for name in json.loads((folder / PROVENANCE).read_bytes())[EXPORT]["files"]]
     except (OSError, ValueError, KeyError, TypeError):  # whatever it is, it is not an export's
         return []
-
-
-def exported_shape(config: ModelConfig, form: Format) -> ModelConfig:
-    """The shape of the model as it is written."""
-    return config if form == "compact" else Placement.of(config).after
 
 
 def write_export(folder: Path, bundle: Bundle, form: Format, dtype: Dtype, name: str) -> None:

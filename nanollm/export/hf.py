@@ -13,10 +13,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from nanollm.bundle import Bundle, write_tensors
+from nanollm.bundle import CONFIG, Bundle, write_tensors
 from nanollm.durable import write_json
 from nanollm.export.checkpoint import INDEX
-from nanollm.export.dense import Placement, place
+from nanollm.export.dense import Placement, exported_shape, place
 from nanollm.export.names import to_theirs, words_of
 from nanollm.generate.sampling import SamplingConfig
 from nanollm.model.config import ModelConfig
@@ -32,7 +32,7 @@ DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
 def write_model(folder: Path, bundle: Bundle, form: HfFormat, dtype: torch.dtype) -> None:
     """config.json and the weights, in safetensors files of at most SHARD_BYTES."""
-    write_json(folder / "config.json", config_words(bundle.model.config, bundle.tokenizer, form, dtype))
+    write_json(folder / CONFIG, config_words(bundle.model.config, bundle.tokenizer, form, dtype))
     write_weights(folder, exported_weights(bundle, form, dtype))
 
 
@@ -74,7 +74,7 @@ def write_weights(folder: Path, weights: Mapping[str, Tensor]) -> None:
 
 def config_words(config: ModelConfig, tokenizer: Tokenizer, form: HfFormat, dtype: torch.dtype) -> dict[str, Any]:
     """config.json."""
-    shape = config if form == "compact" else Placement.of(config).after
+    shape = exported_shape(config, form)
     words = words_of(shape) | special_ids(tokenizer)
     if form == "compact":
         kinds = ["sparse" if shape.is_moe(block) else "dense" for block in range(shape.n_blocks)]

@@ -23,8 +23,6 @@ FIELDS = frozenset(
 """Settings whose texts are paths, whatever they look like."""
 PATH = re.compile(r"\s*([/\\~]|\.{1,2}[/\\]|[A-Za-z]:[/\\]).*|\S*[/\\]\S*", re.DOTALL)
 """Absolute, or begun from here, or with a slash in it and no space."""
-
-
 WITHIN = re.compile(r"(?<![\w.:/\\])(?:~?/|[A-Za-z]:[/\\])[^\s'\"]*[/\\][^\s'\"]*")
 """An absolute path within a text."""
 DEEPEST = 100

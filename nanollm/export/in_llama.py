@@ -44,8 +44,8 @@ def compare_ids(answer: Answer, bundle: Bundle, samples: Samples) -> list[Check]
     ours = [verify.ids_of(conversation, bundle) for conversation in samples.conversations]
     spoken = [[bundle.tokenizer.bos_id, *ids] for ids in answer.ids_with_marks]
     return [
-        verify.check_equal("ids of texts", texts, answer.ids),
-        verify.check_equal("ids of conversations", ours, spoken),
+        verify.check_ids("ids of texts", texts, answer.ids, bundle.tokenizer),
+        verify.check_ids("ids of conversations", ours, spoken, bundle.tokenizer),
     ]
 
 

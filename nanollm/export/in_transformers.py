@@ -73,8 +73,10 @@ def compare_ids(tokenizer: Any, bundle: Bundle, samples: Samples) -> list[Check]
     ]
     ours = [verify.ids_of(conversation, bundle) for conversation in samples.conversations]
     return [
-        verify.check_equal("ids of texts", [bundle.tokenizer.encode(text) for text in samples.texts], read),
-        verify.check_equal("ids of conversations", ours, spoken),
+        verify.check_ids(
+            "ids of texts", [bundle.tokenizer.encode(text) for text in samples.texts], read, bundle.tokenizer
+        ),
+        verify.check_ids("ids of conversations", ours, spoken, bundle.tokenizer),
     ]
 
 

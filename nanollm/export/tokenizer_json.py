@@ -15,12 +15,13 @@ from typing import Any
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 
+from nanollm.bundle import TOKENIZER
 from nanollm.durable import write_file, write_json
 from nanollm.text.chat import template_for
 from nanollm.text.tokenizer import SPACE_MARK, Piece, Tokenizer
 
 TOKENIZER_FILES = (
-    "tokenizer.model",
+    TOKENIZER,
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -43,7 +44,7 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, context_length: int) -> 
         "padding_side": "left",  # generate() continues rows at their right
         "clean_up_tokenization_spaces": False,  # transformers 4 would change "a ." into "a."
     }
-    tokenizer.save(folder / "tokenizer.model")
+    tokenizer.save(folder / TOKENIZER)
     write_file(folder / "tokenizer.json", backend.to_str().encode())
     write_json(folder / "tokenizer_config.json", settings | special)
     write_json(folder / "special_tokens_map.json", special)

@@ -1,7 +1,7 @@
 """A bundle becomes a model that transformers, vLLM, SGLang, llama.cpp or Ollama run, with proof."""
 
 from dataclasses import dataclass
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -9,13 +9,14 @@ import torch
 
 from nanollm.bundle import Bundle, load_bundle, read_config, stored_dtype
 from nanollm.durable import check_replaceable, new_folder
+from nanollm.export.dense import Format, exported_shape
 from nanollm.progress import say
 
 if TYPE_CHECKING:
     from nanollm.export.folder import Dtype
 
 POSITIONAL = ("bundle",)
-EXTRA = ("gguf", "google", "huggingface_hub", "tokenizers", "transformers")
+EXTRA = ("gguf", "huggingface_hub", "protobuf", "tokenizers", "transformers")
 STORED: "dict[torch.dtype, Dtype]" = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
@@ -25,7 +26,7 @@ class Config:
 
     bundle: Path
     """Folder of a bundle, such as runs/demo/grpo/bundle."""
-    format: Literal["compact", "deepseek-v3", "gguf"] = "compact"
+    format: Format = "compact"
     """compact: for transformers, without a parameter more; deepseek-v3: for vLLM and SGLang too; gguf: for llama.cpp
     and Ollama."""
     dtype: Literal["auto", "f32", "bf16", "f16", "q8_0"] = "auto"
@@ -85,7 +86,7 @@ def run(c: Config) -> Path:
     with new_folder(c.folder) as draft:
         folder.write_export(draft, bundle, c.format, dtype, name)
         write_card(c, draft, bundle)
-    parameters = folder.exported_shape(bundle.model.config, c.format).total_parameters
+    parameters = exported_shape(bundle.model.config, c.format).total_parameters
     say(f"{c.format}, {dtype}, {parameters:,} parameters, written to {c.folder}")
     if c.verify:
         prove(c, c.folder / folder.model_file(c.format, dtype, name), bundle)
@@ -96,9 +97,11 @@ def run(c: Config) -> Path:
 
 def check(c: Config) -> None:
     """Whatever can be known to fail fails here, before anything is written."""
-    missing = [package for package in EXTRA if find_spec(package) is None]
-    if missing:
-        raise ValueError(f'export needs {", ".join(missing)}; in the folder of NanoLLM: pip install -e ".[export]"')
+    for package in EXTRA:
+        try:
+            version(package)
+        except PackageNotFoundError as error:
+            raise ValueError(f'export needs {package}; in the folder of NanoLLM: pip install -e ".[export]"') from error
     read_config(c.bundle)
     check_out(c)
     if c.push:

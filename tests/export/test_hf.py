@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from nanollm.bundle import Bundle
 from nanollm.export import hf
-from nanollm.export.folder import exported_shape
+from nanollm.export.dense import exported_shape
 from nanollm.model.config import ModelConfig
 from nanollm.model.transformer import Transformer
 from nanollm.settings import load_preset

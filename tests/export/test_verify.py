@@ -11,6 +11,8 @@ from nanollm.bundle import load_bundle, save_bundle
 from nanollm.export import in_llama, in_transformers, llama, verify
 from nanollm.stages.export import Config, run
 from nanollm.text.chat import encode_prompt
+from nanollm.text.learn import Sample, train_on
+from tests.conftest import STORY
 
 PROMPTS = 6
 FORMS = [
@@ -155,3 +157,14 @@ def test_a_file_that_is_no_gguf_is_told_by_its_path(with_llama, tmp_path):
     (tmp_path / "model.gguf").write_bytes(b"not a model")
     with pytest.raises(RuntimeError, match=r"llama.cpp could not read .*model\.gguf"):
         llama.ask(tmp_path / "model.gguf", texts=["a"])
+
+
+def test_only_a_unigram_tokenizer_may_cut_a_text_in_another_way(tokenizer):
+    unigram = train_on(Sample([STORY.read_bytes()], 0), vocab_size=400, model_type="unigram")
+    for pieces, may_differ in ((tokenizer, False), (unigram, True)):
+        word = pieces.encode("the")
+        letters = [token for letter in "the" for token in pieces.encode(letter)]
+        assert word != letters
+        assert verify.check_ids("ids", [word], [word], pieces).holds
+        assert verify.check_ids("ids", [word], [letters], pieces).holds == may_differ
+        assert not verify.check_ids("ids", [word], [pieces.encode("a")], pieces).holds

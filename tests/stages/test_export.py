@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -133,8 +134,12 @@ def test_bad_input_costs_one_line_and_no_file(bundle, tmp_path, complaint):
 
 
 def test_a_missing_package_is_named_with_what_installs_it(complaint, monkeypatch):
-    monkeypatch.setattr(export, "find_spec", lambda name: None if name == "gguf" else name)
-    assert 'export needs gguf; in the folder of NanoLLM: pip install -e ".[export]"' in complaint()
+    def version(name):
+        if name == "protobuf":
+            raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(export, "version", version)
+    assert 'export needs protobuf; in the folder of NanoLLM: pip install -e ".[export]"' in complaint()
 
 
 def test_what_does_not_hold_ends_in_exit_code_1_and_is_not_pushed(bundle, tmp_path, monkeypatch, capsys):
