@@ -1,18 +1,10 @@
 """How does Python speak with forward.cpp, the forward pass for CPUs?
 
-The file is compiled on this machine, for its processor, when it is needed for the first time (about two seconds), and
-kept. Weights are copied into the panels that it reads from the first byte to the last; with int8 every output of a
-matrix has its own scale.
+The file is compiled on this machine when it is needed for the first time (nanollm/compiled.py). Weights are copied into
+the panels that it reads from the first byte to the last; with int8 every output of a matrix has its own scale.
 """
 
-import atexit
 import ctypes
-import hashlib
-import os
-import shlex
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Iterator
 from ctypes import POINTER, byref, c_float, c_int64, c_void_p
 from functools import cache
@@ -24,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from nanollm import compiled
+from nanollm.compiled import OPTIONS
 from nanollm.generate.work import Quantize, Seen, Work
 from nanollm.model.attention import LatentAttention
 from nanollm.model.layers import SwiGLU, rotary_table
@@ -32,11 +26,6 @@ from nanollm.model.transformer import Transformer
 
 SOURCE = Path(__file__).with_name("forward.cpp")
 PANEL = 32
-OPTIONS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC", "-shared")
-
-
-class NoCompilerError(Exception):
-    """This machine cannot compile the forward pass."""
 
 
 class Matrix(ctypes.Structure):
@@ -253,44 +242,9 @@ def expert_weights(layer: MoE) -> Iterator[Tensor]:
 @cache
 def library() -> ctypes.CDLL:
     """forward.cpp, compiled for this processor; NoCompilerError with the reason where that fails."""
-    names = filter(None, map(shutil.which, ("c++", "g++", "clang++")))
-    compiler = shlex.split(os.environ.get("CXX", "")) or [next(names, "")]
-    if not compiler[0]:
-        raise NoCompilerError("no C++ compiler was found (on Debian and Ubuntu: sudo apt install g++)")
-    # What the compiler predefines names its version and every feature of the processor.
-    known = _run([*compiler, *OPTIONS, "-dM", "-E", "-x", "c++", os.devnull])
-    key = hashlib.sha256(b"\0".join((SOURCE.read_bytes(), known, " ".join(OPTIONS).encode()))).hexdigest()[:16]
-    try:
-        path = cache_folder() / f"forward-{key}.so"
-        if not path.exists():
-            draft = path.with_name(f"{path.name}.{os.getpid()}")  # others may be compiling it as well
-            _run([*compiler, *OPTIONS, str(SOURCE), "-o", str(draft)])
-            draft.replace(path)
-        loaded = ctypes.CDLL(str(path))
-    except OSError as error:
-        raise NoCompilerError(f"the compiled library cannot be kept or loaded: {error}") from error
+    loaded = compiled.load(SOURCE, OPTIONS)
     for kind in ("float", "bf16"):
         getattr(loaded, f"open_{kind}").restype, getattr(loaded, f"open_{kind}").argtypes = c_void_p, [POINTER(Model)]
         getattr(loaded, f"run_{kind}").argtypes = [c_void_p, POINTER(Pass)]
         getattr(loaded, f"close_{kind}").argtypes = [c_void_p]
     return loaded
-
-
-def cache_folder() -> Path:
-    """Where the library is kept: ~/.cache/nanollm, or a folder of this process's own where that cannot be written."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "nanollm"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError:
-        folder = Path(tempfile.mkdtemp(prefix="nanollm-"))
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
-
-
-def _run(command: list[str]) -> bytes:
-    try:
-        return subprocess.run(command, check=True, capture_output=True).stdout
-    except (OSError, subprocess.CalledProcessError) as error:
-        said = getattr(error, "stderr", b"").decode(errors="replace").strip().splitlines()
-        raise NoCompilerError(f"{command[0]} failed: {said[0] if said else error}") from error

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from nanollm import progress
-from nanollm.generate.native import NativeRunner, NoCompilerError
+from nanollm.compiled import NoCompilerError
+from nanollm.generate.native import NativeRunner
 from nanollm.generate.work import Ints, Kernels, Piece, Quantize, Runner, Seen, Work
 from nanollm.model.cache import LatentCache
 from nanollm.model.transformer import Transformer

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from nanollm.compiled import NoCompilerError
 from nanollm.generate import native
-from nanollm.generate.native import NativeRunner, NoCompilerError, panels
+from nanollm.generate.native import NativeRunner, panels
 from nanollm.generate.runner import TorchRunner, open_runner
 from nanollm.generate.work import Piece, Work
 from nanollm.model.config import ModelConfig
