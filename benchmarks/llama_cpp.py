@@ -1,21 +1,16 @@
-"""How fast does the engine write beside llama.cpp?  `python benchmarks/llama_cpp.py [--save]`, about three minutes
+"""How fast does the engine write beside llama.cpp?
 
 One reply after a short prompt, for nano-327m and nano-327m-fine with random weights: the engine in bfloat16 and int8,
-llama.cpp with the GGUFs that `nanollm export` writes of the same weights, in bf16 and q8_0. All run in turns in one
-process (llama.cpp as the llama-server of the package xllamacpp) with the same number of threads. llama.cpp counts its
-own time per token; what this machine reads per second is measured in the same run. Both read other amounts: dense
-blocks behind the first Mixture of Experts are padded in a GGUF (docs/decisions/0011-export.md).
+llama.cpp with the GGUFs that `nanollm export` writes of the same weights, in bf16 and q8_0; about three minutes. All
+run in turns in one process (llama.cpp as the llama-server of the package xllamacpp) with the same number of threads.
+llama.cpp counts its own time per token; what this machine reads per second is measured in the same turns. Both read
+other amounts: dense blocks behind the first Mixture of Experts are padded in a GGUF (docs/decisions/0011-export.md).
 """
 
 import argparse
-import dataclasses
-import datetime
 import json
-import platform
-import sys
 import tempfile
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
@@ -23,12 +18,11 @@ from urllib.request import Request, urlopen
 import torch
 import xllamacpp
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from benchmarks.run import RESULTS, commit, hardware
+from benchmarks.measuring import in_turns, tell
 from nanollm.bundle import Bundle
 from nanollm.export.gguf import GgufType, write_gguf
-from nanollm.generate.speed import Decoding, Memory, Spread, some_tokens
+from nanollm.generate.speed import Decoding, Memory, some_tokens
+from nanollm.generate.work import Quantize
 from nanollm.model.config import ModelConfig
 from nanollm.model.transformer import Transformer
 from nanollm.settings import load_preset
@@ -36,8 +30,9 @@ from nanollm.sources import builtin
 from nanollm.text.learn import Sample, train_on
 
 PRESETS = ("nano-327m", "nano-327m-fine")
-REPEATS, PROMPT, REPLY = 5, 16, 32
-GGUFS: tuple[GgufType, ...] = ("bf16", "q8_0")
+PROMPT, REPLY = 16, 32
+KINDS: tuple[tuple[GgufType, Quantize], ...] = (("bf16", "none"), ("q8_0", "int8"))
+"""What llama.cpp reads, and ours with as many bits."""
 Rate = Callable[[], float]  # tokens/s, measured once
 
 
@@ -71,51 +66,23 @@ def nanollm(decoding: Decoding) -> Rate:
 
 
 @torch.inference_mode()
-def measure(preset: str) -> dict[str, Any]:
-    """Tokens/s of each side, in turns after one warm-up."""
-    bundle, memory = bundle_of(preset), Memory(torch.device("cpu"))
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    return {preset: of_preset(preset, options.repeats) for preset in PRESETS}
+
+
+def of_preset(preset: str, repeats: int) -> dict[str, Any]:
+    """Tokens/s of llama.cpp and ours for each number of bits."""
+    bundle, memory, facts = bundle_of(preset), Memory(torch.device("cpu")), {}
     with tempfile.TemporaryDirectory() as folder:
-        rates: dict[str, Rate] = {}
-        for dtype in GGUFS:
-            path = Path(folder) / f"{dtype}.gguf"
+        paths = {dtype: Path(folder) / f"{dtype}.gguf" for dtype, _ in KINDS}
+        for dtype, path in paths.items():
             write_gguf(path, bundle, dtype)
-            rates[f"llama.cpp {dtype}"] = llama_cpp(path)
+        theirs = {dtype: llama_cpp(path) for dtype, path in paths.items()}
         model = bundle.model.to(torch.bfloat16)
-        steps = REPLY * (REPEATS + 2)
-        rates["nanollm bf16"] = nanollm(Decoding(model, 1, PROMPT, steps, "none"))
-        rates["nanollm int8"] = nanollm(Decoding(model, 1, PROMPT, steps, "int8"))
-        for rate in rates.values():
-            rate()
-        turns = [[memory.gb_per_s(), *(rate() for rate in rates.values())] for _ in range(REPEATS)]
-    columns = dict(zip(["memory GB/s", *rates], zip(*turns, strict=True), strict=True))
-    pairs = {"bf16": ("nanollm bf16", "llama.cpp bf16"), "8 bits": ("nanollm int8", "llama.cpp q8_0")}
-    ratios = {
-        name: [ours / theirs for ours, theirs in zip(columns[one], columns[other], strict=True)]
-        for name, (one, other) in pairs.items()
-    }
-    return {
-        "tokens_per_s": {name: dataclasses.asdict(Spread.of(values)) for name, values in columns.items()},
-        "nanollm_over_llama_cpp": {name: dataclasses.asdict(Spread.of(values)) for name, values in ratios.items()},
-    }
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("`")[0])
-    parser.add_argument("--save", action="store_true", help="write all numbers to benchmarks/results/")
-    words = parser.parse_args()
-    versions = {"python": platform.python_version()} | {name: version(name) for name in ("torch", "xllamacpp")}
-    record: dict[str, Any] = {"benchmark": "llama_cpp", "commit": commit(), "hardware": hardware()}
-    record["versions"] = versions
-    for preset in PRESETS:
-        record[preset] = measure(preset)
-        for group in record[preset].values():
-            for name, spread in group.items():
-                low, high = spread["least"], spread["greatest"]
-                print(f"{preset:<16}{name:<16}{spread['median']:8.2f} ({low:.2f} to {high:.2f})", flush=True)
-    if words.save:
-        path = RESULTS / f"{datetime.date.today().isoformat()}_{hardware()['cores']}-cores_llama_cpp.json"
-        path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8", newline="\n")
-
-
-if __name__ == "__main__":
-    main()
+        for dtype, quantize in KINDS:
+            tell(f"{preset}, {dtype}")
+            decoding = Decoding(model, 1, PROMPT, REPLY * (repeats + 2), quantize)
+            sides = {f"llama.cpp {dtype}": theirs[dtype], f"nanollm {quantize}": nanollm(decoding)}
+            roof = {"read_gb_per_s": memory.gb_per_s}
+            facts[dtype] = {"unit": "tokens/s", **in_turns(sides, repeats, roof=roof, warm_up=True)}
+    return facts

@@ -4,6 +4,7 @@
 """
 
 import argparse
+from functools import partial
 from typing import Any
 
 from benchmarks.measuring import in_turns, read_roof, seconds
@@ -30,6 +31,6 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         work()
         return PRODUCTS * 2 * SIZE**3 / 1e9 / seconds(work)
 
-    sides = {"float32": torch.float32, str(world.dtype).removeprefix("torch."): world.dtype}
-    compared = in_turns({name: lambda dtype=dtype: speed(dtype) for name, dtype in sides.items()}, options.repeats)
+    dtypes = {"float32": torch.float32, str(world.dtype).removeprefix("torch."): world.dtype}
+    compared = in_turns({name: partial(speed, dtype) for name, dtype in dtypes.items()}, options.repeats)
     return {"unit": "GFLOP/s", **compared, "roof": {"read_gb_per_s": read_roof()}}

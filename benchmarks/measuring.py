@@ -76,15 +76,20 @@ def in_turns(
         for name, measure in measured.items():
             columns[name].append(measure())
         tell(f"turn {turn + 1} of {repeats}: " + ", ".join(f"{name} {columns[name][-1]:.5g}" for name in measured))
-    first = columns[next(iter(sides))]
-    facts: dict[str, Any] = {
-        "sides": {name: spread_of(columns[name]) for name in sides},
+    facts = compared({name: columns[name] for name in sides})
+    return facts | ({"roof": {name: spread_of(columns[name]) for name in roof}} if roof else {})
+
+
+def compared(columns: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    """The measurements of each side, turn by turn, as spreads; and the ratio to the first side in the same turn."""
+    first = columns[next(iter(columns))]
+    return {
+        "sides": {name: spread_of(values) for name, values in columns.items()},
         "ratio": {
             name: spread_of([own / base for base, own in zip(first, columns[name], strict=True)])
-            for name in list(sides)[1:]
+            for name in list(columns)[1:]
         },
     }
-    return facts | ({"roof": {name: spread_of(columns[name]) for name in roof}} if roof else {})
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -146,6 +151,25 @@ def read_roof() -> float:
     numbers = torch.ones(READ_BYTES // 4)
     numbers.sum().item()  # the first time is slower
     return READ_BYTES / 1e9 / min(seconds(lambda: numbers.sum().item()) for _ in range(5))
+
+
+def memory_gb() -> float:
+    """What this process holds now, in GB (10^9 bytes) of resident memory."""
+    return status_gb("VmRSS")
+
+
+def peak_memory_gb() -> float:
+    """The most that this process has held, in GB (10^9 bytes) of resident memory."""
+    return status_gb("VmHWM")
+
+
+def status_gb(key: str) -> float:
+    """A size from /proc. Not getrusage: what that tells a process begins with the size of the one that started it."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        raise ValueError("memory is measured with /proc/self/status, which this operating system does not have")
+    line = next(line for line in status.read_text(encoding="ascii").splitlines() if line.startswith(f"{key}:"))
+    return int(line.split()[1]) * 1024 / 1e9
 
 
 def add_data_option(parser: argparse.ArgumentParser) -> None:

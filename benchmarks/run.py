@@ -17,6 +17,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -136,15 +137,19 @@ def record_of(name: str, module: ModuleType, options: argparse.Namespace) -> dic
     record |= {"date": datetime.date.today().isoformat(), "commit": commit(), "hardware": hardware()}
     record |= {"versions": versions(), "options": changed_options(options, parser_of(name, module))}
     with redirect_stdout(sys.stderr):  # a peer may print what it likes
-        return record | module.measure(options)
+        facts: dict[str, Any] = module.measure(options)
+    return record | facts
 
 
 def path_of(record: Mapping[str, Any], results: Path) -> Path:
     """<date>_<hardware>_<name>.json, with options other than the defaults behind the name."""
     machine = record["hardware"]
     label = str(machine["gpu"] or f"{machine['cores']}-cores").replace(" ", "-").lower()
-    words = [record["benchmark"], *(f"{name}-{value}" for name, value in record["options"].items())]
-    return results / f"{record['date']}_{label}_{'_'.join(words).replace('/', '-')}.json"
+    options = (
+        f"{name}-{'+'.join(value) if isinstance(value, list) else value}" for name, value in record["options"].items()
+    )
+    words = re.sub(r"[^\w.+-]", "-", "_".join([record["benchmark"], *options]))
+    return results / f"{record['date']}_{label}_{words}.json"
 
 
 # --- what is shown ---
@@ -194,10 +199,10 @@ def table(facts: Mapping[str, Any], indent: str = "  ") -> Iterator[str]:
 def newest_before(record: Mapping[str, Any], results: Path) -> dict[str, Any] | None:
     """The newest earlier record of the same benchmark, hardware and options."""
     for path in sorted(results.glob("*.json"), reverse=True):  # names begin with the date
-        earlier: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        earlier = json.loads(path.read_text(encoding="utf-8"))
         same = all(earlier.get(key) == record[key] for key in ("benchmark", "hardware"))
         if same and earlier.get("options", {}) == record["options"]:
-            return earlier | {"file": path.name}
+            return {**earlier, "file": path.name}
     return None
 
 
