@@ -149,4 +149,27 @@ inline void put(float a, float b, bf16* to) {
     std::memcpy(to, &both, 4);
 }
 
+// In place: exp(scale * (x - greatest)) of `count` numbers; returns 1 / sum. There is room up to the next multiple of 16.
+inline float soften(float* x, int count, float scale, float* greatest_of = nullptr) {
+    int whole = count / 16 * 16;
+    f32x16 most = f32x16{} - INFINITY, total = {};
+    for (int i = 0; i < whole; i += 16) most = load(x + i) > most ? load(x + i) : most;
+    float greatest = -INFINITY;
+    for (int j = 0; j < 16; j++) greatest = std::max(greatest, most[j]);
+    for (int i = whole; i < count; i++) greatest = std::max(greatest, x[i]);
+    if (greatest_of) *greatest_of = greatest;
+    for (int i = 0; i < whole; i += 16) {
+        f32x16 y = exp((load(x + i) - greatest) * scale);
+        *(f32x16*)(x + i) = y;
+        total += y;
+    }
+    if (whole < count) {
+        f32x16 y = exp((load(x + whole) - greatest) * scale);
+        for (int j = count - whole; j < 16; j++) y[j] = 0;
+        *(f32x16*)(x + whole) = y;
+        total += y;
+    }
+    return 1.0f / sum(total);
+}
+
 }  // namespace

@@ -131,28 +131,6 @@ template <class T> float dot(const T* a, const T* b, int width) {
     return rest;
 }
 
-// In place: exp(scale * (x - max)) of `count` numbers; returns 1 / sum. There is room up to the next multiple of 16.
-inline float soften(float* x, int count, float scale) {
-    int whole = count / 16 * 16;
-    f32x16 most = f32x16{} - INFINITY, total = {};
-    for (int i = 0; i < whole; i += 16) most = load(x + i) > most ? load(x + i) : most;
-    float greatest = -INFINITY;
-    for (int j = 0; j < 16; j++) greatest = std::max(greatest, most[j]);
-    for (int i = whole; i < count; i++) greatest = std::max(greatest, x[i]);
-    for (int i = 0; i < whole; i += 16) {
-        f32x16 y = exp((load(x + i) - greatest) * scale);
-        *(f32x16*)(x + i) = y;
-        total += y;
-    }
-    if (whole < count) {
-        f32x16 y = exp((load(x + whole) - greatest) * scale);
-        for (int j = count - whole; j < 16; j++) y[j] = 0;
-        *(f32x16*)(x + whole) = y;
-        total += y;
-    }
-    return 1.0f / sum(total);
-}
-
 // G heads of one query attend to the slots of its row.
 // q (G, C + R), slots (count, C + R), scores (G, stride), out (G, C).
 template <class T, int G>

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nanollm.model import fused
 from nanollm.model.cache import LatentCache
 from nanollm.model.config import ModelConfig
 from nanollm.model.layers import Places, RMSNorm, rotate
@@ -38,6 +39,8 @@ class LatentAttention(nn.Module):
         latent, k_rope = self.kv_a_proj(x).split([c.kv_lora_rank, c.qk_rope_head_dim], dim=-1)
         latent = self.kv_a_norm(latent)  # (B, T, C)
         k_rope = rotate(k_rope[:, :, None], table)[:, :, 0]  # (B, T, R): one key for all heads
+        if places.is_fused:
+            return self.fused(q_nope, q_rope, latent, k_rope, places.starts)
         if cache is None:
             return self.expanded(q_nope, q_rope, latent, k_rope, mask)
 
@@ -74,6 +77,12 @@ class LatentAttention(nn.Module):
             scale=self.scale,
         )  # (B, H, T, V)
         return self.o_proj(out.transpose(1, 2).flatten(-2))
+
+    def fused(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, starts: Tensor | None) -> Tensor:
+        """What `expanded` computes, where every token looks at its own text, which begins at starts (B, T)."""
+        kv = self.kv_b_proj(latent).unflatten(-1, (self.config.n_heads, -1))  # (B, T, H, N + V)
+        out, _ = fused.attend(torch.cat((q_nope, q_rope), dim=-1), kv, k_rope, starts, self.scale)
+        return self.o_proj(out.flatten(-2))
 
     def absorbed(self, q_nope: Tensor, q_rope: Tensor, entries: Tensor, mask: Tensor) -> Tensor:
         """All heads attend to the cache entries (B, S, C + R) themselves; no key or value is ever made.

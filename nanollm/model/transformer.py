@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nanollm.model import fused
 from nanollm.model.attention import LatentAttention
 from nanollm.model.cache import LatentCache
 from nanollm.model.config import ModelConfig
@@ -65,18 +66,23 @@ class Trunk(nn.Module):
         several texts lie in a row: each begins at position 0 and sees nothing of the others. None: one text per row.
         """
         count = tokens.shape[1]
-        mask = is_text = None
+        mask = is_text = starts = None
+        x = self.embed(tokens)
+        is_fused = cache is None and fused.serves(self.config, x.dtype, x.device)
         if cache is not None:
             assert positions is None, "a cache knows where its rows go on"
             positions = cache.next_positions(count)
             mask = cache.mask(positions)
         elif positions is not None:
-            mask, is_text = packed_mask(positions), ~is_empty(positions)
+            is_text = ~is_empty(positions)
+            if is_fused:
+                starts = (torch.arange(count, device=tokens.device) - positions).int()
+            else:
+                mask = packed_mask(positions)
         else:
             positions = torch.arange(count, device=tokens.device)
         table = rotary_table(positions, self.config.qk_rope_head_dim, self.config.rope_theta)
-        places = Places(positions, table, mask, is_text)
-        x = self.embed(tokens)
+        places = Places(positions, table, mask, is_text, starts, is_fused)
         for block in self.blocks:
             x = block(x, places, cache)
         if cache is not None:
