@@ -41,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--prepared", type=Path, default=PREPARED, help="folder of tokenizer-N and owt-N; filled if empty")
     p.add_argument("--preset", default="nano-5m")
     p.add_argument("--context_length", type=int, default=256)
-    p.add_argument("--tokens", type=int, default=196_608, help="tokens of a run with 4,096 pieces")
+    p.add_argument("--tokens", type=int, default=131_072, help="tokens of a run with 4,096 pieces")
     p.add_argument("--validation_windows", type=int, default=128)
     p.add_argument("--results", type=Path, default=RESULTS)
     p.add_argument("--table", action="store_true", help="write docs/ablations.md from the results and stop")

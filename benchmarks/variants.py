@@ -307,7 +307,7 @@ ROWS: dict[str, Variant] = {
 }
 
 SEARCH: dict[str, Variant] = {
-    f"{name}-lr-{lr:g}": Variant(about=f"{name}, lr {lr:g}", optim=dataclasses.replace(base, lr=lr), share=0.5)
-    for name, base, rates in (("adamw", ADAMW, (2e-3, 4e-3, 8e-3)), ("muon", MUON, (5e-3, 1e-2, 2e-2, 4e-2)))
+    f"{name}-lr-{lr:g}": Variant(about=f"{name}, lr {lr:g}", optim=dataclasses.replace(base, lr=lr), share=0.75)
+    for name, base, rates in (("adamw", ADAMW, (4e-3, 8e-3, 2e-3)), ("muon", MUON, (1e-2, 2e-2, 4e-2)))
     for lr in rates
 }
