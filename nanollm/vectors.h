@@ -107,13 +107,15 @@ inline u32x16 pairs(const int8_t* p) {
 #endif
 }
 
-template <int M, class W> inline void tile(const bf16* a, int64_t stride, const W* panel, int inputs, float* out) {
+// Row m's inputs k and k + 1 lie at a + m * stride + k / 2 * step.
+template <int M, class W>
+inline void tile(const bf16* a, int64_t stride, const W* panel, int inputs, float* out, int64_t step = 2) {
     f32x16 acc[M][2] = {};
-    for (int k = 0; k < inputs; k += 2, panel += 2 * PANEL) {
+    for (int k = 0; k < inputs; k += 2, panel += 2 * PANEL, a += step) {
         u32x16 low = pairs(panel), high = pairs(panel + PANEL);
         for (int m = 0; m < M; m++) {
             uint32_t pair;
-            std::memcpy(&pair, a + m * stride + k, 4);
+            std::memcpy(&pair, a + m * stride, 4);
             u32x16 both = u32x16{} + pair;
 #ifdef __AVX512BF16__
             acc[m][0] = (f32x16)_mm512_dpbf16_ps((__m512)acc[m][0], (__m512bh)both, (__m512bh)low);

@@ -37,19 +37,28 @@ struct Attention {
     int64_t start(int64_t row, int64_t t) const { return starts ? starts[row * tokens + t] : 0; }
 };
 
-inline void narrow(f32x16 x, bf16* y) {
+inline u16x16 narrowed(f32x16 x) {
 #ifdef __AVX512BF16__
-    *(u16x16*)y = (u16x16)_mm512_cvtneps_pbh((__m512)x);
+    return (u16x16)_mm512_cvtneps_pbh((__m512)x);
 #else
-    for (int i = 0; i < 16; i++) narrow(x[i], y[i]);
+    u16x16 y;
+    for (int i = 0; i < 16; i++) y[i] = uint16_t(rounded(x[i]));
+    return y;
 #endif
 }
 
+inline u16x16 bits(const bf16* x) { return *(const u16x16*)x; }
+inline void put(u16x16 x, bf16* y) { *(u16x16*)y = x; }
+
 // Neighbouring inputs of 16 outputs, as a panel wants them.
-inline void narrow_pairs(f32x16 even, f32x16 odd, bf16* y) {
-    bf16 low[16], high[16];
-    narrow(even, low), narrow(odd, high);
-    *(u32x16*)y = __builtin_convertvector(*(u16x16*)low, u32x16) | __builtin_convertvector(*(u16x16*)high, u32x16) << 16;
+inline void put_pairs(u16x16 even, u16x16 odd, bf16* y) {
+    *(u32x16*)y = __builtin_convertvector(even, u32x16) | __builtin_convertvector(odd, u32x16) << 16;
+}
+
+void narrow_all(const float* x, int64_t count, bf16* y) {
+    int64_t i = 0;
+    for (; i + 16 <= count; i += 16) put(narrowed(load(x + i)), y + i);
+    for (; i < count; i++) narrow(x[i], y[i]);
 }
 
 // One head's vectors, `width` numbers each: `count` of them, `stride` apart.
@@ -70,16 +79,11 @@ void as_outputs(Vectors x, int64_t first, int64_t part, int64_t width, bf16* pan
 // Vectors become the inputs of a product: panels [i / 32][vector / 2][32][2]; beyond the last vector lies `room`.
 void as_inputs(Vectors x, int64_t width, int64_t room, bf16* panels) {
     for (int64_t first = 0; first < width; first += PANEL, panels += PANEL * room)
-        for (int64_t s = 0; s < x.count; s += 2) {
-            const uint16_t* even = (const uint16_t*)(x.at + s * x.stride + first);
-            const uint16_t* odd = even + x.stride;
-            u16x16 none = {};
+        for (int64_t s = 0; s < x.count; s += 2)
             for (int i = 0; i < PANEL; i += 16) {
-                u16x16 high = s + 1 < x.count ? *(const u16x16*)(odd + i) : none;
-                *(u32x16*)(panels + s * PANEL + 2 * i) =
-                    __builtin_convertvector(*(const u16x16*)(even + i), u32x16) | __builtin_convertvector(high, u32x16) << 16;
+                const bf16* even = x.at + s * x.stride + first + i;
+                put_pairs(bits(even), s + 1 < x.count ? bits(even + x.stride) : u16x16{}, panels + s * PANEL + 2 * i);
             }
-        }
 }
 
 class Forward {
@@ -124,14 +128,14 @@ class Forward {
             a.sums[(row * a.heads + head) * a.tokens + t + i] = greatest * a.scale - std::log(factor[i]);
             std::fill(line, line + begin, 0.0f);
             std::fill(line + end, line + seen - from, 0.0f);
-            for (int64_t s = 0; s < seen - from; s += 16) narrow(load(line + s), &shares[i * stride + s]);
+            narrow_all(line, seen - from, &shares[i * stride]);
         }
         for (int64_t v = 0; v < a.value; v += PANEL) {
             tiles(shares.data(), stride, count, &values[v * a.padded() + from * PANEL], int(seen - from), out.data());
             for (int i = 0; i < count; i++)
                 for (int j = 0; j < PANEL; j += 16)
-                    narrow(load(&out[i * PANEL + j]) * factor[i],
-                           a.out + ((row * a.tokens + t + i) * a.heads + head) * a.value + v + j);
+                    put(narrowed(load(&out[i * PANEL + j]) * factor[i]),
+                        a.out + ((row * a.tokens + t + i) * a.heads + head) * a.value + v + j);
         }
     }
 };
@@ -140,7 +144,7 @@ class Backward {
   public:
     explicit Backward(const Attention& attention) : a(attention), room(attention.padded()) {
         keys.resize(room * a.width());
-        keys_across.resize(room * a.width());
+        keys_in.resize(room * a.width());
         q_out.resize(room * a.width());
         q_in.resize(room * a.width());
         grad_out.resize(room * a.value);
@@ -153,7 +157,7 @@ class Backward {
         means.resize(room);
         key_grad.resize(room * a.width());
         value_grad.resize(room * a.value);
-        product.resize(std::max(room, a.width()) * PANEL);
+        product.resize(room * PANEL);
     }
 
     void head(int64_t row, int64_t head) {
@@ -173,8 +177,8 @@ class Backward {
   private:
     const Attention& a;
     int64_t room;
-    std::vector<bf16> keys, keys_across;               // (S, D) and (D, S)
-    std::vector<bf16> q_out, q_in, grad_out, grad_in;  // as outputs and as inputs of a product
+    std::vector<bf16> keys;                                     // (S, D)
+    std::vector<bf16> keys_in, q_out, q_in, grad_out, grad_in;  // as inputs and as outputs of a product
     std::vector<bf16> shares, slopes;                  // (S, COLUMNS): softmax, and the gradient of the scores
     std::vector<bf16> slopes_in;                       // those of 32 queries, as a panel with keys as inputs
     std::vector<float> scores, gains;                  // (S, 32): q k, and the gradient of the shares
@@ -188,8 +192,8 @@ class Backward {
             bf16* key = &keys[s * a.width()];
             std::copy_n(kv + s * a.heads * width, a.nope, key);
             std::copy_n(a.key_rope + (first + s) * a.rope, a.rope, key + a.nope);
-            for (int64_t i = 0; i < a.width(); i++) keys_across[i * room + s] = key[i];
         }
+        as_inputs({keys.data(), a.width(), a.tokens}, a.width(), room, keys_in.data());
         Vectors q = {a.q + (first * a.heads + head) * a.width(), a.heads * a.width(), a.tokens};
         Vectors grad = {a.out_grad + (first * a.heads + head) * a.value, values, a.tokens};
         as_outputs(q, 0, a.width(), a.width(), q_out.data());
@@ -218,39 +222,43 @@ class Backward {
         tiles(values, stride, int(count), &grad_out[t * a.value], int(a.value), gains.data());
         std::fill(&scores[count * PANEL], &scores[(end - begin) * PANEL], 0.0f);
         std::fill(&gains[count * PANEL], &gains[(end - begin) * PANEL], 0.0f);
-        for (int lanes = 0; lanes < PANEL; lanes += 16) soften_across(row, head, t + lanes, column + lanes, begin, end);
-        tiles(keys_across.data() + begin, room, int(a.width()), slopes_in.data(), int(end - begin), product.data());
-        for (int64_t lane = 0; lane < std::min<int64_t>(PANEL, a.tokens - t); lane++) {
-            bf16* q_grad = a.q_grad + ((row * a.tokens + t + lane) * a.heads + head) * a.width();
-            for (int64_t i = 0; i < a.width(); i++) narrow(product[i * PANEL + lane], q_grad[i]);
+        soften_across(row, head, t, column, begin, end);
+        int rows = int(std::min<int64_t>(PANEL, a.tokens - t));
+        bf16* q_grad = a.q_grad + ((row * a.tokens + t) * a.heads + head) * a.width();
+        for (int64_t first = 0; first < a.width(); first += PANEL) {
+            const bf16* panel = &keys_in[first * room + begin * PANEL];
+            for (int i = 0; i < PANEL; i += 8)  // a row is a lane of slopes_in: pairs of its keys are a panel's line apart
+                tile<8>(&slopes_in[2 * i], 2, panel, int(end - begin), &product[i * PANEL], 2 * PANEL);
+            for (int i = 0; i < rows; i++)
+                narrow_all(&product[i * PANEL], PANEL, q_grad + i * a.heads * a.width() + first);
         }
     }
 
-    // Sixteen queries from t on, lanes of a vector, against keys begin ... end - 1.
+    // Queries t ... t + 31, lanes of two vectors, against keys begin ... end - 1: shares, slopes, slopes_in.
     void soften_across(int64_t row, int64_t head, int64_t t, int64_t column, int64_t begin, int64_t end) {
-        i32x16 place, start;
-        f32x16 log_sum = {}, mean = {};
-        for (int lane = 0; lane < 16; lane++) {
-            bool is_token = t + lane < a.tokens;
-            place[lane] = is_token ? int(t + lane) : -1;  // before every key: sees none
-            start[lane] = is_token ? int(a.start(row, t + lane)) : 0;
-            log_sum[lane] = is_token ? a.sums[(row * a.heads + head) * a.tokens + t + lane] : 0.0f;
-            mean[lane] = is_token ? means[t + lane] : 0.0f;
+        i32x16 place[2], start[2];
+        f32x16 log_sum[2] = {}, mean[2] = {};
+        for (int i = 0; i < PANEL; i++) {
+            bool is_token = t + i < a.tokens;
+            place[i / 16][i % 16] = is_token ? int(t + i) : -1;  // before every key: sees none
+            start[i / 16][i % 16] = is_token ? int(a.start(row, t + i)) : 0;
+            log_sum[i / 16][i % 16] = is_token ? a.sums[(row * a.heads + head) * a.tokens + t + i] : 0.0f;
+            mean[i / 16][i % 16] = is_token ? means[t + i] : 0.0f;
         }
-        int lanes = int(column % PANEL);
-        auto slope_at = [&](int64_t s) {
-            int64_t at = (s - begin) * PANEL + lanes;
-            f32x16 share = exp(load(&scores[at]) * a.scale - log_sum);
-            share = (int(s) <= place) & (int(s) >= start) ? share : f32x16{};
-            f32x16 slope = share * (load(&gains[at]) - mean) * a.scale;
-            narrow(share, &shares[s * COLUMNS + column]);
-            narrow(slope, &slopes[s * COLUMNS + column]);
+        auto slope_at = [&](int64_t s, int half) {
+            int64_t at = (s - begin) * PANEL + half * 16, to = s * COLUMNS + column + half * 16;
+            f32x16 share = exp(load(&scores[at]) * a.scale - log_sum[half]);
+            share = (int(s) <= place[half]) & (int(s) >= start[half]) ? share : f32x16{};
+            u16x16 slope = narrowed(share * (load(&gains[at]) - mean[half]) * a.scale);
+            put(narrowed(share), &shares[to]);
+            put(slope, &slopes[to]);
             return slope;
         };
-        for (int64_t s = begin; s < end; s += 2) {
-            f32x16 even = slope_at(s), odd = slope_at(s + 1);
-            narrow_pairs(even, odd, &slopes_in[(s - begin) * PANEL + 2 * lanes]);
-        }
+        for (int64_t s = begin; s < end; s += 2)
+            for (int half = 0; half < 2; half++) {
+                u16x16 even = slope_at(s, half), odd = slope_at(s + 1, half);
+                put_pairs(even, odd, &slopes_in[(s - begin) * PANEL + half * 32]);
+            }
     }
 
     // total (S, width) += shares (S, columns) times panels with queries as inputs.
@@ -268,8 +276,8 @@ class Backward {
         int64_t width = a.nope + a.value;
         for (int64_t s = 0; s < a.tokens; s++) {
             bf16* kv_grad = a.kv_grad + ((row * a.tokens + s) * a.heads + head) * width;
-            for (int64_t i = 0; i < a.nope; i++) narrow(key_grad[s * a.width() + i], kv_grad[i]);
-            for (int64_t i = 0; i < a.value; i++) narrow(value_grad[s * a.value + i], kv_grad[a.nope + i]);
+            narrow_all(&key_grad[s * a.width()], a.nope, kv_grad);
+            narrow_all(&value_grad[s * a.value], a.value, kv_grad + a.nope);
             std::memcpy(a.key_rope_shares + ((row * a.heads + head) * a.tokens + s) * a.rope,
                         &key_grad[s * a.width() + a.nope], a.rope * 4);
         }
