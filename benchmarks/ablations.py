@@ -16,25 +16,26 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 PROJECT = Path(__file__).resolve().parents[1]
+if str(PROJECT) not in sys.path:
+    sys.path.insert(0, str(PROJECT))
+
+from benchmarks.trial import CORPUS, PREPARED, Run, Text, equal_bytes, prepare  # noqa: E402
+from nanollm.durable import write_json  # noqa: E402
+
 RESULTS = PROJECT / "benchmarks" / "results" / "ablations"
 TABLE = PROJECT / "docs" / "ablations.md"
-CORPUS = PROJECT.parent / "shared" / "data" / "openwebtext"
-PREPARED = Path.home() / ".cache" / "nanollm" / "ablations"
 SHAPE = ("preset", "context_length", "tokens", "validation_windows")  # equal in all runs of a table
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument(
-        "rows", nargs="*", metavar="ROW", help="rows of variants.py (default: all); `search`: learning rates"
-    )
+    p.add_argument("rows", nargs="*", metavar="ROW", help="of variants.py (default: all ROWS); `search`: all of SEARCH")
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     p.add_argument("--threads", type=int, default=1)
     p.add_argument("--corpus", type=Path, default=CORPUS, help="text to train on, as Parquet files of OpenWebText")
@@ -51,115 +52,82 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(words: Sequence[str]) -> int:
+    """Exit status: 0 all done, 1 a run failed, 2 unknown words."""
     o = parser().parse_args(words)
-    if o.table:
-        o.out.write_text(table(read_results(o.results)), encoding="utf-8", newline="\n")
-        print(o.out)
-        return 0
-    from variants import ROWS, SEARCH
+    try:
+        if o.table:
+            o.out.write_text(table(read_results(o.results)), encoding="utf-8", newline="\n")
+            print(o.out)
+            return 0
+        from benchmarks.variants import ROWS, SEARCH
 
-    known = ROWS | SEARCH
-    rows = [row for word in o.rows or list(ROWS) for row in (SEARCH if word == "search" else [word])]
-    if unknown := [row for row in rows if row not in known]:
-        print(f"unknown row {unknown[0]}; they are search, {', '.join(known)}", file=sys.stderr)
+        rows = [row for word in o.rows or list(ROWS) for row in (SEARCH if word == "search" else [word])]
+        if unknown := [row for row in rows if row not in ROWS | SEARCH]:
+            raise ValueError(f"unknown row {unknown[0]}; they are search, {', '.join(ROWS | SEARCH)}")
+        if o.here:
+            o.results.mkdir(parents=True, exist_ok=True)
+            for seed, row in missing(rows, o):
+                write_json(o.results / f"{row}_{seed}.json", one_run(row, seed, o))
+            return 0
+        for pieces in sorted({4096, *((ROWS | SEARCH)[row].pieces for row in rows)}):
+            prepare(o.corpus, o.prepared, pieces)
+    except ValueError as problem:
+        print(problem, file=sys.stderr)
         return 2
-    o.results.mkdir(parents=True, exist_ok=True)
+    return campaign(rows, o)
+
+
+def missing(rows: Sequence[str], o: argparse.Namespace) -> Iterator[tuple[int, str]]:
+    """Seeds and rows that have no result yet, all rows of the first seed first; looked up when their turn comes."""
     for seed in o.seeds:
         for row in rows:
-            path = o.results / f"{row}_{seed}.json"
-            if path.exists():
-                continue
-            if o.here:
-                from nanollm.durable import write_json
+            if not (o.results / f"{row}_{seed}.json").exists():
+                yield seed, row
 
-                write_json(path, one_run(row, seed, o))
-                continue
-            print(f"{datetime.datetime.now():%H:%M:%S} {row}, seed {seed}", flush=True)
-            for pieces in {known[row].pieces, 4096}:
-                prepare(o.corpus, o.prepared, pieces)
-            # A process of its own: nothing is left behind for the next run, and the code is read anew.
-            command = [sys.executable, __file__, *words_without_rows(o), "--seeds", str(seed), "--here", row]
-            if (rc := subprocess.run(command, check=False).returncode) != 0:
-                print(f"{row}, seed {seed}: failed with exit code {rc}", file=sys.stderr)
-                return 1
+
+def campaign(rows: Sequence[str], o: argparse.Namespace) -> int:
+    """All that is missing, each run in a process of its own: it reads the code anew and leaves nothing behind."""
+    if hasattr(os, "nice"):
+        os.nice(19)
+    same = ("threads", "corpus", "prepared", "preset", "context_length", "tokens", "validation_windows", "results")
+    shared = [word for name in same for word in (f"--{name}", str(getattr(o, name)))]
+    for seed, row in missing(rows, o):
+        print(f"{datetime.datetime.now():%H:%M:%S} {row}, seed {seed}", flush=True)
+        command = [sys.executable, __file__, row, "--seeds", str(seed), "--here", *shared]
+        if (rc := subprocess.run(command, check=False).returncode) != 0:
+            print(f"{row}, seed {seed}: failed with exit code {rc}", file=sys.stderr)
+            return 1
     return 0
-
-
-def words_without_rows(o: argparse.Namespace) -> list[str]:
-    names = ("threads", "corpus", "prepared", "preset", "context_length", "tokens", "validation_windows", "results")
-    return [word for name in names for word in (f"--{name}", str(getattr(o, name)))]
-
-
-def prepare(corpus: Path, prepared: Path, pieces: int) -> None:
-    """Tokenizer and token files of a size, unless they are there."""
-    tokenizer, data = prepared / f"tokenizer-{pieces}", prepared / f"owt-{pieces}"
-    if (data / "manifest.json").exists():
-        return
-    if not corpus.is_dir():
-        raise SystemExit(f"{corpus} is not a folder of Parquet files; name one with --corpus")
-    nanollm = [sys.executable, "-m", "nanollm"]
-    learn = ["tokenizer", "--corpus", str(corpus), "--output_dir", str(tokenizer), "--vocab_size", str(pieces)]
-    encode = ["preprocess", "owt", "--input", str(corpus), "--tokenizer_path", str(tokenizer), "--save_dir", str(data)]
-    for words in (learn, encode):
-        subprocess.run([*nanollm, *words], check=True)
 
 
 def one_run(row: str, seed: int, o: argparse.Namespace) -> dict[str, Any]:
     """Train one variant with one seed; returns what its JSON file holds."""
-    os.nice(19)
     import torch
 
     torch.set_num_threads(o.threads)
-    from variants import ROWS, SEARCH, active_flops_per_token, build_optimizers
-
-    from nanollm.data.batches import Windows, sequential_batches
-    from nanollm.data.shards import Shards
-    from nanollm.evals.bits_per_byte import bits_per_byte
+    from benchmarks.variants import ROWS, SEARCH, active_flops_per_token
     from nanollm.settings import load_preset
-    from nanollm.text.tokenizer import Tokenizer
-    from nanollm.train.loss import next_token_loss
-    from nanollm.train.optim import Muon, lr_at
-    from nanollm.train.state import TrainState
-    from nanollm.train.step import train_step
     from nanollm.world import World
 
     v = (ROWS | SEARCH)[row]
     world = World.start("cpu")
-    tokenizer = Tokenizer.load(o.prepared / f"tokenizer-{v.pieces}")
-    train, val = (
-        Shards.open(o.prepared / f"owt-{v.pieces}", split, tokenizer_fingerprint=tokenizer.fingerprint)
-        for split in ("train", "val")
-    )
     config = v.config(load_preset("model", o.preset), o.context_length)
-    windows = Windows(train, o.context_length, seed)
+    text = Text.open(o.prepared, v.pieces)
     tokens = o.tokens * v.share * equal_bytes(o.prepared, v.pieces)
     steps = max(1, round(tokens / (v.batch_size * o.context_length)))
-    model = v.build(config, seed)
+    run = Run.start(v, config, seed, text, world)
+    model = run.state.model
     facts: dict[str, float] = {
         "parameters": sum(p.numel() for p in model.parameters()),
         "active_flops_per_token": active_flops_per_token(model, o.context_length),
     }
-    state = TrainState.start(model, v.optim, world.dtype)
-    state.optimizers = build_optimizers(state.masters, v.optim, v.tuning, world.dtype)
-    loss_of = partial(next_token_loss, balance_weight=v.optim.balance_weight)
-
-    started, cpu, losses, fullest = time.perf_counter(), time.process_time(), [], []
-    for step in range(steps):
-        for optimizer in state.optimizers:
-            if isinstance(optimizer, Muon):
-                optimizer.param_groups[0]["momentum"] = v.tuning.momentum_at(step, v.optim)
-        batches = windows.micro_batches(step, v.batch_size, v.batch_size)
-        stats = train_step(state, batches, loss_of, lr_at(step, steps, v.optim), v.optim, world)
-        losses.append(stats.loss)
-        fullest.append(max((max(shares) * len(shares) for shares in stats.expert_load), default=1.0))
-    facts |= {"wall_s": time.perf_counter() - started, "cpu_s": time.process_time() - cpu}
-    score = bits_per_byte(
-        state.model, sequential_batches(val, o.context_length, 8, o.validation_windows), tokenizer.token_bytes
-    )
+    wall, cpu = time.perf_counter(), time.process_time()
+    stats = [run.step(step, steps) for step in range(steps)]
+    facts |= {"wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu}
+    score = run.validate(o.validation_windows)
     if v.whole_split:
-        whole = bits_per_byte(state.model, sequential_batches(val, o.context_length, 8), tokenizer.token_bytes)
-        facts["bits_per_byte_whole_split"] = whole.value
-    quarter = max(1, steps // 4)
+        facts["bits_per_byte_whole_split"] = run.validate(None).value
+    fullest = [max((max(shares) * len(shares) for shares in each.expert_load), default=1.0) for each in stats]
     return {
         "row": row,
         "seed": seed,
@@ -169,8 +137,8 @@ def one_run(row: str, seed: int, o: argparse.Namespace) -> dict[str, Any]:
         "nats_per_token": score.nats / score.tokens,
         "tokens": steps * v.batch_size * o.context_length,
         **facts,
-        "load_max_over_mean": statistics.mean(fullest[-quarter:]),
-        "curve": curve(losses, v.batch_size * o.context_length),
+        "load_max_over_mean": statistics.mean(fullest[-max(1, steps // 4) :]),
+        "curve": curve([each.loss for each in stats], v.batch_size * o.context_length),
         "settings": {
             **{name: getattr(o, name) for name in SHAPE},
             "steps": steps,
@@ -187,15 +155,6 @@ def one_run(row: str, seed: int, o: argparse.Namespace) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version(), "torch": importlib.metadata.version("torch")},
     }
-
-
-def equal_bytes(prepared: Path, pieces: int) -> float:
-    """Tokens of a tokenizer over those of 4,096 pieces that hold as many bytes of the training text."""
-    per_byte = []
-    for size in (pieces, 4096):
-        split = json.loads((prepared / f"owt-{size}" / "manifest.json").read_bytes())["splits"]["train"]
-        per_byte.append(split["tokens"] / split["text_bytes"])
-    return per_byte[0] / per_byte[1]
 
 
 def curve(losses: Sequence[float], tokens_per_step: int, points: int = 16) -> list[list[float]]:
@@ -248,14 +207,14 @@ Runs = Mapping[int, Mapping[str, Any]]  # by seed
 
 def table(results: Mapping[str, Runs]) -> str:
     """docs/ablations.md."""
-    from variants import ROWS, SEARCH
+    from benchmarks.variants import ROWS, SEARCH
 
     runs = [run for by_seed in results.values() for run in by_seed.values()]
     if not runs:
-        raise SystemExit("there are no results yet: run python benchmarks/ablations.py")
+        raise ValueError("there are no results yet: run python benchmarks/ablations.py")
     for name in SHAPE:
         if len(found := {run["settings"][name] for run in runs}) > 1:
-            raise SystemExit(f"runs of different {name} {sorted(found)} cannot stand in one table; move some away")
+            raise ValueError(f"runs of different {name} {sorted(found)} cannot stand in one table; move some away")
     text = HEAD.format(**{**runs[0]["settings"], "pieces": 4096})
     text += "".join(line(row, results) for row in ROWS if row in results)
     whole = [row for row in ROWS if row in results and ROWS[row].whole_split]
