@@ -21,7 +21,7 @@ from nanollm.data.shards import Flags, Ids
 from nanollm.sources.files import BadRecord
 from nanollm.text.chat import Conversation, encode_conversation
 from nanollm.text.draw import draw
-from nanollm.text.tokenizer import Tokenizer
+from nanollm.text.tokenizer import MAX_VOCAB_SIZE, Tokenizer
 
 PARCELS_PER_WORKER = 3  # one at work, and two waiting while this process is busy
 
@@ -69,27 +69,43 @@ Encoded = Iterator[tuple[Parcel, EncodedParcel]]
 
 
 def encode_parcel(documents: list[Document], *, tokenizer: Tokenizer, seed: int, val_fraction: float) -> EncodedParcel:
-    """Ids of documents, and for each the side of the split it falls on."""
-    ids, flags = array("H"), bytearray()  # an id over 65,535 raises OverflowError
-    lengths, text_bytes, is_val = [], [], []
-    for document in documents:
-        if isinstance(document, str):
-            new, spoken = tokenizer.encode_document(document), document
-        else:
-            encoded = encode_conversation(document, tokenizer)
-            new, spoken = encoded.ids, "".join(message.content for message in document.messages)
-            flags += bytes(encoded.trained)
-        ids.fromlist(new)
-        lengths.append(len(new))
-        text_bytes.append(len(spoken.encode()))
-        is_val.append(falls_into_val(document, seed, val_fraction))
+    """Ids of documents, all of them text or all conversations, and for each the side of the split it falls on."""
+    assert tokenizer.vocab_size <= MAX_VOCAB_SIZE
+    tokenizer.remember_words()
+    texts = [document for document in documents if isinstance(document, str)]
+    conversations = [document for document in documents if not isinstance(document, str)]
+    assert not texts or not conversations
+    ids, flags, lengths = _spell_conversations(conversations, tokenizer) if conversations else _spell(texts, tokenizer)
+    spoken = texts or ["".join(message.content for message in document.messages) for document in conversations]
     return EncodedParcel(
-        ids=np.array(ids, dtype=np.uint16),
-        flags=np.array(flags, dtype=np.uint8) if flags else None,
+        ids=ids,
+        flags=flags,
         lengths=lengths,
-        text_bytes=text_bytes,
-        is_val=is_val,
+        text_bytes=[len(text.encode()) for text in spoken],
+        is_val=[falls_into_val(document, seed, val_fraction) for document in documents],
     )
+
+
+def _spell(texts: list[str], tokenizer: Tokenizer) -> tuple[Ids, None, list[int]]:
+    """Each text between its marks, as Tokenizer.encode_document puts it: ids, no flags, ids per text."""
+    inside, lengths = tokenizer.encode_all(texts)
+    ends = np.cumsum(lengths + 2)
+    ids = np.empty(inside.size + 2 * len(texts), dtype=np.uint16)
+    is_inside = np.ones(ids.size, dtype=np.bool_)
+    for places, mark in ((ends - lengths - 2, tokenizer.bos_id), (ends - 1, tokenizer.eos_id)):
+        ids[places], is_inside[places] = mark, False
+    ids[is_inside] = inside
+    return ids, None, (lengths + 2).tolist()
+
+
+def _spell_conversations(conversations: list[Conversation], tokenizer: Tokenizer) -> tuple[Ids, Flags, list[int]]:
+    ids, flags, lengths = array("H"), bytearray(), list[int]()
+    for conversation in conversations:
+        encoded = encode_conversation(conversation, tokenizer)
+        ids.fromlist(encoded.ids)
+        flags += bytes(encoded.trained)
+        lengths.append(len(encoded.ids))
+    return np.array(ids, dtype=np.uint16), np.array(flags, dtype=np.uint8), lengths
 
 
 def falls_into_val(document: Document, seed: int, val_fraction: float) -> bool:

@@ -7,15 +7,19 @@ no fixed layout, because others' tokenizers are taken as well (export/adopt.py):
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import sentencepiece
 
+from nanollm.compiled import NoCompilerError
 from nanollm.durable import write_file
+from nanollm.progress import say
+from nanollm.text.words import NativeWords, Recipe, Words
 
 ModelType = Literal["bpe", "unigram", "char", "word"]
 PieceKind = Literal["normal", "unknown", "control", "user_defined", "unused", "byte"]
@@ -40,6 +44,7 @@ class Tokenizer:
 
     def __init__(self, serialized: bytes, name: str = "the tokenizer"):
         self.serialized = serialized
+        self._words: Words | NativeWords | None = None
         self._sp = sentencepiece.SentencePieceProcessor()
         try:
             self._sp.load_from_serialized_proto(serialized)  # the constructor would let no bytes at all pass
@@ -154,23 +159,47 @@ class Tokenizer:
         They are SentencePiece's own, but for a literal U+2581, which SentencePiece would read as a space:
         that character is spelled in bytes.
         """
-        if SPACE_MARK not in text:
-            return self._encode(text)
-        first, *others = map(self._encode, text.split(SPACE_MARK))
-        return first + [token for ids in others for token in (*self._space_mark, *ids)]
+        if self._words:
+            ids: list[int] = self._words.spell([_utf8(text)])[0].tolist()
+            return ids
+        return self._encode(text)
 
     def _encode(self, text: str) -> list[int]:
-        try:
-            ids: list[int] = self._sp.encode(text)
-        except RuntimeError as error:
-            position = next((at for at, char in enumerate(text) if "\ud800" <= char <= "\udfff"), None)
-            if position is None:
-                raise
-            raise ValueError(
-                f"character {position} of the text is the lone surrogate U+{ord(text[position]):04X}, which is not "
-                f"valid Unicode; read the text again with its right encoding"
-            ) from error
+        if not text.isascii():
+            _utf8(text)
+        if SPACE_MARK not in text:
+            return self._encode_part(text)
+        first, *others = map(self._encode_part, text.split(SPACE_MARK))
+        return first + [token for ids in others for token in (*self._space_mark, *ids)]
+
+    def _encode_part(self, text: str) -> list[int]:
+        ids: list[int] = self._sp.encode(text)
         return self._spell_spaces(ids) if self._spells_spaces else ids
+
+    def encode_all(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of the texts, int32, one after the other, and the number of each text's, int64."""
+        if self._words:
+            return self._words.spell([*map(_utf8, texts)])
+        encoded = [self.encode(text) for text in texts]
+        lengths = np.array([*map(len, encoded)], dtype=np.int64)
+        return np.fromiter(chain.from_iterable(encoded), dtype=np.int32, count=lengths.sum()), lengths
+
+    def remember_words(self, *, native: bool = True) -> None:
+        """Spell word by word from now on, and each word once: for long work, because it takes a moment to begin.
+
+        The ids stay the same. Not every model can be used in this way (see text/words.py); nothing changes then.
+        native: by words.cpp, where it can be compiled.
+        """
+        if self._words:
+            return
+        recipe = Recipe.of(self.serialized)
+        if not recipe.is_cuttable or self._spells_spaces:
+            return
+        try:
+            self._words = NativeWords(recipe) if native else Words(recipe, self._encode)
+        except NoCompilerError as error:
+            say(f"texts become ids some four times slower: {error}")
+            self._words = Words(recipe, self._encode)
 
     def _spell_spaces(self, ids: list[int]) -> list[int]:
         """Write the byte 0x20 for each space that SentencePiece spelled with the three bytes of its space mark."""
@@ -217,3 +246,14 @@ class Tokenizer:
         sizes[self._bytes] = 1
         sizes[[*self.symbols]] = 0
         return sizes
+
+
+def _utf8(text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        position = error.start
+        raise ValueError(
+            f"character {position} of the text is the lone surrogate U+{ord(text[position]):04X}, which is not "
+            f"valid Unicode; read the text again with its right encoding"
+        ) from error

@@ -135,13 +135,14 @@ def test_stopped_again_and_again_it_reads_past_what_is_done(tmp_path, documents,
     prepared(tmp_path / "whole", documents)
     encoded, rng = [], random.Random(3)
 
-    def encode(text):
-        if rng.random() < 0.05:
-            raise KeyboardInterrupt
-        encoded.append(text)
-        return type(tokenizer).encode_document(tokenizer, text)
+    def encode_all(texts):
+        for text in texts:
+            if rng.random() < 0.05:
+                raise KeyboardInterrupt
+            encoded.append(text)
+        return type(tokenizer).encode_all(tokenizer, texts)
 
-    monkeypatch.setattr(tokenizer, "encode_document", encode, raising=False)
+    monkeypatch.setattr(tokenizer, "encode_all", encode_all, raising=False)
     stops = 0
     while not (tmp_path / "parts" / "manifest.json").exists():
         try:

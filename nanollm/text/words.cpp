@@ -1,0 +1,309 @@
+// How does a text become ids, word by word, as fast as it can be read?
+//
+// words.py says what a word is and why words may be spelled one by one; this file does the same. A word that was met
+// before is found in a table; a new one is spelled by joining neighbours, the best pair first, the leftmost of equals:
+// byte pair encoding as SentencePiece has it.
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <queue>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+namespace {
+
+constexpr int64_t kShort = 15;  // bytes of a text that fits into a key
+constexpr int64_t kInSlot = 3;  // ids of a word that fit into its slot
+constexpr char kSpaceMark[] = "\xE2\x96\x81";
+constexpr int64_t kMarkBytes = 3;
+
+struct Text {
+    const char* at;  // 16 bytes can be read here, however short the text is
+    int64_t size;
+};
+
+// A short text and, in the last byte, its size. No text: all zero.
+struct Key {
+    uint64_t low, high;
+    bool operator==(const Key& other) const { return low == other.low && high == other.high; }
+};
+
+uint64_t first_bytes(uint64_t eight, int64_t count) {  // count from 0 to 7; little-endian, as all our machines
+    return eight & ((uint64_t{1} << (8 * count)) - 1);
+}
+
+Key key_of(Text text) {
+    Key key;
+    std::memcpy(&key, text.at, sizeof key);
+    if (text.size < 8) {
+        key.low = first_bytes(key.low, text.size);
+        key.high = 0;
+    } else {
+        key.high = first_bytes(key.high, text.size - 8);
+    }
+    key.high |= static_cast<uint64_t>(text.size) << 56;
+    return key;
+}
+
+uint64_t hash_of(Key key) {
+    uint64_t hash = (key.low ^ (key.high * 0x9E3779B97F4A7C15u)) * 0xD6E8FEB86659FD93u;
+    hash ^= hash >> 32;
+    return hash * 0xD6E8FEB86659FD93u >> 16;
+}
+
+// Up to three ids, or where more of them stand.
+struct Ids {
+    int32_t count = 0;
+    int32_t ids[kInSlot] = {};
+};
+
+// From texts to something about each: short ones in slots of one cache line at most, long ones elsewhere.
+template <class Value> class Table {
+   public:
+    Table() { clear(); }
+
+    void clear() {
+        slots_.assign(size_t{1} << 12, Slot{});
+        long_.clear();
+        count_ = 0;
+    }
+
+    const Value* find(Text text) const {
+        if (text.size > kShort) {
+            const auto found = long_.find(std::string(text.at, text.size));
+            return found == long_.end() ? nullptr : &found->second;
+        }
+        const Key key = key_of(text);
+        for (size_t at = hash_of(key) & (slots_.size() - 1);; at = (at + 1) & (slots_.size() - 1)) {
+            if (slots_[at].key == key) return &slots_[at].value;
+            if (slots_[at].key == Key{}) return nullptr;
+        }
+    }
+
+    void add(Text text, Value value) {  // not there yet
+        ++count_;
+        if (text.size > kShort) {
+            long_.emplace(std::string(text.at, text.size), value);
+            return;
+        }
+        if (2 * count_ > slots_.size()) grow();
+        put(slots_, Slot{key_of(text), value});
+    }
+
+    size_t count() const { return count_; }
+
+   private:
+    struct Slot {
+        Key key{};
+        Value value{};
+    };
+
+    static void put(std::vector<Slot>& slots, const Slot& slot) {
+        size_t at = hash_of(slot.key) & (slots.size() - 1);
+        while (!(slots[at].key == Key{})) at = (at + 1) & (slots.size() - 1);
+        slots[at] = slot;
+    }
+
+    void grow() {
+        std::vector<Slot> wider(4 * slots_.size());
+        for (const Slot& slot : slots_)
+            if (!(slot.key == Key{})) put(wider, slot);
+        slots_.swap(wider);
+    }
+
+    std::vector<Slot> slots_;
+    std::unordered_map<std::string, Value> long_;
+    size_t count_ = 0;
+};
+
+struct Part {  // of a word that is being spelled: at first a character
+    int32_t start, size, before, after, token;
+};
+
+struct Pair {
+    float score;
+    int32_t left, right, size, token;
+    bool operator<(const Pair& other) const {  // the greatest is joined first
+        return score < other.score || (score == other.score && left > other.left);
+    }
+};
+
+class Speller {
+   public:
+    Speller(const char* pieces, const int64_t* ends, const int32_t* tokens, const float* scores, int64_t count,
+            const int32_t* bytes, const uint16_t* kinds, int64_t most_remembered)
+        : most_remembered_(most_remembered), scores_(scores, scores + count), tokens_(tokens, tokens + count), bytes_(bytes, bytes + 256),
+          kinds_(kinds, kinds + 0x110000) {
+        for (int64_t n = 0, start = 0; n < count; start = ends[n++]) {
+            const Text piece{pieces + start, ends[n] - start};
+            pieces_.add(piece, static_cast<int32_t>(n));
+        }
+    }
+
+    int64_t spell(const char* text, const int64_t* ends, int64_t count, int32_t* out, int64_t* lengths) {
+        const int32_t* const first = out;
+        for (int64_t n = 0, start = 0; n < count; start = ends[n++]) {
+            const int32_t* const before = out;
+            const char *at = text + start, *const end = text + ends[n];
+            while (at < end) {
+                const char* const next = end_of_word(at, end);
+                out = append(Text{at, next - at}, out);
+                at = next;
+            }
+            lengths[n] = out - before;
+        }
+        return out - first;
+    }
+
+   private:
+    static int64_t bytes_of_char(const char* at) {
+        const uint8_t lead = static_cast<uint8_t>(*at);
+        return lead < 0x80 ? 1 : lead < 0xE0 ? 2 : lead < 0xF0 ? 3 : 4;
+    }
+
+    static uint32_t char_at(const char* at, int64_t size) {
+        const auto low = [at](int n) { return static_cast<uint32_t>(static_cast<uint8_t>(at[n])) & 0x3F; };
+        const uint32_t lead = static_cast<uint8_t>(*at);
+        switch (size) {
+            case 1: return lead;
+            case 2: return (lead & 0x1F) << 6 | low(1);
+            case 3: return (lead & 0x0F) << 12 | low(1) << 6 | low(2);
+            default: return (lead & 0x07) << 18 | low(1) << 12 | low(2) << 6 | low(3);
+        }
+    }
+
+    const char* end_of_word(const char* at, const char* end) const {
+        const char* const start = at;
+        while (at < end && *at == ' ') ++at;
+        if (at == end) return at;
+        int64_t size = bytes_of_char(at);
+        uint32_t character = char_at(at, size);
+        if (character == 0x2581 && at > start) return at;  // else it would look like one of those spaces
+        const uint16_t kind = kinds_[character];
+        at += size;
+        if (kind == 0) return at;
+        for (; at < end; at += size) {
+            size = bytes_of_char(at);
+            if (kinds_[char_at(at, size)] != kind) break;
+        }
+        return at;
+    }
+
+    int32_t* append(Text word, int32_t* out) {
+        if (const Ids* known = words_.find(word)) {
+            if (known->count <= kInSlot) {
+                std::memcpy(out, known->ids, sizeof known->ids);  // all three: what follows is written later
+            } else {
+                std::memcpy(out, &ids_[known->ids[0]], known->count * sizeof(int32_t));
+            }
+            return out + known->count;
+        }
+        if (remembered_ > most_remembered_) {
+            words_.clear();
+            ids_.clear();
+            remembered_ = 0;
+        }
+        int32_t* const after = join(word, out);
+        Ids spelled{static_cast<int32_t>(after - out)};
+        if (spelled.count <= kInSlot) {
+            std::copy(out, after, spelled.ids);
+        } else {
+            spelled.ids[0] = static_cast<int32_t>(ids_.size());
+            ids_.insert(ids_.end(), out, after);
+        }
+        words_.add(word, spelled);
+        remembered_ += sizeof(Key) + sizeof(Ids) + (word.size + spelled.count * sizeof(int32_t));
+        return after;
+    }
+
+    int32_t* join(Text word, int32_t* out) {
+        if (word.size == kMarkBytes && !std::memcmp(word.at, kSpaceMark, kMarkBytes)) return spell_bytes(word, out);
+        marked_.clear();
+        for (int64_t n = 0; n < word.size; ++n)
+            word.at[n] == ' ' ? marked_.append(kSpaceMark) : marked_.append(1, word.at[n]);
+        const int32_t size = static_cast<int32_t>(marked_.size());
+        marked_.append(sizeof(Key), '\0');
+        parts_.clear();
+        for (int32_t start = 0; start < size;) {
+            const int32_t bytes = static_cast<int32_t>(bytes_of_char(&marked_[start]));
+            const int32_t n = static_cast<int32_t>(parts_.size());
+            parts_.push_back(Part{start, bytes, n - 1, n + 1, piece_at(start, bytes)});
+            start += bytes;
+        }
+        parts_.back().after = -1;
+        for (int32_t n = 1; n < static_cast<int32_t>(parts_.size()); ++n) propose(n - 1, n);
+        while (!pairs_.empty()) {
+            const Pair pair = pairs_.top();
+            pairs_.pop();
+            Part &left = parts_[pair.left], &right = parts_[pair.right];
+            if (left.size == 0 || right.size == 0 || left.size + right.size != pair.size) continue;  // joined meanwhile
+            left.size = pair.size;
+            left.token = pair.token;
+            left.after = right.after;
+            right.size = 0;
+            if (left.after >= 0) parts_[left.after].before = pair.left;
+            propose(left.before, pair.left);
+            propose(pair.left, left.after);
+        }
+        for (int32_t n = 0; n >= 0; n = parts_[n].after) {
+            const Part& part = parts_[n];
+            if (part.token >= 0)
+                *out++ = tokens_[part.token];
+            else
+                out = spell_bytes(Text{&marked_[part.start], part.size}, out);
+        }
+        return out;
+    }
+
+    int32_t piece_at(int32_t start, int32_t size) const {  // -1: there is none
+        const int32_t* found = pieces_.find(Text{&marked_[start], size});
+        return found ? *found : -1;
+    }
+
+    void propose(int32_t left, int32_t right) {
+        if (left < 0 || right < 0) return;
+        const int32_t size = parts_[left].size + parts_[right].size;
+        const int32_t piece = piece_at(parts_[left].start, size);
+        if (piece >= 0) pairs_.push(Pair{scores_[piece], left, right, size, piece});
+    }
+
+    int32_t* spell_bytes(Text text, int32_t* out) const {
+        for (int64_t n = 0; n < text.size; ++n) *out++ = bytes_[static_cast<uint8_t>(text.at[n])];
+        return out;
+    }
+
+    const int64_t most_remembered_;  // bytes
+    int64_t remembered_ = 0;
+    Table<int32_t> pieces_;
+    Table<Ids> words_;
+    std::vector<float> scores_;
+    std::vector<int32_t> tokens_, bytes_, ids_;
+    std::vector<uint16_t> kinds_;  // of each character; 0: none is ever joined to it
+    std::string marked_;           // the word at work, as pieces write it
+    std::vector<Part> parts_;
+    std::priority_queue<Pair> pairs_;
+};
+
+}  // namespace
+
+extern "C" {
+
+// Pieces one after the other, 16 bytes of anything behind them, where each ends, and their ids and scores; the ids of the
+// 256 bytes; the kind of each character of Unicode; and the bytes of words after which all words are forgotten.
+void* open_words(const char* pieces, const int64_t* ends, const int32_t* tokens, const float* scores, int64_t count,
+                 const int32_t* bytes, const uint16_t* kinds, int64_t most_remembered) {
+    return new Speller(pieces, ends, tokens, scores, count, bytes, kinds, most_remembered);
+}
+
+void close_words(void* speller) { delete static_cast<Speller*>(speller); }
+
+// Texts in UTF-8 one after the other, 16 bytes of anything behind them, and where each ends. Writes their ids one after
+// the other, at most as many as there are bytes of text, and perhaps two numbers behind them; and how many ids each
+// text has. Returns how many all have.
+int64_t spell_words(void* speller, const char* text, const int64_t* ends, int64_t count, int32_t* out,
+                    int64_t* lengths) {
+    return static_cast<Speller*>(speller)->spell(text, ends, count, out, lengths);
+}
+}

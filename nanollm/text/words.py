@@ -1,0 +1,242 @@
+"""Where may a text be cut so that its parts, spelled one by one, have the ids of the whole?
+
+Byte pair encoding starts from the characters and only ever joins two neighbours that together are a piece. Two
+characters that stand side by side in no piece are therefore never joined, and what is left of them cannot change what
+is right of them: a text may be cut there. Texts repeat their words, so each word is spelled once and remembered.
+
+Characters that stand side by side in a piece are of one *kind* (and so are all that hang together in this way: the
+letters, say, or the marks of punctuation). A word is a run of one kind with the spaces before it; a character that no
+piece joins to another is a word by itself. Longer words than necessary do no harm.
+"""
+
+import ctypes
+import re
+import struct
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from ctypes import c_char_p, c_int64, c_void_p
+from dataclasses import dataclass
+from functools import cache, cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nanollm import compiled
+
+Ids = npt.NDArray[np.int32]
+Lengths = npt.NDArray[np.int64]
+OPTIONS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared")
+SPACE = "\u2581"  # as pieces write it
+BORDER = "\ud800"  # in no piece, because it is not valid Unicode
+BPE = 2  # of the types of models
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # of the types of pieces
+MOST_REMEMBERED = 100_000_000  # bytes, of half a million words (Python) or two millions; then all are forgotten
+WORD_BYTES = 200  # what Python needs for a word besides its characters
+
+
+def kinds_of(pieces: Iterable[str]) -> dict[str, int] | None:
+    """The kind of each character that some piece joins to another; None where a piece may go on into a space."""
+    leader: dict[str, str] = {}
+
+    def lead(char: str) -> str:
+        while (up := leader.setdefault(char, char)) != char:
+            leader[char] = leader[up]
+            char = up
+        return char
+
+    for left, right in set(pairwise(BORDER.join(pieces))):
+        if BORDER in (left, right) or left == SPACE:
+            continue
+        if right == SPACE:
+            return None
+        leader[lead(left)] = lead(right)
+    number: dict[str, int] = {}
+    return {char: number.setdefault(lead(char), len(number) + 1) for char in sorted(leader)}
+
+
+def pattern_of(kinds: dict[str, int]) -> re.Pattern[str]:
+    """What finds the words of a text, one after the other, leaving out nothing."""
+    runs: dict[int, list[str]] = {}
+    for char, kind in kinds.items():
+        runs.setdefault(kind, []).append(re.escape(char))
+    words = [f" *[{''.join(chars)}]+" for chars in runs.values()]
+    # A literal U+2581 is never with spaces: it would look like one more of them.
+    return re.compile("|".join([*words, f" *[^ {SPACE}]", " +", SPACE]))
+
+
+class _Memory(dict[str, bytes]):
+    """The ids of words, as int32 in bytes; a word that is new is spelled."""
+
+    def __init__(self, spell: Callable[[str], list[int]]) -> None:
+        self.spell, self.size = spell, 0
+
+    def __missing__(self, word: str) -> bytes:
+        ids = np.array(self.spell(word), dtype=np.int32).tobytes()
+        if self.size > MOST_REMEMBERED:
+            self.clear()
+            self.size = 0
+        self[word] = ids
+        self.size += WORD_BYTES + 4 * len(word) + len(ids)
+        return ids
+
+
+class Words:
+    """Spells texts word by word."""
+
+    def __init__(self, recipe: "Recipe", spell: Callable[[str], list[int]]) -> None:
+        """spell: the ids of a word that is new."""
+        assert recipe.kinds is not None
+        self._find = pattern_of(recipe.kinds).findall
+        self._ids_of = _Memory(spell)
+
+    def spell(self, texts: Sequence[bytes]) -> tuple[Ids, Lengths]:
+        """Ids of the texts (UTF-8), one after the other, and the number of each text's."""
+        ids_of, find = self._ids_of.__getitem__, self._find
+        spelled = [b"".join(map(ids_of, find(text.decode()))) for text in texts]
+        lengths = np.array([len(ids) // 4 for ids in spelled], dtype=np.int64)
+        return np.frombuffer(b"".join(spelled), dtype=np.int32), lengths
+
+
+class NativeWords:
+    """The same by words.cpp, which needs no `spell`. NoCompilerError where the library cannot be made."""
+
+    def __init__(self, recipe: "Recipe") -> None:
+        self.library = library()
+        assert recipe.kinds is not None
+        kind_of = np.zeros(sys.maxunicode + 1, dtype=np.uint16)
+        kind_of[[*map(ord, recipe.kinds)]] = [*recipe.kinds.values()]
+        pieces = [piece.encode() for piece in recipe.learned.values()]
+        tokens = np.array([*recipe.learned], dtype=np.int32)
+        scores = np.array(recipe.scores, dtype=np.float32)[tokens]
+        token_of = {piece: token for token, piece in enumerate(recipe.pieces)}
+        byte_tokens = np.array([token_of[f"<0x{byte:02X}>"] for byte in range(256)], dtype=np.int32)
+        self.handle = self.library.open_words(
+            b"".join([*pieces, bytes(16)]),
+            np.cumsum([*map(len, pieces)], dtype=np.int64),
+            tokens,
+            scores,
+            len(pieces),
+            byte_tokens,
+            kind_of,
+            MOST_REMEMBERED,
+        )
+
+    def __del__(self) -> None:
+        if hasattr(self, "handle"):
+            self.library.close_words(self.handle)
+
+    def spell(self, texts: Sequence[bytes]) -> tuple[Ids, Lengths]:
+        """Ids of the texts (UTF-8), one after the other, and the number of each text's."""
+        joined, ends = b"".join([*texts, bytes(16)]), np.cumsum([*map(len, texts)], dtype=np.int64)
+        ids, lengths = np.empty(len(joined), dtype=np.int32), np.empty(len(texts), dtype=np.int64)
+        count = self.library.spell_words(self.handle, joined, ends, len(texts), ids, lengths)
+        return ids[:count], lengths
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """words.cpp, compiled for this processor; NoCompilerError with the reason where that fails."""
+    loaded = compiled.load(Path(__file__).with_name("words.cpp"), OPTIONS)
+    int64s, int32s, floats, kinds = (
+        np.ctypeslib.ndpointer(dtype, flags="C_CONTIGUOUS") for dtype in (np.int64, np.int32, np.float32, np.uint16)
+    )
+    loaded.open_words.argtypes = [c_char_p, int64s, int32s, floats, c_int64, int32s, kinds, c_int64]
+    loaded.open_words.restype = c_void_p
+    loaded.close_words.argtypes, loaded.close_words.restype = [c_void_p], None
+    loaded.spell_words.argtypes = [c_void_p, c_char_p, int64s, c_int64, int32s, int64s]
+    loaded.spell_words.restype = c_int64
+    return loaded
+
+
+# --- what the file of a model says of itself ---
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What of a SentencePiece model decides the ids of a text. Source: its sentencepiece_model.proto."""
+
+    pieces: list[str]
+    scores: list[float]
+    types: list[int]
+    model_type: int
+    keeps_the_text: bool
+    """Nothing happens to a text before it is spelled but that its spaces are marked."""
+
+    @property
+    def is_cuttable(self) -> bool:
+        """Byte pair encoding with learned pieces only: those of a user, and those out of use, have their own rules."""
+        symbols = (piece for piece, type_ in zip(self.pieces, self.types, strict=True) if type_ in (UNKNOWN, CONTROL))
+        return (
+            self.model_type == BPE
+            and self.keeps_the_text
+            and set(self.types) == {NORMAL, UNKNOWN, CONTROL, BYTE}
+            and SPACE in self.pieces
+            and all(len(symbol) > 1 for symbol in symbols)
+            and self.kinds is not None
+        )
+
+    @cached_property
+    def kinds(self) -> dict[str, int] | None:
+        return kinds_of(self.learned.values())
+
+    @cached_property
+    def learned(self) -> dict[int, str]:
+        return {token: self.pieces[token] for token, type_ in enumerate(self.types) if type_ == NORMAL}
+
+    @classmethod
+    def of(cls, serialized: bytes) -> "Recipe":
+        """Read the file of a model; protobuf itself, which knows how to, is not among our dependencies."""
+        pieces, scores, types = [], [], []
+        model_type, text = 1, dict[int, Any]()
+        for field, value in _fields(serialized):
+            if field == 1:
+                piece = dict(_fields(value))
+                pieces.append(piece[1].decode())
+                scores.append(struct.unpack("<f", piece.get(2, bytes(4)))[0])
+                types.append(piece.get(3, NORMAL))
+            elif field == 2:
+                model_type = dict(_fields(value)).get(3, 1)
+            elif field == 3:
+                text = dict(_fields(value))
+        # A table of replacements; a space before the text; fewer spaces; spaces unmarked. All but the first by default.
+        keeps = not text.get(2) and (text.get(3, 1), text.get(4, 1), text.get(5, 1)) == (0, 0, 1)
+        return cls(pieces, scores, types, model_type, keeps)
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
+    """Number and value of each field of a protobuf message: an int where it is one, else bytes."""
+    at, end = 0, len(message)
+    while at < end:
+        tag, at = _number(message, at)
+        match tag & 7:
+            case 0:
+                value, at = _number(message, at)
+                yield tag >> 3, value
+                continue
+            case 1:
+                size = 8
+            case 2:
+                size, at = _number(message, at)
+            case 5:
+                size = 4
+            case other:
+                raise ValueError(f"a field of unknown type {other}")
+        yield tag >> 3, message[at : at + size]
+        at += size
+
+
+def _number(message: bytes, at: int) -> tuple[int, int]:
+    """A number of any length, and where it ends."""
+    if (byte := message[at]) < 0x80:
+        return byte, at + 1
+    value, shift = byte & 0x7F, 7
+    while True:
+        at += 1
+        byte = message[at]
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, at + 1
+        shift += 7
