@@ -145,11 +145,6 @@ def unit_embedding(model: Transformer) -> None:
     embed.div_(embed.std())
 
 
-def unit_embedding_zero_init(model: Transformer) -> None:
-    unit_embedding(model)
-    zero_init(model)
-
-
 # Shapes
 
 
@@ -286,26 +281,22 @@ FINE = {"n_routed_experts": 7, "n_shared_experts": 1, "experts_per_token": 2, "n
 ROWS: dict[str, Variant] = {
     "adamw": Variant(about="plain AdamW, cosine to 0: the reference", optim=ADAMW),
     "muon": muon("Muon for the hidden matrices, linear to 0", against="adamw", whole_split=True),
-    "fast": muon("zero-init with a learning rate of 2e-2", start=zero_init, optim={"lr": 2e-2}),
     "zero-init": muon("output projections and head begin at 0", start=zero_init),
+    "small-batch": muon("512 tokens per step instead of 1,024", batch_size=2),
+    "adamw-small-batch": Variant(about="AdamW, 512 tokens per step", against="adamw", optim=ADAMW, batch_size=2),
     "embed-std-1": muon("embedding begins with standard deviation 1", start=unit_embedding),
-    "embed-norm": muon("RMSNorm without weight behind the embedding", shape=normed_embedding),
-    "muon-cosine": muon("cosine to 0 instead of linear", optim={"schedule": "cosine"}),
-    "muon-wsd": muon("constant, then linear to 0 in the last fifth", optim={"schedule": "wsd"}),
-    "adamw-linear": Variant(
-        about="AdamW, linear to 0", against="adamw", optim=dataclasses.replace(ADAMW, schedule="linear")
-    ),
-    "mha": muon("multi-head attention, 4 heads of 44: equal parameters", shape=grouped_attention(4, 44)),
-    "gqa": muon("grouped-query attention, 4 heads of 58 in 2 groups: 1 % fewer", shape=grouped_attention(2, 58)),
+    "fast": muon("zero-init and 512 tokens per step", start=zero_init, batch_size=2),
     "dense": muon("dense SwiGLU of 768 for each MoE: equal active FLOPs", shape=dense),
+    "mha": muon("multi-head attention, 4 heads of 44: equal parameters", shape=grouped_attention(4, 44)),
+    "gqa": muon(
+        "grouped-query attention, 4 heads of 58 in 2 groups: 0.2 % fewer parameters", shape=grouped_attention(2, 58)
+    ),
     "fine": muon(
         "7 routed (top-2) + 1 shared experts of 128: equal parameters, half of MoE's active FLOPs",
         model={**FINE, "d_expert": 128},
     ),
-    "fine-wide": muon(
-        "7 routed (top-2) + 1 shared experts of 256: equal active FLOPs, more parameters",
-        model={**FINE, "d_expert": 256},
-    ),
+    "muon-wsd": muon("constant, then linear to 0 in the last fifth", optim={"schedule": "wsd"}),
+    "muon-cosine": muon("cosine to 0 instead of linear", optim={"schedule": "cosine"}),
     "value-residual": muon("latents move towards block 0's latent", shape=value_residual, start=half_shares),
     "soft-cap": muon("logits within 15 tanh(x/15)", shape=capped_head, calls_head=True),
     "tokenizer-2048": muon("2,048 pieces, equal bytes of text", pieces=2048, whole_split=True),
@@ -314,10 +305,25 @@ ROWS: dict[str, Variant] = {
         "sequence-wise auxiliary loss (1e-2), no bias", optim={"balance_rate": 0.0, "balance_weight": 1e-2}
     ),
     "balance-none": muon("neither bias nor auxiliary loss", optim={"balance_rate": 0.0}),
+    "fine-wide": muon(
+        "7 routed (top-2) + 1 shared experts of 256: equal active FLOPs, more parameters",
+        model={**FINE, "d_expert": 256},
+    ),
+    "embed-norm": muon("RMSNorm without weight behind the embedding", shape=normed_embedding),
+    "zero-blocks": muon("output projections begin at 0, the head does not", start=zero_init_blocks),
+    "momentum": muon(
+        "momentum rises from 0.85 in the first half", tuning=Tuning(momentum_from=0.85, momentum_steps=64)
+    ),
+    "embed-lr-3": muon("3 times the learning rate for the embedding", tuning=Tuning(embed_lr=3.0)),
+    "head-lr-third": muon("a third of the learning rate for the head", tuning=Tuning(head_lr=1 / 3)),
+    "no-decay": muon("no weight decay", optim={"weight_decay": 0.0}),
+    "adamw-linear": Variant(
+        about="AdamW, linear to 0", against="adamw", optim=dataclasses.replace(ADAMW, schedule="linear")
+    ),
 }
 
 SEARCH: dict[str, Variant] = {
     f"{name}-lr-{lr:g}": Variant(about=f"{name}, lr {lr:g}", optim=dataclasses.replace(base, lr=lr), share=0.75)
-    for name, base, rates in (("adamw", ADAMW, (1e-3, 2e-3, 4e-3, 8e-3)), ("muon", MUON, (1e-2, 2e-2, 4e-2)))
+    for name, base, rates in (("adamw", ADAMW, (1e-3, 2e-3, 4e-3, 8e-3)), ("muon", MUON, (5e-3, 1e-2, 2e-2)))
     for lr in rates
 }
