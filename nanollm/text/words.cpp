@@ -16,6 +16,7 @@ namespace {
 
 constexpr int64_t kShort = 15;  // bytes of a text that fits into a key
 constexpr int64_t kInSlot = 3;  // ids of a word that fit into its slot
+constexpr int kAhead = 32;      // words
 constexpr char kSpaceMark[] = "\xE2\x96\x81";
 constexpr int64_t kMarkBytes = 3;
 
@@ -53,6 +54,18 @@ uint64_t hash_of(Key key) {
     return hash * 0xD6E8FEB86659FD93u >> 16;
 }
 
+// A text as a table looks for it. Long ones have no key.
+struct Name {
+    explicit Name(Text text) : text(text) {
+        if (text.size <= kShort) hash = hash_of(key = key_of(text));
+    }
+    Name() = default;
+
+    Text text{};
+    Key key{};
+    uint64_t hash = 0;
+};
+
 // Up to three ids, or where more of them stand.
 struct Ids {
     int32_t count = 0;
@@ -65,37 +78,35 @@ template <class Value> class Table {
     Table() { clear(); }
 
     void clear() {
-        slots_.assign(size_t{1} << 12, Slot{});
+        slots_.assign(size_t{1} << 14, Slot{});
         long_.clear();
         count_ = 0;
     }
 
-    const Value* find(Text text) const {
-        if (text.size > kShort) {
-            const auto found = long_.find(std::string(text.at, text.size));
+    void fetch(const Name& name) const { __builtin_prefetch(&slots_[name.hash & (slots_.size() - 1)]); }
+
+    const Value* find(const Name& name) const {
+        if (name.text.size > kShort) {
+            const auto found = long_.find(std::string(name.text.at, name.text.size));
             return found == long_.end() ? nullptr : &found->second;
         }
-        const Key key = key_of(text);
-        for (size_t at = hash_of(key) & (slots_.size() - 1);; at = (at + 1) & (slots_.size() - 1)) {
-            if (slots_[at].key == key) return &slots_[at].value;
+        for (size_t at = name.hash & (slots_.size() - 1);; at = (at + 1) & (slots_.size() - 1)) {
+            if (slots_[at].key == name.key) return &slots_[at].value;
             if (slots_[at].key == Key{}) return nullptr;
         }
     }
 
-    void add(Text text, Value value) {  // not there yet
-        ++count_;
-        if (text.size > kShort) {
-            long_.emplace(std::string(text.at, text.size), value);
+    void add(const Name& name, const Value& value) {  // not there yet
+        if (name.text.size > kShort) {
+            long_.emplace(std::string(name.text.at, name.text.size), value);
             return;
         }
-        if (2 * count_ > slots_.size()) grow();
-        put(slots_, Slot{key_of(text), value});
+        if (2 * ++count_ > slots_.size()) grow();
+        put(slots_, Slot{name.key, value});
     }
 
-    size_t count() const { return count_; }
-
    private:
-    struct Slot {
+    struct alignas(32) Slot {  // half a cache line
         Key key{};
         Value value{};
     };
@@ -107,7 +118,7 @@ template <class Value> class Table {
     }
 
     void grow() {
-        std::vector<Slot> wider(4 * slots_.size());
+        std::vector<Slot> wider(2 * slots_.size());
         for (const Slot& slot : slots_)
             if (!(slot.key == Key{})) put(wider, slot);
         slots_.swap(wider);
@@ -116,6 +127,11 @@ template <class Value> class Table {
     std::vector<Slot> slots_;
     std::unordered_map<std::string, Value> long_;
     size_t count_ = 0;
+};
+
+struct Piece {
+    int32_t token = -1;  // there is none
+    float score = 0;
 };
 
 struct Part {  // of a word that is being spelled: at first a character
@@ -134,12 +150,20 @@ class Speller {
    public:
     Speller(const char* pieces, const int64_t* ends, const int32_t* tokens, const float* scores, int64_t count,
             const int32_t* bytes, const uint16_t* kinds, int64_t most_remembered)
-        : most_remembered_(most_remembered), scores_(scores, scores + count), tokens_(tokens, tokens + count), bytes_(bytes, bytes + 256),
-          kinds_(kinds, kinds + 0x110000) {
+        : most_remembered_(most_remembered),
+          bytes_(bytes, bytes + 256),
+          kinds_(kinds, kinds + 0x110000),
+          ascii_(size_t{1} << 14) {
         for (int64_t n = 0, start = 0; n < count; start = ends[n++]) {
-            const Text piece{pieces + start, ends[n] - start};
-            pieces_.add(piece, static_cast<int32_t>(n));
+            const Text text{pieces + start, ends[n] - start};
+            pieces_.add(Name(text), Piece{tokens[n], scores[n]});
         }
+        for (int first = 0; first < 128; ++first)
+            for (int second = 0; second < 128; ++second) {
+                char text[sizeof(Key)] = {static_cast<char>(first), static_cast<char>(second)};
+                const Piece* found = pieces_.find(Name(Text{text, second ? 2 : 1}));
+                if (found) ascii_[first << 7 | second] = *found;
+            }
     }
 
     int64_t spell(const char* text, const int64_t* ends, int64_t count, int32_t* out, int64_t* lengths) {
@@ -148,9 +172,16 @@ class Speller {
             const int32_t* const before = out;
             const char *at = text + start, *const end = text + ends[n];
             while (at < end) {
-                const char* const next = end_of_word(at, end);
-                out = append(Text{at, next - at}, out);
-                at = next;
+                // Several at a time: what memory knows of the last has come when the first is done.
+                Name words[kAhead];
+                int count = 0;
+                for (; count < kAhead && at < end; ++count) {
+                    const char* const next = end_of_word(at, end);
+                    words[count] = Name(Text{at, next - at});
+                    words_.fetch(words[count]);
+                    at = next;
+                }
+                for (int word = 0; word < count; ++word) out = append(words[word], out);
             }
             lengths[n] = out - before;
         }
@@ -191,7 +222,7 @@ class Speller {
         return at;
     }
 
-    int32_t* append(Text word, int32_t* out) {
+    int32_t* append(const Name& word, int32_t* out) {
         if (const Ids* known = words_.find(word)) {
             if (known->count <= kInSlot) {
                 std::memcpy(out, known->ids, sizeof known->ids);  // all three: what follows is written later
@@ -205,7 +236,7 @@ class Speller {
             ids_.clear();
             remembered_ = 0;
         }
-        int32_t* const after = join(word, out);
+        int32_t* const after = join(word.text, out);
         Ids spelled{static_cast<int32_t>(after - out)};
         if (spelled.count <= kInSlot) {
             std::copy(out, after, spelled.ids);
@@ -214,26 +245,21 @@ class Speller {
             ids_.insert(ids_.end(), out, after);
         }
         words_.add(word, spelled);
-        remembered_ += sizeof(Key) + sizeof(Ids) + (word.size + spelled.count * sizeof(int32_t));
+        remembered_ += sizeof(Key) + sizeof(Ids) + (word.text.size + spelled.count * sizeof(int32_t));
         return after;
     }
 
     int32_t* join(Text word, int32_t* out) {
         if (word.size == kMarkBytes && !std::memcmp(word.at, kSpaceMark, kMarkBytes)) return spell_bytes(word, out);
-        marked_.clear();
-        for (int64_t n = 0; n < word.size; ++n)
-            word.at[n] == ' ' ? marked_.append(kSpaceMark) : marked_.append(1, word.at[n]);
-        const int32_t size = static_cast<int32_t>(marked_.size());
-        marked_.append(sizeof(Key), '\0');
         parts_.clear();
-        for (int32_t start = 0; start < size;) {
-            const int32_t bytes = static_cast<int32_t>(bytes_of_char(&marked_[start]));
+        for (int32_t start = 0; start < word.size;) {
+            const int32_t bytes = static_cast<int32_t>(bytes_of_char(word.at + start));
             const int32_t n = static_cast<int32_t>(parts_.size());
-            parts_.push_back(Part{start, bytes, n - 1, n + 1, piece_at(start, bytes)});
+            parts_.push_back(Part{start, bytes, n - 1, n + 1, piece_at(word.at + start, bytes).token});
             start += bytes;
         }
         parts_.back().after = -1;
-        for (int32_t n = 1; n < static_cast<int32_t>(parts_.size()); ++n) propose(n - 1, n);
+        for (int32_t n = 1; n < static_cast<int32_t>(parts_.size()); ++n) propose(word, n - 1, n);
         while (!pairs_.empty()) {
             const Pair pair = pairs_.top();
             pairs_.pop();
@@ -244,29 +270,33 @@ class Speller {
             left.after = right.after;
             right.size = 0;
             if (left.after >= 0) parts_[left.after].before = pair.left;
-            propose(left.before, pair.left);
-            propose(pair.left, left.after);
+            propose(word, left.before, pair.left);
+            propose(word, pair.left, left.after);
         }
         for (int32_t n = 0; n >= 0; n = parts_[n].after) {
             const Part& part = parts_[n];
             if (part.token >= 0)
-                *out++ = tokens_[part.token];
+                *out++ = part.token;
             else
-                out = spell_bytes(Text{&marked_[part.start], part.size}, out);
+                out = spell_bytes(Text{word.at + part.start, part.size}, out);
         }
         return out;
     }
 
-    int32_t piece_at(int32_t start, int32_t size) const {  // -1: there is none
-        const int32_t* found = pieces_.find(Text{&marked_[start], size});
-        return found ? *found : -1;
-    }
-
-    void propose(int32_t left, int32_t right) {
+    void propose(Text word, int32_t left, int32_t right) {
         if (left < 0 || right < 0) return;
         const int32_t size = parts_[left].size + parts_[right].size;
-        const int32_t piece = piece_at(parts_[left].start, size);
-        if (piece >= 0) pairs_.push(Pair{scores_[piece], left, right, size, piece});
+        const Piece piece = piece_at(word.at + parts_[left].start, size);
+        if (piece.token >= 0) pairs_.push(Pair{piece.score, left, right, size, piece.token});
+    }
+
+    Piece piece_at(const char* at, int32_t size) const {
+        if (size <= 2) {
+            const uint8_t first = static_cast<uint8_t>(at[0]), second = size == 2 ? static_cast<uint8_t>(at[1]) : 0;
+            if ((first | second) < 128 && (size == 1 || second)) return ascii_[first << 7 | second];
+        }
+        const Piece* found = pieces_.find(Name(Text{at, size}));
+        return found ? *found : Piece{};
     }
 
     int32_t* spell_bytes(Text text, int32_t* out) const {
@@ -276,13 +306,13 @@ class Speller {
 
     const int64_t most_remembered_;  // bytes
     int64_t remembered_ = 0;
-    Table<int32_t> pieces_;
-    Table<Ids> words_;
-    std::vector<float> scores_;
-    std::vector<int32_t> tokens_, bytes_, ids_;
+    std::vector<int32_t> bytes_;
     std::vector<uint16_t> kinds_;  // of each character; 0: none is ever joined to it
-    std::string marked_;           // the word at work, as pieces write it
-    std::vector<Part> parts_;
+    Table<Piece> pieces_;
+    std::vector<Piece> ascii_;  // those of two characters, [first][second], and of one, [first][0]
+    Table<Ids> words_;
+    std::vector<int32_t> ids_;
+    std::vector<Part> parts_;  // of the word at work
     std::priority_queue<Pair> pairs_;
 };
 
@@ -290,7 +320,7 @@ class Speller {
 
 extern "C" {
 
-// Pieces one after the other, 16 bytes of anything behind them, where each ends, and their ids and scores; the ids of the
+// Pieces with their spaces one after the other, 16 bytes of anything behind them, where each ends, and their ids and scores; the ids of the
 // 256 bytes; the kind of each character of Unicode; and the bytes of words after which all words are forgotten.
 void* open_words(const char* pieces, const int64_t* ends, const int32_t* tokens, const float* scores, int64_t count,
                  const int32_t* bytes, const uint16_t* kinds, int64_t most_remembered) {

@@ -108,8 +108,10 @@ class NativeWords:
         assert recipe.kinds is not None
         kind_of = np.zeros(sys.maxunicode + 1, dtype=np.uint16)
         kind_of[[*map(ord, recipe.kinds)]] = [*recipe.kinds.values()]
-        pieces = [piece.encode() for piece in recipe.learned.values()]
-        tokens = np.array([*recipe.learned], dtype=np.int32)
+        # A piece with a space as a space would be of no use: every space of a text is marked.
+        learned = {token: piece for token, piece in recipe.learned.items() if " " not in piece}
+        pieces = [piece.replace(SPACE, " ").encode() for piece in learned.values()]
+        tokens = np.array([*learned], dtype=np.int32)
         scores = np.array(recipe.scores, dtype=np.float32)[tokens]
         token_of = {piece: token for token, piece in enumerate(recipe.pieces)}
         byte_tokens = np.array([token_of[f"<0x{byte:02X}>"] for byte in range(256)], dtype=np.int32)
