@@ -4,6 +4,8 @@ Sources: DeepSeek-V3 report, arXiv:2412.19437, section 2.1.2; balancing by bias,
 Letters: B rows, T tokens, N = B*T tokens flattened, D model width, F expert width, E experts, K experts per token.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -43,6 +45,31 @@ def balance_loss(scores: Tensor, experts: Tensor, is_text: Tensor | None = None)
     return ((chosen * counted).sum(1) / tokens * n_experts / k * (shares * counted).sum(1) / tokens).sum(-1)
 
 
+def dispatch(x: Tensor, order: Tensor, inverse: Tensor, k: int) -> Tensor:
+    """Choice c gets the vector of its token: x (N, D) and choices (N*K,) in some order to x[order // K], (N*K, D).
+
+    `inverse` is the inverse of that order: with it the gradient is gathered too, instead of added up one by one.
+    """
+    vectors: Tensor = Dispatch.apply(x, order, inverse, k)  # type: ignore[no-untyped-call]
+    return vectors
+
+
+class Dispatch(torch.autograd.Function):
+    """The two passes of `dispatch`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor, k: int) -> Tensor:
+        ctx.save_for_backward(inverse)
+        ctx.k = k
+        return x.index_select(0, order // k)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        (inverse,) = ctx.saved_tensors
+        by_choice = grad.index_select(0, inverse)
+        return (by_choice if ctx.k == 1 else by_choice.unflatten(0, (-1, ctx.k)).sum(1)), None, None, None
+
+
 class Experts(nn.Module):
     """E SwiGLU networks whose weights lie in three tensors; each computes only the tokens it was given."""
 
@@ -52,18 +79,33 @@ class Experts(nn.Module):
         self.up_proj = nn.Parameter(torch.empty(n_experts, d_expert, d_model))
         self.down_proj = nn.Parameter(torch.empty(n_experts, d_model, d_expert))
 
-    def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """x (N, D); experts and weights (N, K). Returns the weighted answers (N, D) and tokens per expert (E,)."""
-        counts = torch.bincount(experts.flatten(), minlength=len(self.gate_proj))  # (E,)
+    def forward(self, x: Tensor, experts: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
+        """x (N, D); experts and weights (N, K); counts (E,), the choices of each. Returns weighted answers (N, D)."""
+        k = experts.shape[-1]
         order = experts.flatten().argsort(stable=True)  # (N*K,) choices, expert by expert
-        token = order // experts.shape[-1]
-        groups = x.index_select(0, token).split(counts.tolist())
+        inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+        gathered = dispatch(x, order, inverse, k)  # (N*K, D)
+        # On GPUs the sizes of the groups stay on the device: asking for them would make every layer wait.
+        answers = self.grouped(gathered, counts) if x.device.type == "cuda" else self.one_by_one(gathered, counts)
+        by_choice = dispatch(answers, inverse, order, 1).unflatten(0, (-1, k))  # (N, K, D)
+        return (by_choice * weights[..., None].to(x.dtype)).sum(1)
+
+    def grouped(self, gathered: Tensor, counts: Tensor) -> Tensor:
+        """Answers (N*K, D) to vectors that stand expert by expert, in one product of groups per matrix."""
+        ends = counts.cumsum(0, dtype=torch.int32)
+        gate, up = (
+            F.grouped_mm(gathered, weight.transpose(-2, -1), offs=ends) for weight in (self.gate_proj, self.up_proj)
+        )
+        return F.grouped_mm(F.silu(gate) * up, self.down_proj.transpose(-2, -1), offs=ends)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def one_by_one(self, gathered: Tensor, counts: Tensor) -> Tensor:
+        """The same, expert after expert."""
         answers = [
             swiglu(rounded_up(group), self.gate_proj[e], self.up_proj[e], self.down_proj[e])[: len(group)]
-            for e, group in enumerate(groups)
+            for e, group in enumerate(gathered.split(counts.tolist()))
         ]
-        weighted = torch.cat(answers) * weights.flatten()[order, None].to(x.dtype)
-        return torch.zeros_like(x).index_add(0, token, weighted), counts
+        return torch.cat(answers)
 
 
 def rounded_up(group: Tensor) -> Tensor:
@@ -101,10 +143,10 @@ class MoE(nn.Module):
         c = self.config
         flat = x.flatten(0, 1)  # (N, D)
         experts, weights, scores = route(flat, self.centroids, self.balance_bias, c.experts_per_token, c.norm_topk_prob)
-        routed, counts = self.experts(flat, experts, weights * c.routed_scaling_factor)
+        chosen = experts[..., None] == torch.arange(c.n_routed_experts, device=x.device)  # (N, K, E)
+        routed = self.experts(flat, experts, weights * c.routed_scaling_factor, chosen.sum((0, 1)))
         if self.training and torch.is_grad_enabled():
-            empty = 0 if is_text is None else experts[~is_text.flatten()].flatten().bincount(minlength=len(counts))
-            self.load += counts - empty
+            self.load += (chosen if is_text is None else chosen & is_text.flatten()[:, None, None]).sum((0, 1))
         if self.wants_balance_losses:
             rows = x.shape[:2]
             self.balance_losses = balance_loss(scores.view(*rows, -1), experts.view(*rows, -1), is_text)

@@ -31,7 +31,8 @@ class Block(nn.Module):
         self.ffn = MoE(config) if config.is_moe(index) else SwiGLU(config.d_model, config.d_ff)
 
     def forward(self, x: Tensor, places: Places, cache: LatentCache | None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), places, cache, self.index)
+        index = 0 if cache is None else self.index  # compiled once, a block serves for all that are built like it
+        x = x + self.attention(self.attention_norm(x), places, cache, index)
         normed = self.ffn_norm(x)
         return x + (self.ffn(normed, places.is_text) if isinstance(self.ffn, MoE) else self.ffn(normed))
 

@@ -7,9 +7,13 @@ import torch
 
 from nanollm.model import moe
 from nanollm.model.layers import swiglu
-from nanollm.model.moe import Experts, MoE, balance_loss, route
+from nanollm.model.moe import Experts, MoE, balance_loss, dispatch, route
 from nanollm.model.transformer import Transformer
 from tests.model.conftest import TINY, randomised
+
+
+def counts_of(chosen: torch.Tensor, n_experts: int) -> torch.Tensor:
+    return chosen.flatten().bincount(minlength=n_experts)
 
 
 @pytest.mark.parametrize("tokens", [1, 23, 300])
@@ -27,9 +31,32 @@ def test_grouped_experts_equal_a_loop_over_tokens(rng, k, tokens):
         for expert, weight in zip(chosen[token], weights[token], strict=True):
             one = swiglu(x[token], experts.gate_proj[expert], experts.up_proj[expert], experts.down_proj[expert])
             expected[token] += weight * one
-    answers, counts = experts(x, chosen, weights)
+    answers = experts(x, chosen, weights, counts_of(chosen, 5))
     torch.testing.assert_close(answers, expected, atol=1e-4, rtol=1e-4)
-    assert counts.tolist() == [(chosen == expert).sum() for expert in range(5)]
+
+
+@pytest.mark.parametrize("counts", [[20, 0, 30], [0, 0, 50], [17, 16, 17]], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_product_of_groups_equals_expert_after_expert(rng, counts, dtype):
+    experts = Experts(3, 32, 48)
+    for parameter in experts.parameters():
+        parameter.data = (0.2 * torch.randn(parameter.shape, generator=rng)).to(dtype)
+    x = torch.randn(50, 32, generator=rng).to(dtype)
+    outcomes = []
+    for compute in (experts.grouped, experts.one_by_one):
+        leaf = x.clone().requires_grad_()
+        answers = compute(leaf, torch.tensor(counts))
+        outcomes.append([answers, *torch.autograd.grad(answers.float().square().sum(), [leaf, *experts.parameters()])])
+    for grouped, one_by_one in zip(*outcomes, strict=True):
+        torch.testing.assert_close(grouped, one_by_one, atol=1e-5, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_the_way_to_the_experts_and_back_has_the_gradients_of_indexing(rng, k):
+    x = torch.randn(9, 4, generator=rng, dtype=torch.float64, requires_grad=True)
+    order = torch.randperm(9 * k, generator=rng)
+    torch.autograd.gradcheck(lambda x: dispatch(x, order, order.argsort(), k), x)
+    assert torch.equal(dispatch(x, order, order.argsort(), k), x[order // k])
 
 
 @pytest.mark.parametrize("favourite", range(5))
@@ -48,7 +75,7 @@ def test_however_the_tokens_fall_few_shapes_are_computed(rng, monkeypatch):
     monkeypatch.setattr(moe, "swiglu", lambda x, *_: shapes.add(len(x)) or x)
     for first in range(300, 700):
         chosen = torch.cat((torch.zeros(first), torch.ones(1000 - first))).long()[:, None]
-        experts(torch.randn(1000, 12, generator=rng), chosen, torch.ones(1000, 1))
+        experts(torch.randn(1000, 12, generator=rng), chosen, torch.ones(1000, 1), counts_of(chosen, 2))
     assert len(shapes) <= 8
 
 
@@ -56,7 +83,8 @@ def test_only_chosen_experts_compute(rng):
     experts = Experts(3, 12, 20)
     for parameter in experts.parameters():
         parameter.data.fill_(0.1)[2] = torch.nan
-    answers, _ = experts(torch.ones(4, 12), torch.tensor([[0], [1], [0], [1]]), torch.ones(4, 1))
+    chosen = torch.tensor([[0], [1], [0], [1]])
+    answers = experts(torch.ones(4, 12), chosen, torch.ones(4, 1), counts_of(chosen, 3))
     assert torch.isfinite(answers).all()
 
 
