@@ -1,63 +1,214 @@
 """How wrong is the model about the next token?
 
 A loss is a pair (sum, count): it is divided once, by the count over all micro-batches and ranks.
-Letters: B rows, T tokens, D model width, V vocabulary, N = B*T.
+The logits of all tokens never exist. Those of a chunk of rows are made and become the gradients of hidden and head at
+once, so the head is multiplied three times; four times where the backward pass has to make the logits again.
+Letters: B rows, T tokens, D model width, V vocabulary, N = B*T, M tokens of replies, R rows of a chunk.
 """
+
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from nanollm.data.batches import IGNORE, Batch
 from nanollm.model.transformer import Transformer
 
 MAX_LOGITS = 2**26
-"""Float32 logits held at once, as a number of elements (256 MiB)."""
+"""Logits held at once, as a number of elements of the compute type (128 MiB in bfloat16)."""
+IN_CACHE = 2**19
+"""Float32 logits held at once on a CPU, as a number of elements, so that they stay in its cache."""
+ROWS = 64
+"""On a CPU rows are padded to a multiple of this, so that few shapes occur: oneDNN makes a kernel for each."""
 
 
 def cross_entropy_sum(head: nn.Linear, hidden: Tensor, targets: Tensor) -> Tensor:
-    """Sum of the negative log-probabilities of the targets, in nats; float32, shape ().
+    """Sum of the negative log-probabilities of the targets, in nats; float32 (float64 of float64), shape ().
 
-    hidden (B, T, D); targets (B, T), IGNORE where nothing is learned. The logits (N, V) are never held at once when
-    they are many: each chunk's are made, used, dropped, and made again for the backward pass.
+    hidden (B, T, D); targets (B, T), IGNORE where nothing is learned.
     """
-    flat_hidden, flat_targets = hidden.flatten(0, 1), targets.flatten()
-    vocab_size = head.out_features
-    rows = max(1, MAX_LOGITS // vocab_size)
-    if len(flat_hidden) <= rows:
-        return _chunk_loss(head, flat_hidden, flat_targets)
-    chunks = zip(flat_hidden.split(rows), flat_targets.split(rows), strict=True)
-    sums = [checkpoint(_chunk_loss, head, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
-    return torch.stack(sums).sum()
-
-
-def _chunk_loss(head: nn.Linear, hidden: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(head(hidden).float(), targets, ignore_index=IGNORE, reduction="sum")
+    rows, wanted = hidden.flatten(0, 1), targets.flatten()
+    if hidden.device.type == "cpu":  # elsewhere the host would have to wait for the number of trained tokens
+        trained = (wanted != IGNORE).nonzero()[:, 0]
+        if len(trained) < len(wanted):
+            rows, wanted = _padded(rows.index_select(0, trained), wanted.index_select(0, trained))
+    total: Tensor = _CrossEntropy.apply(*_differentiated(rows, head.weight), wanted)  # type: ignore[no-untyped-call]
+    return total
 
 
 def token_logprobs(head: nn.Linear, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Log-probability of each target, and the entropy of the distribution that it was drawn from (without gradient).
 
-    hidden (M, D); targets (M,); both results (M,) float32. Logits are divided by the temperature, and made in chunks.
+    hidden (M, D); targets (M,); both results (M,) float32 (float64 of float64). Logits are divided by the temperature.
     """
-    rows = max(1, MAX_LOGITS // head.out_features)
-    if len(hidden) <= rows:
-        return _chunk_logprobs(head, hidden, targets, temperature)
-    parts = [
-        checkpoint(_chunk_logprobs, head, *chunk, temperature, use_reentrant=False, preserve_rng_state=False)
-        for chunk in zip(hidden.split(rows), targets.split(rows), strict=True)
-    ]
-    logprobs, entropies = zip(*parts, strict=True)
-    return torch.cat(logprobs), torch.cat(entropies)
+    count = len(targets)
+    if hidden.device.type == "cpu":
+        hidden, targets = _padded(hidden, targets)
+    targets = targets.clamp(min=0)  # padded rows want any token
+    both = _differentiated(hidden, head.weight)
+    logprobs, entropies = _TokenLogprobs.apply(*both, targets, temperature)  # type: ignore[no-untyped-call]
+    return logprobs[:count, 0], entropies[:count, 0]
 
 
-def _chunk_logprobs(head: nn.Linear, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    logits = head(hidden)
-    logprobs = (logits if logits.dtype == torch.float64 else logits.float()).div(temperature).log_softmax(-1)  # (M, V)
-    with torch.no_grad():
-        entropy = -(logprobs.exp() * logprobs).sum(-1)
-    return logprobs.gather(-1, targets[:, None])[:, 0], entropy
+def _differentiated(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The same, but a Function is told of a gradient only where one is recorded."""
+    return tensors if torch.is_grad_enabled() else tuple(tensor.detach() for tensor in tensors)
+
+
+def _padded(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    missing = -len(targets) % ROWS
+    return F.pad(hidden, (0, 0, 0, missing)), F.pad(targets, (0, missing), value=IGNORE)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """The loss and, in the same pass over the chunks, its gradients: the backward pass only scales them."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        """hidden (N, D), weight (V, D), targets (N,) to ()."""
+        total = torch.zeros((), dtype=_wide(hidden), device=hidden.device)
+        gradients = _Gradients(hidden, weight, ctx.needs_input_grad)
+        for rows, logits in _chunks(hidden, weight):
+            trained, wanted = (targets[rows] != IGNORE)[:, None], targets[rows].clamp(min=0)[:, None]  # (R, 1)
+            for part in _parts(logits):
+                powers = logits[part].to(total.dtype)
+                logprobs, sums = _exponentiate(powers, wanted[part])
+                total -= logprobs.masked_fill_(~trained[part], 0.0).sum()
+                if gradients.are_wanted:
+                    _errors(powers, sums, wanted[part], out=logits[part])
+            gradients.add(rows, logits, trained)
+        ctx.save_for_backward(*gradients.finished())
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        of_hidden, of_weight = (each if each is None else (each * scale).to(each.dtype) for each in ctx.saved_tensors)
+        return of_hidden, of_weight, None
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    """Every token's gradient comes from outside, so those of hidden and head are made in the backward pass.
+
+    The errors are kept until then where one chunk holds them all, and made again where it does not.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """hidden (M, D), weight (V, D), targets (M,) to log-probabilities and entropies (M,)."""
+        logprobs = torch.empty(len(targets), 1, dtype=_wide(hidden), device=hidden.device)
+        entropies = torch.empty_like(logprobs)
+        errors = None
+        for rows, logits in _chunks(hidden, weight):
+            wanted = targets[rows, None]
+            keeps = any(ctx.needs_input_grad) and len(logits) == len(targets)
+            for part in _parts(logits):
+                powers = logits[part].to(logprobs.dtype).div_(temperature)
+                logprobs[rows][part], sums = _exponentiate(powers, wanted[part], entropies[rows][part])
+                if keeps:
+                    _errors(powers, sums, wanted[part], out=logits[part])
+            if keeps:
+                errors = logits
+        ctx.save_for_backward(hidden, weight, targets, errors)
+        ctx.temperature = temperature
+        ctx.mark_non_differentiable(entropies)
+        return logprobs, entropies
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, incoming: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        hidden, weight, targets, errors = ctx.saved_tensors
+        gradients = _Gradients(hidden, weight, ctx.needs_input_grad)
+        scale = incoming / -ctx.temperature  # (M, 1): the errors are those of the negative log-probability
+        if errors is not None:
+            gradients.add(slice(0, len(targets)), errors, scale)
+            return *gradients.finished(), None, None
+        for rows, logits in _chunks(hidden, weight):
+            for part in _parts(logits):
+                wanted = targets[rows][part, None]
+                powers = logits[part].to(incoming.dtype).div_(ctx.temperature)
+                _, sums = _exponentiate(powers, wanted)
+                _errors(powers, sums, wanted, out=logits[part])
+            gradients.add(rows, logits, scale[rows])
+        return *gradients.finished(), None, None
+
+
+class _Gradients:
+    """Of hidden (N, D) and of the head (V, D), chunk by chunk; None where nobody asks."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, wanted: Sequence[bool]) -> None:
+        self.hidden, self.weight = hidden, weight
+        self.of_hidden = hidden.new_empty(hidden.shape) if wanted[0] else None
+        # One chunk is written, several are added up in float32: rounded sums would drift with their number.
+        self.of_weight = torch.zeros_like(weight) if wanted[1] else None
+        self.sum = None
+        if wanted[1] and len(hidden) > _chunk_rows(weight):
+            self.sum = torch.zeros_like(weight, dtype=_wide(hidden))
+
+    @property
+    def are_wanted(self) -> bool:
+        return self.of_hidden is not None or self.of_weight is not None
+
+    def add(self, rows: slice, errors: Tensor, scale: Tensor) -> None:
+        """errors (R, V) are those of these rows of hidden; each counts scale (R, 1) times."""
+        if self.of_hidden is not None:
+            torch.mm(errors, self.weight, out=self.of_hidden[rows]).mul_(scale)
+        if self.of_weight is not None:
+            torch.mm(errors.T, (self.hidden[rows] * scale).to(errors.dtype), out=self.of_weight)
+            if self.sum is not None:
+                self.sum += self.of_weight
+
+    def finished(self) -> tuple[Tensor | None, Tensor | None]:
+        if self.sum is not None and self.of_weight is not None:
+            self.of_weight.copy_(self.sum)
+            self.sum = None
+        return self.of_hidden, self.of_weight
+
+
+def _exponentiate(logits: Tensor, targets: Tensor, entropies: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Turn logits (r, V) into the exponentials of their distances to the greatest, in place.
+
+    Returns the log-probabilities of the targets and the sums of the exponentials, (r, 1) each as the targets.
+    """
+    logits.sub_(logits.amax(-1, keepdim=True))
+    of_targets = logits.gather(-1, targets)
+    powers = logits.exp_() if entropies is None else logits.exp()
+    sums = powers.sum(-1, keepdim=True)
+    if entropies is not None:
+        entropies.copy_(sums.log() - (powers[:, None] @ logits[:, :, None])[:, 0] / sums)
+        logits.copy_(powers)
+    return of_targets - sums.log(), sums
+
+
+def _errors(powers: Tensor, sums: Tensor, targets: Tensor, out: Tensor) -> None:
+    """Gradient of the negative log-probability of the targets with respect to the logits (r, V); spoils the powers."""
+    torch.div(powers.scatter_add_(-1, targets, -sums), sums, out=out)
+
+
+def _chunks(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """The logits (R, V) of some rows after the other; each chunk overwrites the one before."""
+    rows = min(len(hidden), _chunk_rows(weight))
+    logits = hidden.new_empty(rows, len(weight))
+    for begin in range(0, len(hidden), rows or 1):
+        chunk = hidden[begin : begin + rows]
+        yield slice(begin, begin + rows), torch.mm(chunk, weight.T, out=logits[: len(chunk)])
+
+
+def _chunk_rows(weight: Tensor) -> int:
+    return max(ROWS, MAX_LOGITS // len(weight) // ROWS * ROWS)
+
+
+def _parts(logits: Tensor) -> list[slice]:
+    """Rows that are turned from logits into errors at once."""
+    rows = max(1, IN_CACHE // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
+    return [slice(begin, begin + rows) for begin in range(0, len(logits), rows)]
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def next_token_loss(model: Transformer, batch: Batch, balance_weight: float = 0.0) -> tuple[Tensor, Tensor]:

@@ -1,9 +1,12 @@
 """What changes while a model is trained?
 
 The model computes in its compute type; the float32 masters are what the optimizers move and what is saved. In float32
-the masters are the model's own parameters.
+the masters are the model's own parameters. In other types each gradient goes to its master as soon as the backward
+pass has made it, so the model's gradients are never there all at once.
 """
 
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -38,7 +41,11 @@ class TrainState:
             for parameter in parameters.values():
                 parameter.data = parameter.data.to(dtype)
         scale = 2.0**16 if dtype == torch.float16 else 1.0
-        return cls(model.train(), masters, build_optimizers(masters, optim, dtype), loss_scale=scale)
+        state = cls(model.train(), masters, build_optimizers(masters, optim, dtype), loss_scale=scale)
+        for name, parameter in parameters.items():
+            if masters[name] is not parameter:
+                parameter.register_post_accumulate_grad_hook(_moving(masters[name], weakref.ref(state)))
+        return state
 
     @property
     def scales_loss(self) -> bool:
@@ -71,3 +78,23 @@ class TrainState:
     def weights(self) -> dict[str, Tensor]:
         """The float32 masters and the persistent buffers, by the model's names: what a bundle holds."""
         return {name: self.masters.get(name, value) for name, value in self.model.state_dict().items()}
+
+
+def _moving(master: Tensor, owner: "weakref.ref[TrainState]") -> Callable[[Tensor], None]:
+    """A hook that adds a parameter's gradient, unscaled, to that of its master in float32, and drops it.
+
+    It refers weakly to the state, which would else be freed late; a model that outlives its state keeps its gradients.
+    """
+
+    @torch.no_grad()
+    def move(parameter: Tensor) -> None:
+        state, grad = owner(), parameter.grad
+        if state is None or grad is None:
+            return
+        if master.grad is None:
+            master.grad = grad.float() if state.loss_scale == 1 else grad.float().div_(state.loss_scale)
+        else:
+            master.grad.add_(grad, alpha=1 / state.loss_scale)
+        parameter.grad = None
+
+    return move
