@@ -5,6 +5,7 @@
 // byte pair encoding as SentencePiece has it.
 
 #include <algorithm>
+#include <bitset>
 #include <cstdint>
 #include <cstring>
 #include <queue>
@@ -17,6 +18,7 @@ namespace {
 constexpr int64_t kShort = 15;  // bytes of a text that fits into a key
 constexpr int64_t kInSlot = 3;  // ids of a word that fit into its slot
 constexpr int kAhead = 32;      // words
+constexpr size_t kMaybe = size_t{1} << 20;
 constexpr char kSpaceMark[] = "\xE2\x96\x81";
 constexpr int64_t kMarkBytes = 3;
 
@@ -156,7 +158,9 @@ class Speller {
           ascii_(size_t{1} << 14) {
         for (int64_t n = 0, start = 0; n < count; start = ends[n++]) {
             const Text text{pieces + start, ends[n] - start};
-            pieces_.add(Name(text), Piece{tokens[n], scores[n]});
+            const Name name(text);
+            pieces_.add(name, Piece{tokens[n], scores[n]});
+            maybe_a_piece_[name.hash % kMaybe] = true;
         }
         for (int first = 0; first < 128; ++first)
             for (int second = 0; second < 128; ++second) {
@@ -173,15 +177,14 @@ class Speller {
             const char *at = text + start, *const end = text + ends[n];
             while (at < end) {
                 // Several at a time: what memory knows of the last has come when the first is done.
-                Name words[kAhead];
                 int count = 0;
                 for (; count < kAhead && at < end; ++count) {
                     const char* const next = end_of_word(at, end);
-                    words[count] = Name(Text{at, next - at});
-                    words_.fetch(words[count]);
+                    ahead_[count] = Name(Text{at, next - at});
+                    words_.fetch(ahead_[count]);
                     at = next;
                 }
-                for (int word = 0; word < count; ++word) out = append(words[word], out);
+                for (int word = 0; word < count; ++word) out = append(ahead_[word], out);
             }
             lengths[n] = out - before;
         }
@@ -295,7 +298,9 @@ class Speller {
             const uint8_t first = static_cast<uint8_t>(at[0]), second = size == 2 ? static_cast<uint8_t>(at[1]) : 0;
             if ((first | second) < 128 && (size == 1 || second)) return ascii_[first << 7 | second];
         }
-        const Piece* found = pieces_.find(Name(Text{at, size}));
+        const Name name(Text{at, size});
+        if (!maybe_a_piece_[name.hash % kMaybe]) return Piece{};
+        const Piece* found = pieces_.find(name);
         return found ? *found : Piece{};
     }
 
@@ -306,9 +311,11 @@ class Speller {
 
     const int64_t most_remembered_;  // bytes
     int64_t remembered_ = 0;
+    Name ahead_[kAhead];  // words to be looked up
     std::vector<int32_t> bytes_;
     std::vector<uint16_t> kinds_;  // of each character; 0: none is ever joined to it
     Table<Piece> pieces_;
+    std::bitset<kMaybe> maybe_a_piece_;  // most of what is asked for is not, and this is small enough to be near
     std::vector<Piece> ascii_;  // those of two characters, [first][second], and of one, [first][0]
     Table<Ids> words_;
     std::vector<int32_t> ids_;

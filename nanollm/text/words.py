@@ -32,6 +32,8 @@ OPTIONS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared")
 SPACE = "\u2581"  # as pieces write it
 BORDER = "\ud800"  # in no piece, because it is not valid Unicode
 BPE = 2  # of the types of models
+UNPACK_FLOAT = struct.Struct("<f").unpack
+PLAIN_PIECE = re.compile(rb"\x0a([\x00-\x7f])(.*)\x15(....)(\x18[\x00-\x7f])?", re.DOTALL)  # text, score, type
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # of the types of pieces
 MOST_REMEMBERED = 100_000_000  # bytes, of half a million words (Python) or two millions; then all are forgotten
 WORD_BYTES = 200  # what Python needs for a word besides its characters
@@ -194,10 +196,14 @@ class Recipe:
         pieces, scores, types = [], [], []
         model_type, text = 1, dict[int, Any]()
         for field, value in _fields(serialized):
-            if field == 1:
+            if field == 1 and (plain := PLAIN_PIECE.fullmatch(value)) and len(plain[2]) == plain[1][0]:
+                pieces.append(plain[2].decode())  # as nearly all are written: read at once
+                scores.append(UNPACK_FLOAT(plain[3])[0])
+                types.append(plain[4][1] if plain[4] else NORMAL)
+            elif field == 1:
                 piece = dict(_fields(value))
                 pieces.append(piece[1].decode())
-                scores.append(struct.unpack("<f", piece.get(2, bytes(4)))[0])
+                scores.append(UNPACK_FLOAT(piece.get(2, bytes(4)))[0])
                 types.append(piece.get(3, NORMAL))
             elif field == 2:
                 model_type = dict(_fields(value)).get(3, 1)
