@@ -13,6 +13,15 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+STEP = 64
+"""Widths to choose from are multiples of this, so that few shapes occur: on CPUs a kernel is made and kept for each."""
+WIDEST = 8
+"""Rows wider than this many of the longest sequence are hardly fuller."""
+NEARLY = 1.02
+"""How many times the least cost is as good as the least."""
+MASK_DOUBLES = 384
+"""Width at which attention with a mask costs as much as everything else (docs/log.md: 40 % of all at 256)."""
+
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Rows of indices into `lengths`, each index once and no row over `capacity`; the same lengths, the same rows.
@@ -34,6 +43,24 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
         rows[row].append(index)
         insort(rooms, (room - length, row))
     return rows
+
+
+def best_width(lengths: Sequence[int], limit: int, *, is_masked: bool) -> int:
+    """How wide rows should be so that computing them costs least: of widths that are nearly as good, the narrowest.
+
+    No wider than `limit`, which must hold the longest. Every place costs the same, with a mask (T, T) the more the
+    wider the row is.
+    """
+    longest = max(lengths)
+    least = -(-longest // STEP) * STEP
+    widths = [*range(least, min(limit, WIDEST * least) + 1, STEP)] or [limit]
+    costs = {width: width * len(pack(lengths, width)) * (1 + is_masked * width / MASK_DOUBLES) for width in widths}
+    return min(width for width, cost in costs.items() if cost <= NEARLY * min(costs.values()))
+
+
+def even_rows(rows: int, most: int) -> int:
+    """Rows of a portion, at most `most`, so that `rows` of them make the fewest portions and all are nearly full."""
+    return -(-rows // -(-rows // most))
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from nanollm.data.order import epoch_seed, sample_indices
-from nanollm.data.packing import Layout
+from nanollm.data.packing import Layout, best_width, even_rows, pack
+from nanollm.model import fused
 from nanollm.model.transformer import Transformer
 from nanollm.progress import say
 from nanollm.rl.advantage import advantages
@@ -80,7 +81,7 @@ class Learner:
     rate: Callable[[int], float]
     """Learning rate of each step."""
     micro_batch_size: int
-    """Rows per forward pass."""
+    """Rows per forward pass if they were as wide as the context; of narrower ones as many more."""
     folder: Path
     """Where rollouts are saved."""
     seed: int
@@ -101,8 +102,10 @@ class Learner:
         save_rollouts(self.folder / f"step-{step + 1:08d}.jsonl", graded, compared)
         faults, self.rewards.faults = self.rewards.faults, Counter()
         self.watch(step, graded, faults)
-        width = self.state.model.config.context_length
-        batches = portions(graded, compared, self.objective, self.rollout.max_tokens, width, self.micro_batch_size)
+        places = self.micro_batch_size * self.state.model.config.context_length
+        batches = portions(
+            graded, compared, self.objective, self.rollout.max_tokens, places, is_masked=not self.is_fused
+        )
         seen: list[Seen] = []
         stats = self.update(step, batches, seen) if batches else None
         numbers = reply_numbers(graded) | counts | {"faults": faults.total()} | trust_numbers(seen)
@@ -114,6 +117,12 @@ class Learner:
             tokens=sum(len(rollout.reply_ids) for each in graded for rollout in each.group.rollouts),
             skipped=stats is not None and stats.skipped,
         )
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether attention keeps packed texts apart without a mask."""
+        weight = self.state.model.head.weight
+        return fused.serves(self.state.model.config, weight.dtype, weight.device)
 
     def sample(self, step: int) -> tuple[list[Graded], dict[str, float]]:
         """The graded groups of a step; those that teach nothing are replaced as often as `resample` allows."""
@@ -217,12 +226,13 @@ class Learner:
 
 
 def portions(
-    graded: Sequence[Graded], compared: Tensor, c: ObjectiveConfig, max_tokens: int, width: int, rows: int
+    graded: Sequence[Graded], compared: Tensor, c: ObjectiveConfig, max_tokens: int, places: int, *, is_masked: bool
 ) -> list[RolloutBatch]:
-    """The replies that teach, packed into rows of `width` places, `rows` of them in each micro-batch.
+    """The replies that teach, packed into rows, in micro-batches that have no more than so many places.
 
     compared (P, G): their advantages. A group that is left out has zero advantages and counts in the denominator, so
     leaving it out saves work and, but for its part of the divergence from a reference, changes nothing.
+    is_masked: whether attention will need a mask (T, T) for every row.
     """
     kept = [
         (rollout, advantage)
@@ -234,6 +244,9 @@ def portions(
         return []
     lengths = [len(rollout.reply_ids) for each in graded for rollout in each.group.rollouts]
     count = count_of(len(lengths), sum(lengths), c.aggregation, max_tokens)
+    taken = [len(rollout.prompt_ids) + len(rollout.reply_ids) - 1 for rollout, _ in kept]
+    width = best_width(taken, places, is_masked=is_masked)
+    rows = even_rows(len(pack(taken, width)), places // width)
     return in_rows(kept, width, rows, c.aggregation, count).portions(rows)
 
 

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanollm.data.packing import Layout, pack
+from nanollm.data.packing import STEP, Layout, best_width, even_rows, pack
 
 CAPACITY = 50
 LENGTHS = st.lists(st.integers(1, CAPACITY), max_size=60)
@@ -69,3 +69,32 @@ def test_what_goes_with_the_tokens_is_found_again_in_their_places(lengths, multi
 def test_no_sequence_at_all_still_gives_rows_of_the_same_shape():
     assert Layout.of([3], 10, multiple=4).rows == [[0], [], [], []]
     assert Layout.of([], 10, multiple=4).rows == [[], [], [], []]
+
+
+@given(
+    lengths=st.lists(st.integers(1, 300), min_size=1, max_size=60), limit=st.integers(300, 2000), masked=st.booleans()
+)
+@settings(deadline=None)
+def test_a_width_is_one_of_few_and_holds_the_longest(lengths, limit, masked):
+    width = best_width(lengths, limit, is_masked=masked)
+    assert max(lengths) <= width <= limit
+    assert width % STEP == 0 or width == limit
+    assert pack(lengths, width)
+
+
+def test_rows_are_as_wide_as_leaves_little_empty():
+    """97 places fill a quarter less of 128 than five of them do of 512; a mask of 512 x 512 costs more than that."""
+    lengths = [97] * 60
+    assert best_width(lengths, 4096, is_masked=False) == 512
+    assert best_width(lengths, 4096, is_masked=True) == 128
+    assert best_width(lengths, 300, is_masked=False) == 128
+    assert best_width([5] * 60, 30, is_masked=False) == 30
+
+
+@given(rows=st.integers(1, 200), most=st.integers(1, 50))
+def test_portions_of_rows_are_as_few_as_can_be_and_even(rows, most):
+    each = even_rows(rows, most)
+    portions = -(-rows // each)
+    assert each <= most
+    assert portions == -(-rows // most)
+    assert portions * each - rows < portions <= rows  # no portion is empty

@@ -123,7 +123,12 @@ def by_our_batches(policy, old, reference, prompts, replies, group_size, c: Obje
             graded.append(grpo.Graded(Group(Problem("", ""), rollouts), ["" for _ in own], rewards))
         totals = torch.tensor([each.totals for each in graded])
         batches = grpo.portions(
-            graded, grpo.advantages(totals, c.advantage), c, MAX_TOKENS, policy.config.context_length, rows
+            graded,
+            grpo.advantages(totals, c.advantage),
+            c,
+            MAX_TOKENS,
+            rows * policy.config.context_length,
+            is_masked=True,
         )
         count = sum(batch.count for batch in batches)
         for batch in batches:
@@ -197,9 +202,8 @@ def gradient_of_a_step(learner, rows: int) -> torch.Tensor:
     """The gradient of the first update, whatever the number of rows per micro-batch."""
     graded, _ = learner.sample(0)
     compared = grpo.advantages(torch.tensor([each.totals for each in graded]), learner.objective.advantage)
-    batches = grpo.portions(
-        graded, compared, learner.objective, learner.rollout.max_tokens, learner.state.model.config.context_length, rows
-    )
+    places = rows * learner.state.model.config.context_length
+    batches = grpo.portions(graded, compared, learner.objective, learner.rollout.max_tokens, places, is_masked=True)
     assert rows > 1 or len(batches) > 2
     count = sum(batch.count for batch in batches)
     learner.state.model.zero_grad()

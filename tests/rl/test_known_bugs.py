@@ -68,7 +68,7 @@ def test_a_solution_without_an_answer_scoring_one(monkeypatch):
 
 def change_batches(monkeypatch, change):
     right = grpo.portions
-    monkeypatch.setattr(grpo, "portions", lambda *arguments: list(map(change, right(*arguments))))
+    monkeypatch.setattr(grpo, "portions", lambda *given, **options: list(map(change, right(*given, **options))))
 
 
 def with_padding(batch):
