@@ -267,7 +267,7 @@ def active_flops_per_token(model: Transformer, context_length: int) -> int:
 
 # The rows, most important first
 
-ADAMW = OptimConfig(name="adamw", lr=2e-3, schedule="cosine", warmup_steps=16, balance_rate=0.01)
+ADAMW = OptimConfig(name="adamw", lr=1e-3, schedule="cosine", warmup_steps=16, balance_rate=0.01)
 MUON = OptimConfig(name="muon", lr=1e-2, schedule="linear", warmup_steps=16, balance_rate=0.01)
 
 
@@ -324,6 +324,6 @@ ROWS: dict[str, Variant] = {
 
 SEARCH: dict[str, Variant] = {
     f"{name}-lr-{lr:g}": Variant(about=f"{name}, lr {lr:g}", optim=dataclasses.replace(base, lr=lr), share=0.75)
-    for name, base, rates in (("adamw", ADAMW, (1e-3, 2e-3, 4e-3, 8e-3)), ("muon", MUON, (5e-3, 1e-2, 2e-2)))
+    for name, base, rates in (("adamw", ADAMW, (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)), ("muon", MUON, (5e-3, 1e-2, 2e-2)))
     for lr in rates
 }
