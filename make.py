@@ -64,7 +64,7 @@ def check(words: list[str]) -> int:
 
 
 def bench(words: list[str]) -> int:
-    """Speed on this machine, with spread."""
+    """Speed beside others on this machine: everything that needs no GPU, or the benchmarks named."""
     return setup([]) or run([str(PYTHON), "benchmarks/run.py", *words])
 
 

@@ -73,7 +73,7 @@ def test_every_dependency_is_pinned():
     pins = [line for line in lines if line and not line.startswith("#")]
     assert all(re.fullmatch(r"[\w.-]+==[\w.]+(; .+)?", pin) for pin in pins)
     extras = PROJECT["optional-dependencies"]
-    installed = [name for extra in ("data", "serve", "eval", "export", "dev") for name in extras[extra]]
+    installed = [name for extra in ("data", "serve", "eval", "export", "bench", "dev") for name in extras[extra]]
     wanted = {canonical(name) for name in [*PROJECT["dependencies"], *installed, "hatchling"]}
     assert wanted <= {canonical(pin) for pin in pins}
 
