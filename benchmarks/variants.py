@@ -181,9 +181,9 @@ def capped_head(model: Transformer) -> None:
 class ResidualLatentAttention(LatentAttention):
     """Each block after the first moves its key-value latent towards that of the first, by a learned share."""
 
-    def __init__(self, config: ModelConfig, first: list[Tensor]) -> None:
+    def __init__(self, config: ModelConfig, first: list[Tensor], is_first: bool) -> None:
         super().__init__(config)
-        self.first = first  # holds the latent of block 0 of the pass at hand
+        self.first, self.is_first = first, is_first  # a list that holds the first block's latent of the pass at hand
         self.share = nn.Parameter(torch.empty(1))
 
     def forward(self, x: Tensor, places: Places, cache: LatentCache | None, block: int) -> Tensor:
@@ -192,7 +192,7 @@ class ResidualLatentAttention(LatentAttention):
         q_nope, q_rope = self.queries(x, places.table)
         latent, k_rope = self.kv_a_proj(x).split([c.kv_lora_rank, c.qk_rope_head_dim], dim=-1)
         latent = self.kv_a_norm(latent)  # (B, T, C)
-        if block == 0:
+        if self.is_first:
             self.first[:] = [latent]
         else:
             latent = torch.lerp(latent, self.first[0], self.share)
@@ -202,8 +202,8 @@ class ResidualLatentAttention(LatentAttention):
 
 def value_residual(model: Transformer) -> None:
     first: list[Tensor] = []
-    for block in model.trunk.blocks:
-        block.attention = ResidualLatentAttention(model.config, first)
+    for index, block in enumerate(model.trunk.blocks):
+        block.attention = ResidualLatentAttention(model.config, first, index == 0)
 
 
 def half_shares(model: Transformer) -> None:
