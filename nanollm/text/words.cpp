@@ -323,9 +323,123 @@ class Speller {
     std::priority_queue<Pair> pairs_;
 };
 
+// How often each word of a text stands in it, for a tokenizer to learn from; learn.py says what a word is there.
+class Counter {
+   public:
+    void count(const char* at, const char* const end) {
+        while (at < end) {
+            const char* line_end = static_cast<const char*>(std::memchr(at, '\n', end - at));
+            line_end = line_end ? line_end : end;
+            while (line_end < end && *line_end == '\n') ++line_end;
+            int64_t spaces = 0;  // before the end of the line
+            while (at < line_end) {
+                const char* const start = at;
+                while (at < line_end && *at == ' ') ++at;
+                if (at == line_end) {
+                    spaces = at - start;
+                } else if (kind(*at) == kAlone) {
+                    if (at > start) meet(Text{start, at - start});
+                    meet(Text{at++, 1});
+                } else {
+                    Kind before = kind(*at++);
+                    for (; at < line_end; ++at) {
+                        const Kind now = kind(*at);
+                        if (now == kSpace || now == kAlone) break;
+                        if (now != before && now != kOther && before != kOther) break;
+                        before = now;
+                    }
+                    meet(Text{start, at - start});
+                }
+            }
+            if (spaces >= static_cast<int64_t>(last_.size())) last_.resize(spaces + 1);
+            ++last_[spaces];
+        }
+    }
+
+    void end() {
+        count_met();
+        spaces_.assign(last_.size() + sizeof(Key), ' ');
+        for (size_t spaces = 0; spaces < last_.size(); ++spaces)
+            if (last_[spaces]) add(Name(Text{spaces_.data(), static_cast<int64_t>(spaces + 1)}), last_[spaces]);
+    }
+
+    int64_t words() const { return static_cast<int64_t>(words_.size()); }
+    int64_t bytes() const {
+        int64_t bytes = 0;
+        for (const Text& word : words_) bytes += word.size;
+        return bytes;
+    }
+
+    void take(char* text, int64_t* ends, int64_t* counts) const {
+        int64_t end = 0;
+        for (size_t n = 0; n < words_.size(); ++n) {
+            std::memcpy(text + end, words_[n].at, words_[n].size);
+            ends[n] = end += words_[n].size;
+        }
+        std::copy(counts_.begin(), counts_.end(), counts);
+    }
+
+   private:
+    enum Kind : uint8_t { kSpace, kAlone, kLetter, kMark, kOther };
+
+    static Kind kind(char character) {
+        const uint8_t byte = static_cast<uint8_t>(character);
+        if (byte >= 128) return kOther;
+        if (byte == ' ') return kSpace;
+        if (byte == '\t' || (byte >= '0' && byte <= '9')) return kAlone;
+        return (byte >= 'A' && byte <= 'Z') || (byte >= 'a' && byte <= 'z') ? kLetter : kMark;
+    }
+
+    void meet(Text word) {
+        met_[met_count_] = Name(word);
+        index_.fetch(met_[met_count_]);
+        if (++met_count_ == kAhead) count_met();
+    }
+
+    void count_met() {
+        for (int n = 0; n < met_count_; ++n) add(met_[n], 1);
+        met_count_ = 0;
+    }
+
+    void add(const Name& name, int64_t times) {
+        const int64_t* known = index_.find(name);
+        if (!known) {
+            index_.add(name, words());
+            words_.push_back(name.text);
+            counts_.push_back(times);
+        } else {
+            counts_[*known] += times;
+        }
+    }
+
+    Name met_[kAhead];  // words to be counted
+    int met_count_ = 0;
+    Table<int64_t> index_;
+    std::vector<Text> words_;
+    std::vector<int64_t> counts_, last_;  // of words; of lines that end in so many spaces
+    std::string spaces_;
+};
+
 }  // namespace
 
 extern "C" {
+
+// Count the words of texts, laid out as for spell_words; they must stay where they are until the words are taken. Writes
+// how many words there are, and their bytes.
+void* count_words(const char* text, const int64_t* ends, int64_t count, int64_t* words, int64_t* bytes) {
+    auto* counter = new Counter;
+    for (int64_t n = 0, start = 0; n < count; start = ends[n++]) counter->count(text + start, text + ends[n]);
+    counter->end();
+    *words = counter->words();
+    *bytes = counter->bytes();
+    return counter;
+}
+
+// The words one after the other, where each ends, and how often it came; the counter is gone then.
+void take_words(void* counter, char* text, int64_t* ends, int64_t* counts) {
+    static_cast<Counter*>(counter)->take(text, ends, counts);
+    delete static_cast<Counter*>(counter);
+}
 
 // Pieces with their spaces one after the other, 16 bytes of anything behind them, where each ends, and their ids and scores; the ids of the
 // 256 bytes; the kind of each character of Unicode; and the bytes of words after which all words are forgotten.

@@ -14,7 +14,7 @@ import re
 import struct
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from ctypes import c_char_p, c_int64, c_void_p
+from ctypes import POINTER, byref, c_char_p, c_int64, c_void_p
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import pairwise
@@ -140,6 +140,18 @@ class NativeWords:
         return ids[:count], lengths
 
 
+def count_words(texts: Sequence[bytes]) -> dict[bytes, int]:
+    """How often each word comes in texts (UTF-8), by words.cpp. What a word is there, text/learn.py says."""
+    joined, ends = b"".join([*texts, bytes(16)]), np.cumsum([*map(len, texts)], dtype=np.int64)
+    words, size = c_int64(), c_int64()
+    counter = library().count_words(joined, ends, len(texts), byref(words), byref(size))
+    found, starts = ctypes.create_string_buffer(size.value + 1), np.zeros(words.value + 1, dtype=np.int64)
+    counts = np.empty(words.value, dtype=np.int64)
+    library().take_words(counter, found, starts[1:], counts)
+    text = found.raw
+    return {text[a:b]: n for (a, b), n in zip(pairwise(starts.tolist()), counts.tolist(), strict=True)}
+
+
 @cache
 def library() -> ctypes.CDLL:
     """words.cpp, compiled for this processor; NoCompilerError with the reason where that fails."""
@@ -152,6 +164,9 @@ def library() -> ctypes.CDLL:
     loaded.close_words.argtypes, loaded.close_words.restype = [c_void_p], None
     loaded.spell_words.argtypes = [c_void_p, c_char_p, int64s, c_int64, int32s, int64s]
     loaded.spell_words.restype = c_int64
+    loaded.count_words.argtypes = [c_char_p, int64s, c_int64, POINTER(c_int64), POINTER(c_int64)]
+    loaded.count_words.restype = c_void_p
+    loaded.take_words.argtypes, loaded.take_words.restype = [c_void_p, c_char_p, int64s, int64s], None
     return loaded
 
 

@@ -226,6 +226,49 @@ def test_training_is_silent(tmp_path, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+@given(several=st.lists(texts | st.text(st.sampled_from("aZ9 \t\n!\u00e9\u65e5"), max_size=60), max_size=3))
+@settings(max_examples=300, deadline=None)
+def test_words_are_counted_the_same_with_and_without_a_compiler(several):
+    pieces = [part for text in several for part in module._without_reserved(text.encode())]
+    counts = module.count_in_python(pieces)
+    assert module.count_words(pieces) == counts
+    characters = sum(len(word.decode()) * count for word, count in counts.items())
+    lines = sum(1 for _ in module._lines(pieces))
+    assert characters == sum(len(piece.decode()) for piece in pieces) + lines  # each line with a space more
+
+
+def test_without_a_compiler_the_same_pieces_are_learned(tmp_path, monkeypatch, capsys):
+    def fail(texts):
+        raise module.NoCompilerError("no C++ compiler was found")
+
+    one = train([STORY], tmp_path / "a.model", vocab_size=500)
+    monkeypatch.setattr(module, "count_words", fail)
+    other = train([STORY], tmp_path / "b.model", vocab_size=500)
+    assert one.serialized == other.serialized
+    assert "words are counted slowly: no C++ compiler was found" in capsys.readouterr().err
+
+
+def test_counted_words_teach_the_pieces_that_whole_lines_teach(tmp_path, monkeypatch):
+    text = STORY + "\tdef f(x1):\n\t\treturn [x1, 25]  # na\u00efve\u2026\n" * 20
+    counted = train([text], tmp_path / "a.model", vocab_size=500)
+
+    def uncut(pieces):
+        for line in module._lines(pieces):
+            yield f"{line.replace(chr(9), module.TAB)}\t1"
+
+    monkeypatch.setattr(module, "_counts", uncut)
+    whole = train([text], tmp_path / "b.model", vocab_size=500)
+    learned, expected = ({piece.text for piece in tokenizer.pieces} for tokenizer in (counted, whole))
+    assert len(learned ^ expected) <= 4  # of pairs that come equally often either may be the last
+    assert "\t" in learned and module.TAB not in learned
+
+
+def test_a_tab_is_a_piece_and_a_backspace_is_bytes(tmp_path):
+    learned = train(["a\tb\t\tc\b " * 50 + STORY], tmp_path / "m.model", vocab_size=400)
+    assert len(learned.encode("\t")) == 1
+    assert [learned.is_byte(token) for token in learned.encode("\t\b")] == [False, True]
+
+
 @given(text=st.text(st.sampled_from("ab \n"), max_size=300), limit=st.integers(1, 20))
 def test_a_cut_text_loses_no_character(text, limit):
     parts = list(cut(text, limit))
