@@ -22,6 +22,8 @@ class Config:
     """Sequences per forward pass of the training step whose memory is estimated."""
     optimizer: Literal["muon", "adamw"] = "muon"
     """Optimizer of that step."""
+    recompute: bool = False
+    """Keep only what enters each block, as training with --speed.recompute does."""
     json: bool = False
     """Print JSON instead of a table."""
 
@@ -35,7 +37,9 @@ def describe(c: Config) -> dict[str, Any]:
     """All facts, as plain numbers with their units in the names."""
     m = c.model
     width: Literal[2, 4] = 4 if c.dtype == "float32" else 2
-    memory = training_memory(m, sequences=c.micro_batch_size, compute_bytes=width, optimizer=c.optimizer)
+    memory = training_memory(
+        m, sequences=c.micro_batch_size, compute_bytes=width, optimizer=c.optimizer, recompute=c.recompute
+    )
     expanded = m.n_heads * (m.qk_head_dim + m.v_head_dim)
     return {
         "model": asdict(m),
@@ -60,6 +64,7 @@ def describe(c: Config) -> dict[str, Any]:
             "tokens": c.micro_batch_size * m.context_length,
             "dtype": c.dtype,
             "optimizer": c.optimizer,
+            "recompute": c.recompute,
             "bytes": asdict(memory) | {"total": memory.total},
         },
     }
@@ -81,7 +86,7 @@ def table(facts: dict[str, Any]) -> str:
         "arithmetic": f"{flops['training_at_full_context'] / 1e9:.3f} GFLOP per trained token, "
         f"{flops['decode_at_full_context'] / 1e9:.3f} GFLOP per decoded token, both at full context",
         "training step": f"about {size(step['bytes']['total'])} for {step['micro_batch_size']} sequences in "
-        f"{step['dtype']} with {step['optimizer']} ({parts})",
+        f"{step['dtype']} with {step['optimizer']} ({parts}; gradients come while activations go)",
     }
     return "\n".join(f"{name:<15}{text}" for name, text in rows.items())
 

@@ -142,11 +142,10 @@ class _Gradients:
     def __init__(self, hidden: Tensor, weight: Tensor, wanted: Sequence[bool]) -> None:
         self.hidden, self.weight = hidden, weight
         self.of_hidden = hidden.new_empty(hidden.shape) if wanted[0] else None
-        # One chunk is written, several are added up in float32: rounded sums would drift with their number.
         self.of_weight = torch.zeros_like(weight) if wanted[1] else None
-        self.sum = None
-        if wanted[1] and len(hidden) > _chunk_rows(weight):
-            self.sum = torch.zeros_like(weight, dtype=_wide(hidden))
+        # Several chunks are added up in float32: sums that are rounded each time would drift with their number.
+        several = len(hidden) > chunk_rows(len(weight)) and weight.dtype != _wide(hidden)
+        self.sum = torch.zeros_like(weight, dtype=_wide(hidden)) if wanted[1] and several else None
 
     @property
     def are_wanted(self) -> bool:
@@ -157,9 +156,11 @@ class _Gradients:
         if self.of_hidden is not None:
             torch.mm(errors, self.weight, out=self.of_hidden[rows]).mul_(scale)
         if self.of_weight is not None:
-            torch.mm(errors.T, (self.hidden[rows] * scale).to(errors.dtype), out=self.of_weight)
-            if self.sum is not None:
-                self.sum += self.of_weight
+            scaled = (self.hidden[rows] * scale).to(errors.dtype)
+            if self.sum is None:
+                self.of_weight.addmm_(errors.T, scaled)
+            else:
+                self.sum += torch.mm(errors.T, scaled, out=self.of_weight)
 
     def finished(self) -> tuple[Tensor | None, Tensor | None]:
         if self.sum is not None and self.of_weight is not None:
@@ -190,15 +191,16 @@ def _errors(powers: Tensor, sums: Tensor, targets: Tensor, out: Tensor) -> None:
 
 def _chunks(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """The logits (R, V) of some rows after the other; each chunk overwrites the one before."""
-    rows = min(len(hidden), _chunk_rows(weight))
+    rows = min(len(hidden), chunk_rows(len(weight)))
     logits = hidden.new_empty(rows, len(weight))
     for begin in range(0, len(hidden), rows or 1):
         chunk = hidden[begin : begin + rows]
         yield slice(begin, begin + rows), torch.mm(chunk, weight.T, out=logits[: len(chunk)])
 
 
-def _chunk_rows(weight: Tensor) -> int:
-    return max(ROWS, MAX_LOGITS // len(weight) // ROWS * ROWS)
+def chunk_rows(vocab_size: int) -> int:
+    """Rows whose logits are there at once."""
+    return max(ROWS, MAX_LOGITS // vocab_size // ROWS * ROWS)
 
 
 def _parts(logits: Tensor) -> list[slice]:
@@ -227,5 +229,5 @@ def next_token_loss(model: Transformer, batch: Batch, balance_weight: float = 0.
         for layer in model.moe_layers():
             assert layer.balance_losses is not None
             loss = loss + balance_weight * (layer.balance_losses * trained).sum()
-            layer.wants_balance_losses, layer.balance_losses = False, None
+            layer.balance_losses = None  # still wanted: a backward pass that computes a block again does all of it
     return loss, cross_entropy.detach()

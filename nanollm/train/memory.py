@@ -1,60 +1,89 @@
 """How much memory does a training step take?
 
 Counted from the shapes: weights, gradients, what the optimizers remember, what the forward pass keeps for the backward
-pass, and the logits. A test holds the kept part to what autograd really keeps.
+pass, and the logits of a chunk. A test holds the kept part to what autograd really keeps, and benchmarks/memory.py the
+whole to what a process really takes.
 """
 
 from dataclasses import dataclass
 from typing import Literal
 
 from nanollm.model.config import ModelConfig
-from nanollm.train.loss import MAX_LOGITS
+from nanollm.train.loss import chunk_rows
+from nanollm.train.optim import MAX_STACK
+
+IDLE_PER_ACTIVATION, IDLE_PER_GRADIENT = 0.2, 0.4
+"""Memory that an allocator holds but cannot hand out, because what was freed lies between what was not. Fitted to the
+presets on a CPU (docs/log.md, "Where is the peak of a step?")."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingMemory:
-    """Bytes at the peak of a step, part by part."""
+    """Bytes of a step, part by part."""
 
     weights: int
-    gradients: int
     optimizer: int
     activations: int
     logits: int
+    gradients: int
+    idle: int
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
+        """The peak: each block's gradients come while its activations go, so both are never there at once."""
+        return self.weights + self.optimizer + max(self.activations + self.logits, self.gradients) + self.idle
 
 
 def training_memory(
-    c: ModelConfig, *, sequences: int, compute_bytes: Literal[2, 4], optimizer: Literal["muon", "adamw"]
+    c: ModelConfig,
+    *,
+    sequences: int,
+    compute_bytes: Literal[2, 4],
+    optimizer: Literal["muon", "adamw"],
+    recompute: bool = False,
 ) -> TrainingMemory:
-    """Peak of one micro-batch of full-length sequences; compute_bytes is 2 for bfloat16 and float16."""
+    """Peak of one micro-batch of full-length sequences; compute_bytes is 2 for bfloat16 and float16.
+
+    `recompute`: of each block only what enters it is kept.
+    """
     parameters, tokens = c.total_parameters, sequences * c.context_length
     has_masters = compute_bytes == 2
-    in_adamw = 2 * c.vocab_size * c.d_model if optimizer == "muon" else parameters  # norms and routers are crumbs
-    chunk = min(tokens, max(1, MAX_LOGITS // c.vocab_size))
+    head = c.vocab_size * c.d_model
+    in_adamw = 2 * head if optimizer == "muon" else parameters  # norms and routers are crumbs
+    rows = chunk_rows(c.vocab_size)
+    # The head's gradient is made from the first chunk on; that of several chunks is added up in float32.
+    head_gradient = head * (compute_bytes + (4 if has_masters and tokens > rows else 0))
+    in_backward = 4 * compute_bytes * max(c.d_ff, (c.n_shared_experts + c.experts_per_token) * c.d_expert)
+    activations = tokens * (kept_bytes_per_token(c, compute_bytes, recompute) + in_backward)
+    # Muon turns a stack of gradients into directions: float32 twice, and three times in the compute type.
+    stack = min(parameters - in_adamw, MAX_STACK) * (8 + 3 * compute_bytes)
     return TrainingMemory(
         weights=parameters * (4 + (2 if has_masters else 0)),
-        gradients=parameters * (4 + (2 if has_masters else 0)),
         optimizer=8 * in_adamw + 4 * (parameters - in_adamw),
-        activations=tokens * kept_bytes_per_token(c, compute_bytes),
-        # Log-probabilities and their gradient in float32, logits and their gradient in the compute type.
-        logits=chunk * c.vocab_size * (8 + 2 * compute_bytes),
+        activations=activations,
+        logits=min(tokens, rows) * c.vocab_size * compute_bytes + head_gradient,
+        gradients=4 * parameters + stack,
+        idle=round(IDLE_PER_ACTIVATION * activations + IDLE_PER_GRADIENT * 4 * parameters),
     )
 
 
-def kept_bytes_per_token(c: ModelConfig, compute_bytes: Literal[2, 4]) -> int:
-    """What the trunk keeps of one token from the forward to the backward pass."""
+def kept_bytes_per_token(c: ModelConfig, compute_bytes: Literal[2, 4], recompute: bool = False) -> int:
+    """What the trunk keeps of one token from the forward to the backward pass.
+
+    With `recompute` that is what enters each block, and all of the block whose turn it is.
+    """
     latents = c.q_lora_rank + c.kv_lora_rank
     norms = 2 * (2 * c.d_model + latents)  # float32: the input and the normalised input of each norm
     attention = 2 * c.d_model + latents  # inputs of the linear layers
     attention += 2 * c.n_heads * c.qk_head_dim  # queries and keys
     attention += c.n_heads * (c.qk_nope_head_dim + 2 * c.v_head_dim)  # expanded latents, answers
-    dense = 4 * c.d_ff  # gate, its silu, up, their product
     experts = 4 * (c.n_shared_experts + c.experts_per_token) * c.d_expert
-    moe = experts + 2 * c.experts_per_token * c.d_model  # tokens gathered, answers to be weighted
+    gathered = 2 * c.experts_per_token * c.d_model  # tokens gathered, answers to be weighted
     router = c.d_model if compute_bytes == 2 else 0  # float32 copy of the tokens
-    narrow = c.n_blocks * attention + (c.n_blocks - c.n_moe_blocks) * dense + c.n_moe_blocks * moe + c.d_model
-    wide = c.n_blocks * (norms + c.n_heads) + c.n_moe_blocks * router + 2 * c.d_model
-    return narrow * compute_bytes + wide * 4
+    wide = 4 * (norms + c.n_heads)
+    dense = (attention + 4 * c.d_ff) * compute_bytes + wide  # gate, its silu, up, their product
+    moe = (attention + experts + gathered) * compute_bytes + wide + 4 * router
+    last_norm = c.d_model * (compute_bytes + 8)
+    if recompute:
+        return c.n_blocks * c.d_model * compute_bytes + max(dense, moe) + last_norm
+    return (c.n_blocks - c.n_moe_blocks) * dense + c.n_moe_blocks * moe + last_norm

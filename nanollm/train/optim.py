@@ -6,7 +6,7 @@ arXiv:2502.16982; warm-up-stable-decay arXiv:2404.06395; linear decay to zero ar
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,6 +15,9 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+MAX_STACK = 2**24
+"""Elements of the matrices that Muon orthogonalises together, if they are more than one: together small ones are
+faster, and large ones only take more memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,28 +111,40 @@ class Muon(Optimizer):
     def step(self, closure: Any = None) -> Any:
         assert closure is None, "the gradients are there already"
         for group in self.param_groups:
-            by_shape: defaultdict[torch.Size, list[Tensor]] = defaultdict(list)
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    by_shape[parameter.shape[-2:]].append(parameter)
-            for shape, parameters in by_shape.items():
-                directions = torch.cat([self._direction(p, group["momentum"]) for p in parameters])  # (K, M, N)
-                moves = orthogonalise(directions, group["dtype"])
-                step_size = group["lr"] * 0.2 * math.sqrt(max(shape))
+            moving = [parameter for parameter in group["params"] if parameter.grad is not None]
+            for parameters in _stacks(moving):
+                shape = parameters[0].shape[-2:]
+                directions = self._directions(parameters, group["momentum"])
+                moves = orthogonalise(torch.cat([d.view(-1, *shape) for d in directions]), group["dtype"])  # (K, M, N)
                 sizes = [p.numel() // shape.numel() for p in parameters]
-                for parameter, move in zip(parameters, moves.split(sizes), strict=True):
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                    parameter.add_(move.view_as(parameter), alpha=-step_size)
+                parts = [move.view_as(p) for p, move in zip(parameters, moves.split(sizes), strict=True)]
+                torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(parameters, parts, alpha=-group["lr"] * 0.2 * math.sqrt(max(shape)))
 
-    def _direction(self, parameter: Tensor, momentum: float) -> Tensor:
-        """Nesterov momentum of a parameter's gradient as a stack (k, M, N)."""
-        state, grad = self.state[parameter], parameter.grad
-        assert grad is not None
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(grad)
-        buffer = state["momentum_buffer"]
-        buffer.lerp_(grad, 1 - momentum)
-        return grad.lerp(buffer, momentum).view(-1, *grad.shape[-2:])
+    def _directions(self, parameters: list[Tensor], momentum: float) -> tuple[Tensor, ...]:
+        """Nesterov momentum of the parameters' gradients."""
+        for parameter in parameters:
+            if "momentum_buffer" not in self.state[parameter]:
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
+        torch._foreach_lerp_(buffers, grads, 1 - momentum)
+        return torch._foreach_lerp(grads, buffers, momentum)
+
+
+def _stacks(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Parameters whose matrices have the same shape, with at most MAX_STACK elements together, or a single one."""
+    by_shape: defaultdict[torch.Size, list[Tensor]] = defaultdict(list)
+    for parameter in parameters:
+        by_shape[parameter.shape[-2:]].append(parameter)
+    for alike in by_shape.values():
+        stack: list[Tensor] = []
+        for parameter in alike:
+            if stack and sum(p.numel() for p in stack) + parameter.numel() > MAX_STACK:
+                yield stack
+                stack = []
+            stack.append(parameter)
+        yield stack
 
 
 def orthogonalise(stack: Tensor, dtype: torch.dtype) -> Tensor:
