@@ -31,7 +31,7 @@ from nanollm.sources.files import BadRecord, OnBad
 from nanollm.text.tokenizer import MAX_VOCAB_SIZE, Tokenizer
 
 BAD_RECORDS = "bad_records.jsonl"
-PARCEL_BYTES = 250_000  # of text
+PARCEL_BYTES = 1_000_000  # of text
 
 
 @dataclass(frozen=True)
