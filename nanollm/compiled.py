@@ -25,9 +25,8 @@ class NoCompilerError(Exception):
 
 def load(source: Path, options: tuple[str, ...] = OPTIONS) -> ctypes.CDLL:
     """The library made of one C++ file; NoCompilerError with the reason where that fails."""
-    names = filter(None, map(shutil.which, ("c++", "g++", "clang++")))
-    compiler = shlex.split(os.environ.get("CXX", "")) or [next(names, "")]
-    if not compiler[0]:
+    compiler = find_compiler()
+    if not compiler:
         raise NoCompilerError("no C++ compiler was found (on Debian and Ubuntu: sudo apt install g++)")
     # What the compiler predefines names its version and every feature of the processor.
     known = _run([*compiler, *options, "-dM", "-E", "-x", "c++", os.devnull])
@@ -42,6 +41,12 @@ def load(source: Path, options: tuple[str, ...] = OPTIONS) -> ctypes.CDLL:
         return ctypes.CDLL(str(path))
     except OSError as error:
         raise NoCompilerError(f"the compiled library cannot be kept or loaded: {error}") from error
+
+
+def find_compiler() -> list[str]:
+    """The command of this machine's C++ compiler, with the options that CXX may give it; empty where there is none."""
+    names = filter(None, map(shutil.which, ("c++", "g++", "clang++")))
+    return shlex.split(os.environ.get("CXX", "")) or list(names)[:1]
 
 
 def cache_folder() -> Path:

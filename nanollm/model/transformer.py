@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from nanollm.model import fused
 from nanollm.model.attention import LatentAttention
@@ -59,6 +60,7 @@ class Trunk(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config, index) for index in range(config.n_blocks))
         self.norm = RMSNorm(config.d_model, config.rms_norm_eps)
+        self.recompute = False  # in the backward pass, what happens inside each block
 
     def forward(self, tokens: Tensor, cache: LatentCache | None = None, positions: Tensor | None = None) -> Tensor:
         """tokens (B, T) int64 to hidden (B, T, D).
@@ -84,8 +86,12 @@ class Trunk(nn.Module):
             positions = torch.arange(count, device=tokens.device)
         table = rotary_table(positions, self.config.qk_rope_head_dim, self.config.rope_theta)
         places = Places(positions, table, mask, is_text, starts, is_fused)
+        recompute = self.recompute and torch.is_grad_enabled()
         for block in self.blocks:
-            x = block(x, places, cache)
+            if recompute:
+                x = checkpoint(block, x, places, cache, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, places, cache)
         if cache is not None:
             cache.lengths += count
         return self.norm(x)

@@ -26,6 +26,7 @@ from nanollm.train.loop import LoopConfig, fit
 from nanollm.train.optim import OptimConfig, lr_at
 from nanollm.train.runfolder import open_run
 from nanollm.train.runlog import TrackerName
+from nanollm.train.speed import SpeedConfig, speed_up
 from nanollm.train.state import TrainState
 from nanollm.world import DeviceName, DtypeName, World
 
@@ -81,6 +82,8 @@ class Config:
     first (0: none)."""
     seed: int = 0
     """Orders the problems and draws the replies."""
+    speed: SpeedConfig = field(default_factory=SpeedConfig)
+    """What makes training fast, or small."""
     device: DeviceName = "auto"
     """Where to compute."""
     dtype: DtypeName = "auto"
@@ -139,6 +142,7 @@ def run(c: Config) -> Path:
             lambda: TrainState.start(bundle.model.to(world.device), c.optim, world.dtype),
             c.trackers,
         )
+        speed_up(state.model, c.speed, world.device)
         learner = Learner(
             state=state,
             tokenizer=bundle.tokenizer,

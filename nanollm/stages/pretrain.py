@@ -25,6 +25,7 @@ from nanollm.train.loss import next_token_loss
 from nanollm.train.optim import OptimConfig, lr_at
 from nanollm.train.runfolder import open_run
 from nanollm.train.runlog import TrackerName
+from nanollm.train.speed import SpeedConfig, speed_up
 from nanollm.train.state import TrainState
 from nanollm.train.step import StepStats, train_step
 from nanollm.world import DeviceName, DtypeName, World
@@ -53,6 +54,8 @@ class Config:
     """Optimizer and schedule."""
     seed: int = 0
     """Starts the weights and the order of the data."""
+    speed: SpeedConfig = field(default_factory=SpeedConfig)
+    """What makes training fast, or small."""
     device: DeviceName = "auto"
     """Where to compute."""
     dtype: DtypeName = "auto"
@@ -94,6 +97,7 @@ def run(c: Config) -> Path:
             lambda: TrainState.start(Transformer(c.model).init(c.seed).to(world.device), c.optim, world.dtype),
             c.trackers,
         )
+        speed_up(state.model, c.speed, world.device)
         loss_of = partial(next_token_loss, balance_weight=c.optim.balance_weight)
 
         def take_step(step: int) -> StepStats:

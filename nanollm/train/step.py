@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nanollm.model.transformer import Transformer
 from nanollm.train.optim import OptimConfig
+from nanollm.train.speed import fastest_attention
 from nanollm.train.state import TrainState
 from nanollm.world import World
 
@@ -87,12 +88,13 @@ def train_step(
     device = next(state.model.parameters()).device
     count = world.total(sum(batch.count for batch in micro_batches))
     reports = []
-    for batch in micro_batches:
-        loss, report = loss_of(state.model, batch.to(device))
-        # One denominator for all micro-batches and ranks: one with few trained tokens must not shout louder.
-        (loss * (state.loss_scale / count)).backward()
-        state.collect_gradients()
-        reports.append(report)
+    with fastest_attention(device):
+        for batch in micro_batches:
+            loss, report = loss_of(state.model, batch.to(device))
+            # One denominator for all micro-batches and ranks: one with few trained tokens must not shout louder.
+            (loss * (state.loss_scale / count)).backward()
+            state.collect_gradients()
+            reports.append(report)
 
     grads = [master.grad for master in state.masters.values() if master.grad is not None]
     report_sum = torch.stack(reports).sum()
