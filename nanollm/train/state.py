@@ -53,17 +53,6 @@ class TrainState:
         return next(self.model.parameters()).dtype == torch.float16
 
     @torch.no_grad()
-    def collect_gradients(self) -> None:
-        """Add the model's gradients, unscaled, to those of the masters, in float32, and drop them from the model."""
-        for name, parameter in self.model.named_parameters():
-            master = self.masters[name]
-            if master is parameter or parameter.grad is None:
-                continue
-            grad = parameter.grad.float() / self.loss_scale
-            master.grad = grad if master.grad is None else master.grad.add_(grad)
-            parameter.grad = None
-
-    @torch.no_grad()
     def publish(self) -> None:
         """Round the masters into the model's parameters."""
         pairs = [(p, self.masters[name]) for name, p in self.model.named_parameters() if p is not self.masters[name]]

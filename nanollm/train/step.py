@@ -93,7 +93,6 @@ def train_step(
             loss, report = loss_of(state.model, batch.to(device))
             # One denominator for all micro-batches and ranks: one with few trained tokens must not shout louder.
             (loss * (state.loss_scale / count)).backward()
-            state.collect_gradients()
             reports.append(report)
 
     grads = [master.grad for master in state.masters.values() if master.grad is not None]
