@@ -35,7 +35,9 @@ SHAPE = ("preset", "context_length", "tokens", "validation_windows")  # equal in
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("rows", nargs="*", metavar="ROW", help="of variants.py (default: all ROWS); `search`: all of SEARCH")
+    p.add_argument(
+        "rows", nargs="*", metavar="ROW", help="of variants.py (default: all ROWS); `search`: SEARCH; TRIALS by name"
+    )
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     p.add_argument("--threads", type=int, default=1)
     p.add_argument("--corpus", type=Path, default=CORPUS, help="text to train on, as Parquet files of OpenWebText")
@@ -59,17 +61,18 @@ def main(words: Sequence[str]) -> int:
             o.out.write_text(table(read_results(o.results)), encoding="utf-8", newline="\n")
             print(o.out)
             return 0
-        from benchmarks.variants import ROWS, SEARCH
+        from benchmarks.variants import ROWS, SEARCH, TRIALS
 
+        known = ROWS | SEARCH | TRIALS
         rows = [row for word in o.rows or list(ROWS) for row in (SEARCH if word == "search" else [word])]
-        if unknown := [row for row in rows if row not in ROWS | SEARCH]:
-            raise ValueError(f"unknown row {unknown[0]}; they are search, {', '.join(ROWS | SEARCH)}")
+        if unknown := [row for row in rows if row not in known]:
+            raise ValueError(f"unknown row {unknown[0]}; they are search, {', '.join(known)}")
         if o.here:
             o.results.mkdir(parents=True, exist_ok=True)
             for seed, row in missing(rows, o):
                 write_json(o.results / f"{row}_{seed}.json", one_run(row, seed, o))
             return 0
-        for pieces in sorted({4096, *((ROWS | SEARCH)[row].pieces for row in rows)}):
+        for pieces in sorted({4096, *(known[row].pieces for row in rows)}):
             prepare(o.corpus, o.prepared, pieces)
     except ValueError as problem:
         print(problem, file=sys.stderr)
@@ -105,11 +108,11 @@ def one_run(row: str, seed: int, o: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     torch.set_num_threads(o.threads)
-    from benchmarks.variants import ROWS, SEARCH, active_flops_per_token
+    from benchmarks.variants import ROWS, SEARCH, TRIALS, active_flops_per_token
     from nanollm.settings import load_preset
     from nanollm.world import World
 
-    v = (ROWS | SEARCH)[row]
+    v = (ROWS | SEARCH | TRIALS)[row]
     world = World.start("cpu")
     config = v.config(load_preset("model", o.preset), o.context_length)
     text = Text.open(o.prepared, v.pieces)

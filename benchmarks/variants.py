@@ -327,3 +327,19 @@ SEARCH: dict[str, Variant] = {
     for name, base, rates in (("adamw", ADAMW, (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)), ("muon", MUON, (5e-3, 1e-2, 2e-2)))
     for lr in rates
 }
+
+
+def fast(about: str, **changes: Any) -> Variant:
+    """`fast` with what is named."""
+    changes["optim"] = dataclasses.replace(ROWS["fast"].optim, **changes.pop("optim", {}))
+    return dataclasses.replace(ROWS["fast"], about=f"fast, {about}", against="fast", **changes)
+
+
+TRIALS: dict[str, Variant] = {
+    "fast-head-lr": fast("a quarter of the learning rate for the head", tuning=Tuning(head_lr=0.25)),
+    "fast-adam-lr": fast("a quarter of it for embedding and head", tuning=Tuning(head_lr=0.25, embed_lr=0.25)),
+    "fast-lr-0.005": fast("lr 5e-3", optim={"lr": 5e-3}),
+    "fast-lr-0.02": fast("lr 2e-2", optim={"lr": 2e-2}),
+    "fast-tiny-batch": fast("256 tokens per step", batch_size=1),
+    "fast-momentum-0.9": fast("momentum 0.9", optim={"momentum": 0.9}),
+}

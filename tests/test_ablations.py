@@ -15,6 +15,7 @@ from benchmarks.trial import Run, Text
 from benchmarks.variants import (
     ROWS,
     SEARCH,
+    TRIALS,
     GroupedAttention,
     ResidualLatentAttention,
     Tuning,
@@ -189,9 +190,9 @@ def test_another_tokenizer_is_compared_on_the_whole_split() -> None:
 # --- the variants ---
 
 
-@pytest.mark.parametrize("row", [*ROWS, *SEARCH])
+@pytest.mark.parametrize("row", [*ROWS, *SEARCH, *TRIALS])
 def test_every_row_learns_from_a_step(row: str, prepared: Path) -> None:
-    v = dataclasses.replace((ROWS | SEARCH)[row], pieces=4096)
+    v = dataclasses.replace((ROWS | SEARCH | TRIALS)[row], pieces=4096)
     config = v.config(load_preset("model", "nano-1m"), 16)
     run = Run.start(v, config, 0, Text.open(prepared, 4096), World())
     losses = [run.step(step, 12).loss for step in range(12)]
