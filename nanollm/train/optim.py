@@ -152,11 +152,36 @@ def orthogonalise(stack: Tensor, dtype: torch.dtype) -> Tensor:
 
     Computed in `dtype`, returned as float32. Singular values end between about 0.7 and 1.2.
     """
-    a, b, c = NEWTON_SCHULZ
     tall = stack.shape[-2] > stack.shape[-1]
-    x = stack.mT if tall else stack
+    x = stack.mT if tall else stack  # (K, M, N), M <= N
     x = (x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-30)).to(dtype)  # first float32: gradients may be tiny
-    for _ in range(5):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    if 2 * x.shape[-2] < x.shape[-1]:
+        # Three steps, then two: with all five from one Gram matrix bfloat16's rounding lets some directions explode.
+        x = _several_steps(_several_steps(x, 3), 2)
+    else:
+        for _ in range(5):
+            gram = x @ x.mT
+            x = torch.baddbmm(x, _polynomial(gram), x, beta=NEWTON_SCHULZ[0])
     return (x.mT if tall else x).float()
+
+
+def _polynomial(gram: Tensor) -> Tensor:
+    """b G + c G^2 of (K, M, M)."""
+    _, b, c = NEWTON_SCHULZ
+    return torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+
+
+def _several_steps(x: Tensor, steps: int) -> Tensor:
+    """Newton-Schulz steps of flat matrices (K, M, N) on their Gram matrices (K, M, M), multiplied with x once.
+
+    With Z = a + b G + c G^2 a step is x -> Z x, so G -> Z G Z: https://dao-lab.ai/blog/2026/gram-newton-schulz
+    """
+    gram, product = x @ x.mT, None
+    for step in range(steps):
+        factor = _polynomial(gram)
+        factor.diagonal(dim1=-2, dim2=-1).add_(NEWTON_SCHULZ[0])
+        product = factor if product is None else factor @ product
+        if step < steps - 1:
+            gram = factor @ (gram @ factor)
+    assert product is not None
+    return product @ x

@@ -29,6 +29,15 @@ def test_memory_grows_with_the_micro_batch_and_shrinks_with_the_type():
     assert facts("nano-5m", dtype="float32")["training_step"]["bytes"]["activations"] > large["activations"]
 
 
+def test_recomputation_keeps_a_fraction_of_the_activations_and_nothing_else_changes():
+    plain, small = (facts("nano-327m", recompute=flag)["training_step"]["bytes"] for flag in (False, True))
+    assert small["activations"] < plain["activations"] / 6
+    assert small["total"] < 0.6 * plain["total"]
+    assert {name: small[name] for name in ("weights", "optimizer", "logits")} == {
+        name: plain[name] for name in ("weights", "optimizer", "logits")
+    }
+
+
 def test_the_table_is_for_people():
     text = run(Config(model=ModelConfig(**load_preset("model", "nano-327m"))))
     assert "327,007,232 in all, 264,781,568 active per token" in text

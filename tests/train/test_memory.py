@@ -1,5 +1,7 @@
 """The memory a step is said to take is what autograd really keeps."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -43,3 +45,13 @@ def test_states_are_counted_per_parameter():
     assert memory.optimizer == 8 * 327_007_232
     muon = training_memory(c, sequences=1, compute_bytes=2, optimizer="muon")
     assert muon.optimizer == 4 * 327_007_232 + 4 * 2 * 50_304 * 768
+
+
+def test_the_peak_is_where_activations_go_and_gradients_come():
+    c = ModelConfig(**load_preset("model", "nano-5m"))
+    many = training_memory(c, sequences=16, compute_bytes=2, optimizer="adamw")
+    states = many.weights + many.optimizer
+    assert many.total == states + many.activations + many.logits + many.idle
+    tiny = dataclasses.replace(c, context_length=8)
+    few = training_memory(tiny, sequences=1, compute_bytes=2, optimizer="adamw")
+    assert few.total == states + few.gradients + few.idle

@@ -4,7 +4,16 @@ import pytest
 import torch
 
 from nanollm.model.transformer import Transformer
-from nanollm.train.optim import Muon, OptimConfig, build_optimizers, is_hidden_matrix, lr_at, orthogonalise
+from nanollm.train import optim
+from nanollm.train.optim import (
+    NEWTON_SCHULZ,
+    Muon,
+    OptimConfig,
+    build_optimizers,
+    is_hidden_matrix,
+    lr_at,
+    orthogonalise,
+)
 
 
 def test_muon_equals_torch_muon_on_matrices():
@@ -47,6 +56,32 @@ def test_orthogonalised_matrices_have_singular_values_near_one(shape):
     values = torch.linalg.svdvals(orthogonalise(stack, torch.float32))
     assert values.min() > 0.3
     assert values.max() < 1.3
+
+
+def newton_schulz(stack: torch.Tensor) -> torch.Tensor:
+    """The iteration as it is written down, in float64."""
+    a, b, c = NEWTON_SCHULZ
+    x = stack.double() / stack.double().norm(dim=(-2, -1), keepdim=True)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x
+
+
+@pytest.mark.parametrize("rank", [1, 8, 64])
+@pytest.mark.parametrize("shape", [(2, 64, 64), (2, 64, 170), (2, 64, 256)])
+def test_short_cuts_of_the_iteration_change_only_the_rounding(shape, rank):
+    """A few strong directions and faint noise, as gradients are: what is lost there explodes later."""
+    generator = torch.Generator().manual_seed(0)
+    k, m, n = shape
+    strong = torch.randn(k, m, rank, generator=generator) @ torch.randn(k, rank, n, generator=generator)
+    stack = strong + 0.01 * torch.randn(shape, generator=generator)
+    expected = newton_schulz(stack)
+    torch.testing.assert_close(orthogonalise(stack, torch.float32).double(), expected, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(orthogonalise(stack.mT, torch.float32).mT.double(), expected, atol=1e-3, rtol=1e-3)
+    rounded = orthogonalise(stack, torch.bfloat16).double()
+    assert (rounded - expected).norm() < 0.35 * expected.norm()
+    assert torch.linalg.svdvals(rounded).max() < 1.3
 
 
 def test_tiny_gradients_keep_their_direction_in_float16():
@@ -114,3 +149,21 @@ def test_a_gradient_far_below_eps_moves_its_weight_little(eps, moved):
     (optimizer,) = build_optimizers({"embed.weight": weight}, c, torch.float32)
     optimizer.step()
     torch.testing.assert_close(weight.detach().abs(), torch.full((2, 2), moved), rtol=0.02, atol=0)
+
+
+def test_stacks_of_few_elements_equal_one_of_many(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(8, 24), (16, 16), (3, 8, 24), (8, 24), (8, 24)]
+    start = [torch.randn(shape, generator=generator) for shape in shapes]
+    grads = [torch.randn(shape, generator=generator) for shape in shapes]
+    moved = []
+    for limit in (2**24, 2 * 8 * 24, 1):
+        monkeypatch.setattr(optim, "MAX_STACK", limit)
+        parameters = [tensor.clone().requires_grad_() for tensor in start]
+        for parameter, grad in zip(parameters, grads, strict=True):
+            parameter.grad = grad.clone()
+        Muon(parameters, lr=0.02, momentum=0.9, weight_decay=0.1, dtype=torch.float32).step()
+        moved.append(parameters)
+    for one, *others in zip(*moved, strict=True):
+        for other in others:
+            torch.testing.assert_close(one, other)
