@@ -198,7 +198,7 @@ class Tokenizer:
         try:
             self._words = NativeWords(recipe) if native else Words(recipe, self._encode)
         except NoCompilerError as error:
-            say(f"texts become ids some four times slower: {error}")
+            say(f"texts become ids about four times as slowly: {error}")
             self._words = Words(recipe, self._encode)
 
     def _spell_spaces(self, ids: list[int]) -> list[int]:
