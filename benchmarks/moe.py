@@ -3,7 +3,7 @@
 One block of each preset, forward and backward in the compute type of training, in turns: with its Mixture of Experts,
 and with a dense SwiGLU of width d_expert * (shared + active). Both multiply a token with the same number of weights but
 for the router's; what the block with experts takes longer is its overhead. The router is fresh, and every token
-differs. The two feed-forward networks are also measured alone.
+differs. The two feed-forward networks are also measured alone, and then never compiled.
 """
 
 import argparse
@@ -28,6 +28,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--rows", type=int, default=4, help="sequences")
     parser.add_argument("--context", type=int, default=1024, help="tokens of a sequence")
+    parser.add_argument("--compile", default="auto", choices=["auto", "on", "off"], help="speed.compile")
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -42,11 +43,14 @@ def of_shape(c: "ModelConfig", options: argparse.Namespace) -> dict[str, Any]:
     """All comparisons for one shape of model."""
     import torch
 
+    from nanollm.train.speed import SpeedConfig, speed_up
     from nanollm.world import World
 
     world, tokens = World.start(), options.rows * options.context
     width = c.d_expert * (c.n_shared_experts + c.experts_per_token)
     models = {"dense": one_block(c, tokens, world, dense_width=width), "experts": one_block(c, tokens, world)}
+    for model in models.values():
+        speed_up(model, SpeedConfig(compile=options.compile), world.device)
     noise = torch.Generator().manual_seed(0)
     ids = torch.randperm(tokens, generator=noise).view(options.rows, -1).to(world.device)
     hidden, gradient = (

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from benchmarks.measuring import (
     ROOT,
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 LEARNING_RATE, WEIGHT_DECAY, BETAS, MAX_GRAD_NORM = 1e-4, 0.1, (0.9, 0.95), 1.0
 TOLERANCE = 0.01  # nats: what computing in bfloat16 may change of a mean loss
 
+Compile = Literal["auto", "on", "off"]
 Step = Callable[["Tensor"], float]
 """One optimizer step on ids (B, T + 1), of which each predicts the next; its mean loss in nats."""
 
@@ -52,6 +53,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", type=int, default=4, help="sequences of a step")
     parser.add_argument("--context", type=int, default=1024, help="tokens of a sequence")
     parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=list(SIDES), help="leave some out")
+    parser.add_argument("--compile", default="auto", choices=["auto", "on", "off"], help="speed.compile of ours")
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -113,7 +115,7 @@ def shape_of(preset: str, context: int) -> "ModelConfig":
 
 def in_a_process(side: str, options: argparse.Namespace) -> dict[str, float]:
     """What `one_turn` says, in a process that does nothing else."""
-    words = [side, options.preset, str(options.rows), str(options.context)]
+    words = [side, options.preset, str(options.rows), str(options.context), options.compile]
     command = [sys.executable, "-m", "benchmarks.train_step", *words]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode != 0:
@@ -126,7 +128,7 @@ def in_a_process(side: str, options: argparse.Namespace) -> dict[str, float]:
 # --- inside the process of one side ---
 
 
-def one_turn(side: str, preset: str, rows: int, context: int) -> dict[str, float]:
+def one_turn(side: str, preset: str, rows: int, context: int, compile: Compile = "auto") -> dict[str, float]:
     """A step to warm up and one that is timed, and the peak memory of both."""
     import torch
 
@@ -137,7 +139,7 @@ def one_turn(side: str, preset: str, rows: int, context: int) -> dict[str, float
     imports_gb, begun = memory_gb(), time.perf_counter()
     world, c = World.start(), shape_of(preset, context)
     ids = torch.randint(c.vocab_size, (rows, context + 1), generator=torch.Generator().manual_seed(0)).to(world.device)
-    step = SIDES[side](c, world)
+    step = nanollm(c, world, compile) if side == "nanollm" else SIDES[side](c, world)
     # One sequence is enough where nothing is compiled for a shape; several times the same one is the same step.
     first_loss = step(ids[:1].expand(rows if side == "nanollm" else 1, -1))
     finish(world)
@@ -162,17 +164,19 @@ def finish(world: "World") -> None:
         torch.cuda.synchronize()
 
 
-def nanollm(c: "ModelConfig", world: "World") -> Step:
+def nanollm(c: "ModelConfig", world: "World", compile: Compile = "auto") -> Step:
     """As `nanollm pretrain` does it."""
     from nanollm.data.batches import Batch
     from nanollm.model.transformer import Transformer
     from nanollm.train.loss import next_token_loss
     from nanollm.train.optim import OptimConfig
+    from nanollm.train.speed import SpeedConfig, speed_up
     from nanollm.train.state import TrainState
     from nanollm.train.step import train_step
 
     optim = OptimConfig(name="adamw", lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, betas=BETAS)
     state = TrainState.start(Transformer(c).init(0).to(world.device), optim, world.dtype)
+    speed_up(state.model, SpeedConfig(compile=compile), world.device)
 
     def step(ids: "Tensor") -> float:
         batch = Batch(ids[:, :-1], ids[:, 1:])
@@ -248,9 +252,9 @@ SIDES: dict[str, Callable[["ModelConfig", "World"], Step]] = {
 IMPORTS = {
     "transformers": ("torch._dynamo", "benchmarks.peers"),
     "float32 eager": ("torch._dynamo", "nanollm.model.transformer"),
-    "nanollm": ("torch._dynamo", "nanollm.train.step", "nanollm.train.loss"),
+    "nanollm": ("torch._dynamo", "nanollm.train.step", "nanollm.train.loss", "nanollm.train.speed"),
 }
 """What a side has loaded before its memory is looked at the first time; optimizers load torch._dynamo."""
 
 if __name__ == "__main__":
-    print(json.dumps(one_turn(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))))
+    print(json.dumps(one_turn(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5])))  # type: ignore[arg-type]

@@ -207,4 +207,4 @@ def test_a_side_that_the_system_ended_is_told(monkeypatch):
     ended = subprocess.CompletedProcess([], -9, "", "some trace")
     monkeypatch.setattr(train_step.subprocess, "run", lambda *args, **kwargs: ended)
     with pytest.raises(ValueError, match=r"nanollm ended with status -9 .*: some trace"):
-        train_step.in_a_process("nanollm", SimpleNamespace(preset="nano-1m", rows=1, context=8))
+        train_step.in_a_process("nanollm", SimpleNamespace(preset="nano-1m", rows=1, context=8, compile="auto"))
