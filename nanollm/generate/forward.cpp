@@ -522,6 +522,52 @@ template <class T> class Runner {
     }
 };
 
+// --- which token comes next ---
+
+constexpr int GROUP = 64;  // neighbouring tokens whose weights are added up before one of them is looked for
+
+// Where `number`, in [0, 1), falls among the cumulated probabilities of softmax(logits / temperature), never a token of
+// probability 0; `logprob` is its log-probability. weights has room for the next multiple of GROUP.
+int64_t draw_one(const float* logits, int vocab, float temperature, float number, float* weights, float* logprob) {
+    int room = (vocab + GROUP - 1) / GROUP * GROUP;
+    for (int i = 0; i < vocab; i++) weights[i] = logits[i] / temperature;
+    std::fill(weights + vocab, weights + room, -INFINITY);
+    f32x16 most = load(weights);
+    for (int i = 16; i < room; i += 16) most = load(weights + i) > most ? load(weights + i) : most;
+    float greatest = -INFINITY;
+    for (int i = 0; i < 16; i++) greatest = std::max(greatest, most[i]);
+    double total = 0;
+    auto sum_of = [&](int first) {
+        f32x16 sums = load(weights + first);
+        for (int i = 16; i < GROUP; i += 16) sums += load(weights + first + i);
+        return double(sum(sums));
+    };
+    for (int first = 0; first < room; first += GROUP) {
+        for (int i = first; i < first + GROUP; i += 16) {
+            f32x16 away = load(weights + i) - greatest;  // exp stops at -87, so what is farther away is set to 0
+            *(f32x16*)(weights + i) = away < -87.0f ? f32x16{} : exp(away);
+        }
+        total += sum_of(first);
+    }
+    double wanted = number * total, before = 0;
+    int first = 0, last = 0;  // groups with a weight: the one that is looked at, and, should rounding skip it, its end
+    for (int group = 0; group < room; group += GROUP) {
+        double here = sum_of(group);
+        if (here == 0) continue;
+        first = group;
+        if (before + here > wanted) break;
+        before += here;
+    }
+    for (int i = first; i < first + GROUP; i++) {
+        if (weights[i] == 0) continue;
+        last = i;
+        before += weights[i];
+        if (before > wanted) break;
+    }
+    *logprob = float(double(logits[last] / temperature) - greatest - std::log(total));
+    return last;
+}
+
 }  // namespace
 
 // A runner, or null where there is no memory for it.
@@ -540,4 +586,17 @@ void run_float(void* runner, const Pass* pass) { ((Runner<float>*)runner)->run(*
 void run_bf16(void* runner, const Pass* pass) { ((Runner<bf16>*)runner)->run(*pass); }
 void close_float(void* runner) { delete (Runner<float>*)runner; }
 void close_bf16(void* runner) { delete (Runner<bf16>*)runner; }
+
+// One token for each row of logits (rows, vocab), with a number of its own.
+void draw(const float* logits, int64_t rows, int64_t vocab, float temperature, const float* numbers, int64_t* ids,
+          float* logprobs, int64_t threads) {
+#pragma omp parallel num_threads(int(threads))
+    {
+        std::vector<float> weights((vocab + GROUP - 1) / GROUP * GROUP);
+#pragma omp for
+        for (int64_t row = 0; row < rows; row++)
+            ids[row] = draw_one(logits + row * vocab, int(vocab), temperature, numbers[row], weights.data(),
+                                logprobs + row);
+    }
+}
 }

@@ -61,6 +61,11 @@ class SamplingConfig:
         return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
 
     @property
+    def is_plain(self) -> bool:
+        """Whether tokens are drawn from the model's distribution as it is, but for the temperature."""
+        return self.temperature > 0 and not self.filters and not self.shifts
+
+    @property
     def shifts(self) -> bool:
         """Whether some logits are changed before the draw."""
         return self.repetition_penalty != 1 or bool(self.logit_bias)

@@ -11,6 +11,7 @@ from nanollm.compiled import NoCompilerError
 from nanollm.generate import native
 from nanollm.generate.native import NativeRunner, panels
 from nanollm.generate.runner import TorchRunner, open_runner
+from nanollm.generate.sampling import SamplingConfig, sample
 from nanollm.generate.work import Piece, Work
 from nanollm.model.config import ModelConfig
 from nanollm.model.transformer import Transformer
@@ -267,3 +268,36 @@ def test_what_the_library_cannot_do_runs_on_the_model_and_is_said(capsys):
         open_runner(odd, 1, 8, 8, kernels="native")
     with pytest.raises(ValueError, match="quantize int8 needs kernels native, got torch"):
         open_runner(half, 1, 8, 8, quantize="int8", kernels="torch")
+
+
+def test_tokens_are_drawn_as_pytorchs_operations_draw_them(rng):
+    logits = torch.randn(500, 777, generator=rng) * 3  # a group of 64 is not full
+    logits[:, 5] = -torch.inf
+    logits[:100, 1:] = -torch.inf  # all probability on one token
+    logits[100:200, :-1] = -torch.inf
+    logits[200:300] *= 100  # most probabilities are 0 in float32
+    numbers = torch.rand(500, generator=rng)
+    for temperature in (1.0, 0.7, 1.9):
+        ids, logprobs = native.draw(logits, temperature, numbers)
+        expected, theirs = sample(logits, SamplingConfig(temperature=temperature), numbers)
+        assert (ids != expected).sum() <= 1  # where rounding decides
+        same = ids == expected
+        torch.testing.assert_close(logprobs[same], theirs[same], atol=1e-5, rtol=1e-5)
+
+
+def test_no_number_draws_what_has_no_probability():
+    below_one = torch.tensor([0.0, 2.0**-24, 0.5, 1 - 2.0**-24])
+    logits = torch.full((4, 300), -torch.inf)
+    logits[:, [70, 140, 141, 260]] = torch.tensor([0.0, -80.0, -95.0, 0.0])  # the third is 0 in float32, as in exp()
+    ids, logprobs = native.draw(logits, 1.0, below_one)
+    assert ids.tolist() == [70, 70, 260, 260]  # the second is lost in a sum of 2
+    torch.testing.assert_close(logprobs[[0, 1, 3]], torch.tensor(0.5).log().expand(3))
+
+
+def test_a_drawn_row_depends_on_itself_alone(rng):
+    logits, numbers = torch.randn(9, 1000, generator=rng), torch.rand(9, generator=rng)
+    ids, logprobs = native.draw(logits, 1.0, numbers)
+    for row in range(9):
+        alone = native.draw(logits[row : row + 1], 1.0, numbers[row : row + 1])
+        assert torch.equal(alone[0], ids[row : row + 1])
+        assert torch.equal(alone[1], logprobs[row : row + 1])
