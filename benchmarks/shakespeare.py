@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,8 +75,11 @@ class Recipe:
     """ModelConfig; its context is the length of a window. No preset: a vocabulary of 65 serves nothing else."""
     rows: int
     """Windows of an optimizer step."""
-    optim: dict[str, Any] = field(default_factory=dict)
-    """OptimConfig; its steps are thousandths of the clock."""
+    optim: dict[str, Any]
+    """OptimConfig; its steps are thousandths of the schedule's time."""
+    embedding_std: float = 0.5
+    """Standard deviation of the embedding's first weights: large beside what a block's first steps add to the stream.
+    Transformer.init's 0.046 at this width loses 0.13 nats after 400,000 characters."""
     is_compiled: bool = True
     """Whether blocks are compiled, which takes some seconds of the clock even with a warm cache."""
 
@@ -108,7 +111,7 @@ RECIPES = {
     "short": Recipe(
         shape=FAMILY | {"d_model": 192, "n_blocks": 4, "n_heads": 3, "q_lora_rank": 96, "d_ff": 512, "d_expert": 256},
         rows=8,
-        optim={"lr": 1.5e-2, "warmup_steps": 30, "balance_rate": 0.01},
+        optim={"lr": 1.2e-2, "warmup_steps": 30, "balance_rate": 0.01},
     ),
     "long": Recipe(
         shape=FAMILY | {"d_model": 256, "n_blocks": 4, "n_heads": 4, "q_lora_rank": 128, "d_ff": 704, "d_expert": 352},
@@ -306,6 +309,9 @@ def start(r: Recipe, seed: int, dtype: "torch.dtype") -> "TrainState":
         for name, parameter in model.named_parameters():
             if name.endswith(("o_proj.weight", "down_proj.weight", "down_proj")):
                 parameter.zero_()
+        embedding = model.trunk.embed.weight
+        generator = torch.Generator().manual_seed(seed)
+        embedding.copy_(torch.randn(embedding.shape, generator=generator) * r.embedding_std)
     speed_up(model, SpeedConfig(compile="on" if r.is_compiled else "off"), torch.device("cpu"))
     return TrainState.start(model, r.optim_config(), dtype)
 
