@@ -145,6 +145,12 @@ def unit_embedding(model: Transformer) -> None:
     embed.div_(embed.std())
 
 
+def unit_embedding_zero_init(model: Transformer) -> None:
+    """Both."""
+    unit_embedding(model)
+    zero_init(model)
+
+
 # Shapes
 
 
@@ -285,7 +291,7 @@ ROWS: dict[str, Variant] = {
     "small-batch": muon("512 tokens per step instead of 1,024", batch_size=2),
     "adamw-small-batch": Variant(about="AdamW, 512 tokens per step", against="adamw", optim=ADAMW, batch_size=2),
     "embed-std-1": muon("embedding begins with standard deviation 1", start=unit_embedding),
-    "fast": muon("zero-init and 512 tokens per step", start=zero_init, batch_size=2),
+    "fast": muon("embed-std-1 and zero-init", start=unit_embedding_zero_init),
     "dense": muon("dense SwiGLU of 768 for each MoE: equal active FLOPs", shape=dense),
     "mha": muon("multi-head attention, 4 heads of 44: equal parameters", shape=grouped_attention(4, 44)),
     "gqa": muon(
@@ -336,10 +342,17 @@ def fast(about: str, **changes: Any) -> Variant:
 
 
 TRIALS: dict[str, Variant] = {
+    "fast-small-batch": fast("512 tokens per step", batch_size=2),
     "fast-head-lr": fast("a quarter of the learning rate for the head", tuning=Tuning(head_lr=0.25)),
-    "fast-adam-lr": fast("a quarter of it for embedding and head", tuning=Tuning(head_lr=0.25, embed_lr=0.25)),
+    "fast-embed-lr": fast("3 times the learning rate for the embedding", tuning=Tuning(embed_lr=3.0)),
     "fast-lr-0.005": fast("lr 5e-3", optim={"lr": 5e-3}),
     "fast-lr-0.02": fast("lr 2e-2", optim={"lr": 2e-2}),
-    "fast-tiny-batch": fast("256 tokens per step", batch_size=1),
-    "fast-momentum-0.9": fast("momentum 0.9", optim={"momentum": 0.9}),
+    "fast-no-zero": fast("without zero-init", start=unit_embedding),
+    "zero-init-small-batch": muon("zero-init, 512 tokens per step", start=zero_init, batch_size=2),
+    "zero-init-adam-lr": muon(
+        "zero-init, 512 tokens per step, a quarter of the learning rate for embedding and head",
+        start=zero_init,
+        batch_size=2,
+        tuning=Tuning(head_lr=0.25, embed_lr=0.25),
+    ),
 }
