@@ -343,8 +343,9 @@ def fast(about: str, **changes: Any) -> Variant:
 
 TRIALS: dict[str, Variant] = {
     "fast-small-batch": fast("512 tokens per step", batch_size=2),
-    "fast-head-lr": fast("a quarter of the learning rate for the head", tuning=Tuning(head_lr=0.25)),
-    "fast-embed-lr": fast("3 times the learning rate for the embedding", tuning=Tuning(embed_lr=3.0)),
+    "fast-embed-lr-3": fast("3 times the learning rate for the embedding", tuning=Tuning(embed_lr=3.0)),
+    "fast-head-lr-3": fast("3 times the learning rate for the head", tuning=Tuning(head_lr=3.0)),
+    "fast-embed-lr-10": fast("10 times the learning rate for the embedding", tuning=Tuning(embed_lr=10.0)),
     "fast-lr-0.005": fast("lr 5e-3", optim={"lr": 5e-3}),
     "fast-lr-0.02": fast("lr 2e-2", optim={"lr": 2e-2}),
     "fast-no-zero": fast("without zero-init", start=unit_embedding),
