@@ -58,15 +58,20 @@ def _facts(name: str, dtype: str, options: argparse.Namespace) -> dict[str, Any]
 
 
 def _predicted_mb(case: dict[str, Any]) -> float:
+    import torch
+
+    from nanollm.model import fused
     from nanollm.train.memory import training_memory
 
+    c = _config(case)
     return (
         training_memory(
-            _config(case),
+            c,
             sequences=case["sequences"],
             compute_bytes=4 if case["dtype"] == "float32" else 2,
             optimizer=case["optimizer"],
             recompute=case["recompute"],
+            is_fused=fused.fits(c, getattr(torch, case["dtype"]), torch.device("cpu")),
         ).total
         / 1e6
     )

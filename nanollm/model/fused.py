@@ -54,15 +54,19 @@ def is_slow_without() -> bool:
     return torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
 
 
-def serves(c: ModelConfig, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether attention.cpp is the one to ask, for a model of this shape."""
+def fits(c: ModelConfig, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether attention.cpp is made for such a model on such a machine."""
     return (
         device.type == "cpu"
         and dtype == torch.bfloat16
         and c.qk_head_dim % PANEL == c.v_head_dim % PANEL == c.qk_nope_head_dim % 2 == 0
         and is_slow_without()
-        and library() is not None
     )
+
+
+def serves(c: ModelConfig, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether attention.cpp is the one to ask, for a model of this shape; compiles it if it is."""
+    return fits(c, dtype, device) and library() is not None
 
 
 @torch.library.custom_op("nanollm::attend", mutates_args=())

@@ -5,6 +5,7 @@ Letters: B rows, T tokens, D model width, F hidden width, R rotary width.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,33 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        normed: Tensor = _Normalise.apply(x, self.weight, self.eps)  # type: ignore[no-untyped-call]
+        return normed
+
+
+class _Normalise(torch.autograd.Function):
+    """Keeps x in its own type and one number per vector, where autograd would keep float32 copies of all of x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = widened(x)
+        factor = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()  # (..., 1)
+        ctx.save_for_backward(x, weight, factor)
+        return (wide * factor).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, factor = ctx.saved_tensors
+        unit, grad = widened(x) * factor, widened(grad)
+        of_unit = grad * weight
+        of_x = (of_unit - unit * (of_unit * unit).mean(-1, keepdim=True)).mul_(factor)
+        of_weight = (grad * unit).flatten(0, -2).sum(0)
+        return of_x.to(x.dtype), of_weight.to(weight.dtype), None
+
+
+def widened(x: Tensor) -> Tensor:
+    """In float32, or float64 if it is that."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def rotary_table(positions: Tensor, width: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -51,14 +78,53 @@ def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
 
     x (B, T, H, R); table from rotary_table for these T positions. Same shape and type as x.
     """
-    cos, sin = (part[..., None, :] for part in table)  # (..., T, 1, R/2): the same for all heads
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    turned: Tensor = _Rotate.apply(x, *table)  # type: ignore[no-untyped-call]
+    return turned
+
+
+class _Rotate(torch.autograd.Function):
+    """Keeps the angles only: the way back is to turn the gradient back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return turn(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return turn(grad, cos, -sin), None, None
+
+
+def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x (B, T, H, R), cos and sin (..., T, R/2)."""
+    cos, sin = cos[..., None, :], sin[..., None, :]  # the same for all heads
+    even, odd = widened(x).unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2).type_as(x)
 
 
 def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """down(silu(gate x) * up x).  x (..., D); gate and up (F, D); down (D, F)."""
-    return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
+    y: Tensor = _GatedDown.apply(F.linear(x, gate), F.linear(x, up), down)  # type: ignore[no-untyped-call]
+    return y
+
+
+class _GatedDown(torch.autograd.Function):
+    """down(silu(gate) * up): keeps gate and up, of the four widths F that autograd would keep."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up, down)
+        return F.linear(F.silu(gate).mul_(up), down)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        gate, up, down = ctx.saved_tensors
+        opened = F.silu(gate)
+        of_hidden = grad @ down  # (..., F)
+        of_down = grad.flatten(0, -2).T @ (opened * up).flatten(0, -2)
+        of_up = opened.mul_(of_hidden)
+        return torch.ops.aten.silu_backward(of_hidden.mul_(up), gate), of_up, of_down
 
 
 class SwiGLU(nn.Module):

@@ -4,8 +4,12 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+import torch
+
+from nanollm.model import fused
 from nanollm.model.config import ModelConfig
 from nanollm.train.memory import training_memory
+from nanollm.world import World
 
 POSITIONAL = ("model",)
 
@@ -38,7 +42,12 @@ def describe(c: Config) -> dict[str, Any]:
     m = c.model
     width: Literal[2, 4] = 4 if c.dtype == "float32" else 2
     memory = training_memory(
-        m, sequences=c.micro_batch_size, compute_bytes=width, optimizer=c.optimizer, recompute=c.recompute
+        m,
+        sequences=c.micro_batch_size,
+        compute_bytes=width,
+        optimizer=c.optimizer,
+        recompute=c.recompute,
+        is_fused=fused.fits(m, getattr(torch, c.dtype), World.start().device),
     )
     expanded = m.n_heads * (m.qk_head_dim + m.v_head_dim)
     return {

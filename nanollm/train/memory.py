@@ -42,10 +42,11 @@ def training_memory(
     compute_bytes: Literal[2, 4],
     optimizer: Literal["muon", "adamw"],
     recompute: bool = False,
+    is_fused: bool = False,
 ) -> TrainingMemory:
     """Peak of one micro-batch of full-length sequences; compute_bytes is 2 for bfloat16 and float16.
 
-    `recompute`: of each block only what enters it is kept.
+    `recompute` and `is_fused` as in kept_bytes_per_token.
     """
     parameters, tokens = c.total_parameters, sequences * c.context_length
     has_masters = compute_bytes == 2
@@ -55,7 +56,7 @@ def training_memory(
     # The head's gradient is made from the first chunk on; that of several chunks is added up in float32.
     head_gradient = head * (compute_bytes + (4 if has_masters and tokens > rows else 0))
     in_backward = 4 * compute_bytes * max(c.d_ff, (c.n_shared_experts + c.experts_per_token) * c.d_expert)
-    activations = tokens * (kept_bytes_per_token(c, compute_bytes, recompute) + in_backward)
+    activations = tokens * (kept_bytes_per_token(c, compute_bytes, recompute, is_fused) + in_backward)
     # Muon turns a stack of gradients into directions: float32 twice, and three times in the compute type.
     stack = min(parameters - in_adamw, MAX_STACK) * (8 + 3 * compute_bytes)
     return TrainingMemory(
@@ -68,23 +69,26 @@ def training_memory(
     )
 
 
-def kept_bytes_per_token(c: ModelConfig, compute_bytes: Literal[2, 4], recompute: bool = False) -> int:
+def kept_bytes_per_token(
+    c: ModelConfig, compute_bytes: Literal[2, 4], recompute: bool = False, is_fused: bool = False
+) -> int:
     """What the trunk keeps of one token from the forward to the backward pass.
 
-    With `recompute` that is what enters each block, and all of the block whose turn it is.
+    With `recompute` that is what enters each block, and all of the block whose turn it is. `is_fused`: attention.cpp
+    serves, so the keys of every head are never written out.
     """
-    latents = c.q_lora_rank + c.kv_lora_rank
-    norms = 2 * (2 * c.d_model + latents)  # float32: the input and the normalised input of each norm
-    attention = 2 * c.d_model + latents  # inputs of the linear layers
-    attention += 2 * c.n_heads * c.qk_head_dim  # queries and keys
+    attention = 2 * c.d_model + 2 * c.q_lora_rank + c.cache_width + c.kv_lora_rank  # what norms and matrices are given
+    attention += c.n_heads * c.qk_head_dim * (1 if is_fused else 2)  # queries and keys
     attention += c.n_heads * (c.qk_nope_head_dim + 2 * c.v_head_dim)  # expanded latents, answers
-    experts = 4 * (c.n_shared_experts + c.experts_per_token) * c.d_expert
+    attention += c.qk_rope_head_dim if is_fused else 0
+    floats = c.n_heads + 4  # a sum of exponentials per head, a factor per norm
+    experts = 2 * (c.n_shared_experts + c.experts_per_token) * c.d_expert
     gathered = 2 * c.experts_per_token * c.d_model  # tokens gathered, answers to be weighted
     router = c.d_model if compute_bytes == 2 else 0  # float32 copy of the tokens
-    wide = 4 * (norms + c.n_heads)
-    dense = (attention + 4 * c.d_ff) * compute_bytes + wide  # gate, its silu, up, their product
-    moe = (attention + experts + gathered) * compute_bytes + wide + 4 * router
-    last_norm = c.d_model * (compute_bytes + 8)
+    ffn = 2 * c.d_model
+    dense = (attention + ffn + 2 * c.d_ff) * compute_bytes + 4 * floats
+    moe = (attention + ffn + experts + gathered) * compute_bytes + 4 * (floats + router)
+    last_norm = c.d_model * compute_bytes + 4
     if recompute:
         return c.n_blocks * c.d_model * compute_bytes + max(dense, moe) + last_norm
     return (c.n_blocks - c.n_moe_blocks) * dense + c.n_moe_blocks * moe + last_norm
