@@ -292,6 +292,12 @@ ROWS: dict[str, Variant] = {
     "adamw-small-batch": Variant(about="AdamW, 512 tokens per step", against="adamw", optim=ADAMW, batch_size=2),
     "embed-std-1": muon("embedding begins with standard deviation 1", start=unit_embedding),
     "fast": muon("embed-std-1 and zero-init", start=unit_embedding_zero_init),
+    "adamw-fast-start": Variant(
+        about="AdamW, but the weights of `fast` at the start",
+        against="adamw",
+        optim=ADAMW,
+        start=unit_embedding_zero_init,
+    ),
     "dense": muon("dense SwiGLU of 768 for each MoE: equal active FLOPs", shape=dense),
     "mha": muon("multi-head attention, 4 heads of 44: equal parameters", shape=grouped_attention(4, 44)),
     "gqa": muon(
