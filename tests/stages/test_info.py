@@ -31,7 +31,7 @@ def test_memory_grows_with_the_micro_batch_and_shrinks_with_the_type():
 
 def test_recomputation_keeps_a_fraction_of_the_activations_and_nothing_else_changes():
     plain, small = (facts("nano-327m", recompute=flag)["training_step"]["bytes"] for flag in (False, True))
-    assert small["activations"] < plain["activations"] / 6
+    assert small["activations"] < plain["activations"] / 5
     assert small["total"] < 0.6 * plain["total"]
     assert {name: small[name] for name in ("weights", "optimizer", "logits")} == {
         name: plain[name] for name in ("weights", "optimizer", "logits")
