@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks import shakespeare
+from benchmarks.run import read_words
 from benchmarks.shakespeare import MOMENTS, Clock, Recipe, loss_per_character, run_nanogpt, split, start, train, windows
 from nanollm.model.transformer import Transformer
 
@@ -166,3 +167,36 @@ def test_a_folder_that_is_no_checkout_and_a_command_that_fails_are_told(tmp_path
     silent = fake_checkout(tmp_path / "silent", "print('nothing')")
     with pytest.raises(ValueError, match="printed no `val loss`: nothing"):
         run_nanogpt(silent, text, tmp_path)
+
+
+def test_ours_gets_the_seconds_that_nanogpt_took_and_both_losses_are_told(tmp_path, monkeypatch):
+    """The processes are replaced; what they are asked and what becomes of their answers is not."""
+    asked = []
+
+    def process(text_file: Path, cache: Path, **words: object) -> dict[str, object]:
+        asked.append(words)
+        numbers = dict.fromkeys(shakespeare.NUMBERS, 1.0) | {"seconds": 99.0, "val_loss": 1.5, "characters_per_s": 1e4}
+        return {**numbers, "curve": [], "predicted": 111}
+
+    theirs = {"seconds": 100.0, "printed_val_loss": 1.9, "val_loss": 2.0, "predicted": 111}
+    monkeypatch.setattr(shakespeare, "in_a_process", process)
+    monkeypatch.setattr(shakespeare, "run_nanogpt", lambda *_: theirs)
+    monkeypatch.setattr(shakespeare, "matmul_roof", lambda *_: 400.0)
+    (tmp_path / "tinyshakespeare").mkdir()
+    (tmp_path / shakespeare.TEXT).write_text(TEXT)
+    words = ["shakespeare", "--data", str(tmp_path), "--repeats", "2"]
+    facts = shakespeare.measure(read_words([*words, "--nanogpt", "checkout"])["shakespeare"])
+    assert [each["clock_s"] for each in asked] == [None, 100.0, 100.0]
+    assert [each["seed"] for each in asked] == [0, 0, 1]
+    assert facts["ratio"]["nanollm"]["median"] == 0.75
+    assert facts["checks"]["same"] and facts["checks"]["within_the_clock"]
+
+    asked.clear()
+    facts = shakespeare.measure(read_words(words)["shakespeare"])
+    assert [each["clock_s"] for each in asked] == [None, 104.0, 104.0]
+    assert facts["sides"]["nanoGPT"]["median"] == 1.8857
+
+    asked.clear()
+    facts = shakespeare.measure(read_words([*words, "--minutes", "1"])["shakespeare"])
+    assert {each["recipe"] for each in asked} == {"long"}
+    assert not facts["checks"]["within_the_clock"]
