@@ -199,8 +199,12 @@ their standard deviation; lower is better. A seed decides the first weights and 
 and the row it is compared with read the same windows in the same order: the difference is taken seed by seed. It is a
 **tie** when zero lies inside the 95 % interval (Student's t) of these paired differences; "better" and "worse" say that
 it does not; with one seed there is no verdict. CPU time is of training alone and includes what other work on the
-machine cost; MFLOP are of training on one token, the experts that it does not meet left out.
+machine cost; MFLOP are of training on one token, the experts that it does not meet left out. These are the first
+minutes of a training: what is a tie here may matter later, and the other way round.
 
+"""
+
+COLUMNS = """\
 | row | change | bits per byte | seeds | against | difference | verdict | parameters | MFLOP/token | CPU s |
 |---|---|---|---|---|---|---|---|---|---|
 """
@@ -210,7 +214,7 @@ Runs = Mapping[int, Mapping[str, Any]]  # by seed
 
 def table(results: Mapping[str, Runs]) -> str:
     """docs/ablations.md."""
-    from benchmarks.variants import ROWS, SEARCH
+    from benchmarks.variants import ROWS, SEARCH, TRIALS
 
     runs = [run for by_seed in results.values() for run in by_seed.values()]
     if not runs:
@@ -219,11 +223,13 @@ def table(results: Mapping[str, Runs]) -> str:
         if len(found := {run["settings"][name] for run in runs}) > 1:
             raise ValueError(f"runs of different {name} {sorted(found)} cannot stand in one table; move some away")
     text = HEAD.format(**{**runs[0]["settings"], "pieces": 4096})
-    text += "".join(line(row, results) for row in ROWS if row in results)
-    whole = [row for row in ROWS if row in results and ROWS[row].whole_split]
-    if whole:
+    text += COLUMNS + "".join(line(row, results) for row in ROWS if row in results)
+    if any(run["settings"]["pieces"] != 4096 for run in runs):
         text += "\nRows with another tokenizer are measured and compared on the whole validation split, the same text\n"
         text += "for all tokenizers; they read equal bytes of text.\n"
+    if any(row in results for row in TRIALS):
+        text += f"\n## Tried for `fast`\n\n{COLUMNS}"
+        text += "".join(line(row, results) for row in TRIALS if row in results)
     if searched := [row for row in SEARCH if row in results]:
         text += f"\n## Learning rates\n\nSeed 0, {SEARCH[searched[0]].share:g} of the tokens.\n\n"
         text += "| optimizer | lr | bits per byte |\n|---|---|---|\n"

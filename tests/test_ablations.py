@@ -184,7 +184,10 @@ def test_another_tokenizer_is_compared_on_the_whole_split() -> None:
     runs = results_of({"muon": [2.6]}) | results_of({"tokenizer-8192": [9.0]}, pieces=8192)
     runs["muon"][0]["bits_per_byte_whole_split"] = 2.5
     runs["tokenizer-8192"][0]["bits_per_byte_whole_split"] = 2.4
-    assert "| 2.4000 | 1 | muon | -0.1000 | one seed |" in ablations.table(runs)
+    text = ablations.table(runs)
+    assert "| 2.4000 | 1 | muon | -0.1000 | one seed |" in text
+    assert "on the whole validation split" in text
+    assert "on the whole validation split" not in ablations.table({"muon": runs["muon"]})
 
 
 # --- the variants ---
