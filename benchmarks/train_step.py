@@ -5,7 +5,7 @@ Same weights, same tokens, AdamW and clipped gradients on all sides:
     float32 eager   our model uncompiled in float32, all logits at once, AdamW: how the original trained on a CPU
     nanollm         a step of `nanollm pretrain`
 Every turn of a side is a process of its own, because two do not fit into the memory of a small machine, and its peak
-memory is measured with it: it takes one step to warm up, on one sequence, and one that is timed. What this machine
+memory is measured with it: it takes one step to warm up, of one sequence many times, and one that is timed. What this machine
 multiplies in the shapes of the model is measured in each turn; the share of it counts the model's own operations
 (ModelConfig.training_flops_per_token) and nothing that is computed twice.
 """
@@ -140,8 +140,8 @@ def one_turn(side: str, preset: str, rows: int, context: int, compile: Compile =
     world, c = World.start(), shape_of(preset, context)
     ids = torch.randint(c.vocab_size, (rows, context + 1), generator=torch.Generator().manual_seed(0)).to(world.device)
     step = nanollm(c, world, compile) if side == "nanollm" else SIDES[side](c, world)
-    # One sequence is enough where nothing is compiled for a shape; several times the same one is the same step.
-    first_loss = step(ids[:1].expand(rows if side == "nanollm" else 1, -1))
+    # A whole batch: the first step of a size also pays for its kernels and for memory that nobody has touched yet.
+    first_loss = step(ids[:1].expand(rows, -1))
     finish(world)
     prepared, losses = time.perf_counter(), []
 
