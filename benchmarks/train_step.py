@@ -5,9 +5,9 @@ Same weights, same tokens, AdamW and clipped gradients on all sides:
     float32 eager   our model uncompiled in float32, all logits at once, AdamW: how the original trained on a CPU
     nanollm         a step of `nanollm pretrain`
 Every turn of a side is a process of its own, because two do not fit into the memory of a small machine, and its peak
-memory is measured with it: it takes one step to warm up, of one sequence many times, and one that is timed. What this machine
-multiplies in the shapes of the model is measured in each turn; the share of it counts the model's own operations
-(ModelConfig.training_flops_per_token) and nothing that is computed twice.
+memory is measured with it: it takes one step to warm up, of one sequence many times, and one that is timed. What this
+machine multiplies in the shapes of the model is measured in each turn; the share of it counts the model's own
+operations (ModelConfig.training_flops_per_token) and nothing that is computed twice.
 """
 
 import argparse

@@ -6,6 +6,7 @@ Letters: B rows, T tokens, D model width, V vocabulary.
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,8 @@ from nanollm.model.cache import LatentCache
 from nanollm.model.config import ModelConfig
 from nanollm.model.layers import Places, RMSNorm, SwiGLU, rotary_table
 from nanollm.model.moe import MoE
+
+StartName = Literal["gpt2", "fast"]
 
 
 class Block(nn.Module):
@@ -125,11 +128,13 @@ class Transformer(nn.Module):
             self.train(was_training)
 
     @torch.no_grad()
-    def init(self, seed: int) -> "Transformer":
+    def init(self, seed: int, start: StartName = "gpt2") -> "Transformer":
         """Draw every matrix from a normal distribution and set every norm to one; the same seed gives the same bits.
 
-        Standard deviation sqrt(2 / (5 D)), arXiv:1910.05895; matrices that write to the residual stream are smaller by
-        sqrt(2 blocks), as in GPT-2, so that the stream keeps its scale however deep the model is.
+        gpt2: standard deviation sqrt(2 / (5 D)), arXiv:1910.05895; matrices that write to the residual stream are
+        smaller by sqrt(2 blocks), as in GPT-2, so that the stream keeps its scale however deep the model is.
+        fast: those matrices and the head begin at 0, and the embedding with standard deviation 1: every block begins as
+        the identity, and every token at its own place (docs/ablations.md).
         """
         generator = torch.Generator().manual_seed(seed)
         std = math.sqrt(2 / (5 * self.config.d_model))
@@ -139,6 +144,8 @@ class Transformer(nn.Module):
                 continue
             writes_to_stream = name.endswith(("o_proj.weight", "down_proj.weight", "down_proj"))
             scale = std / math.sqrt(2 * self.config.n_blocks) if writes_to_stream else std
+            if start == "fast":
+                scale = {"trunk.embed.weight": 1.0, "head.weight": 0.0}.get(name, 0.0 if writes_to_stream else std)
             # Drawn on the CPU so that every device starts from the same bits.
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
         return self

@@ -43,7 +43,8 @@ class GrpoTrainConfig(LoopConfig):
     log_every: int = 1
     """Steps between two lines of metrics.jsonl, each with the numbers of its step alone."""
     micro_batch_size: int = 8
-    """Rows per forward pass of training, each as long as the model's context and shared by the replies that fit."""
+    """Rows per forward pass of training, counted as if each were as long as the model's context; rows that are only as
+    wide as the replies of a step need are as many more."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

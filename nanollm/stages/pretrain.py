@@ -16,7 +16,7 @@ from nanollm.evals.bits_per_byte import bits_per_byte
 from nanollm.generate.engine import generate
 from nanollm.generate.sampling import SamplingConfig
 from nanollm.model.config import ModelConfig
-from nanollm.model.transformer import Transformer
+from nanollm.model.transformer import StartName, Transformer
 from nanollm.progress import say
 from nanollm.settings import read_mapping
 from nanollm.text.tokenizer import Tokenizer
@@ -33,7 +33,7 @@ from nanollm.world import DeviceName, DtypeName, World
 SAMPLE_TOKENS = 48
 
 # What decides which numbers come out at which step; the rest (intervals, length, rates) may change on the way.
-FIXED = ("model", "seed", "train.batch_size", "optim.name", "inputs")
+FIXED = ("model", "start", "seed", "train.batch_size", "optim.name", "inputs")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +52,9 @@ class Config:
     """Length, portions and intervals."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimizer and schedule."""
+    start: StartName = "gpt2"
+    """How the weights begin. gpt2: small everywhere; fast: what writes to the residual stream and the head at 0, the
+    embedding large, with which a short run learns more from the same text (docs/ablations.md)."""
     seed: int = 0
     """Starts the weights and the order of the data."""
     speed: SpeedConfig = field(default_factory=SpeedConfig)
@@ -94,7 +97,7 @@ def run(c: Config) -> Path:
             settings,
             inputs,
             FIXED,
-            lambda: TrainState.start(Transformer(c.model).init(c.seed).to(world.device), c.optim, world.dtype),
+            lambda: TrainState.start(Transformer(c.model).init(c.seed, c.start).to(world.device), c.optim, world.dtype),
             c.trackers,
         )
         speed_up(state.model, c.speed, world.device)

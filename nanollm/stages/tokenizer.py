@@ -47,7 +47,7 @@ class Config:
     vocab_size: int = 50304
     """Number of pieces, special marks and the 256 bytes included (at most 65,536)."""
     sample_bytes: int = SAMPLE_BYTES
-    """Most bytes of text to learn from, drawn evenly from all of it; memory is about 10 times this (unigram: 22)."""
+    """Most bytes of text to learn from, drawn evenly from all of it; memory is about 6 times this (unigram: 22)."""
     held_out: float = 0.01
     """Part of the documents that only the report is computed on (0 to 0.5, at most 2 MB of text)."""
     seed: int = 0

@@ -10,6 +10,7 @@ from nanollm.model.config import ModelConfig
 from nanollm.model.layers import rotary_table, rotate
 from nanollm.model.transformer import Transformer
 from nanollm.settings import load_preset, preset_names
+from tests.model.conftest import TINY
 
 SIZES = {
     "nano-1m": 1_206_016,
@@ -111,3 +112,13 @@ def test_bfloat16_stays_close_to_float32(tiny_config, rng):
 def test_impossible_shapes_are_refused(tiny_config, change, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(tiny_config, **change)
+
+
+def test_the_fast_start_begins_with_blocks_that_change_nothing_and_a_head_without_opinion(rng):
+    model = Transformer(TINY).init(0, "fast")
+    tokens = torch.randint(TINY.vocab_size, (2, 9), generator=rng)
+    torch.testing.assert_close(model.trunk(tokens), model.trunk.norm(model.trunk.embed(tokens)))
+    assert not model(tokens).any()
+    assert model.trunk.embed.weight.std().item() == pytest.approx(1, abs=0.02)
+    plain = Transformer(TINY).init(0)
+    assert torch.equal(*(each.trunk.blocks[0].attention.q_a_proj.weight for each in (model, plain)))
