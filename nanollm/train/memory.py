@@ -12,7 +12,7 @@ from nanollm.model.config import ModelConfig
 from nanollm.train.loss import chunk_rows
 from nanollm.train.optim import MAX_STACK
 
-IDLE_PER_ACTIVATION, IDLE_PER_GRADIENT = {2: 0.2, 4: 0.06}, 0.4
+IDLE, IDLE_PER_ACTIVATION, IDLE_PER_GRADIENT = 25_000_000, {2: 0.4, 4: 0.06}, 0.25
 """Memory that an allocator holds but cannot hand out, because what was freed lies between what was not; in the smaller
 types also their float32 copies that come and go. Fitted to the presets on a CPU (docs/log.md, "Where is the peak of a
 step?")."""
@@ -65,7 +65,7 @@ def training_memory(
         activations=activations,
         logits=min(tokens, rows) * c.vocab_size * compute_bytes + head_gradient,
         gradients=4 * parameters + stack,
-        idle=round(IDLE_PER_ACTIVATION[compute_bytes] * activations + IDLE_PER_GRADIENT * 4 * parameters),
+        idle=IDLE + round(IDLE_PER_ACTIVATION[compute_bytes] * activations + IDLE_PER_GRADIENT * 4 * parameters),
     )
 
 
