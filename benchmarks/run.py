@@ -146,7 +146,8 @@ def path_of(record: Mapping[str, Any], results: Path) -> Path:
     machine = record["hardware"]
     label = str(machine["gpu"] or f"{machine['cores']}-cores").replace(" ", "-").lower()
     options = (
-        f"{name}-{'+'.join(value) if isinstance(value, list) else value}" for name, value in record["options"].items()
+        f"{name}-{'+'.join(map(str, value)) if isinstance(value, list) else value}"
+        for name, value in record["options"].items()
     )
     words = re.sub(r"[^\w.+-]", "-", "_".join([record["benchmark"], *options]))
     return results / f"{record['date']}_{label}_{words}.json"

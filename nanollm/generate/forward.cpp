@@ -527,7 +527,7 @@ template <class T> class Runner {
 constexpr int GROUP = 64;  // neighbouring tokens whose weights are added up before one of them is looked for
 
 // Where `number`, in [0, 1), falls among the cumulated probabilities of softmax(logits / temperature), never a token of
-// probability 0; `logprob` is its log-probability. weights has room for the next multiple of GROUP.
+// probability 0; `logprob` is its log-probability. weights has room for the next multiple of GROUP. -1: there is none.
 int64_t draw_one(const float* logits, int vocab, float temperature, float number, float* weights, float* logprob) {
     int room = (vocab + GROUP - 1) / GROUP * GROUP;
     for (int i = 0; i < vocab; i++) weights[i] = logits[i] / temperature;
@@ -558,7 +558,8 @@ int64_t draw_one(const float* logits, int vocab, float temperature, float number
         if (before + here > wanted) break;
         before += here;
     }
-    for (int i = first; i < first + GROUP; i++) {
+    if (!(total > 0)) return -1;  // logits that are no numbers
+    for (int i = first; i < std::min(first + GROUP, vocab); i++) {
         if (weights[i] == 0) continue;
         last = i;
         before += weights[i];

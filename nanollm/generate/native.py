@@ -265,7 +265,8 @@ def draw(logits: Tensor, temperature: float, numbers: Tensor) -> tuple[Tensor, T
     """What `sampling.sample` gives without filters and shifts, in one pass instead of six.
 
     logits (B, V) float32 on the CPU, numbers (B,) float32 in [0, 1); temperature above 0. Returns ids (B,) int64 and
-    their log-probabilities (B,) float32. A row's answer depends on that row alone.
+    their log-probabilities (B,) float32. A row's answer depends on that row alone. ValueError for logits that are no
+    numbers.
     """
     logits, numbers = logits.contiguous(), numbers.contiguous()
     rows, vocab_size = logits.shape
@@ -280,4 +281,8 @@ def draw(logits: Tensor, temperature: float, numbers: Tensor) -> tuple[Tensor, T
         logprobs.data_ptr(),
         min(rows, torch.get_num_threads()),
     )
+    if (ids < 0).any():
+        raise ValueError(
+            "the model's logits are not numbers; its weights may have run away in training, take an older one"
+        )
     return ids, logprobs

@@ -82,7 +82,8 @@ class Trunk(nn.Module):
         elif positions is not None:
             is_text = ~is_empty(positions)
             if is_fused:
-                starts = (torch.arange(count, device=tokens.device) - positions).int()
+                # Whatever the positions, never before a row or behind its token: attention.cpp trusts them.
+                starts = (torch.arange(count, device=tokens.device) - positions).clamp(min=0).cummax(1).values.int()
             else:
                 mask = packed_mask(positions)
         else:
@@ -93,8 +94,10 @@ class Trunk(nn.Module):
         for block in self.blocks:
             if recompute:
                 x = checkpoint(block, x, places, cache, use_reentrant=False, preserve_rng_state=False)
-            else:
+            elif cache is None:
                 x = block(x, places, cache)
+            else:
+                x = block.forward(x, places, cache)  # never a compiled one: caches come in too many shapes
         if cache is not None:
             cache.lengths += count
         return self.norm(x)

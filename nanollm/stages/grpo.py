@@ -83,8 +83,9 @@ class Config:
     first (0: none)."""
     seed: int = 0
     """Orders the problems and draws the replies."""
-    speed: SpeedConfig = field(default_factory=SpeedConfig)
-    """What makes training fast, or small."""
+    speed: SpeedConfig = field(default_factory=lambda: SpeedConfig(compile="off"))
+    """What makes training fast, or small. Compiling is off: the shape of a step follows its replies, and every new
+    shape would be compiled anew."""
     device: DeviceName = "auto"
     """Where to compute."""
     dtype: DtypeName = "auto"

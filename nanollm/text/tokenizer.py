@@ -45,6 +45,7 @@ class Tokenizer:
     def __init__(self, serialized: bytes, name: str = "the tokenizer"):
         self.serialized = serialized
         self._words: Words | NativeWords | None = None
+        self._asked_for_words = False
         self._sp = sentencepiece.SentencePieceProcessor()
         try:
             self._sp.load_from_serialized_proto(serialized)  # the constructor would let no bytes at all pass
@@ -190,15 +191,16 @@ class Tokenizer:
         The ids stay the same. Not every model can be used in this way (see text/words.py); nothing changes then.
         native: by words.cpp, where it can be compiled.
         """
-        if self._words:
+        if self._asked_for_words:
             return
+        self._asked_for_words = True
         recipe = Recipe.of(self.serialized)
         if not recipe.is_cuttable or self._spells_spaces:
             return
         try:
             self._words = NativeWords(recipe) if native else Words(recipe, self._encode)
         except NoCompilerError as error:
-            say(f"texts become ids about four times as slowly: {error}")
+            say(f"texts become ids several times as slowly: {error}")
             self._words = Words(recipe, self._encode)
 
     def _spell_spaces(self, ids: list[int]) -> list[int]:

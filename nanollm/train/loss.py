@@ -80,13 +80,15 @@ class _CrossEntropy(torch.autograd.Function):
                 if gradients.are_wanted:
                     _errors(powers, sums, wanted[part], out=logits[part])
             gradients.add(rows, logits, trained)
-        ctx.save_for_backward(*gradients.finished())
+        # Sums over all tokens leave float16; they fit into it once they are divided by their number.
+        ctx.save_for_backward(*gradients.finished(is_wide=hidden.dtype == torch.float16))
+        ctx.dtype = hidden.dtype
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        of_hidden, of_weight = (each if each is None else (each * scale).to(each.dtype) for each in ctx.saved_tensors)
+        of_hidden, of_weight = (each if each is None else (each * scale).to(ctx.dtype) for each in ctx.saved_tensors)
         return of_hidden, of_weight, None
 
 
@@ -162,7 +164,10 @@ class _Gradients:
             else:
                 self.sum += torch.mm(errors.T, scaled, out=self.of_weight)
 
-    def finished(self) -> tuple[Tensor | None, Tensor | None]:
+    def finished(self, *, is_wide: bool = False) -> tuple[Tensor | None, Tensor | None]:
+        """is_wide: that of the head in float32, where it was added up so."""
+        if is_wide and self.sum is not None:
+            return self.of_hidden, self.sum
         if self.sum is not None and self.of_weight is not None:
             self.of_weight.copy_(self.sum)
             self.sum = None

@@ -32,6 +32,10 @@ def open_run(
     return state, RunLog(out, started, resume_from=state.step)
 
 
+ADDED = {"start": "gpt2"}
+"""What runs had, without knowing, that were begun before these settings existed."""
+
+
 def claim_folder(
     out: Path, settings: Mapping[str, object], inputs: Mapping[str, object], fixed: Collection[str]
 ) -> None:
@@ -44,7 +48,8 @@ def claim_folder(
     if checkpoints(out / "checkpoints") and not (config_file.exists() and inputs_file.exists()):
         raise ValueError(f"{out} has checkpoints but not both config.yaml and inputs.json; choose another --out")
     if config_file.exists() and inputs_file.exists():
-        before = read_mapping(config_file) | {"inputs": json.loads(inputs_file.read_bytes())}
+        added = {key: value for key, value in ADDED.items() if key in settings}
+        before = added | read_mapping(config_file) | {"inputs": json.loads(inputs_file.read_bytes())}
         _check_same_run(out, _flat(before), _flat({**settings, "inputs": inputs}), fixed)
     write_json(inputs_file, inputs)
     write_file(config_file, to_yaml(settings).encode())

@@ -128,6 +128,7 @@ def _balance(model: Transformer, rate: float) -> list[list[float]]:
     for layer in model.moe_layers():
         shares.append((layer.load / layer.load.sum().clamp(min=1)).tolist())
         layer.balance(rate)
+        layer.balance_losses = None  # a block that is computed again leaves its own
     return shares
 
 

@@ -301,3 +301,10 @@ def test_a_drawn_row_depends_on_itself_alone(rng):
         alone = native.draw(logits[row : row + 1], 1.0, numbers[row : row + 1])
         assert torch.equal(alone[0], ids[row : row + 1])
         assert torch.equal(alone[1], logprobs[row : row + 1])
+
+
+@pytest.mark.parametrize("vocab", [300, 320])
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+def test_logits_that_are_no_numbers_are_refused(vocab, value):
+    with pytest.raises(ValueError, match="the model's logits are not numbers"):
+        native.draw(torch.full((2, vocab), value), 1.0, torch.tensor([0.2, 0.7]))

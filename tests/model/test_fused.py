@@ -147,3 +147,10 @@ def test_without_a_compiler_pytorch_serves_and_it_is_said(monkeypatch, tmp_path,
     finally:
         fused.library.cache_clear()
     assert "attention runs on PyTorch's operations" in capsys.readouterr().err
+
+
+def test_positions_that_make_no_sense_reach_nothing_outside_a_row(monkeypatch):
+    monkeypatch.setattr(fused, "is_slow_without", lambda: True)
+    model = Transformer(C).init(0).to(torch.bfloat16)
+    positions = torch.randint(200, (2, 80), generator=torch.Generator().manual_seed(0))
+    assert torch.isfinite(model(torch.ones(2, 80, dtype=torch.int64), positions=positions)).all()

@@ -209,3 +209,14 @@ def test_without_a_balance_loss_nothing_of_it_is_computed_or_kept(start, batch_a
         next_token_loss(model, batch_at(0), balance_weight=weight)
         assert all(layer.balance_losses is None for layer in model.moe_layers())
     copy.deepcopy(model)  # as a reference model is made
+
+
+def test_sums_that_leave_float16_come_back_once_they_are_divided():
+    head = nn.Linear(4, 3, bias=False).half()
+    hidden = torch.full((1, 40_000, 4), 8.0, dtype=torch.float16)
+    targets = torch.zeros(1, 40_000, dtype=torch.int64)
+    (cross_entropy_sum(head, hidden, targets) / targets.numel()).backward()
+    right = copy.deepcopy(head).float()
+    right.weight.grad = None
+    F.cross_entropy(right(hidden[0, :1].float()), targets[0, :1]).backward()
+    torch.testing.assert_close(head.weight.grad.float(), right.weight.grad, atol=1e-2, rtol=1e-2)
