@@ -146,7 +146,10 @@ class _Gradients:
         self.of_hidden = hidden.new_empty(hidden.shape) if wanted[0] else None
         self.of_weight = torch.zeros_like(weight) if wanted[1] else None
         # Several chunks are added up in float32: sums that are rounded each time would drift with their number.
-        several = len(hidden) > chunk_rows(len(weight)) and weight.dtype != _wide(hidden)
+        # float16 has no room for sums over many rows at all.
+        is_half = weight.dtype == torch.float16
+        several = is_half or (len(hidden) > chunk_rows(len(weight)) and weight.dtype != _wide(hidden))
+        self.rows_that_fit = 1024 if is_half else 2**62
         self.sum = torch.zeros_like(weight, dtype=_wide(hidden)) if wanted[1] and several else None
 
     @property
@@ -162,7 +165,9 @@ class _Gradients:
             if self.sum is None:
                 self.of_weight.addmm_(errors.T, scaled)
             else:
-                self.sum += torch.mm(errors.T, scaled, out=self.of_weight)
+                shrink = max(1.0, len(errors) / self.rows_that_fit)
+                scaled = scaled if shrink == 1 else scaled / shrink
+                self.sum.add_(torch.mm(errors.T, scaled, out=self.of_weight), alpha=shrink)
 
     def finished(self, *, is_wide: bool = False) -> tuple[Tensor | None, Tensor | None]:
         """is_wide: that of the head in float32, where it was added up so."""
