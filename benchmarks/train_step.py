@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from nanollm.model.config import ModelConfig
+    from nanollm.model.transformer import Transformer
     from nanollm.world import World
 
 LEARNING_RATE, WEIGHT_DECAY, BETAS, MAX_GRAD_NORM = 1e-4, 0.1, (0.9, 0.95), 1.0
@@ -164,8 +165,13 @@ def finish(world: "World") -> None:
         torch.cuda.synchronize()
 
 
-def nanollm(c: "ModelConfig", world: "World", compile: Compile = "auto") -> Step:
-    """As `nanollm pretrain` does it."""
+def nanollm(
+    c: "ModelConfig",
+    world: "World",
+    compile: Compile = "auto",
+    change: "Callable[[Transformer], Transformer]" = lambda model: model,
+) -> Step:
+    """As `nanollm pretrain` does it; `change` may put other modules into the model."""
     from nanollm.data.batches import Batch
     from nanollm.model.transformer import Transformer
     from nanollm.train.loss import next_token_loss
@@ -175,7 +181,7 @@ def nanollm(c: "ModelConfig", world: "World", compile: Compile = "auto") -> Step
     from nanollm.train.step import train_step
 
     optim = OptimConfig(name="adamw", lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, betas=BETAS)
-    state = TrainState.start(Transformer(c).init(0).to(world.device), optim, world.dtype)
+    state = TrainState.start(change(Transformer(c)).init(0).to(world.device), optim, world.dtype)
     speed_up(state.model, SpeedConfig(compile=compile), world.device)
 
     def step(ids: "Tensor") -> float:

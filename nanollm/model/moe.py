@@ -91,10 +91,17 @@ class Experts(nn.Module):
         order = experts.flatten().argsort(stable=True)  # (N*K,) choices, expert by expert
         inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         gathered = dispatch(x, order, inverse, k)  # (N*K, D)
-        # On GPUs the sizes of the groups stay on the device: asking for them would make every layer wait.
-        answers = self.grouped(gathered, counts) if x.device.type == "cuda" else self.one_by_one(gathered, counts)
+        answers = (self.grouped if self.can_group(gathered) else self.one_by_one)(gathered, counts)
         by_choice = dispatch(answers, inverse, order, 1).unflatten(0, (-1, k))  # (N, K, D)
         return sum_of(by_choice * weights[..., None].to(x.dtype))
+
+    def can_group(self, x: Tensor) -> bool:
+        """Whether one product serves all groups: on GPUs, in bfloat16, in rows of 16 bytes.
+
+        The sizes of the groups then stay on the device; asking for them makes every layer wait.
+        """
+        _, f, d = self.gate_proj.shape
+        return x.device.type == "cuda" and x.dtype == torch.bfloat16 and d % 8 == 0 and f % 8 == 0
 
     def grouped(self, gathered: Tensor, counts: Tensor) -> Tensor:
         """Answers (N*K, D) to vectors that stand expert by expert, in one product of groups per matrix."""

@@ -6,7 +6,8 @@ once, so the head is multiplied three times; four times where the backward pass 
 Letters: B rows, T tokens, D model width, V vocabulary, N = B*T, M tokens of replies, R rows of a chunk.
 """
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,23 +20,28 @@ from nanollm.model.transformer import Transformer
 
 MAX_LOGITS = 2**26
 """Logits held at once, as a number of elements of the compute type (128 MiB in bfloat16)."""
+MAX_LOGITS_CUDA = 2**28
+"""The same on a GPU, whose many processors want larger products."""
 IN_CACHE = 2**19
 """Float32 logits held at once on a CPU, as a number of elements, so that they stay in its cache."""
 ROWS = 64
 """On a CPU rows are padded to a multiple of this, so that few shapes occur: oneDNN makes a kernel for each."""
 
 
-def cross_entropy_sum(head: nn.Linear, hidden: Tensor, targets: Tensor) -> Tensor:
+def cross_entropy_sum(head: nn.Linear, hidden: Tensor, targets: Tensor, is_compiled: bool = False) -> Tensor:
     """Sum of the negative log-probabilities of the targets, in nats; float32 (float64 of float64), shape ().
 
-    hidden (B, T, D); targets (B, T), IGNORE where nothing is learned.
+    hidden (B, T, D); targets (B, T), IGNORE where nothing is learned. `is_compiled`: on GPUs, whose memory is the limit
+    here, logits become errors in one kernel (torch.compile).
     """
     rows, wanted = hidden.flatten(0, 1), targets.flatten()
     if hidden.device.type == "cpu":  # elsewhere the host would have to wait for the number of trained tokens
         trained = (wanted != IGNORE).nonzero()[:, 0]
         if len(trained) < len(wanted):
             rows, wanted = _padded(rows.index_select(0, trained), wanted.index_select(0, trained))
-    total: Tensor = _CrossEntropy.apply(*_differentiated(rows, head.weight), wanted)  # type: ignore[no-untyped-call]
+    total: Tensor = _CrossEntropy.apply(  # type: ignore[no-untyped-call]
+        *_differentiated(rows, head.weight), wanted, is_compiled
+    )
     return total
 
 
@@ -67,18 +73,16 @@ class _CrossEntropy(torch.autograd.Function):
     """The loss and, in the same pass over the chunks, its gradients: the backward pass only scales them."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, is_compiled: bool) -> Tensor:
         """hidden (N, D), weight (V, D), targets (N,) to ()."""
         total = torch.zeros((), dtype=_wide(hidden), device=hidden.device)
         gradients = _Gradients(hidden, weight, ctx.needs_input_grad)
+        turn = _compiled_turn() if is_compiled and hidden.device.type == "cuda" else _turn_into_errors
         for rows, logits in _chunks(hidden, weight):
             trained, wanted = (targets[rows] != IGNORE)[:, None], targets[rows].clamp(min=0)[:, None]  # (R, 1)
             for part in _parts(logits):
-                powers = logits[part].to(total.dtype)
-                logprobs, sums = _exponentiate(powers, wanted[part])
+                logprobs = turn(logits[part], wanted[part], gradients.are_wanted)
                 total -= logprobs.masked_fill_(~trained[part], 0.0).sum()
-                if gradients.are_wanted:
-                    _errors(powers, sums, wanted[part], out=logits[part])
             gradients.add(rows, logits, trained)
         # Sums over all tokens leave float16; they fit into it once they are divided by their number.
         ctx.save_for_backward(*gradients.finished(is_wide=hidden.dtype == torch.float16))
@@ -87,9 +91,9 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         of_hidden, of_weight = (each if each is None else (each * scale).to(ctx.dtype) for each in ctx.saved_tensors)
-        return of_hidden, of_weight, None
+        return of_hidden, of_weight, None, None
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -148,7 +152,9 @@ class _Gradients:
         # Several chunks are added up in float32: sums that are rounded each time would drift with their number.
         # float16 has no room for sums over many rows at all.
         is_half = weight.dtype == torch.float16
-        several = is_half or (len(hidden) > chunk_rows(len(weight)) and weight.dtype != _wide(hidden))
+        several = is_half or (
+            len(hidden) > chunk_rows(len(weight), hidden.device.type) and weight.dtype != _wide(hidden)
+        )
         self.rows_that_fit = 1024 if is_half else 2**62
         self.sum = torch.zeros_like(weight, dtype=_wide(hidden)) if wanted[1] and several else None
 
@@ -179,6 +185,32 @@ class _Gradients:
         return self.of_hidden, self.of_weight
 
 
+def _turn_into_errors(logits: Tensor, targets: Tensor, are_wanted: bool) -> Tensor:
+    """Log-probabilities (r, 1) of the targets (r, 1); the logits (r, V) become errors in place, if they are wanted."""
+    powers = logits.to(_wide(logits))
+    logprobs, sums = _exponentiate(powers, targets)
+    if are_wanted:
+        _errors(powers, sums, targets, out=logits)
+    return logprobs
+
+
+@functools.cache
+def _compiled_turn() -> Callable[[Tensor, Tensor, bool], Tensor]:
+    """`_turn_into_errors` in operations that a compiler fuses: no float32 copy of the logits is ever written."""
+
+    def turn(logits: Tensor, targets: Tensor, are_wanted: bool) -> Tensor:
+        wide = logits.to(_wide(logits))
+        of_all = wide.logsumexp(-1, keepdim=True)
+        logprobs = wide.gather(-1, targets) - of_all
+        if are_wanted:
+            is_target = torch.arange(logits.shape[1], device=logits.device) == targets
+            logits.copy_((wide - of_all).exp() - is_target.to(wide.dtype))
+        return logprobs
+
+    compiled: Callable[[Tensor, Tensor, bool], Tensor] = torch.compile(turn, dynamic=False)
+    return compiled
+
+
 def _exponentiate(logits: Tensor, targets: Tensor, entropies: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Turn logits (r, V) into the exponentials of their distances to the greatest, in place.
 
@@ -201,16 +233,17 @@ def _errors(powers: Tensor, sums: Tensor, targets: Tensor, out: Tensor) -> None:
 
 def _chunks(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """The logits (R, V) of some rows after the other; each chunk overwrites the one before."""
-    rows = min(len(hidden), chunk_rows(len(weight)))
+    rows = min(len(hidden), chunk_rows(len(weight), hidden.device.type))
     logits = hidden.new_empty(rows, len(weight))
     for begin in range(0, len(hidden), rows or 1):
         chunk = hidden[begin : begin + rows]
         yield slice(begin, begin + rows), torch.mm(chunk, weight.T, out=logits[: len(chunk)])
 
 
-def chunk_rows(vocab_size: int) -> int:
+def chunk_rows(vocab_size: int, device_type: str) -> int:
     """Rows whose logits are there at once."""
-    return max(ROWS, MAX_LOGITS // vocab_size // ROWS * ROWS)
+    most = MAX_LOGITS_CUDA if device_type == "cuda" else MAX_LOGITS
+    return max(ROWS, most // vocab_size // ROWS * ROWS)
 
 
 def _parts(logits: Tensor) -> list[slice]:
@@ -232,7 +265,7 @@ def next_token_loss(model: Transformer, batch: Batch, balance_weight: float = 0.
     for layer in model.moe_layers():
         layer.wants_balance_losses = balance_weight > 0
     hidden = model.trunk(batch.tokens, positions=batch.positions)
-    cross_entropy = cross_entropy_sum(model.head, hidden, batch.targets)
+    cross_entropy = cross_entropy_sum(model.head, hidden, batch.targets, model.is_compiled)
     loss = cross_entropy
     if balance_weight:
         trained = (batch.targets != IGNORE).sum(1)  # (B,)

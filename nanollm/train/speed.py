@@ -49,6 +49,7 @@ def speed_up(model: Transformer, c: SpeedConfig, device: torch.device) -> None:
         say(f"training without torch.compile, more slowly: it needs {missing}")
         return
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled.cache_folder() / "inductor"))
+    model.is_compiled = True
     for block in model.trunk.blocks:  # blocks of a kind share what is compiled
         block.compile(dynamic=False)
 

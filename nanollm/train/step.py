@@ -96,11 +96,12 @@ def train_step(
             reports.append(report)
 
     grads = [master.grad for master in state.masters.values() if master.grad is not None]
-    report_sum = torch.stack(reports).sum()
-    world.add_up([report_sum, *grads, *(layer.load for layer in state.model.moe_layers())])
-    reported = report_sum.item() / count
-    norms = torch._foreach_norm(grads)
-    grad_norm = torch.stack(norms).norm().item()
+    report_sum, loads = torch.stack(reports).sum(), [layer.load for layer in state.model.moe_layers()]
+    world.add_up([report_sum, *grads, *loads])
+    norm = torch.stack(torch._foreach_norm(grads)).norm()
+    # Everything that the host wants to know, at once: it waits for the device a single time per step.
+    report, grad_norm, *tokens = torch.cat([part.flatten().float() for part in (report_sum, norm, *loads)]).tolist()
+    reported = report / count
     finite = math.isfinite(reported) and math.isfinite(grad_norm)
     if finite:
         if c.max_grad_norm and grad_norm > c.max_grad_norm:
@@ -112,24 +113,23 @@ def train_step(
         state.publish()
     state.drop_gradients()
     _adjust_loss_scale(state, finite)
+    for layer in state.model.moe_layers():
+        layer.balance(c.balance_rate if finite else 0.0)
+        layer.balance_losses = None  # a block that is computed again leaves its own
     return StepStats(
         loss=reported,
         grad_norm=grad_norm,
         lr=lr,
         count=count,
-        expert_load=_balance(state.model, c.balance_rate if finite else 0.0),
+        expert_load=[_shares(tokens[at : at + len(loads[0])]) for at in range(0, len(tokens), len(loads[0]))],
         skipped=not finite,
     )
 
 
-def _balance(model: Transformer, rate: float) -> list[list[float]]:
-    """Nudge every router's bias and return the shares it was nudged by."""
-    shares = []
-    for layer in model.moe_layers():
-        shares.append((layer.load / layer.load.sum().clamp(min=1)).tolist())
-        layer.balance(rate)
-        layer.balance_losses = None  # a block that is computed again leaves its own
-    return shares
+def _shares(tokens: Sequence[float]) -> list[float]:
+    """Of all tokens, those of each expert."""
+    total = max(1.0, sum(tokens))
+    return [own / total for own in tokens]
 
 
 def _adjust_loss_scale(state: TrainState, finite: bool) -> None:
