@@ -33,7 +33,7 @@ class _Normalise(torch.autograd.Function):
         wide = widened(x)
         factor = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()  # (..., 1)
         ctx.save_for_backward(x, weight, factor)
-        return (wide * factor).mul_(weight).to(x.dtype)
+        return in_type(x.dtype, wide * factor * weight)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
@@ -42,12 +42,21 @@ class _Normalise(torch.autograd.Function):
         of_unit = grad * weight
         of_x = (of_unit - unit * (of_unit * unit).mean(-1, keepdim=True)).mul_(factor)
         of_weight = (grad * unit).flatten(0, -2).sum(0)
-        return of_x.to(x.dtype), of_weight.to(weight.dtype), None
+        return in_type(x.dtype, of_x), in_type(weight.dtype, of_weight), None
 
 
 def widened(x: Tensor) -> Tensor:
     """In float32, or float64 if it is that."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def in_type(dtype: torch.dtype, x: Tensor) -> Tensor:
+    """What a Function returns, in a type.
+
+    It must be new: torch.compile of PyTorch 2.11 loses the gradient of a Function that returns what it wrote to in
+    place, or what it asked for the type that it had (https://github.com/pytorch/pytorch/issues/180642).
+    """
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def rotary_table(positions: Tensor, width: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -100,7 +109,7 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x (B, T, H, R), cos and sin (..., T, R/2)."""
     cos, sin = cos[..., None, :], sin[..., None, :]  # the same for all heads
     even, odd = widened(x).unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2).type_as(x)
+    return in_type(x.dtype, torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2))
 
 
 def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:

@@ -100,7 +100,8 @@ def train_step(
     world.add_up([report_sum, *grads, *loads])
     norm = torch.stack(torch._foreach_norm(grads)).norm()
     # Everything that the host wants to know, at once: it waits for the device a single time per step.
-    report, grad_norm, *tokens = torch.cat([part.flatten().float() for part in (report_sum, norm, *loads)]).tolist()
+    numbers = torch.cat([part.flatten().float() for part in (report_sum, norm, *loads)]).cpu()
+    (report, grad_norm), *counts = (part.tolist() for part in numbers.split([2, *map(len, loads)]))
     reported = report / count
     finite = math.isfinite(reported) and math.isfinite(grad_norm)
     if finite:
@@ -121,7 +122,7 @@ def train_step(
         grad_norm=grad_norm,
         lr=lr,
         count=count,
-        expert_load=[_shares(tokens[at : at + len(loads[0])]) for at in range(0, len(tokens), len(loads[0]))],
+        expert_load=[_shares(tokens) for tokens in counts],
         skipped=not finite,
     )
 

@@ -1,16 +1,19 @@
 """One optimizer step: what it divides by, what it refuses, what it moves."""
 
+import dataclasses
 import math
 
 import pytest
 import torch
 
 from nanollm.data.batches import IGNORE, Batch
+from nanollm.model.transformer import Transformer
 from nanollm.train.loss import next_token_loss
 from nanollm.train.optim import OptimConfig
 from nanollm.train.state import TrainState
 from nanollm.train.step import train_step
 from nanollm.world import World
+from tests.model.conftest import TINY
 
 
 def rows_of(batch: Batch, rows: slice) -> Batch:
@@ -126,3 +129,12 @@ def test_expert_shares_sum_to_one_and_the_bias_follows_them(start, batch_at):
         expected = [0.5 * ((share < 1 / 5) - (share > 1 / 5)) for share in shares]
         assert layer.balance_bias.tolist() == pytest.approx(expected)
         assert layer.load.sum() == 0
+
+
+def test_a_model_without_experts_has_no_load(batch_at):
+    config = dataclasses.replace(TINY, n_blocks=1)  # every second block has experts
+    state = TrainState.start(Transformer(config).init(0), OptimConfig(), torch.float32)
+    assert not list(state.model.moe_layers())
+    stats = train_step(state, [batch_at(0)], next_token_loss, 1e-2, OptimConfig(), World())
+    assert stats.expert_load == []
+    assert "expert_load" not in stats.values()
