@@ -5,6 +5,7 @@ None of it changes what is computed, only the rounding where operations are fuse
 
 import importlib.util
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -58,7 +59,10 @@ def missing_for_compiling(device: torch.device) -> str | None:
     """What torch.compile lacks on this machine, in words."""
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         return "the package triton"
-    return None if compiled.find_compiler() else "a C++ compiler (on Debian and Ubuntu: sudo apt install g++)"
+    command = compiled.find_compiler()
+    if not command:
+        return "a C++ compiler (on Debian and Ubuntu: sudo apt install g++)"
+    return None if shutil.which(command[0]) else f"a C++ compiler: {command[0]}, which CXX names, is not there"
 
 
 @contextmanager

@@ -137,6 +137,12 @@ def test_compiling_without_a_compiler_is_refused_when_asked_for(monkeypatch, tmp
     assert "training without torch.compile, more slowly: it needs" in capsys.readouterr().err
 
 
+def test_a_compiler_that_is_not_there_is_none(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler -m64")
+    with pytest.raises(ValueError, match="needs a C\\+\\+ compiler: no-such-compiler, which CXX names, is not there"):
+        speed_up(Transformer(SMALL), SpeedConfig(compile="on"), CPU)
+
+
 def test_attention_on_a_cpu_is_chosen_as_ever():
     with fastest_attention(CPU):
         assert torch.backends.cuda.math_sdp_enabled()
