@@ -51,10 +51,10 @@ def widened(x: Tensor) -> Tensor:
 
 
 def in_type(dtype: torch.dtype, x: Tensor) -> Tensor:
-    """What a Function returns, in a type.
+    """x in a type, and x itself if it has that type.
 
-    It must be new: torch.compile of PyTorch 2.11 loses the gradient of a Function that returns what it wrote to in
-    place, or what it asked for the type that it had (https://github.com/pytorch/pytorch/issues/180642).
+    The forward pass of a Function must return neither `x.to(its own type)` nor what it wrote to in place: torch.compile
+    of PyTorch 2.11 then loses its gradient (https://github.com/pytorch/pytorch/issues/180642).
     """
     return x if x.dtype == dtype else x.to(dtype)
 

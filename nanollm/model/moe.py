@@ -96,7 +96,7 @@ class Experts(nn.Module):
         return sum_of(by_choice * weights[..., None].to(x.dtype))
 
     def can_group(self, x: Tensor) -> bool:
-        """Whether one product serves all groups: on GPUs, in bfloat16, in rows of 16 bytes.
+        """Whether one product serves all groups: on GPUs, in bfloat16, in rows of a multiple of 16 bytes.
 
         The sizes of the groups then stay on the device; asking for them makes every layer wait.
         """

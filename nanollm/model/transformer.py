@@ -111,7 +111,7 @@ class Transformer(nn.Module):
         self.config = config
         self.trunk = Trunk(config)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
-        self.is_compiled = False  # for training; the loss then is, too
+        self.fuses_loss = False  # in training, by torch.compile
 
     def forward(self, tokens: Tensor, cache: LatentCache | None = None, positions: Tensor | None = None) -> Tensor:
         """tokens (B, T) int64 to logits (B, T, V); cache and positions as in Trunk."""

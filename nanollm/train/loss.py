@@ -6,8 +6,7 @@ once, so the head is multiplied three times; four times where the backward pass 
 Letters: B rows, T tokens, D model width, V vocabulary, N = B*T, M tokens of replies, R rows of a chunk.
 """
 
-import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,18 +20,18 @@ from nanollm.model.transformer import Transformer
 MAX_LOGITS = 2**26
 """Logits held at once, as a number of elements of the compute type (128 MiB in bfloat16)."""
 MAX_LOGITS_CUDA = 2**28
-"""The same on a GPU, whose many processors want larger products."""
+"""The same on a GPU, whose many processors want larger products (512 MiB in bfloat16)."""
 IN_CACHE = 2**19
 """Float32 logits held at once on a CPU, as a number of elements, so that they stay in its cache."""
 ROWS = 64
 """On a CPU rows are padded to a multiple of this, so that few shapes occur: oneDNN makes a kernel for each."""
 
 
-def cross_entropy_sum(head: nn.Linear, hidden: Tensor, targets: Tensor, is_compiled: bool = False) -> Tensor:
+def cross_entropy_sum(head: nn.Linear, hidden: Tensor, targets: Tensor, fuses: bool = False) -> Tensor:
     """Sum of the negative log-probabilities of the targets, in nats; float32 (float64 of float64), shape ().
 
-    hidden (B, T, D); targets (B, T), IGNORE where nothing is learned. `is_compiled`: on GPUs, whose memory is the limit
-    here, logits become errors in one kernel (torch.compile).
+    hidden (B, T, D); targets (B, T), IGNORE where nothing is learned. `fuses`: while training, turn logits into errors
+    in kernels made by torch.compile.
     """
     rows, wanted = hidden.flatten(0, 1), targets.flatten()
     if hidden.device.type == "cpu":  # elsewhere the host would have to wait for the number of trained tokens
@@ -40,7 +39,7 @@ def cross_entropy_sum(head: nn.Linear, hidden: Tensor, targets: Tensor, is_compi
         if len(trained) < len(wanted):
             rows, wanted = _padded(rows.index_select(0, trained), wanted.index_select(0, trained))
     total: Tensor = _CrossEntropy.apply(  # type: ignore[no-untyped-call]
-        *_differentiated(rows, head.weight), wanted, is_compiled
+        *_differentiated(rows, head.weight), wanted, fuses
     )
     return total
 
@@ -73,14 +72,15 @@ class _CrossEntropy(torch.autograd.Function):
     """The loss and, in the same pass over the chunks, its gradients: the backward pass only scales them."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, is_compiled: bool) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, fuses: bool) -> Tensor:
         """hidden (N, D), weight (V, D), targets (N,) to ()."""
         total = torch.zeros((), dtype=_wide(hidden), device=hidden.device)
         gradients = _Gradients(hidden, weight, ctx.needs_input_grad)
-        turn = _compiled_turn() if is_compiled and hidden.device.type == "cuda" else _turn_into_errors
+        fuses = fuses and gradients.are_wanted  # full chunks and a last one: no more shapes than that
+        turn = torch.compile(_turn_in_one_go, dynamic=False) if fuses else _turn_into_errors
         for rows, logits in _chunks(hidden, weight):
             trained, wanted = (targets[rows] != IGNORE)[:, None], targets[rows].clamp(min=0)[:, None]  # (R, 1)
-            for part in _parts(logits):
+            for part in [slice(None)] if fuses else _parts(logits):
                 logprobs = turn(logits[part], wanted[part], gradients.are_wanted)
                 total -= logprobs.masked_fill_(~trained[part], 0.0).sum()
             gradients.add(rows, logits, trained)
@@ -194,21 +194,15 @@ def _turn_into_errors(logits: Tensor, targets: Tensor, are_wanted: bool) -> Tens
     return logprobs
 
 
-@functools.cache
-def _compiled_turn() -> Callable[[Tensor, Tensor, bool], Tensor]:
-    """`_turn_into_errors` in operations that a compiler fuses: no float32 copy of the logits is ever written."""
-
-    def turn(logits: Tensor, targets: Tensor, are_wanted: bool) -> Tensor:
-        wide = logits.to(_wide(logits))
-        of_all = wide.logsumexp(-1, keepdim=True)
-        logprobs = wide.gather(-1, targets) - of_all
-        if are_wanted:
-            is_target = torch.arange(logits.shape[1], device=logits.device) == targets
-            logits.copy_((wide - of_all).exp() - is_target.to(wide.dtype))
-        return logprobs
-
-    compiled: Callable[[Tensor, Tensor, bool], Tensor] = torch.compile(turn, dynamic=False)
-    return compiled
+def _turn_in_one_go(logits: Tensor, targets: Tensor, are_wanted: bool) -> Tensor:
+    """`_turn_into_errors` for a compiler: fused, these operations never write a float32 copy of the logits."""
+    wide = logits.to(_wide(logits))
+    of_all = wide.logsumexp(-1, keepdim=True)
+    logprobs = wide.gather(-1, targets) - of_all
+    if are_wanted:
+        is_target = torch.arange(logits.shape[1], device=logits.device) == targets
+        logits.copy_((wide - of_all).exp() - is_target.to(wide.dtype))
+    return logprobs
 
 
 def _exponentiate(logits: Tensor, targets: Tensor, entropies: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -248,7 +242,8 @@ def chunk_rows(vocab_size: int, device_type: str) -> int:
 
 def _parts(logits: Tensor) -> list[slice]:
     """Rows that are turned from logits into errors at once."""
-    rows = max(1, IN_CACHE // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
+    most = IN_CACHE if logits.device.type == "cpu" else MAX_LOGITS
+    rows = max(1, most // logits.shape[1])
     return [slice(begin, begin + rows) for begin in range(0, len(logits), rows)]
 
 
@@ -265,7 +260,7 @@ def next_token_loss(model: Transformer, batch: Batch, balance_weight: float = 0.
     for layer in model.moe_layers():
         layer.wants_balance_losses = balance_weight > 0
     hidden = model.trunk(batch.tokens, positions=batch.positions)
-    cross_entropy = cross_entropy_sum(model.head, hidden, batch.targets, model.is_compiled)
+    cross_entropy = cross_entropy_sum(model.head, hidden, batch.targets, model.fuses_loss)
     loss = cross_entropy
     if balance_weight:
         trained = (batch.targets != IGNORE).sum(1)  # (B,)

@@ -52,7 +52,7 @@ def training_memory(
     has_masters = compute_bytes == 2
     head = c.vocab_size * c.d_model
     in_adamw = 2 * head if optimizer == "muon" else parameters  # norms and routers are crumbs
-    rows = chunk_rows(c.vocab_size, "cpu")
+    rows = chunk_rows(c.vocab_size, "cpu")  # GPUs hold chunks four times as large
     # The head's gradient is made from the first chunk on; that of several chunks is added up in float32.
     head_gradient = head * (compute_bytes + (4 if has_masters and tokens > rows else 0))
     in_backward = 4 * compute_bytes * max(c.d_ff, (c.n_shared_experts + c.experts_per_token) * c.d_expert)

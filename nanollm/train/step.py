@@ -99,10 +99,10 @@ def train_step(
     report_sum, loads = torch.stack(reports).sum(), [layer.load for layer in state.model.moe_layers()]
     world.add_up([report_sum, *grads, *loads])
     norm = torch.stack(torch._foreach_norm(grads)).norm()
-    # Everything that the host wants to know, at once: it waits for the device a single time per step.
+    # Everything that the host wants to know at once: one wait for the device, not one for each number.
     numbers = torch.cat([part.flatten().float() for part in (report_sum, norm, *loads)]).cpu()
-    (report, grad_norm), *counts = (part.tolist() for part in numbers.split([2, *map(len, loads)]))
-    reported = report / count
+    (reported_sum, grad_norm), *tokens_of_experts = (part.tolist() for part in numbers.split([2, *map(len, loads)]))
+    reported = reported_sum / count
     finite = math.isfinite(reported) and math.isfinite(grad_norm)
     if finite:
         if c.max_grad_norm and grad_norm > c.max_grad_norm:
@@ -122,7 +122,7 @@ def train_step(
         grad_norm=grad_norm,
         lr=lr,
         count=count,
-        expert_load=[_shares(tokens) for tokens in counts],
+        expert_load=[_shares(tokens) for tokens in tokens_of_experts],
         skipped=not finite,
     )
 

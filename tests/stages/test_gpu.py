@@ -1,4 +1,4 @@
-"""On a CUDA device a run that was stopped ends with the bits of one that was not."""
+"""On a CUDA device a small run that was stopped ends with the bits of one that was not (pretraining in float32)."""
 
 import dataclasses
 import hashlib

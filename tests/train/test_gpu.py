@@ -89,8 +89,8 @@ def test_compiled_bfloat16_is_as_near_to_float32_as_eager_bfloat16(rng):
         assert near <= 1.5 * far + 1e-3 * expected.norm()
 
 
-@pytest.mark.parametrize("is_compiled", [False, True])
-def test_chunks_of_logits_give_the_loss_of_all(rng, monkeypatch, is_compiled):
+@pytest.mark.parametrize("fuses", [False, True])
+def test_chunks_of_logits_give_the_loss_of_all(rng, monkeypatch, fuses):
     monkeypatch.setattr(loss, "MAX_LOGITS_CUDA", 64 * 1000)  # three chunks, the last one smaller
     head = torch.nn.Linear(64, 1000, bias=False, device=CUDA)
     hidden = torch.randn(2, 80, 64, generator=rng).to(CUDA).requires_grad_()
@@ -98,7 +98,7 @@ def test_chunks_of_logits_give_the_loss_of_all(rng, monkeypatch, is_compiled):
     targets[0, :9] = IGNORE
     whole = F.cross_entropy(head(hidden).flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
     expected = [whole, *torch.autograd.grad(whole, [hidden, head.weight])]
-    chunked = cross_entropy_sum(head, hidden, targets, is_compiled)
+    chunked = cross_entropy_sum(head, hidden, targets, fuses)
     assert_near([chunked, *torch.autograd.grad(chunked, [hidden, head.weight])], expected, 1e-5)
 
 
@@ -127,6 +127,7 @@ def test_a_cache_and_absorbed_attention_agree_with_the_whole_pass(rng):
 
 
 def test_the_same_steps_give_the_same_bits(rng):
+    """Of small texts: cuDNN promises it for no others."""
     batches, ends = [some_batch(rng) for _ in range(3)], []
     for _ in range(2):
         state = TrainState.start(Transformer(SHAPE).init(0).to(CUDA), OptimConfig(), torch.bfloat16)

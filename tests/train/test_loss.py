@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from nanollm.data.batches import IGNORE
 from nanollm.train import loss
-from nanollm.train.loss import cross_entropy_sum, next_token_loss, token_logprobs
+from nanollm.train.loss import _turn_in_one_go, _turn_into_errors, cross_entropy_sum, next_token_loss, token_logprobs
 
 VOCAB = 61
 
@@ -220,3 +220,13 @@ def test_sums_that_leave_float16_come_back_once_they_are_divided():
     right.weight.grad = None
     F.cross_entropy(right(hidden[0, :1].float()), targets[0, :1]).backward()
     torch.testing.assert_close(head.weight.grad.float(), right.weight.grad, atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
+def test_what_is_written_for_a_compiler_turns_logits_into_the_same_errors(dtype, error):
+    rng = torch.Generator().manual_seed(0)
+    logits, targets = (8 * torch.randn(6, 50, generator=rng)).to(dtype), torch.randint(50, (6, 1), generator=rng)
+    fused, plain = logits.clone(), logits.clone()
+    torch.testing.assert_close(_turn_in_one_go(fused, targets, True), _turn_into_errors(plain, targets, True))
+    torch.testing.assert_close(fused, plain, rtol=error, atol=error)
+    assert not torch.equal(plain, logits)
