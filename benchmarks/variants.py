@@ -174,8 +174,9 @@ class CappedHead(nn.Linear):
         return self.cap * torch.tanh(super().forward(hidden).float() / self.cap)
 
 
-def head_cross_entropy_sum(head: nn.Linear, hidden: Tensor, targets: Tensor) -> Tensor:
+def head_cross_entropy_sum(head: nn.Linear, hidden: Tensor, targets: Tensor, fuses: bool = False) -> Tensor:
     """What nanollm.train.loss.cross_entropy_sum computes, by calling the head; all logits at once."""
+    del fuses  # there is nothing to fuse
     logits = head(hidden.flatten(0, 1)).float()
     return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE, reduction="sum")
 
@@ -291,9 +292,10 @@ ROWS: dict[str, Variant] = {
     "small-batch": muon("512 tokens per step instead of 1,024", batch_size=2),
     "adamw-small-batch": Variant(about="AdamW, 512 tokens per step", against="adamw", optim=ADAMW, batch_size=2),
     "embed-std-1": muon("embedding begins with standard deviation 1", start=unit_embedding),
-    "fast": muon("embed-std-1 and zero-init", start=unit_embedding_zero_init),
-    "adamw-fast-start": Variant(
-        about="AdamW, but the weights of `fast` at the start",
+    "std-1-zero-init": muon("embed-std-1 and zero-init", start=unit_embedding_zero_init),
+    "fast": muon("embed-norm and zero-init", shape=normed_embedding, start=zero_init),
+    "adamw-std-1-zero-init": Variant(
+        about="AdamW, but the weights of `std-1-zero-init` at the start",
         against="adamw",
         optim=ADAMW,
         start=unit_embedding_zero_init,
@@ -341,20 +343,20 @@ SEARCH: dict[str, Variant] = {
 }
 
 
-def fast(about: str, **changes: Any) -> Variant:
-    """`fast` with what is named."""
-    changes["optim"] = dataclasses.replace(ROWS["fast"].optim, **changes.pop("optim", {}))
-    return dataclasses.replace(ROWS["fast"], about=f"fast, {about}", against="fast", **changes)
+def wide(about: str, **changes: Any) -> Variant:
+    """`std-1-zero-init` with what is named."""
+    base = ROWS["std-1-zero-init"]
+    changes["optim"] = dataclasses.replace(base.optim, **changes.pop("optim", {}))
+    return dataclasses.replace(base, about=f"std-1-zero-init, {about}", against="std-1-zero-init", **changes)
 
 
 TRIALS: dict[str, Variant] = {
-    "fast-small-batch": fast("512 tokens per step", batch_size=2),
-    "fast-embed-lr-3": fast("3 times the learning rate for the embedding", tuning=Tuning(embed_lr=3.0)),
-    "fast-head-lr-3": fast("3 times the learning rate for the head", tuning=Tuning(head_lr=3.0)),
-    "fast-embed-lr-10": fast("10 times the learning rate for the embedding", tuning=Tuning(embed_lr=10.0)),
-    "fast-lr-0.005": fast("lr 5e-3", optim={"lr": 5e-3}),
-    "fast-lr-0.02": fast("lr 2e-2", optim={"lr": 2e-2}),
-    "fast-no-zero": fast("without zero-init", start=unit_embedding),
+    "std-1-zero-init-small-batch": wide("512 tokens per step", batch_size=2),
+    "std-1-zero-init-embed-lr-3": wide("3 times the learning rate for the embedding", tuning=Tuning(embed_lr=3.0)),
+    "std-1-zero-init-head-lr-3": wide("3 times the learning rate for the head", tuning=Tuning(head_lr=3.0)),
+    "std-1-zero-init-embed-lr-10": wide("10 times the learning rate for the embedding", tuning=Tuning(embed_lr=10.0)),
+    "std-1-zero-init-lr-0.005": wide("lr 5e-3", optim={"lr": 5e-3}),
+    "std-1-zero-init-lr-0.02": wide("lr 2e-2", optim={"lr": 2e-2}),
     "zero-init-small-batch": muon("zero-init, 512 tokens per step", start=zero_init, batch_size=2),
     "zero-init-adam-lr": muon(
         "zero-init, 512 tokens per step, a quarter of the learning rate for embedding and head",

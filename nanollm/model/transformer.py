@@ -137,8 +137,7 @@ class Transformer(nn.Module):
 
         gpt2: standard deviation sqrt(2 / (5 D)), arXiv:1910.05895; matrices that write to the residual stream are
         smaller by sqrt(2 blocks), as in GPT-2, so that the stream keeps its scale however deep the model is.
-        fast: those matrices and the head begin at 0, and the embedding with standard deviation 1: every block begins as
-        the identity, and every token at its own place (docs/ablations.md).
+        fast: those matrices and the head begin at 0: every block begins as the identity (docs/ablations.md).
         """
         generator = torch.Generator().manual_seed(seed)
         std = math.sqrt(2 / (5 * self.config.d_model))
@@ -148,8 +147,8 @@ class Transformer(nn.Module):
                 continue
             writes_to_stream = name.endswith(("o_proj.weight", "down_proj.weight", "down_proj"))
             scale = std / math.sqrt(2 * self.config.n_blocks) if writes_to_stream else std
-            if start == "fast":
-                scale = {"trunk.embed.weight": 1.0, "head.weight": 0.0}.get(name, 0.0 if writes_to_stream else std)
+            if start == "fast" and (writes_to_stream or name == "head.weight"):
+                scale = 0.0
             # Drawn on the CPU so that every device starts from the same bits.
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
         return self

@@ -283,3 +283,13 @@ def test_a_run_cannot_be_written_below_a_file(run_config, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"cannot write to .* choose another --out"):
         pretrain.run(run_config(out="file/run"))
+
+
+def test_a_fast_start_goes_on_with_the_same_bits_and_ends_in_a_bundle_with_unit_rows(run_config):
+    constant = OptimConfig(warmup_steps=2, final_lr_fraction=1.0)
+    pretrain.run(run_config(start="fast", optim=constant, out="whole"))
+    pretrain.run(run_config(start="fast", optim=constant, out="parts", steps=5))
+    bundle = pretrain.run(run_config(start="fast", optim=constant, out="parts"))
+    assert weights_of(bundle.parent) == weights_of(bundle.parents[1] / "whole")
+    rows = load_file(bundle / "model.safetensors")["trunk.embed.weight"]
+    torch.testing.assert_close(rows.square().mean(-1), torch.ones(len(rows)), rtol=1e-3, atol=0)

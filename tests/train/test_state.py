@@ -1,0 +1,72 @@
+"""Masters are what optimizers move; the model sees them rounded, and some of them with unit rows."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from nanollm.data.batches import Batch
+from nanollm.model.transformer import Transformer
+from nanollm.train.checkpoint import load_newest, save_checkpoint
+from nanollm.train.loss import next_token_loss
+from nanollm.train.optim import OptimConfig
+from nanollm.train.state import TrainState
+from nanollm.train.step import train_step
+from nanollm.world import World
+from tests.train.conftest import CONFIG
+
+EMBED = "trunk.embed.weight"
+
+
+class NormedEmbedding(nn.Embedding):
+    """What unit rows are, written as a module."""
+
+    def forward(self, tokens):
+        return F.rms_norm(super().forward(tokens), (self.embedding_dim,), eps=1e-6)
+
+
+def started(dtype: torch.dtype = torch.float32, unit_rows=(EMBED,), embedding=nn.Embedding) -> TrainState:
+    model = Transformer(CONFIG)
+    model.trunk.embed = embedding(CONFIG.vocab_size, CONFIG.d_model)
+    return TrainState.start(model.init(0), OptimConfig(), dtype, unit_rows)
+
+
+def trained(state: TrainState, batches: list[Batch]) -> list[float]:
+    return [train_step(state, [batch], next_token_loss, 1e-2, OptimConfig(), World()).loss for batch in batches]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_model_and_the_bundle_have_unit_rows_and_the_masters_have_not(batch_at, dtype):
+    state = started(dtype)
+    for _ in range(2):
+        rows = state.model.trunk.embed.weight.float()
+        torch.testing.assert_close(rows.square().mean(-1), torch.ones(len(rows)), rtol=5e-3, atol=0)
+        torch.testing.assert_close(state.bundle_weights()[EMBED].to(dtype), state.model.trunk.embed.weight)
+        assert state.weights()[EMBED].square().mean(-1).max() < 0.1
+        trained(state, [batch_at(0)])
+
+
+def test_unit_rows_learn_as_a_normed_embedding_does(batch_at):
+    batches = [batch_at(step) for step in range(4)]
+    state, other = started(), started(unit_rows=(), embedding=NormedEmbedding)
+    assert trained(state, batches) == pytest.approx(trained(other, batches), rel=1e-6)
+    torch.testing.assert_close(state.weights(), other.weights(), rtol=1e-4, atol=1e-6)
+
+
+def test_micro_batches_give_unit_rows_the_gradient_of_one_batch(batch_at):
+    whole = batch_at(0)
+    halves = [Batch(whole.tokens[rows], whole.targets[rows]) for rows in (slice(0, 2), slice(2, 4))]
+    at_once, in_parts = started(), started()
+    for state, batches in ((at_once, [whole]), (in_parts, halves)):
+        train_step(state, batches, next_token_loss, 1e-2, OptimConfig(), World())
+    torch.testing.assert_close(in_parts.weights(), at_once.weights(), rtol=1e-3, atol=1e-5)
+
+
+def test_a_checkpoint_holds_the_rows_themselves(batch_at, tmp_path):
+    state, later = started(), started()
+    trained(state, [batch_at(0)])
+    state.step = 1
+    save_checkpoint(tmp_path, state, keep_last=1)
+    assert load_newest(tmp_path, later)
+    assert trained(later, [batch_at(1)]) == trained(state, [batch_at(1)])
+    assert all(map(torch.equal, later.weights().values(), state.weights().values()))
