@@ -17,7 +17,6 @@ from benchmarks.train_step import finish, nanollm, shape_of
 
 if TYPE_CHECKING:
     from nanollm.model.config import ModelConfig
-    from nanollm.model.transformer import Transformer
     from nanollm.world import World
 
 NEEDS_GPU = True
@@ -80,11 +79,7 @@ def steps_of(side: str, c: "ModelConfig", world: "World", options: argparse.Name
 
     from benchmarks.variants import dense
 
-    def as_dense(model: "Transformer") -> "Transformer":
-        dense(model)
-        return model
-
-    step = nanollm(c, world, options.compile, as_dense if side == "dense" else lambda model: model)
+    step = nanollm(c, world, options.compile, dense if side == "dense" else None)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(c.vocab_size, (options.rows, options.context + 1), generator=generator).to(world.device)
 

@@ -169,7 +169,7 @@ def nanollm(
     c: "ModelConfig",
     world: "World",
     compile: Compile = "auto",
-    change: "Callable[[Transformer], Transformer]" = lambda model: model,
+    change: "Callable[[Transformer], None] | None" = None,
 ) -> Step:
     """As `nanollm pretrain` does it; `change` may put other modules into the model."""
     from nanollm.data.batches import Batch
@@ -181,7 +181,10 @@ def nanollm(
     from nanollm.train.step import train_step
 
     optim = OptimConfig(name="adamw", lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, betas=BETAS)
-    state = TrainState.start(change(Transformer(c)).init(0).to(world.device), optim, world.dtype)
+    model = Transformer(c)
+    if change:
+        change(model)
+    state = TrainState.start(model.init(0).to(world.device), optim, world.dtype)
     speed_up(state.model, SpeedConfig(compile=compile), world.device)
 
     def step(ids: "Tensor") -> float:

@@ -7,6 +7,7 @@ Letters: B rows, T tokens, D model width, V vocabulary, N = B*T, M tokens of rep
 """
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -77,11 +78,15 @@ class _CrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=_wide(hidden), device=hidden.device)
         gradients = _Gradients(hidden, weight, ctx.needs_input_grad)
         fuses = fuses and gradients.are_wanted  # full chunks and a last one: no more shapes than that
-        turn = torch.compile(_turn_in_one_go, dynamic=False) if fuses else _turn_into_errors
+        turn = (
+            torch.compile(_turn_in_one_go, dynamic=False)
+            if fuses
+            else partial(_turn_into_errors, are_wanted=gradients.are_wanted)
+        )
         for rows, logits in _chunks(hidden, weight):
             trained, wanted = (targets[rows] != IGNORE)[:, None], targets[rows].clamp(min=0)[:, None]  # (R, 1)
             for part in [slice(None)] if fuses else _parts(logits):
-                logprobs = turn(logits[part], wanted[part], gradients.are_wanted)
+                logprobs = turn(logits[part], wanted[part])
                 total -= logprobs.masked_fill_(~trained[part], 0.0).sum()
             gradients.add(rows, logits, trained)
         # Sums over all tokens leave float16; they fit into it once they are divided by their number.
@@ -194,14 +199,13 @@ def _turn_into_errors(logits: Tensor, targets: Tensor, are_wanted: bool) -> Tens
     return logprobs
 
 
-def _turn_in_one_go(logits: Tensor, targets: Tensor, are_wanted: bool) -> Tensor:
+def _turn_in_one_go(logits: Tensor, targets: Tensor) -> Tensor:
     """`_turn_into_errors` for a compiler: fused, these operations never write a float32 copy of the logits."""
     wide = logits.to(_wide(logits))
     of_all = wide.logsumexp(-1, keepdim=True)
     logprobs = wide.gather(-1, targets) - of_all
-    if are_wanted:
-        is_target = torch.arange(logits.shape[1], device=logits.device) == targets
-        logits.copy_((wide - of_all).exp() - is_target.to(wide.dtype))
+    is_target = torch.arange(logits.shape[1], device=logits.device) == targets
+    logits.copy_((wide - of_all).exp() - is_target.to(wide.dtype))
     return logprobs
 
 

@@ -60,8 +60,7 @@ class TrainState:
     @torch.no_grad()
     def publish(self) -> None:
         """Round the masters into the model's parameters."""
-        seen = self.bundle_weights()
-        pairs = [(p, seen[name]) for name, p in self.model.named_parameters() if p is not self.masters[name]]
+        pairs = [(p, self._seen(name)) for name, p in self.model.named_parameters() if p is not self.masters[name]]
         if pairs:
             parameters, masters = zip(*pairs, strict=True)
             torch._foreach_copy_(list(parameters), list(masters))
@@ -77,8 +76,12 @@ class TrainState:
     @torch.no_grad()
     def bundle_weights(self) -> dict[str, Tensor]:
         """The same in float32 as the model sees them: what a bundle holds."""
-        weights = self.weights()
-        return weights | {name: weights[name] * _per_row(weights[name]) for name in self.unit_rows}
+        return self.weights() | {name: self._seen(name) for name in self.unit_rows}
+
+    def _seen(self, name: str) -> Tensor:
+        """A master as the model sees it, in float32."""
+        master = self.masters[name]
+        return master * _per_row(master) if name in self.unit_rows else master
 
 
 def _per_row(matrix: Tensor) -> Tensor:

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
 
+from benchmarks.variants import NormedEmbedding
 from nanollm.data.batches import Batch
 from nanollm.model.transformer import Transformer
 from nanollm.train.checkpoint import load_newest, save_checkpoint
@@ -16,13 +16,6 @@ from nanollm.world import World
 from tests.train.conftest import CONFIG
 
 EMBED = "trunk.embed.weight"
-
-
-class NormedEmbedding(nn.Embedding):
-    """What unit rows are, written as a module."""
-
-    def forward(self, tokens):
-        return F.rms_norm(super().forward(tokens), (self.embedding_dim,), eps=1e-6)
 
 
 def started(dtype: torch.dtype = torch.float32, unit_rows=(EMBED,), embedding=nn.Embedding) -> TrainState:
