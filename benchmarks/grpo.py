@@ -203,7 +203,7 @@ class Ours:
         world = World.start()
         optim = OptimConfig(name="adamw", lr=RATE, weight_decay=0.0, balance_rate=0.0)
         learner = Learner(
-            state=TrainState.start(Transformer(c).init(0).to(world.device), optim, world.dtype),
+            state=TrainState.start(Transformer(c).init(0).to(world.device), optim, world),
             tokenizer=tokenizer,
             problems=problems,
             rewards=sum_of_letters(),

@@ -117,7 +117,7 @@ def _steps(case: dict[str, Any]) -> float:
     c, optim = _config(case), OptimConfig(name=case["optimizer"])
     model = Transformer(c).init(0)
     model.trunk.recompute = case["recompute"] and case["side"] == "nanollm"
-    state = TrainState.start(model, optim, getattr(torch, case["dtype"]))
+    state = TrainState.start(model, optim, World(dtype=getattr(torch, case["dtype"])))
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(c.vocab_size, (case["sequences"], c.context_length + 1), generator=generator)
     batch = Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())

@@ -283,7 +283,7 @@ def ours(text_file: Path, started: float, *, recipe: str, clock_s: float | None,
 
     text = split(text_file.read_text(encoding="utf-8"))
     r = RECIPES[recipe]
-    state = start(r, seed, World.start("cpu").dtype)
+    state = start(r, seed, World.start("cpu"))
     batches = windows(text.train, r.shape["context_length"], r.rows, seed)
     if clock_s is None:
         take_step(state, next(batches), r.optim_config(), share=0.0)
@@ -293,7 +293,7 @@ def ours(text_file: Path, started: float, *, recipe: str, clock_s: float | None,
     return facts | {"val_loss": look(), "predicted": len(text.val) - 1}
 
 
-def start(r: Recipe, seed: int, dtype: "torch.dtype") -> "TrainState":
+def start(r: Recipe, seed: int, world: "World") -> "TrainState":
     """A model before its first step, as `nanollm pretrain --start fast` begins."""
     import torch
 
@@ -304,7 +304,7 @@ def start(r: Recipe, seed: int, dtype: "torch.dtype") -> "TrainState":
 
     model = Transformer(r.model_config()).init(seed, "fast")
     speed_up(model, SpeedConfig(compile="on" if r.is_compiled else "off"), torch.device("cpu"))
-    return TrainState.start(model, r.optim_config(), dtype, UNIT_ROWS["fast"])
+    return TrainState.start(model, r.optim_config(), world, UNIT_ROWS["fast"])
 
 
 class Clock:

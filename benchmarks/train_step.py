@@ -184,7 +184,7 @@ def nanollm(
     model = Transformer(c)
     if change:
         change(model)
-    state = TrainState.start(model.init(0).to(world.device), optim, world.dtype)
+    state = TrainState.start(model.init(0).to(world.device), optim, world)
     speed_up(state.model, SpeedConfig(compile=compile), world.device)
 
     def step(ids: "Tensor") -> float:

@@ -86,7 +86,7 @@ class Run:
         from nanollm.data.batches import Windows
         from nanollm.train.state import TrainState
 
-        state = TrainState.start(v.build(config, seed), v.optim, world.dtype)
+        state = TrainState.start(v.build(config, seed), v.optim, world)
         state.optimizers = build_optimizers(state.masters, v.optim, v.tuning, world.dtype)
         return cls(v, state, text, Windows(text.train, config.context_length, seed), world)
 

@@ -22,6 +22,7 @@ VERBS = {
     "Prepare": {
         "tokenizer": "train a tokenizer on a dataset or on your files",
         "preprocess": "turn text into token files",
+        "curate": "the same for text of the web: filtered, without duplicates, on a cluster",
     },
     "Train": {
         "pretrain": "train a model on token files",
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = " ".join(["nanollm", *arguments[:1]]) if arguments and arguments[0] in all_verbs() else "nanollm"
     try:
         output = dispatch(arguments)
-        if output is not None:
+        if output is not None and os.environ.get("RANK", "0") == "0":  # of several processes the main one speaks
             print(str(output).rstrip("\n"))
         sys.stdout.flush()
         return 0

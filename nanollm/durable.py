@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import sys
+import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,19 +58,24 @@ def new_folder(path: Path) -> Iterator[Path]:
     path = path.resolve()  # a link keeps its place, what it leads to is replaced
     path.parent.mkdir(parents=True, exist_ok=True)
     settle(path)
-    beside, old = path.with_name(path.name + ".tmp"), path.with_name(path.name + ".old")
+    beside = path.with_name(path.name + ".tmp")
     beside.mkdir()
     try:
         yield beside
-        for file in beside.iterdir():
-            sync(file)
-        sync(beside)
+        put_in_place(beside, path)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise
+
+
+def put_in_place(draft: Path, path: Path) -> None:
+    """Let a filled folder beside `path` take its place in one moment, once its files are on the disk."""
+    for file in draft.iterdir():
+        sync(file)
+    sync(draft)
     if path.exists():
-        path.rename(old)
-    beside.rename(path)
+        path.rename(path.with_name(path.name + ".old"))
+    draft.rename(path)
     sync(path.parent)
     settle(path)
 
@@ -111,12 +117,17 @@ def check_writable(folder: Path, option: str) -> None:
 
 
 @contextmanager
-def lock_folder(folder: Path) -> Iterator[None]:
-    """Keep other processes out of a folder while the block runs; the lock dies with this process."""
+def lock_folder(folder: Path, *, wait: bool = False) -> Iterator[None]:
+    """Keep other processes out of a folder while the block runs; the lock dies with this process.
+
+    With `wait` this process waits for its turn, otherwise a locked folder is a ValueError.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("ab") as file:
-        if not _try_to_lock(file):
-            raise ValueError(f"{folder} is in use by another process; wait for its end or choose another folder")
+        while not _try_to_lock(file):
+            if not wait:
+                raise ValueError(f"{folder} is in use by another process; wait for its end or choose another folder")
+            time.sleep(0.1)
         yield
 
 

@@ -1,18 +1,39 @@
-"""Which process is this, on which device, computing in which type?
+"""Which process is this among all of them, on which device, computing in which type, holding which part of the model?
 
-Ranks and devices are a value that is passed down; nothing below asks the environment.
+Ranks and devices are a value that is passed down; nothing below asks the environment. The work is done by PyTorch:
+torchrun starts the processes, gloo and NCCL carry their messages, FSDP2 (`fully_shard`) keeps the model in parts. How
+it does that is the shape of a mesh of ranks, (copies of the model, parts of each copy):
+
+    ddp   (N, 1)        every rank holds everything
+    fsdp  (N,)          every rank holds 1/N
+    hsdp  (hosts, N/hosts)   every host holds everything, each of its ranks a part
 """
 
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
+from torch.distributed import DistError, ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
+
+from nanollm.heartbeat import FAR_S, Heartbeat
+from nanollm.progress import set_quiet
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import Shard
 
 DeviceName = Literal["auto", "cpu", "cuda", "mps"]
 DtypeName = Literal["auto", "bfloat16", "float16", "float32"]
+ParallelName = Literal["ddp", "fsdp", "hsdp"]
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,17 +45,57 @@ class World:
     device: torch.device = torch.device("cpu")
     dtype: torch.dtype = torch.float32
     """What the model computes in; master weights are always float32."""
+    mesh: DeviceMesh | None = None
+    """All ranks, as (copies of the model, parts of each) or (parts,); None: one process."""
+    saving: ProcessGroup | None = None
+    """All ranks once more, for what happens beside training."""
 
     @classmethod
     def start(cls, device: DeviceName = "auto", dtype: DtypeName = "auto") -> "World":
-        """Choose device and compute type for this machine. Raises ValueError for what it does not have."""
+        """Choose device and compute type for one process. Raises ValueError for what this machine does not have."""
         processes = int(os.environ.get("WORLD_SIZE", "1"))
         if processes > 1:
             raise ValueError(
-                f"this version trains in one process, got {processes} from torchrun; run the command without torchrun"
+                f"this works in one process, got {processes} from torchrun; run the command without torchrun"
             )
         chosen = _choose_device(device)
-        return cls(device=chosen, dtype=best_dtype(chosen) if dtype == "auto" else getattr(torch, dtype))
+        return cls(device=chosen, dtype=_choose_dtype(dtype, chosen))
+
+    @classmethod
+    @contextmanager
+    def join(
+        cls, device: DeviceName = "auto", dtype: DtypeName = "auto", parallel: ParallelName = "ddp"
+    ) -> Iterator["World"]:
+        """The processes that torchrun started, if it did; else one process, as `start` makes it.
+
+        Raises ConnectionError where another process went away, and ends this one where another has fallen silent.
+        """
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            yield cls.start(device, dtype)
+            return
+        chosen = _device_of_this_rank(device)
+        store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=300)))
+        set_quiet(rank > 0)
+        heartbeat = Heartbeat(PrefixStore("nanollm", store.clone()), rank, size)
+        heartbeat.start()
+        with _one_line(rank, size):
+            # Time limits are the heartbeat's matter: a rank may be slow, but not silent.
+            distributed.init_process_group(
+                "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo",
+                store=PrefixStore("groups", store),
+                rank=rank,
+                world_size=size,
+                timeout=timedelta(seconds=FAR_S),
+                device_id=chosen if chosen.type == "cuda" else None,
+            )
+            world = cls(rank=rank, size=size, device=chosen, dtype=_choose_dtype(dtype, chosen))
+            world.agree("device and dtype", f"{world.device.type} {world.dtype}")
+            shape, dimensions = _mesh_shape(size, parallel)
+            mesh = init_device_mesh(chosen.type, shape, mesh_dim_names=dimensions)
+            yield replace(world, mesh=mesh, saving=distributed.new_group(backend="gloo"))
+            world.wait()
+            heartbeat.stop()
+            distributed.destroy_process_group()
 
     @property
     def names(self) -> dict[str, str]:
@@ -46,12 +107,25 @@ class World:
         """Whether this process writes files and speaks."""
         return self.rank == 0
 
+    @property
+    def copies(self) -> int:
+        """How often the model is held, in whole or in parts, by all ranks together."""
+        return self.mesh.size(0) if self.mesh is not None and self.mesh.ndim == 2 else 1
+
     def total(self, number: float) -> float:
         """The sum of a number over all ranks."""
         if self.size == 1:
             return number
-        tensor = torch.tensor(number, dtype=torch.float64, device=self.device)
+        tensor = torch.tensor(number, dtype=torch.float64)  # on the CPU: no wait for a GPU
         distributed.all_reduce(tensor)
+        return tensor.item()
+
+    def largest(self, number: float) -> float:
+        """The largest of all ranks' numbers."""
+        if self.size == 1:
+            return number
+        tensor = torch.tensor(number, dtype=torch.float64)
+        distributed.all_reduce(tensor, distributed.ReduceOp.MAX)
         return tensor.item()
 
     def add_up(self, tensors: Iterable[Tensor]) -> None:
@@ -59,6 +133,110 @@ class World:
         if self.size > 1:
             for tensor in tensors:
                 distributed.all_reduce(tensor)
+
+    def norm(self, of_own_part: Tensor) -> Tensor:
+        """The norm () of a vector of which each rank knows that of its part; all ranks get the same bits."""
+        if self.size == 1:
+            return of_own_part
+        squares = of_own_part.double().square()
+        distributed.all_reduce(squares)
+        return (squares / self.copies).sqrt().to(of_own_part.dtype)
+
+    def gather(self, value: Value) -> list[Value]:
+        """Everybody's value, by rank, on every rank. It is pickled on the way between processes of one job."""
+        if self.size == 1:
+            return [value]
+        values: list[Value | None] = [None] * self.size
+        distributed.all_gather_object(values, value)
+        return values  # type: ignore[return-value]
+
+    def of_main(self, value: Value) -> Value:
+        """The main rank's value, on every rank; the others' are ignored."""
+        values = [value]
+        if self.size > 1:
+            distributed.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def own(self, values: Sequence[Value]) -> Sequence[Value]:
+        """Every size-th of some values: a rank's share of work that is the same for all."""
+        return values[self.rank :: self.size]
+
+    def wait(self) -> None:
+        """Until every rank is here."""
+        self.total(0.0)
+
+    def agree(self, what: str, value: object) -> None:
+        """Raises ValueError unless all ranks say the same."""
+        values = self.gather(value)
+        for rank, other in enumerate(values):
+            if other != values[0]:
+                raise ValueError(f"all ranks need the same {what}: rank 0 has {values[0]}, rank {rank} has {other}")
+
+    def shard(self, root: nn.Module, parts: Iterable[nn.Module]) -> None:
+        """Keep the float32 parameters of `root` as this mesh says; `parts` of it are gathered one at a time.
+
+        While `root` or one of the parts is called, its parameters are whole and in the compute type. Gradients are
+        added up over all ranks, never averaged, in float32 at least.
+        """
+        # Late: half a second that one process need not wait for.
+        from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+        assert self.mesh is not None
+        policy = MixedPrecisionPolicy(
+            param_dtype=self.dtype,
+            reduce_dtype=torch.promote_types(self.dtype, torch.float32),
+            cast_forward_inputs=False,
+        )
+        holds_all = self.copies == self.size
+        parts_per_copy = self.size // self.copies
+        for module in [*parts, root]:
+            fully_shard(
+                module,
+                mesh=self.mesh,
+                mp_policy=policy,
+                reshard_after_forward=not holds_all and module is not root,
+                shard_placement_fn=lambda parameter: _cut(parameter, parts_per_copy),
+            )
+        for module in root.modules():
+            if isinstance(module, FSDPModule):
+                module.set_force_sum_reduction_for_comms(True)
+                module.set_gradient_divide_factor(1.0)
+
+
+def _cut(parameter: nn.Parameter, parts: int) -> "Shard | None":
+    """Along which dimension a parameter is cut: the first, unless a stack has fewer matrices than there are parts."""
+    from torch.distributed.tensor import Shard
+
+    if parameter.dim() > 2 and parameter.shape[0] < parts and parameter.shape[1] % parts == 0:
+        return Shard(1)
+    return None
+
+
+def _mesh_shape(size: int, parallel: ParallelName) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """The shape of the mesh and the names of its dimensions."""
+    if parallel == "ddp":
+        return (size, 1), ("copy", "part")
+    if parallel == "fsdp":
+        return (size,), ("part",)
+    per_host = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if size % per_host:
+        raise ValueError(f"hsdp needs as many processes on every host, got {size} in all and {per_host} on this one")
+    return (size // per_host, per_host), ("copy", "part")
+
+
+@contextmanager
+def _one_line(rank: int, size: int) -> Iterator[None]:
+    """Say in one line that another process went away, instead of what each library makes of it."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, DistError) and "gloo" not in str(error) and "Connection" not in str(error):
+            raise
+        raise ConnectionError(
+            f"rank {rank} of {size} ends because another process of the job went away (its own message says why, if it "
+            f"could leave one); start the job again, it goes on from the last checkpoint "
+            f"[{(str(error).splitlines() or ['no message'])[0][:200]}]"
+        ) from error
 
 
 def _choose_device(name: DeviceName) -> torch.device:
@@ -69,6 +247,28 @@ def _choose_device(name: DeviceName) -> torch.device:
         found = ", ".join(kind for kind, is_there in available.items() if is_there)
         raise ValueError(f"device {name} was asked for, this machine has: {found}; choose one of these or auto")
     return torch.device(name)
+
+
+def _device_of_this_rank(name: DeviceName) -> torch.device:
+    """Its own GPU on this host, or the CPU."""
+    chosen = _choose_device(name)
+    if chosen.type == "mps":
+        if name == "mps":
+            raise ValueError("MPS serves one process; run the command without torchrun, or take --device cpu")
+        return torch.device("cpu")
+    if chosen.type == "cuda":
+        local, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local >= there:
+            raise ValueError(
+                f"this host has {there} GPUs, torchrun started more processes; take --nproc-per-node {there}"
+            )
+        chosen = torch.device("cuda", local)
+        torch.cuda.set_device(chosen)
+    return chosen
+
+
+def _choose_dtype(name: DtypeName, device: torch.device) -> torch.dtype:
+    return best_dtype(device) if name == "auto" else getattr(torch, name)
 
 
 def best_dtype(device: torch.device) -> torch.dtype:

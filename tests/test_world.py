@@ -34,5 +34,5 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch):
 
 def test_several_processes_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="trains in one process, got 2 from torchrun"):
+    with pytest.raises(ValueError, match="works in one process, got 2 from torchrun"):
         World.start("cpu")

@@ -83,14 +83,18 @@ class Windows:
         Micro-batch m of rank r is slice m * world + r of the step's windows, so that all slices in that order are the
         batch that one rank would read at once.
         """
+        self.check(batch_size, micro_batch_size, world)
+        assert 0 <= rank < world
+        windows = sample_indices(step, batch_size, self.windows, self.seed).reshape(-1, world, micro_batch_size)
+        return [_gather(self.shards, portion.tolist(), self.context_length) for portion in windows[:, rank]]
+
+    def check(self, batch_size: int, micro_batch_size: int, world: int) -> None:
+        """Raises ValueError unless a step's windows divide evenly over ranks and micro-batches."""
         if micro_batch_size < 1 or batch_size < 1 or batch_size % (micro_batch_size * world):
             raise ValueError(
                 f"the batch of {batch_size} windows must divide evenly into micro-batches of {micro_batch_size} on "
                 f"{world} ranks; take a multiple of {micro_batch_size * world}"
             )
-        assert 0 <= rank < world
-        windows = sample_indices(step, batch_size, self.windows, self.seed).reshape(-1, world, micro_batch_size)
-        return [_gather(self.shards, portion.tolist(), self.context_length) for portion in windows[:, rank]]
 
 
 def sequential_batches(

@@ -27,6 +27,9 @@ FORMAT = "nanollm-shards-1"
 MANIFEST = "manifest.json"
 PROGRESS = "progress.json"
 
+Verification = Literal["size", "sha256"]
+"""How closely files are held to their manifest: by their size, or by every byte."""
+
 Ids = npt.NDArray[np.uint16]
 Flags = npt.NDArray[np.uint8]
 
@@ -203,7 +206,7 @@ class Shards:
         split: str = "train",
         *,
         tokenizer_fingerprint: str | None,
-        verify: Literal["size", "sha256"] = "size",
+        verify: Verification = "size",
     ) -> "Shards":
         """Check the folder against its manifest and this run's tokenizer (None: whichever it was), then map it."""
         manifest, fingerprint = read_manifest(folder)
@@ -274,7 +277,7 @@ def read_manifest(folder: Path) -> tuple[dict[str, Any], str]:
     return manifest, sha256(raw).hexdigest()
 
 
-def _check_file(path: Path, entry: FileEntry, verify: Literal["size", "sha256"]) -> None:
+def _check_file(path: Path, entry: FileEntry, verify: Verification) -> None:
     again = "prepare the folder again (nanollm preprocess) or copy it again"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing, the manifest beside it names it; {again}")

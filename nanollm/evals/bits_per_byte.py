@@ -7,6 +7,7 @@ Bits per byte compares models with different tokenizers, which loss per token do
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,7 @@ import torch
 from nanollm.data.batches import IGNORE, Batch
 from nanollm.model.transformer import Transformer
 from nanollm.train.loss import cross_entropy_sum
+from nanollm.world import World
 
 
 @dataclass(frozen=True)
@@ -31,13 +33,19 @@ class BitsPerByte:
 
 
 @torch.inference_mode()
-def bits_per_byte(model: Transformer, batches: Iterable[Batch], token_bytes: npt.NDArray[np.int32]) -> BitsPerByte:
-    """Read the batches' targets with the model; token_bytes (V,) says how many bytes each id stands for."""
+def bits_per_byte(
+    model: Transformer, batches: Iterable[Batch], token_bytes: npt.NDArray[np.int32], world: World | None = None
+) -> BitsPerByte:
+    """Read the batches' targets with the model; token_bytes (V,) says how many bytes each id stands for.
+
+    The ranks of a world share the batches, and all get the same answer.
+    """
+    world = world or World()
     device = model.head.weight.device
     sizes = torch.from_numpy(token_bytes).long()
     nats, n_bytes, tokens = 0.0, 0, 0
     with model.evaluating():
-        for batch in batches:
+        for batch in islice(batches, world.rank, None, world.size):
             target_bytes = torch.where(batch.targets == IGNORE, 0, sizes[batch.targets.clamp(min=0)])
             targets = batch.targets.where(target_bytes > 0, IGNORE)
             positions = None if batch.positions is None else batch.positions.to(device)
@@ -45,6 +53,7 @@ def bits_per_byte(model: Transformer, batches: Iterable[Batch], token_bytes: npt
             nats += cross_entropy_sum(model.head, hidden, targets.to(device)).item()
             n_bytes += int(target_bytes.sum())
             tokens += int((targets != IGNORE).sum())
+    nats, n_bytes, tokens = world.total(nats), int(world.total(n_bytes)), int(world.total(tokens))
     if n_bytes == 0:
         raise ValueError("there is no text to measure: every target is a mark without bytes")
     return BitsPerByte(nats, n_bytes, tokens)

@@ -24,6 +24,7 @@ from nanollm.sources.tasks import Gsm8k, Task
 from nanollm.sources.word_problems import WordProblems
 from nanollm.text.chat import Conversation, encode_prompt, reply_ends, reply_text
 from nanollm.text.tokenizer import Tokenizer
+from nanollm.world import World
 
 GREEDY = SamplingConfig(temperature=0)
 ROWS = 256
@@ -102,10 +103,16 @@ def accuracy(
     *,
     max_tokens: int,
     rows: int = ROWS,
+    world: World | None = None,
 ) -> Accuracy:
-    """The share of these problems that a model solves greedily, by the task's own grade."""
-    attempts = solve(model, tokenizer, problems, max_tokens=max_tokens, rows=rows)
-    return Accuracy.of(judge(attempts, {"correct": task.grade}).first("correct"))
+    """The share of these problems that a model solves greedily, by the task's own grade.
+
+    The ranks of a world share the problems, and all get the same answer.
+    """
+    world = world or World()
+    attempts = solve(model, tokenizer, world.own(problems), max_tokens=max_tokens, rows=rows)
+    verdicts = judge(attempts, {"correct": task.grade}).first("correct")
+    return Accuracy.of([verdict for of_rank in world.gather(verdicts) for verdict in of_rank])
 
 
 def solve(

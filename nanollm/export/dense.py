@@ -24,6 +24,9 @@ from torch.nn import functional as F
 from nanollm.model.config import ModelConfig
 
 Format = Literal["compact", "deepseek-v3", "gguf"]
+Dtype = Literal["f32", "bf16", "f16", "q8_0"]
+STORED: dict[torch.dtype, Dtype] = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+"""As which type an export keeps numbers of a type without a change."""
 
 CHOSEN = 2.0  # a selection bias that the others' score of 0.5 cannot reach
 CHANNELS = {"gate_proj": 0, "up_proj": 0, "down_proj": 1}  # their dimension in the matrices of a SwiGLU

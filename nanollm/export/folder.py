@@ -3,13 +3,13 @@
 import json
 import re
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 from nanollm import __version__
 from nanollm.bundle import CONFIG, PROVENANCE, WEIGHTS, Bundle, build_model
 from nanollm.durable import write_file, write_json
 from nanollm.export.card import CARD
-from nanollm.export.dense import Format, exported_shape
+from nanollm.export.dense import Dtype, Format, exported_shape
 from nanollm.export.gguf import GgufType, tensors, type_of, write_gguf
 from nanollm.export.hf import DTYPES, generation_words, write_model
 from nanollm.export.history import public
@@ -17,7 +17,6 @@ from nanollm.export.modelfile import modelfile
 from nanollm.export.tokenizer_json import TOKENIZER_FILES, write_tokenizer
 from nanollm.model.config import ModelConfig
 
-Dtype = Literal["f32", "bf16", "f16", "q8_0"]
 BYTES = {"f32": 4.0, "bf16": 2.0, "f16": 2.0, "q8_0": 34 / 32}  # of a number; 32 of q8_0 share a scale of two bytes
 GENERATION, MODELFILE = "generation_config.json", "Modelfile"
 EVERYWHERE = (*TOKENIZER_FILES, GENERATION, PROVENANCE, CARD)

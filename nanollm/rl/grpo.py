@@ -1,7 +1,9 @@
 """What happens in one step of group-relative policy optimization?
 
 Straight down the page: problems, replies, rewards, advantages, rows, updates, numbers (DeepSeekMath, arXiv:2402.03300,
-algorithm 1). A step depends on the weights, the seed and its number alone, so a resumed run goes on exactly.
+algorithm 1). A step depends on the weights, the seed and its number alone, so a resumed run goes on exactly, and so
+does one on another number of ranks. These share the asking and grading and tell each other all of it; then they share
+the training.
 Letters: P prompts, G replies per prompt.
 """
 
@@ -26,6 +28,7 @@ from nanollm.rl.loss import ObjectiveConfig, RolloutBatch, Seen, count_of, grpo_
 from nanollm.rl.record import Graded, reply_numbers, save_rollouts, trust_numbers
 from nanollm.rl.reward import Reply, Rewards
 from nanollm.rl.rollout import Group, Rollout, RolloutConfig, prompt_of, roll_out
+from nanollm.rl.vllm import VllmServer
 from nanollm.sources.gsm8k import Problem
 from nanollm.text.chat import reply_text
 from nanollm.text.tokenizer import Tokenizer
@@ -88,6 +91,8 @@ class Learner:
     world: World
     reference: Transformer | None = None
     """With objective.beta only."""
+    server: VllmServer | None = None
+    """Samples in the place of our own engine."""
     barren_steps: int = 0
     """Steps in a row without a group to learn from, and the groups in them."""
     barren_groups: int = 0
@@ -99,16 +104,24 @@ class Learner:
         sampled = time.perf_counter()
         totals = torch.tensor([each.totals for each in graded])  # (P, G)
         compared = advantages(totals, self.objective.advantage)
-        save_rollouts(self.folder / f"step-{step + 1:08d}.jsonl", graded, compared)
-        faults, self.rewards.faults = self.rewards.faults, Counter()
+        if self.world.is_main:
+            save_rollouts(self.folder / f"step-{step + 1:08d}.jsonl", graded, compared)
+        faults = sum(self.world.gather(self.rewards.faults), Counter[str]())
+        self.rewards.faults = Counter()
         self.watch(step, graded, faults)
-        places = self.micro_batch_size * self.state.model.config.context_length
         batches = portions(
-            graded, compared, self.objective, self.rollout.max_tokens, places, is_masked=not self.is_fused
+            graded,
+            compared,
+            self.objective,
+            self.rollout.max_tokens,
+            self.micro_batch_size * self.state.model.config.context_length,
+            is_masked=not self.is_fused,
+            ranks=self.world.size,
         )
         seen: list[Seen] = []
-        stats = self.update(step, batches, seen) if batches else None
-        numbers = reply_numbers(graded) | counts | {"faults": faults.total()} | trust_numbers(seen)
+        stats = self.update(step, self.world.own(batches), seen) if batches else None
+        trust = trust_numbers([each for of_rank in self.world.gather(seen) for each in of_rank])
+        numbers = reply_numbers(graded) | counts | {"faults": faults.total()} | trust
         numbers |= {"rollout_s": sampled - started, "train_s": time.perf_counter() - sampled}
         return GrpoStats(
             step=stats,
@@ -121,13 +134,12 @@ class Learner:
     @property
     def is_fused(self) -> bool:
         """Whether attention keeps packed texts apart without a mask."""
-        weight = self.state.model.head.weight
-        return fused.serves(self.state.model.config, weight.dtype, weight.device)
+        return fused.serves(self.state.model.config, self.world.dtype, self.world.device)
 
     def sample(self, step: int) -> tuple[list[Graded], dict[str, float]]:
         """The graded groups of a step; those that teach nothing are replaced as often as `resample` allows."""
         counts: Counter[str] = Counter(prompts_too_long=0, groups_replaced=0)
-        problems = self.draw(step, counts)
+        problems, roll_out = self.draw(step, counts), self.engine()
         graded: list[Graded] = []
         for attempt in range(self.rollout.resample + 1):
             kept = [each for each in graded if each.teaches]
@@ -136,7 +148,7 @@ class Learner:
                 break
             counts["groups_replaced"] += len(graded) - len(kept)
             seed = reply_seed(self.seed, step, attempt)
-            graded = kept + self.grade(roll_out(self.state.model, self.tokenizer, new, self.rollout, seed))
+            graded = kept + self.ask(roll_out, new, seed)
         if not graded:
             raise ValueError(
                 f"none of the problems of step {step + 1} leaves room for a reply of {self.rollout.max_tokens} tokens "
@@ -144,6 +156,27 @@ class Learner:
                 f"shorter problems"
             )
         return graded, dict(counts)
+
+    def engine(self) -> Callable[[Sequence[Problem], int], list[Group]]:
+        """What replies to problems from a seed on, with the weights as they stand."""
+        if self.server is None:
+            model = self.state.whole_model()
+            return lambda problems, seed: roll_out(model, self.tokenizer, problems, self.rollout, seed)
+        server, weights = self.server, self.state.bundle_weights()
+        if self.world.is_main:
+            server.push(weights)
+        self.world.wait()  # nobody asks before the new weights are there
+        return lambda problems, seed: server.roll_out(problems, self.rollout, seed)
+
+    def ask(
+        self, roll_out: Callable[[Sequence[Problem], int], list[Group]], problems: Sequence[Problem], seed: int
+    ) -> list[Graded]:
+        """Groups of replies to problems, graded. Each rank asks a stretch of them; all get all, in their order."""
+        begin, end = (len(problems) * rank // self.world.size for rank in (self.world.rank, self.world.rank + 1))
+        # Every reply has the seed of its place among all.
+        seed += begin * self.rollout.group_size
+        own = self.grade(roll_out(problems[begin:end], seed))
+        return [each for of_rank in self.world.gather(own) for each in of_rank]
 
     def draw(self, step: int, counts: Counter[str]) -> Iterator[Problem]:
         """The problems of a step, in a fresh random order each epoch, and behind them others that may replace some.
@@ -199,7 +232,7 @@ class Learner:
                 f"with nanollm sft first, or take easier problems or a larger --rollout.group_size"
             )
 
-    def update(self, step: int, batches: list[RolloutBatch], seen: list[Seen]) -> StepStats:
+    def update(self, step: int, batches: Sequence[RolloutBatch], seen: list[Seen]) -> StepStats:
         """Move the weights `updates` times by the same rollouts."""
         temperature = self.rollout.temperature
         device = self.world.device
@@ -210,7 +243,7 @@ class Learner:
             ]
         if self.objective.updates > 1:
             batches = [
-                replace(b, old_logprobs=frozen_logprobs(self.state.model, b.to(device), temperature)) for b in batches
+                replace(b, old_logprobs=self.state.run(frozen_logprobs, b.to(device), temperature)) for b in batches
             ]
 
         def loss_of(model: Transformer, batch: RolloutBatch) -> tuple[Tensor, Tensor]:
@@ -226,9 +259,18 @@ class Learner:
 
 
 def portions(
-    graded: Sequence[Graded], compared: Tensor, c: ObjectiveConfig, max_tokens: int, places: int, *, is_masked: bool
+    graded: Sequence[Graded],
+    compared: Tensor,
+    c: ObjectiveConfig,
+    max_tokens: int,
+    places: int,
+    *,
+    is_masked: bool,
+    ranks: int = 1,
 ) -> list[RolloutBatch]:
     """The replies that teach, packed into rows, in micro-batches that have no more than so many places.
+
+    Every rank can take as many of them as the others; some may be empty then.
 
     compared (P, G): their advantages. A group that is left out has zero advantages and counts in the denominator, so
     leaving it out saves work and, but for its part of the divergence from a reference, changes nothing.
@@ -246,8 +288,8 @@ def portions(
     count = count_of(len(lengths), sum(lengths), c.aggregation, max_tokens)
     taken = [len(rollout.prompt_ids) + len(rollout.reply_ids) - 1 for rollout, _ in kept]
     width = best_width(taken, places, is_masked=is_masked)
-    rows = even_rows(len(pack(taken, width)), places // width)
-    return in_rows(kept, width, rows, c.aggregation, count).portions(rows)
+    rows = even_rows(-(-len(pack(taken, width)) // ranks), places // width)
+    return in_rows(kept, width, rows * ranks, c.aggregation, count).portions(rows)
 
 
 def in_rows(

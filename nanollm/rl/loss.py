@@ -42,6 +42,10 @@ class ObjectiveConfig:
     is loaded."""
     updates: int = 1
     """Optimizer updates on each step's rollouts. With one the ratio is exactly 1 and nothing is clipped."""
+    importance_cap: float | None = None
+    """Weigh each token by its probability by the trainer, before the first update, over that by the engine which drew
+    it, at most this (truncated importance sampling, https://fengyao.notion.site/off-policy-rl); 0: off; null: 2 where
+    rollout.engine is not our own, else off."""
 
     def __post_init__(self) -> None:
         for name in ("clip_low", "clip_high", "beta"):
@@ -53,6 +57,8 @@ class ObjectiveConfig:
             raise ValueError(f"objective.cispo_max must be at least 1, got {self.cispo_max}")
         if self.updates < 1:
             raise ValueError(f"objective.updates must be at least 1, got {self.updates}")
+        if self.importance_cap and not self.importance_cap >= 1:
+            raise ValueError(f"objective.importance_cap must be at least 1, or 0 (off), got {self.importance_cap}")
 
 
 @dataclass(frozen=True)
@@ -81,7 +87,7 @@ class RolloutBatch:
     def portions(self, rows: int) -> list["RolloutBatch"]:
         """The same in micro-batches of that many rows, into which they divide; replies stand in the order of the rows.
 
-        Each has a reply: packing leaves no more rows empty than a micro-batch has less one.
+        The last may have no reply: there are as many for every rank.
         """
         parts, places = len(self.tokens) // rows, rows * self.tokens.shape[1]
         batches = []
@@ -92,7 +98,7 @@ class RolloutBatch:
                 for f in fields(self)
                 if isinstance(value := getattr(self, f.name), Tensor) and value.dim() == 1
             }
-            vectors |= {"places": vectors["places"] - part * places, "reply": vectors["reply"] - vectors["reply"][0]}
+            vectors |= {"places": vectors["places"] - part * places, "reply": vectors["reply"] - vectors["reply"][:1]}
             stretch = slice(part * rows, (part + 1) * rows)
             matrices: dict[str, Any] = {"tokens": self.tokens[stretch], "positions": self.positions[stretch]}
             batches.append(replace(self, **matrices, **vectors, count=self.count / parts))
@@ -109,12 +115,12 @@ class Seen:
     kl: Tensor  # k3 estimate of KL(policy, reference), with beta only
     engine_difference: Tensor  # |trainer - engine| log-probability, before the first update only
     engine_difference_max: Tensor
-    truncated: Tensor  # tokens whose trainer / engine probability is above TRUNCATION
+    importance: Tensor  # trainer / engine probability, at most the cap
+    truncated: Tensor  # tokens where it is above the cap
 
 
 TRUNCATION = 2.0
-"""Where truncated importance sampling would cut the weight trainer / engine (https://fengyao.notion.site/off-policy-rl).
-Only watched: one model object samples and trains here."""
+"""The cap where none is set: then trainer / engine is only watched, because one model object samples and trains."""
 
 
 def policy_logprobs(model: Transformer, batch: RolloutBatch, temperature: float) -> tuple[Tensor, Tensor]:
@@ -137,18 +143,21 @@ def grpo_loss(
     if batch.reference_logprobs is not None:
         kl = k3(logprobs, batch.reference_logprobs)
         terms = terms + c.beta * kl
+    difference, cap = old - batch.engine_logprobs, c.importance_cap or TRUNCATION  # no gradient goes through these
+    importance = difference.exp().clamp(max=cap)
+    if c.importance_cap:
+        terms = importance * terms  # the divergence too: its estimate is over tokens that the trainer would draw
     loss = (batch.weights * terms).sum()
-    with torch.no_grad():
-        difference = old - batch.engine_logprobs
-        seen = Seen(
-            tokens=len(terms),
-            entropy=entropy.sum(),
-            clipped=clipped.sum(),
-            kl=kl.detach().sum(),
-            engine_difference=difference.abs().sum(),
-            engine_difference_max=difference.abs().max(),
-            truncated=(difference.exp() > TRUNCATION).sum(),
-        )
+    seen = Seen(
+        tokens=len(terms),
+        entropy=entropy.sum(),
+        clipped=clipped.sum(),
+        kl=kl.detach().sum(),
+        engine_difference=difference.abs().sum(),
+        engine_difference_max=difference.abs().max() if len(terms) else terms.new_zeros(()),
+        importance=importance.sum(),
+        truncated=(difference.exp() > cap).sum(),
+    )
     return loss, loss.detach(), seen
 
 
@@ -170,9 +179,9 @@ def ratios(logprobs: Tensor, old: Tensor, reply: Tensor, kind: Literal["token", 
     difference = logprobs - old
     if kind == "token":
         return difference.exp()
-    replies = int(reply.max()) + 1
-    sums = difference.new_zeros(replies).index_add(0, reply, difference)
-    return (sums / reply.bincount(minlength=replies)).exp()[reply]
+    lengths = reply.bincount()  # (R,)
+    sums = difference.new_zeros(len(lengths)).index_add(0, reply, difference)
+    return (sums / lengths).exp()[reply]
 
 
 def k3(logprobs: Tensor, reference: Tensor) -> Tensor:

@@ -66,6 +66,7 @@ def trust_numbers(seen: Sequence[Seen]) -> dict[str, float]:
         "kl": mean("kl"),
         "engine_logprob_difference": mean("engine_difference"),
         "engine_logprob_difference_max": max(each.engine_difference_max.item() for each in seen),
+        "engine_ratio": mean("importance"),
         "engine_ratio_truncated": mean("truncated"),
     }
 

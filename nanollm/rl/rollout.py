@@ -1,9 +1,11 @@
 """What does the model answer when it is asked a problem several times?
 
-All prompts of a step are sampled together by the engine that users talk to, with the very weights that are trained.
+All prompts of a step are sampled together by the engine that users talk to, with the very weights that are trained. A
+model that outgrows one device can be sampled by a vLLM server instead: rl/vllm.py.
 """
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -14,6 +16,9 @@ from nanollm.model.transformer import Transformer
 from nanollm.sources.gsm8k import Problem
 from nanollm.text.chat import Conversation, encode_prompt, reply_ends
 from nanollm.text.tokenizer import Tokenizer
+
+OWN = "own"
+ADDRESS = re.compile(r"vllm://(?:(?P<name>[\w.-]+)|\[(?P<ipv6>[\da-fA-F:.]+)\]):(?P<port>\d{1,5})", re.ASCII)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +40,9 @@ class RolloutConfig:
     resample: int = 0
     """How often problems whose replies all earned the same are replaced by others (dynamic sampling, DAPO,
     arXiv:2503.14476); 0: never, they are only left out."""
+    engine: str = OWN
+    """What samples: own, the engine of this process; vllm://HOST:PORT, a vLLM server that is given the weights before
+    each step (docs/post-training.md), for models that outgrow one device."""
 
     def __post_init__(self) -> None:
         if self.group_size < 2:
@@ -56,6 +64,19 @@ class RolloutConfig:
                 f"rollout.top_k and rollout.top_p must stay 0 and 1, got {self.top_k} and {self.top_p}: training takes "
                 f"the whole distribution, so sampling must draw from all of it"
             )
+        _ = self.server  # refuses what is no address
+
+    @property
+    def server(self) -> tuple[str, int] | None:
+        """Host and port of the vLLM server that samples; None: our own engine does."""
+        if self.engine == OWN:
+            return None
+        address = ADDRESS.fullmatch(self.engine)
+        if address is None or not 0 < int(address["port"]) < 2**16:
+            raise ValueError(
+                f"rollout.engine must be {OWN} or vllm://HOST:PORT, such as vllm://localhost:8000, got {self.engine!r}"
+            )
+        return address["name"] or address["ipv6"], int(address["port"])
 
 
 @dataclass(frozen=True)

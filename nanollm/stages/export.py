@@ -3,21 +3,15 @@
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
-
-import torch
+from typing import Literal
 
 from nanollm.bundle import Bundle, load_bundle, read_config, stored_dtype
 from nanollm.durable import check_replaceable, new_folder
-from nanollm.export.dense import Format, exported_shape
+from nanollm.export.dense import STORED, Dtype, Format, exported_shape
 from nanollm.progress import say
-
-if TYPE_CHECKING:
-    from nanollm.export.folder import Dtype
 
 POSITIONAL = ("bundle",)
 EXTRA = ("gguf", "huggingface_hub", "protobuf", "tokenizers", "transformers")
-STORED: "dict[torch.dtype, Dtype]" = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +117,7 @@ def check_out(c: Config) -> None:
     check_replaceable(c.folder, written_in(c.folder), force=c.force, what="an export")
 
 
-def dtype_of(c: Config) -> "Dtype":
+def dtype_of(c: Config) -> Dtype:
     """The type to write."""
     return STORED[stored_dtype(c.bundle)] if c.dtype == "auto" else c.dtype
 

@@ -2,8 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -11,29 +10,34 @@ import torch
 
 from nanollm import __version__
 from nanollm.bundle import WEIGHTS, Bundle, load_bundle, save_bundle
-from nanollm.durable import check_writable, lock_folder
 from nanollm.evals.problems import accuracy
-from nanollm.model.transformer import Transformer
+from nanollm.export.dense import STORED
 from nanollm.progress import say
 from nanollm.rl.grpo import Learner
 from nanollm.rl.loss import ObjectiveConfig
 from nanollm.rl.reward import RewardConfig, Rewards
 from nanollm.rl.rollout import RolloutConfig
+from nanollm.rl.vllm import VllmServer
 from nanollm.settings import read_mapping
 from nanollm.sources.gsm8k import Problem
 from nanollm.sources.tasks import Task, TaskConfig, open_task
 from nanollm.train.loop import LoopConfig, fit
 from nanollm.train.optim import OptimConfig, lr_at
-from nanollm.train.runfolder import open_run
+from nanollm.train.runfolder import hold_folder, open_run
 from nanollm.train.runlog import TrackerName
 from nanollm.train.speed import SpeedConfig, speed_up
 from nanollm.train.state import TrainState
-from nanollm.world import DeviceName, DtypeName, World
+from nanollm.world import DeviceName, DtypeName, ParallelName, World
 
 FINGERPRINTED = 100
 
 # What decides which numbers come out at which step; the rest (intervals, length, rates) may change on the way.
-FIXED = ("seed", "task", "rollout", "reward.weights", "reward.soft_tokens", "objective", "optim.name", "inputs")
+FIXED = (
+    *("seed", "task", "reward.weights", "reward.soft_tokens", "objective", "optim.name", "inputs"),
+    *(f"rollout.{name}" for name in ("prompts", "group_size", "max_tokens", "temperature", "resample")),
+)
+IMPORTANCE_CAP = 2.0
+"""Where another engine samples."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +82,9 @@ class Config:
     """Optimizer and schedule. The routers' balancing is off: it would change the model without being asked."""
     reference: Path | None = None
     """Bundle that the policy is kept near, with objective.beta only; null: the bundle the run starts from."""
+    parallel: ParallelName = "ddp"
+    """How several processes (torchrun) hold the model. ddp: each all of it; fsdp: each a part; hsdp: each host all of
+    it, its processes a part. Each samples from a whole copy."""
     validation_problems: int = 200
     """Problems of the split test that are solved greedily now and then, its last ones: nanollm eval begins with the
     first (0: none)."""
@@ -102,6 +109,9 @@ class Config:
             )
         if self.reference is not None and not self.objective.beta:
             raise ValueError("a reference without objective.beta has no effect; set --objective.beta or leave it out")
+        if self.objective.importance_cap is None:
+            cap = IMPORTANCE_CAP if self.rollout.server else 0.0
+            object.__setattr__(self, "objective", replace(self.objective, importance_cap=cap))
 
 
 def plan(c: Config) -> str:
@@ -121,13 +131,15 @@ def plan(c: Config) -> str:
 
 def run(c: Config) -> Path:
     """Train, and return the folder of the bundle."""
-    world = World.start(c.device, c.dtype)
+    with World.join(c.device, c.dtype, c.parallel) as world:
+        return train(c, world)
+
+
+def train(c: Config, world: World) -> Path:
+    """What each process of a run does."""
     bundle, task, problems, validation = _open(c)
     reference = _open_reference(c, bundle, world)
-    check_writable(c.out, "--out")
-    with ExitStack() as stack:
-        stack.enter_context(lock_folder(c.out))
-        rewards = stack.enter_context(Rewards(c.reward, task, c.rollout.max_tokens))
+    with hold_folder(c.out, world), Rewards(c.reward, task, c.rollout.max_tokens) as rewards:
         inputs = {
             "bundle": bundle.provenance["files"][WEIGHTS],
             "tokenizer": bundle.tokenizer.fingerprint,
@@ -141,8 +153,9 @@ def run(c: Config) -> Path:
             settings,
             inputs,
             FIXED,
-            lambda: TrainState.start(bundle.model.to(world.device), c.optim, world.dtype),
+            lambda: TrainState.start(bundle.model.to(world.device), c.optim, world),
             c.trackers,
+            world,
         )
         speed_up(state.model, c.speed, world.device)
         learner = Learner(
@@ -159,6 +172,7 @@ def run(c: Config) -> Path:
             seed=c.seed,
             world=world,
             reference=None if reference is None else reference.model,
+            server=_connect(c, bundle, state, world),
         )
         fit(
             state,
@@ -166,8 +180,9 @@ def run(c: Config) -> Path:
             c.train,
             c.out,
             log,
-            validate=lambda: validate(c, state.model, bundle, task, validation, state.step),
+            validate=lambda: validate(c, state, bundle, task, validation, world),
             sample=dict,
+            world=world,
         )
         provenance = {
             "made_by": f"nanollm {__version__} grpo, torch {torch.__version__}",
@@ -176,17 +191,22 @@ def run(c: Config) -> Path:
             "replies_seen": state.step * c.rollout.prompts * c.rollout.group_size,
             "parent": bundle.provenance,
         }
-        return save_bundle(c.out / "bundle", bundle.model.config, state.weights(), bundle.tokenizer, provenance)
+        weights = state.bundle_weights()
+        if world.is_main:
+            save_bundle(c.out / "bundle", bundle.model.config, weights, bundle.tokenizer, provenance)
+    return c.out / "bundle"
 
 
 def validate(
-    c: Config, model: Transformer, bundle: Bundle, task: Task, problems: Sequence[Problem], step: int
+    c: Config, state: TrainState, bundle: Bundle, task: Task, problems: Sequence[Problem], world: World
 ) -> dict[str, object]:
     """Greedy accuracy on problems of the split test."""
     if not problems:
         return {}
-    score = accuracy(model, bundle.tokenizer, task, problems, max_tokens=c.rollout.max_tokens)
-    say(f"step {step:,}: solves {score.value:.1%} of {score.n} test problems ({score.low:.1%} to {score.high:.1%})")
+    model, limit = state.whole_model(), c.rollout.max_tokens
+    score = accuracy(model, bundle.tokenizer, task, problems, max_tokens=limit, world=world)
+    interval = f"{score.low:.1%} to {score.high:.1%}"
+    say(f"step {state.step:,}: solves {score.value:.1%} of {score.n} test problems ({interval})")
     return {"val_accuracy": score.value, "val_accuracy_low": score.low, "val_accuracy_high": score.high}
 
 
@@ -208,6 +228,26 @@ def _open(c: Config) -> tuple[Bundle, Task, Sequence[Problem], Sequence[Problem]
     test = task.problems("test") if c.validation_problems else []
     validation = [test[-number] for number in range(1, min(c.validation_problems, len(test)) + 1)]
     return bundle, task, task.problems("train"), validation
+
+
+def _connect(c: Config, bundle: Bundle, state: TrainState, world: World) -> VllmServer | None:
+    """The server that samples, held to what the run needs; none where our own engine does."""
+    if c.rollout.server is None:
+        return None
+    host, port = c.rollout.server
+    server = VllmServer(
+        host=host,
+        port=port,
+        folder=c.out / "vllm",
+        config=bundle.model.config,
+        tokenizer=bundle.tokenizer,
+        provenance=bundle.provenance,
+        dtype=STORED[world.dtype],
+    )
+    weights = state.bundle_weights()
+    if world.is_main:
+        server.connect(weights, c.rollout)
+    return server
 
 
 def _open_reference(c: Config, bundle: Bundle, world: World) -> Bundle | None:

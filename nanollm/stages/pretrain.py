@@ -10,8 +10,7 @@ import torch
 from nanollm import __version__
 from nanollm.bundle import save_bundle
 from nanollm.data.batches import Windows, sequential_batches
-from nanollm.data.shards import Shards, read_manifest
-from nanollm.durable import check_writable, lock_folder
+from nanollm.data.shards import Shards, Verification, read_manifest
 from nanollm.evals.bits_per_byte import bits_per_byte
 from nanollm.generate.engine import generate
 from nanollm.generate.sampling import SamplingConfig
@@ -23,12 +22,12 @@ from nanollm.text.tokenizer import Tokenizer
 from nanollm.train.loop import TrainConfig, fit
 from nanollm.train.loss import next_token_loss
 from nanollm.train.optim import OptimConfig, lr_at
-from nanollm.train.runfolder import open_run
+from nanollm.train.runfolder import hold_folder, open_run
 from nanollm.train.runlog import TrackerName
 from nanollm.train.speed import SpeedConfig, speed_up
 from nanollm.train.state import TrainState
 from nanollm.train.step import StepStats, train_step
-from nanollm.world import DeviceName, DtypeName, World
+from nanollm.world import DeviceName, DtypeName, ParallelName, World
 
 SAMPLE_TOKENS = 48
 UNIT_ROWS: dict[StartName, list[str]] = {"gpt2": [], "fast": ["trunk.embed.weight"]}
@@ -65,6 +64,9 @@ class Config:
     """Where to compute."""
     dtype: DtypeName = "auto"
     """What to compute in; auto: bfloat16 where the hardware multiplies it fast. Master weights are always float32."""
+    parallel: ParallelName = "ddp"
+    """How several processes (torchrun) hold the model. ddp: each all of it; fsdp: each a part; hsdp: each host all of
+    it, its processes a part."""
     validation_windows: int = 64
     """Windows that bits per byte are measured on, spread evenly over the validation split (0: all)."""
     sample_prompts: list[str] = field(default_factory=lambda: ["The", "In the beginning", "def main():"])
@@ -76,7 +78,7 @@ class Config:
 def plan(c: Config) -> str:
     """What a run would do."""
     world = World.start(c.device, c.dtype)
-    tokenizer, shards, _ = _open(c)
+    tokenizer, shards, _ = _open(c, world)
     tokens = c.train.steps * c.train.batch_size * c.model.context_length
     return (
         f"{c.model.total_parameters:,} parameters on {world.device} in {world.names['dtype']}, "
@@ -87,11 +89,16 @@ def plan(c: Config) -> str:
 
 def run(c: Config) -> Path:
     """Train, and return the folder of the bundle."""
-    world = World.start(c.device, c.dtype)
-    tokenizer, shards, validation = _open(c)
+    with World.join(c.device, c.dtype, c.parallel) as world:
+        return train(c, world)
+
+
+def train(c: Config, world: World) -> Path:
+    """What each process of a run does."""
+    tokenizer, shards, validation = _open(c, world)
     windows = Windows(shards, c.model.context_length, c.seed)
-    check_writable(c.out, "--out")
-    with lock_folder(c.out):
+    windows.check(c.train.batch_size, c.train.micro_batch_size, world.size)
+    with hold_folder(c.out, world):
         inputs = {"data": shards.fingerprint, "tokenizer": tokenizer.fingerprint}
         settings = dataclasses.asdict(c) | world.names  # what is really used instead of auto
         state, log = open_run(
@@ -100,15 +107,18 @@ def run(c: Config) -> Path:
             inputs,
             FIXED,
             lambda: TrainState.start(
-                Transformer(c.model).init(c.seed, c.start).to(world.device), c.optim, world.dtype, UNIT_ROWS[c.start]
+                Transformer(c.model).init(c.seed, c.start).to(world.device), c.optim, world, UNIT_ROWS[c.start]
             ),
             c.trackers,
+            world,
         )
         speed_up(state.model, c.speed, world.device)
         loss_of = partial(next_token_loss, balance_weight=c.optim.balance_weight)
 
         def take_step(step: int) -> StepStats:
-            batches = windows.micro_batches(step, c.train.batch_size, c.train.micro_batch_size)
+            batches = windows.micro_batches(
+                step, c.train.batch_size, c.train.micro_batch_size, rank=world.rank, world=world.size
+            )
             return train_step(state, batches, loss_of, lr_at(step, c.train.steps, c.optim), c.optim, world)
 
         fit(
@@ -117,8 +127,9 @@ def run(c: Config) -> Path:
             c.train,
             c.out,
             log,
-            validate=lambda: validate(c, state, tokenizer, validation),
-            sample=lambda: sample(c, state, tokenizer),
+            validate=lambda: validate(c, state, tokenizer, validation, world),
+            sample=lambda: sample(c, state, tokenizer, world),
+            world=world,
         )
         provenance = {
             "made_by": f"nanollm {__version__} pretrain, torch {torch.__version__}",
@@ -126,26 +137,34 @@ def run(c: Config) -> Path:
             "inputs": inputs,
             "tokens_seen": state.step * c.train.batch_size * c.model.context_length,
         }
-        return save_bundle(c.out / "bundle", c.model, state.bundle_weights(), tokenizer, provenance)
+        weights = state.bundle_weights()
+        if world.is_main:
+            save_bundle(c.out / "bundle", c.model, weights, tokenizer, provenance)
+    return c.out / "bundle"
 
 
-def validate(c: Config, state: TrainState, tokenizer: Tokenizer, shards: Shards | None) -> dict[str, object]:
+def validate(
+    c: Config, state: TrainState, tokenizer: Tokenizer, shards: Shards | None, world: World
+) -> dict[str, object]:
     """Bits per byte, and loss per token, of some windows of a split; nothing if there is none."""
     if shards is None:
         return {}
     windows = c.validation_windows or None
     batches = sequential_batches(shards, c.model.context_length, c.train.micro_batch_size, windows)
-    score = bits_per_byte(state.model, batches, tokenizer.token_bytes)
+    score = bits_per_byte(state.whole_model(), batches, tokenizer.token_bytes, world)
     say(f"step {state.step:,}: validation {score.value:.4f} bits per byte")
     return {"val_bpb": score.value, "val_loss": score.nats / score.tokens}
 
 
-def sample(c: Config, state: TrainState, tokenizer: Tokenizer) -> dict[str, object]:
-    """A short continuation of each sample prompt, always drawn with the same seeds."""
+def sample(c: Config, state: TrainState, tokenizer: Tokenizer, world: World) -> dict[str, object]:
+    """A short continuation of each sample prompt, always drawn with the same seeds; on the main rank."""
     if not c.sample_prompts:
         return {}
+    model = state.whole_model()
+    if not world.is_main:
+        return {}
     completions = generate(
-        state.model,
+        model,
         [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in c.sample_prompts],
         SamplingConfig(temperature=0.8, top_k=50),
         max_tokens=SAMPLE_TOKENS,
@@ -157,7 +176,7 @@ def sample(c: Config, state: TrainState, tokenizer: Tokenizer) -> dict[str, obje
     return {"samples": texts}
 
 
-def _open(c: Config) -> tuple[Tokenizer, Shards, Shards | None]:
+def _open(c: Config, world: World) -> tuple[Tokenizer, Shards, Shards | None]:
     """Tokenizer, training split, and validation split if it has any text, each held to the others."""
     tokenizer = Tokenizer.load(c.tokenizer_path)
     if tokenizer.vocab_size > c.model.vocab_size:
@@ -170,15 +189,16 @@ def _open(c: Config) -> tuple[Tokenizer, Shards, Shards | None]:
             raise ValueError(
                 f"sample prompt {prompt[:40]!r} does not fit the context of {c.model.context_length} tokens"
             )
-    train = _open_split(c, tokenizer, "train")
+    train = _open_split(c, tokenizer, "train", world)
     if read_manifest(c.data)[0]["splits"].get("val", {}).get("tokens"):
-        return tokenizer, train, _open_split(c, tokenizer, "val")
+        return tokenizer, train, _open_split(c, tokenizer, "val", world)
     say(f"{c.data} has no validation text: nothing will be measured on it (nanollm preprocess --val_input FILE)")
     return tokenizer, train, None
 
 
-def _open_split(c: Config, tokenizer: Tokenizer, split: str) -> Shards:
-    shards = Shards.open(c.data, split, tokenizer_fingerprint=tokenizer.fingerprint, verify="sha256")
+def _open_split(c: Config, tokenizer: Tokenizer, split: str, world: World) -> Shards:
+    verify: Verification = "sha256" if world.is_main else "size"  # all ranks read the same files
+    shards = Shards.open(c.data, split, tokenizer_fingerprint=tokenizer.fingerprint, verify=verify)
     if shards.kind != "text":
         raise ValueError(
             f"{c.data} holds conversations, of which only the replies are trained; pretraining reads documents "

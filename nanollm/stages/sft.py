@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -12,8 +13,7 @@ from nanollm import __version__
 from nanollm.bundle import TOKENIZER, WEIGHTS, Bundle, load_bundle, save_bundle
 from nanollm.data.batches import ChatShards, Conversations, layout_of
 from nanollm.data.mixture import Mixture
-from nanollm.data.shards import Shards, read_manifest
-from nanollm.durable import check_writable, lock_folder
+from nanollm.data.shards import Shards, Verification, read_manifest
 from nanollm.generate.engine import generate
 from nanollm.generate.sampling import SamplingConfig
 from nanollm.progress import say
@@ -23,12 +23,12 @@ from nanollm.text.tokenizer import Tokenizer
 from nanollm.train.loop import LoopConfig, fit
 from nanollm.train.loss import next_token_loss
 from nanollm.train.optim import OptimConfig, lr_at
-from nanollm.train.runfolder import open_run
+from nanollm.train.runfolder import hold_folder, open_run
 from nanollm.train.runlog import TrackerName
 from nanollm.train.speed import SpeedConfig, speed_up
 from nanollm.train.state import TrainState
 from nanollm.train.step import StepStats, train_step
-from nanollm.world import DeviceName, DtypeName, World
+from nanollm.world import DeviceName, DtypeName, ParallelName, World
 
 SAMPLE_TOKENS = 96
 CUTS_COUNTED = 1000  # of the conversations that are too long
@@ -79,6 +79,9 @@ class Config:
     """Where to compute."""
     dtype: DtypeName = "auto"
     """What to compute in; auto: bfloat16 where the hardware multiplies it fast. Master weights are always float32."""
+    parallel: ParallelName = "ddp"
+    """How several processes (torchrun) hold the model. ddp: each all of it; fsdp: each a part; hsdp: each host all of
+    it, its processes a part."""
     validation_conversations: int = 256
     """Conversations of each folder's validation split that the loss is measured on, spread evenly (0: all)."""
     sample_prompts: list[str] = field(default_factory=lambda: ["Who are you?", "What is 7 plus 5?"])
@@ -118,7 +121,7 @@ def sources_of(given: dict[str, float] | Path) -> dict[str, float]:
 def plan(c: Config) -> str:
     """What a run would do."""
     world = World.start(c.device, c.dtype)
-    bundle, train, _ = _open(c)
+    bundle, train, _ = _open(c, world)
     model, names = bundle.model.config, world.names
     lines = [
         f"{model.total_parameters:,} parameters of {c.bundle} on {names['device']} in {names['dtype']}, "
@@ -130,11 +133,15 @@ def plan(c: Config) -> str:
 
 def run(c: Config) -> Path:
     """Train, and return the folder of the bundle."""
-    world = World.start(c.device, c.dtype)
-    bundle, splits, validation = _open(c)
+    with World.join(c.device, c.dtype, c.parallel) as world:
+        return train(c, world)
+
+
+def train(c: Config, world: World) -> Path:
+    """What each process of a run does."""
+    bundle, splits, validation = _open(c, world)
     conversations = _mix(c, splits)
-    check_writable(c.out, "--out")
-    with lock_folder(c.out):
+    with hold_folder(c.out, world):
         inputs = {
             "bundle": bundle.provenance["files"][WEIGHTS],
             "tokenizer": bundle.tokenizer.fingerprint,
@@ -146,8 +153,9 @@ def run(c: Config) -> Path:
             settings,
             inputs,
             FIXED,
-            lambda: TrainState.start(bundle.model.to(world.device), c.optim, world.dtype),
+            lambda: TrainState.start(bundle.model.to(world.device), c.optim, world),
             c.trackers,
+            world,
         )
         speed_up(state.model, c.speed, world.device)
         for line in describe(c, splits):
@@ -155,7 +163,9 @@ def run(c: Config) -> Path:
         loss_of = partial(next_token_loss, balance_weight=c.optim.balance_weight)
 
         def take_step(step: int) -> StepStats:
-            batches = conversations.micro_batches(step, c.train.batch_size, c.train.micro_batch_size)
+            batches = conversations.micro_batches(
+                step, c.train.batch_size, c.train.micro_batch_size, rank=world.rank, world=world.size
+            )
             return train_step(state, batches, loss_of, lr_at(step, c.train.steps, c.optim), c.optim, world)
 
         fit(
@@ -164,8 +174,9 @@ def run(c: Config) -> Path:
             c.train,
             c.out,
             log,
-            validate=lambda: validate(c, state, validation),
-            sample=lambda: sample(c, state, bundle.tokenizer),
+            validate=lambda: validate(c, state, validation, world),
+            sample=lambda: sample(c, state, bundle.tokenizer, world),
+            world=world,
         )
         provenance = {
             "made_by": f"nanollm {__version__} sft, torch {torch.__version__}",
@@ -174,34 +185,43 @@ def run(c: Config) -> Path:
             "conversations_seen": state.step * c.train.batch_size,
             "parent": bundle.provenance,
         }
-        return save_bundle(c.out / "bundle", bundle.model.config, state.weights(), bundle.tokenizer, provenance)
+        weights = state.bundle_weights()
+        if world.is_main:
+            save_bundle(c.out / "bundle", bundle.model.config, weights, bundle.tokenizer, provenance)
+    return c.out / "bundle"
 
 
 @torch.inference_mode()
-def validate(c: Config, state: TrainState, splits: Splits) -> dict[str, object]:
+def validate(c: Config, state: TrainState, splits: Splits, world: World) -> dict[str, object]:
     """Loss per trained token of some conversations of each validation split, and of all of them together."""
-    device = state.model.head.weight.device
-    losses, nats, count = dict[str, object](), 0.0, 0
-    with state.model.evaluating():
-        for folder, split in splits.items():
-            before = nats, count
-            for batch in split.batches(c.train.micro_batch_size, c.validation_conversations or None):
-                nats += next_token_loss(state.model, batch.to(device))[1].item()
-                count += batch.count
-            losses[f"val_loss/{folder}"] = (nats - before[0]) / (count - before[1])
     if not splits:
         return {}
+    losses, nats, count = dict[str, object](), 0.0, 0.0
+    model = state.whole_model()
+    with model.evaluating():
+        for folder, split in splits.items():
+            own = 0.0, 0.0
+            batches = split.batches(c.train.micro_batch_size, c.validation_conversations or None)
+            for batch in islice(batches, world.rank, None, world.size):
+                loss = next_token_loss(model, batch.to(world.device))[1].item()
+                own = own[0] + loss, own[1] + batch.count
+            of_split = world.total(own[0]), world.total(own[1])
+            losses[f"val_loss/{folder}"] = of_split[0] / of_split[1]
+            nats, count = nats + of_split[0], count + of_split[1]
     say(f"step {state.step:,}: validation loss {nats / count:.4f} per token of the replies")
     return {"val_loss": nats / count} | (losses if len(splits) > 1 else {})
 
 
-def sample(c: Config, state: TrainState, tokenizer: Tokenizer) -> dict[str, object]:
-    """The likeliest reply to each sample prompt."""
+def sample(c: Config, state: TrainState, tokenizer: Tokenizer, world: World) -> dict[str, object]:
+    """The likeliest reply to each sample prompt; on the main rank."""
     if not c.sample_prompts:
+        return {}
+    model = state.whole_model()
+    if not world.is_main:
         return {}
     prompts = [encode_prompt(Conversation.of(prompt), tokenizer) for prompt in c.sample_prompts]
     ends = reply_ends(tokenizer)
-    replies = generate(state.model, prompts, SamplingConfig(temperature=0), max_tokens=SAMPLE_TOKENS, end_ids=ends)
+    replies = generate(model, prompts, SamplingConfig(temperature=0), max_tokens=SAMPLE_TOKENS, end_ids=ends)
     texts = [reply_text(reply.ids, tokenizer) for reply in replies]
     for prompt, text in zip(c.sample_prompts, texts, strict=True):
         say(f"step {state.step:,}: {prompt!r} -> {text!r}")
@@ -232,7 +252,7 @@ def describe(c: Config, splits: Splits) -> list[str]:
     return lines
 
 
-def _open(c: Config) -> tuple[Bundle, Splits, Splits]:
+def _open(c: Config, world: World) -> tuple[Bundle, Splits, Splits]:
     """The bundle, the training splits and those validation splits that hold something, held to each other."""
     bundle = load_bundle(c.bundle)
     context, fingerprint = bundle.model.config.context_length, bundle.tokenizer.fingerprint
@@ -247,17 +267,18 @@ def _open(c: Config) -> tuple[Bundle, Splits, Splits]:
                 f"{folder} was written with tokenizer {written[:6]}, {c.bundle} has {fingerprint[:6]}; prepare it "
                 f"again (nanollm preprocess ... --tokenizer_path {c.bundle / TOKENIZER} --save_dir NEW_FOLDER)"
             )
-        train[folder] = _open_split(bundle, folder, "train")
+        train[folder] = _open_split(bundle, folder, "train", world)
         if manifest["splits"].get("val", {}).get("tokens"):
-            validation[folder] = _open_split(bundle, folder, "val")
+            validation[folder] = _open_split(bundle, folder, "val", world)
         else:
             say(f"{folder} has no validation split: nothing will be measured on it (nanollm preprocess --val_fraction)")
     return bundle, train, validation
 
 
-def _open_split(bundle: Bundle, folder: str, split: str) -> ChatShards:
+def _open_split(bundle: Bundle, folder: str, split: str, world: World) -> ChatShards:
     tokenizer = bundle.tokenizer
-    shards = Shards.open(Path(folder), split, tokenizer_fingerprint=tokenizer.fingerprint, verify="sha256")
+    verify: Verification = "sha256" if world.is_main else "size"  # all ranks read the same files
+    shards = Shards.open(Path(folder), split, tokenizer_fingerprint=tokenizer.fingerprint, verify=verify)
     return ChatShards(shards, bundle.model.config.context_length, Marks.of(tokenizer))
 
 

@@ -1,27 +1,90 @@
 """How does a run survive a kill at any byte, and go on as if nothing had happened?
 
-A checkpoint is a folder `step-00000120` with the float32 masters and buffers (weights.safetensors), what the optimizers
-remember (optimizer.safetensors) and the counters with the sha256 of both (state.json). It appears in one moment or not
-at all; a damaged one is named and passed over. Nothing is unpickled.
+A checkpoint is a folder `step-00000120` with the float32 masters and buffers, what the optimizers remember (as
+`parameter name:kind`), and the counters with the sha256 of every other file (state.json). It appears in one moment or
+not at all; a damaged one is named and passed over. Nothing is unpickled.
+
+One process writes two files, weights.safetensors and optimizer.safetensors. Of several each writes its parts into a
+file of its own, through torch.distributed.checkpoint; training goes on meanwhile, and the folder takes its name only
+when all files are on the disk. Any number of processes in any parallel mode reads either.
 """
 
 import json
 import shutil
+import warnings
+from concurrent.futures import Future, ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.optim import Optimizer
 
 from nanollm.bundle import write_tensors
-from nanollm.durable import new_folder, settle, sha256_of, write_json
+from nanollm.durable import new_folder, put_in_place, settle, sha256_of, write_json
 from nanollm.progress import say
 from nanollm.train.state import TrainState
+from nanollm.world import World
 
 WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
+
+
+class Checkpoints:
+    """Those of a run, written beside training where there are several processes."""
+
+    def __init__(self, folder: Path, keep_last: int, world: World) -> None:
+        self.folder, self.keep_last, self.world = folder, keep_last, world
+        self._finishers = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future[None] | None = None
+
+    def save(self, state: TrainState) -> None:
+        """Begin to save the state as it is now; raises what went wrong with the save before. All ranks must call it."""
+        self.wait()
+        if self.world.size == 1:
+            save_checkpoint(self.folder, state, self.keep_last)
+            return
+        from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+        from torch.distributed.checkpoint.state_dict_saver import async_save
+
+        path = self.folder / f"step-{state.step:08d}"
+        draft = path.with_name(path.name + ".tmp")
+        writer = HuggingFaceStorageWriter(str(draft), save_distributed=True)
+        tensors = state.weights() | _optimizer_tensors(state)
+        writing = async_save(tensors, storage_writer=writer, process_group=self.world.saving)
+        assert isinstance(writing, Future)
+        self._pending = self._finishers.submit(self._finish, writing, path, draft, _counters(state))
+
+    def _finish(self, writing: Future[Any], path: Path, draft: Path, counters: dict[str, Any]) -> None:
+        _written(writing)  # by all ranks
+        if self.world.is_main:
+            _sign(draft, counters)
+            put_in_place(draft, path)
+            _delete_older(path, self.keep_last)
+
+    def wait(self) -> None:
+        """Until what was begun is safe on the disk; raises what went wrong."""
+        if self._pending is not None:
+            self._pending.result()
+            self._pending = None
+
+    def check(self) -> None:
+        """Raise what went wrong with a save that has ended."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
+
+
+def _written(writing: Future[Any]) -> None:
+    """Wait for every rank's files. Of what a rank could not do the system's own reason is what people need."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        writing.result()
+    except CheckpointException as error:
+        for rank, (cause, _) in sorted(error.failures.items()):
+            if isinstance(cause, OSError):
+                raise OSError(cause.errno, f"rank {rank} could not save: {cause.strerror}", cause.filename) from error
+        raise
 
 
 def save_checkpoint(folder: Path, state: TrainState, keep_last: int) -> Path:
@@ -30,13 +93,25 @@ def save_checkpoint(folder: Path, state: TrainState, keep_last: int) -> Path:
     with new_folder(path) as draft:
         write_tensors(draft / WEIGHTS, state.weights())
         write_tensors(draft / OPTIMIZER, _optimizer_tensors(state))
-        counters = {"step": state.step, "loss_scale": state.loss_scale, "scale_age": state.scale_age}
-        files = {name: sha256_of(draft / name) for name in (WEIGHTS, OPTIMIZER)}
-        write_json(draft / STATE, {"counters": counters, "files": files, "sha256": _digest(counters, files)})
-    earlier = [old for old in checkpoints(folder) if old.name < path.name]
+        _sign(draft, _counters(state))
+    _delete_older(path, keep_last)
+    return path
+
+
+def _counters(state: TrainState) -> dict[str, Any]:
+    return {"step": state.step, "loss_scale": state.loss_scale, "scale_age": state.scale_age}
+
+
+def _sign(draft: Path, counters: dict[str, Any]) -> None:
+    """Write down the counters, and what all files are."""
+    files = {file.name: sha256_of(file) for file in sorted(draft.iterdir())}
+    write_json(draft / STATE, {"counters": counters, "files": files, "sha256": _digest(counters, files)})
+
+
+def _delete_older(path: Path, keep_last: int) -> None:
+    earlier = [old for old in checkpoints(path.parent) if old.name < path.name]
     for old in earlier[keep_last - 1 :]:
         shutil.rmtree(old)
-    return path
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -44,11 +119,20 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted((path for path in folder.glob("step-*") if path.suffix == ""), reverse=True)
 
 
-def load_newest(folder: Path, state: TrainState) -> bool:
-    """Put the newest sound checkpoint into the state; false if there never was one.
+def load_newest(folder: Path, state: TrainState, world: World) -> bool:
+    """Put the newest sound checkpoint into the state; false if there never was one. All ranks must call it.
 
     Newer ones that are damaged are said and renamed to step-N.damaged. ValueError if there are only damaged ones.
     """
+    found = world.of_main(find_newest(folder) if world.is_main else None)
+    if found is None:
+        return False
+    _load(*found, state)
+    return True
+
+
+def find_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest sound checkpoint and its counters; what a killed save left is removed."""
     for leftover in [*folder.glob("step-*.tmp"), *folder.glob("step-*.old")]:
         settle(leftover.with_suffix(""))
     damaged: list[Path] = []
@@ -59,13 +143,12 @@ def load_newest(folder: Path, state: TrainState) -> bool:
             say(f"passing over a damaged checkpoint: {error}")
             damaged.append(path)
             continue
-        _load(path, counters, state)
         for bad in damaged:
             bad.rename(bad.with_suffix(".damaged"))
-        return True
+        return path, counters
     if damaged:
         raise ValueError(f"every checkpoint in {folder} is damaged; bring back a copy, or remove it to begin anew")
-    return False
+    return None
 
 
 def verify(path: Path) -> dict[str, Any]:
@@ -89,21 +172,39 @@ def _digest(counters: dict[str, Any], files: dict[str, str]) -> str:
 
 
 def _load(path: Path, counters: dict[str, Any], state: TrainState) -> None:
-    weights = load_file(path / WEIGHTS)
-    expected = state.weights()
-    if wrong := {n for n in weights.keys() | expected if n not in weights or n not in expected}:
-        raise ValueError(f"{path} holds another model: {min(wrong)} is on one side only; choose another --out")
-    with torch.no_grad():
-        for name, tensor in expected.items():
-            tensor.copy_(weights[name])
-    remembered = load_file(path / OPTIMIZER)
+    """Each rank reads what it holds, from whichever files it lies in."""
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    kept: dict[str, Any] = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+    weights = state.weights()
+    shapes = {name: tuple(entry.size) for name, entry in kept.items() if ":" not in name}
+    expected = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    if wrong := {name for name in shapes | expected if shapes.get(name) != expected.get(name)}:
+        name = min(wrong)
+        raise ValueError(
+            f"{path} holds another model: {name} has shape {shapes.get(name, 'nothing')} there and "
+            f"{expected.get(name, 'nothing')} here; choose another --out"
+        )
+    slots = dict[str, Tensor]()
     for optimizer, name, parameter in _named_slots(state):
-        kinds = {key.rpartition(":")[2]: key for key in remembered if key.rpartition(":")[0] == name}
-        optimizer.state[parameter] = {kind: remembered[key].clone().to(parameter.device) for kind, key in kinds.items()}
+        kinds = {key.rpartition(":")[2]: entry for key, entry in kept.items() if key.rpartition(":")[0] == name}
+        optimizer.state[parameter] = {kind: _room(entry, parameter) for kind, entry in kinds.items()}
+        slots |= {f"{name}:{kind}": room for kind, room in optimizer.state[parameter].items()}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is")  # every rank reads for itself
+        load({**weights, **slots}, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=True)
     state.step = counters["step"]
     if state.scales_loss and counters["loss_scale"] > 1:  # not so if the run began in another type
         state.loss_scale, state.scale_age = counters["loss_scale"], counters["scale_age"]
     state.publish()
+
+
+def _room(entry: Any, parameter: Tensor) -> Tensor:
+    """An empty tensor for what an optimizer remembers of a parameter: cut as that is, or a number of its own."""
+    if entry.size == parameter.shape:
+        return torch.empty_like(parameter, requires_grad=False)
+    return torch.empty(entry.size, dtype=entry.properties.dtype, device=parameter.device)
 
 
 def _named_slots(state: TrainState) -> list[tuple[Optimizer, str, Tensor]]:
@@ -120,7 +221,7 @@ def _named_slots(state: TrainState) -> list[tuple[Optimizer, str, Tensor]]:
 def _optimizer_tensors(state: TrainState) -> dict[str, Tensor]:
     """What the optimizers remember, as `parameter name:kind`."""
     return {
-        f"{name}:{kind}": tensor.contiguous()
+        f"{name}:{kind}": tensor
         for optimizer, name, parameter in _named_slots(state)
         for kind, tensor in optimizer.state.get(parameter, {}).items()
     }

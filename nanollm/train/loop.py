@@ -16,9 +16,10 @@ from types import FrameType
 from typing import Protocol, TypeVar
 
 from nanollm.progress import Progress, say
-from nanollm.train.checkpoint import save_checkpoint
+from nanollm.train.checkpoint import Checkpoints
 from nanollm.train.runlog import RunLog
 from nanollm.train.state import TrainState
+from nanollm.world import World
 
 MAX_SKIPPED_IN_A_ROW = 10
 
@@ -107,27 +108,30 @@ def fit(
     log: RunLog,
     validate: Check,
     sample: Check,
+    world: World,
 ) -> None:
     """Train from `state.step` to `c.steps`; `take_step(step)` depends on the weights and the step alone.
 
     SIGINT and SIGTERM save after the step at hand and leave with exit code 130 or 143; a second one leaves at once.
+    Of several processes all do the same at the same step, whichever of them got the signal.
     """
-    checkpoints = folder / "checkpoints"
+    checkpoints = Checkpoints(folder / "checkpoints", c.keep_last, world)
     clock, watch = _Clock(), _Watch()
-    with _signals() as received, Progress("train", c.steps, "steps", done=state.step) as bar:
+    with _signals(world) as received, Progress("train", c.steps, "steps", done=state.step) as bar:
         if state.step == 0:
             log.write(0, **validate(), **sample())
         while state.step < c.steps:
-            if received:
-                save_checkpoint(checkpoints, state, c.keep_last)
-                say(f"saved step {state.step} after {received[0].name}; the same command goes on from here")
-                raise SystemExit(128 + received[0])
+            if number := int(world.largest(received[0] if received else 0)):
+                checkpoints.save(state)
+                checkpoints.wait()
+                say(f"saved step {state.step} after {signal.Signals(number).name}; the same command goes on from here")
+                raise SystemExit(128 + number)
 
             try:
                 stats = take_step(state.step)
             except ValueError:  # a step that cannot be taken must not cost those before it
-                if state.step:
-                    save_checkpoint(checkpoints, state, c.keep_last)
+                if state.step and world.size == 1:  # the others may well be able to take it
+                    checkpoints.save(state)
                 raise
             state.step += 1
             watch.see(state.step, stats)
@@ -145,8 +149,10 @@ def fit(
                 values |= clock.paused(sample)
             if values:
                 log.write(state.step, **values)
+            checkpoints.check()
             if _due(state.step, c.save_every) or at_end:
-                clock.paused(lambda: save_checkpoint(checkpoints, state, c.keep_last))
+                clock.paused(lambda: checkpoints.save(state))
+        checkpoints.wait()
 
 
 def _due(step: int, every: int) -> bool:
@@ -193,19 +199,25 @@ class _Clock:
 
 
 @contextmanager
-def _signals() -> Iterator[list[signal.Signals]]:
-    """Collect the first SIGINT or SIGTERM while the block runs; the second raises KeyboardInterrupt."""
+def _signals(world: World) -> Iterator[list[signal.Signals]]:
+    """Collect the first SIGINT or SIGTERM while the block runs; the second raises KeyboardInterrupt.
+
+    Not so in one of several processes: launchers send each signal once more, and SIGKILL when they lose patience.
+    """
     received: list[signal.Signals] = []
     if threading.current_thread() is not threading.main_thread():
         yield received  # Python delivers signals to the main thread only
         return
 
     def note(number: int, frame: FrameType | None) -> None:
+        if received and world.size > 1:
+            return
         if received:
             raise KeyboardInterrupt
         received.append(signal.Signals(number))
         # Not print: the signal may have come in the middle of one.
-        os.write(2, f"\n{received[0].name}: saving after this step; once more to leave at once\n".encode())
+        once_more = "; once more to leave at once" if world.size == 1 else ""
+        os.write(2, f"\n{received[0].name}: saving after this step{once_more}\n".encode())
 
     numbers = (signal.SIGINT, signal.SIGTERM)
     previous = [signal.getsignal(number) for number in numbers]

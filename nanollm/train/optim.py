@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import AdamW, Optimizer
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -115,21 +116,47 @@ class Muon(Optimizer):
             for parameters in _stacks(moving):
                 shape = parameters[0].shape[-2:]
                 directions = self._directions(parameters, group["momentum"])
-                moves = orthogonalise(torch.cat([d.view(-1, *shape) for d in directions]), group["dtype"])  # (K, M, N)
+                whole = [gather(d, p, group["dtype"]) for d, p in zip(directions, parameters, strict=True)]
+                moves = orthogonalise(torch.cat([w.view(-1, *shape) for w in whole]), group["dtype"])  # (K, M, N)
                 sizes = [p.numel() // shape.numel() for p in parameters]
-                parts = [move.view_as(p) for p, move in zip(parameters, moves.split(sizes), strict=True)]
-                torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(parameters, parts, alpha=-group["lr"] * 0.2 * math.sqrt(max(shape)))
+                parts = [
+                    cut_like(p, move.view(p.shape)) for p, move in zip(parameters, moves.split(sizes), strict=True)
+                ]
+                own = [own_part(parameter) for parameter in parameters]
+                torch._foreach_mul_(own, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(own, parts, alpha=-group["lr"] * 0.2 * math.sqrt(max(shape)))
 
     def _directions(self, parameters: list[Tensor], momentum: float) -> tuple[Tensor, ...]:
-        """Nesterov momentum of the parameters' gradients."""
+        """Nesterov momentum of the parameters' gradients, as far as this rank holds them."""
         for parameter in parameters:
             if "momentum_buffer" not in self.state[parameter]:
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-        grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
+        grads = [own_part(parameter.grad) for parameter in parameters if parameter.grad is not None]
+        buffers = [own_part(self.state[parameter]["momentum_buffer"]) for parameter in parameters]
         torch._foreach_lerp_(buffers, grads, 1 - momentum)
         return torch._foreach_lerp(grads, buffers, momentum)
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor, to be changed in place: all of it, unless it is cut over several."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def gather(part: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """The whole tensor of which every rank has a part, cut as `like` is; on the way in bfloat16, if that is `dtype`."""
+    if not isinstance(like, DTensor):
+        return part
+    # Not in float16: gradients may be tiny.
+    sent = part.to(dtype) if dtype == torch.bfloat16 else part
+    cut = DTensor.from_local(sent, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
+    return cut.full_tensor().to(part.dtype)
+
+
+def cut_like(like: Tensor, whole: Tensor) -> Tensor:
+    """The part of a whole tensor, the same on every rank, that this one holds of `like`."""
+    if not isinstance(like, DTensor):
+        return whole
+    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None).to_local()
 
 
 def _stacks(parameters: list[Tensor]) -> Iterator[list[Tensor]]:

@@ -1,18 +1,29 @@
 """Whose folder is it: does the run that starts here go on with the one that was begun?
 
-A run keeps its resolved settings (config.yaml) and the fingerprints of what it reads (inputs.json) in its folder.
+A run keeps its resolved settings (config.yaml) and the fingerprints of what it reads (inputs.json) in its folder. Of
+several processes the main one writes all this; all of them read the checkpoints, so the folder must be one they share.
 """
 
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-from nanollm.durable import write_file, write_json
+from nanollm.durable import check_writable, lock_folder, write_file, write_json
 from nanollm.progress import say
 from nanollm.settings import read_mapping, to_yaml
 from nanollm.train.checkpoint import checkpoints, load_newest
 from nanollm.train.runlog import RunLog, TrackerName, start_tracker
 from nanollm.train.state import TrainState
+from nanollm.world import World
+
+
+@contextmanager
+def hold_folder(out: Path, world: World) -> Iterator[None]:
+    """Keep other jobs out of the folder of a run (--out) while the block runs."""
+    check_writable(out, "--out")
+    with lock_folder(out) if world.is_main else nullcontext():
+        yield
 
 
 def open_run(
@@ -22,17 +33,21 @@ def open_run(
     fixed: Collection[str],
     make_state: Callable[[], TrainState],
     trackers: Sequence[TrackerName],
+    world: World,
 ) -> tuple[TrainState, RunLog]:
     """Claim the folder, make the state, go on from its newest checkpoint if it has one, and open its log."""
-    claim_folder(out, settings, inputs, fixed)
+    if world.is_main:
+        claim_folder(out, settings, inputs, fixed)
     state = make_state()
-    if load_newest(out / "checkpoints", state):
+    if load_newest(out / "checkpoints", state, world):
         say(f"going on from step {state.step:,} in {out}")
+    if not world.is_main:
+        return state, RunLog.mute()
     started = [start_tracker(name, out, settings, resume_from=state.step) for name in trackers]
     return state, RunLog(out, started, resume_from=state.step)
 
 
-ADDED = {"start": "gpt2"}
+ADDED = {"start": "gpt2", "objective.importance_cap": "0.0"}
 """What runs had, without knowing, that were begun before these settings existed."""
 
 
@@ -48,9 +63,10 @@ def claim_folder(
     if checkpoints(out / "checkpoints") and not (config_file.exists() and inputs_file.exists()):
         raise ValueError(f"{out} has checkpoints but not both config.yaml and inputs.json; choose another --out")
     if config_file.exists() and inputs_file.exists():
-        added = {key: value for key, value in ADDED.items() if key in settings}
-        before = added | read_mapping(config_file) | {"inputs": json.loads(inputs_file.read_bytes())}
-        _check_same_run(out, _flat(before), _flat({**settings, "inputs": inputs}), fixed)
+        before = _flat(read_mapping(config_file) | {"inputs": json.loads(inputs_file.read_bytes())})
+        now = _flat({**settings, "inputs": inputs})
+        added = {key: value for key, value in ADDED.items() if key in now}
+        _check_same_run(out, added | before, now, fixed)
     write_json(inputs_file, inputs)
     write_file(config_file, to_yaml(settings).encode())
 

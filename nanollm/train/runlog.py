@@ -20,15 +20,22 @@ Tracker = Callable[[int, Mapping[str, float]], None]
 class RunLog:
     """The metrics of one run folder."""
 
-    def __init__(self, folder: Path, trackers: Sequence[Tracker] = (), *, resume_from: int = 0) -> None:
-        self.path = folder / "metrics.jsonl"
+    def __init__(self, folder: Path | None, trackers: Sequence[Tracker] = (), *, resume_from: int = 0) -> None:
+        self.path = None if folder is None else folder / "metrics.jsonl"
         self.trackers = trackers
-        if self.path.exists():
+        if self.path is not None and self.path.exists():
             told = self.path.read_bytes() if resume_from else b""  # a run without a checkpoint begins anew
             write_file(self.path, _lines_up_to(told, resume_from))
 
+    @classmethod
+    def mute(cls) -> "RunLog":
+        """That of a process beside the main one: it writes nothing."""
+        return cls(None)
+
     def write(self, step: int, **values: Any) -> None:
         """One line for `step`; values that are not finite are written as null, which JSON knows."""
+        if self.path is None:
+            return
         line = {"step": step} | {name: _plain(value) for name, value in values.items()}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")

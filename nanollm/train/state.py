@@ -1,20 +1,41 @@
 """What changes while a model is trained?
 
-The model computes in its compute type; the float32 masters are what the optimizers move and what is saved. In float32
-the masters are the model's own parameters, but for matrices whose rows the model sees divided. Elsewhere each gradient
-goes to its master as soon as the backward pass has made it, so the model's gradients are never there all at once.
+The model computes in its compute type; the float32 masters are what the optimizers move and what is saved.
+
+In one process the masters are tensors beside the model's parameters, and each gradient goes to its master as soon as
+the backward pass has made it, so the model's gradients are never there all at once. In float32 they are the parameters
+themselves, but for matrices whose rows the model sees divided.
+
+In several processes the masters are the parameters, each rank holding its part (DTensors, made by FSDP2): they are
+whole, in the compute type, only while a function is called through `run`.
 """
 
 import weakref
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from nanollm.bundle import build_model
 from nanollm.model.transformer import Transformer
-from nanollm.train.optim import OptimConfig, build_optimizers
+from nanollm.train.optim import OptimConfig, build_optimizers, own_part
+from nanollm.world import World
+
+
+class Applied(nn.Module):
+    """Calls functions of a model as its forward pass: what FSDP2 does before and after that it does around them."""
+
+    def __init__(self, model: Transformer) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        return function(self.model, *arguments)
 
 
 @dataclass
@@ -31,20 +52,35 @@ class TrainState:
     """Steps since the loss scale last changed."""
     unit_rows: frozenset[str] = frozenset()
     """Matrices of which the model sees every row divided by its root mean square."""
+    dtype: torch.dtype = torch.float32
+    """What the model computes in."""
+    applied: Applied = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.applied = Applied(self.model)
 
     @classmethod
     def start(
-        cls, model: Transformer, optim: OptimConfig, dtype: torch.dtype, unit_rows: Collection[str] = ()
+        cls, model: Transformer, optim: OptimConfig, world: World, unit_rows: Collection[str] = ()
     ) -> "TrainState":
-        """Take a float32 model and let it compute in `dtype`."""
+        """Take a float32 model, the same on every rank, and let it compute in the world's type."""
+        dtype = world.dtype
+        if world.size > 1:
+            return cls._start_sharded(model, optim, world, unit_rows)
         parameters, masters = dict(model.named_parameters()), dict[str, Tensor]()
         for name, parameter in parameters.items():
             is_own = dtype == torch.float32 and name not in unit_rows
             masters[name] = parameter if is_own else parameter.detach().clone()
             parameter.data = parameter.data.to(dtype)
-        scale = 2.0**16 if dtype == torch.float16 else 1.0
         optimizers = build_optimizers(masters, optim, dtype)
-        state = cls(model.train(), masters, optimizers, loss_scale=scale, unit_rows=frozenset(unit_rows))
+        state = cls(
+            model.train(),
+            masters,
+            optimizers,
+            loss_scale=_first_scale(dtype),
+            unit_rows=frozenset(unit_rows),
+            dtype=dtype,
+        )
         for name, parameter in parameters.items():
             if masters[name] is not parameter:
                 hook = _moving(masters[name], weakref.ref(state), has_unit_rows=name in unit_rows)
@@ -52,10 +88,56 @@ class TrainState:
         state.publish()
         return state
 
+    @classmethod
+    def _start_sharded(
+        cls, model: Transformer, optim: OptimConfig, world: World, unit_rows: Collection[str]
+    ) -> "TrainState":
+        state = cls(
+            model.train(),
+            {},
+            [],
+            loss_scale=_first_scale(world.dtype),
+            unit_rows=frozenset(unit_rows),
+            dtype=world.dtype,
+        )
+        for name in unit_rows:
+            model.get_submodule(name.rpartition(".")[0]).register_forward_hook(_divide_rows)
+        world.shard(state.applied, model.trunk.blocks)
+        state.masters = dict(model.named_parameters())
+        state.optimizers = build_optimizers(state.masters, optim, world.dtype)
+        return state
+
+    def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """`function(model, ...)` with the model's parameters whole. In several processes all must call it."""
+        value = self.applied(function, *arguments)
+        if self.is_sharded and not torch.is_grad_enabled():
+            for module in self.applied.modules():  # without a backward pass they would stay whole, and grow old
+                if isinstance(module, FSDPModule):
+                    module.reshard()
+        return value
+
+    def last_backward_comes(self, is_last: bool) -> None:
+        """Gradients need to be added up over the ranks only once, in the last backward pass of a step."""
+        if self.is_sharded:
+            self.applied.set_requires_gradient_sync(is_last)  # type: ignore[operator]  # FSDP2 gave it that
+
+    def gradients(self) -> list[Tensor]:
+        """Those of the masters, unscaled, as far as this rank holds them, to be changed in place."""
+        grads = [own_part(master.grad) for master in self.masters.values() if master.grad is not None]
+        grads = [grad for grad in grads if grad.numel()]
+        if self.is_sharded and self.loss_scale != 1:
+            torch._foreach_div_(grads, self.loss_scale)
+        return grads
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether this is one of several processes that hold the masters together."""
+        return isinstance(next(iter(self.masters.values())), DTensor)
+
     @property
     def scales_loss(self) -> bool:
         """Whether the loss is scaled so that its gradients are not too small for float16."""
-        return next(self.model.parameters()).dtype == torch.float16
+        return self.dtype == torch.float16
 
     @torch.no_grad()
     def publish(self) -> None:
@@ -75,17 +157,42 @@ class TrainState:
 
     @torch.no_grad()
     def bundle_weights(self) -> dict[str, Tensor]:
-        """The same in float32 as the model sees them: what a bundle holds."""
-        return self.weights() | {name: self._seen(name) for name in self.unit_rows}
+        """The same in float32 as the model sees them, whole: what a bundle holds. All ranks must call it."""
+        return {name: self._seen(name) if name in self.masters else value for name, value in self.weights().items()}
+
+    @torch.no_grad()
+    def whole_model(self) -> Transformer:
+        """A model with the weights as they stand, to look at and to sample from: in one process the trained one itself.
+
+        In several it is made anew, in the compute type, and all must call it.
+        """
+        if not self.is_sharded:
+            return self.model
+        model = build_model(self.model.config)
+        weights = self.model.state_dict()
+        weights |= {name: self._seen(name).to(self.dtype) for name in self.masters}
+        model.load_state_dict(weights, assign=True)
+        return model.to(self.model.head.weight.device).eval()
 
     def _seen(self, name: str) -> Tensor:
-        """A master as the model sees it, in float32."""
+        """A master as the model sees it, whole and in float32."""
         master = self.masters[name]
+        master = master.full_tensor() if isinstance(master, DTensor) else master
         return master * _per_row(master) if name in self.unit_rows else master
 
 
+def _first_scale(dtype: torch.dtype) -> float:
+    return 2.0**16 if dtype == torch.float16 else 1.0
+
+
+def _divide_rows(embedding: nn.Module, inputs: tuple[Tensor, ...], rows: Tensor) -> Tensor:
+    """A forward hook: the rows that were looked up, each divided by its root mean square."""
+    wide = rows.float()
+    return (wide * _per_row(wide)).to(rows.dtype)
+
+
 def _per_row(matrix: Tensor) -> Tensor:
-    """(R, D) to (R, 1): one over the root mean square of each row."""
+    """(..., D) to (..., 1): one over the root mean square of each row."""
     return (matrix.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
 
 

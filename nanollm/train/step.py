@@ -89,16 +89,17 @@ def train_step(
     count = world.total(sum(batch.count for batch in micro_batches))
     reports = []
     with fastest_attention(device):
-        for batch in micro_batches:
-            loss, report = loss_of(state.model, batch.to(device))
+        for number, batch in enumerate(micro_batches, start=1):
+            state.last_backward_comes(number == len(micro_batches))
+            loss, report = state.run(loss_of, batch.to(device))
             # One denominator for all micro-batches and ranks: one with few trained tokens must not shout louder.
             (loss * (state.loss_scale / count)).backward()
             reports.append(report)
 
-    grads = [master.grad for master in state.masters.values() if master.grad is not None]
+    grads = state.gradients()
     report_sum, loads = torch.stack(reports).sum(), [layer.load for layer in state.model.moe_layers()]
-    world.add_up([report_sum, *grads, *loads])
-    norm = torch.stack(torch._foreach_norm(grads)).norm()
+    world.add_up([report_sum, *loads])
+    norm = world.norm(torch.stack(torch._foreach_norm(grads)).norm())
     # Everything that the host wants to know at once: one wait for the device, not one for each number.
     numbers = torch.cat([part.flatten().float() for part in (report_sum, norm, *loads)]).cpu()
     (reported_sum, grad_norm), *tokens_of_experts = (part.tolist() for part in numbers.split([2, *map(len, loads)]))

@@ -2,10 +2,8 @@
 
 import dataclasses
 from itertools import product
-from pathlib import Path
 
 import torch
-from torch import distributed
 
 from nanollm.data.batches import Batch
 from nanollm.model.transformer import Transformer
@@ -21,6 +19,7 @@ from nanollm.train.state import TrainState
 from nanollm.train.step import train_step
 from nanollm.world import World
 from tests.model.conftest import TINY, randomised
+from tests.ranks.together import together
 
 TEMPERATURE = 0.7
 END_ID = 0  # of the tiny vocabularies here
@@ -54,7 +53,7 @@ def grads_of(model: Transformer) -> torch.Tensor:
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
-def by_enumeration(policy, old, reference, prompts, replies, group_size, c: ObjectiveConfig) -> torch.Tensor:
+def by_enumeration(policy, old, reference, engine, prompts, replies, group_size, c: ObjectiveConfig) -> torch.Tensor:
     """The gradient of the expected objective, written from the papers: all outcomes, no packing, no batches."""
     new = {
         (p, r): logprobs_of(policy, prompt, reply)
@@ -64,10 +63,11 @@ def by_enumeration(policy, old, reference, prompts, replies, group_size, c: Obje
     with torch.no_grad():
         was = {(p, r): logprobs_of(old, prompts[p], replies[r]) for p, r in new}
         ref = {(p, r): logprobs_of(reference, prompts[p], replies[r]) for p, r in new}
+        drawn = {(p, r): logprobs_of(engine, prompts[p], replies[r]) for p, r in new}
     expected = torch.zeros((), dtype=torch.float64)
     for outcome in product(range(len(replies)), repeat=len(prompts) * group_size):
         groups = [outcome[p * group_size : (p + 1) * group_size] for p in range(len(prompts))]
-        probability = torch.stack([was[p, r].sum() for p, group in enumerate(groups) for r in group]).sum().exp()
+        probability = torch.stack([drawn[p, r].sum() for p, group in enumerate(groups) for r in group]).sum().exp()
         rewards = [[reward_of(prompts[p], replies[r]) for r in group] for p, group in enumerate(groups)]
         everything = torch.tensor(rewards, dtype=torch.float64)
         terms, lengths = [], []
@@ -88,6 +88,8 @@ def by_enumeration(policy, old, reference, prompts, replies, group_size, c: Obje
                 if c.beta and len(set(own.tolist())) > 1:
                     away = ref[p, r] - new[p, r]
                     term = term - c.beta * (away.exp() - away - 1)
+                if c.importance_cap:
+                    term = term * (was[p, r].exp() / drawn[p, r].exp()).clamp(max=c.importance_cap)
                 terms.append(term)
                 lengths.append(len(term))
         if c.aggregation == "token_mean":
@@ -102,21 +104,28 @@ def by_enumeration(policy, old, reference, prompts, replies, group_size, c: Obje
     return grads_of(policy)
 
 
-def by_our_batches(policy, old, reference, prompts, replies, group_size, c: ObjectiveConfig, rows=2) -> torch.Tensor:
-    """The same through what a step does with its rollouts, weighted by how likely each outcome is."""
+def by_our_batches(
+    policy, old, reference, engine, prompts, replies, group_size, c: ObjectiveConfig, rows=2
+) -> torch.Tensor:
+    """The same through what a step does with its rollouts, weighted by how likely each outcome is.
+
+    old: the policy before its first update; None: this is the first.
+    """
     policy.zero_grad()
     with torch.no_grad():
-        was = {
-            (p, r): logprobs_of(old, prompts[p], reply) for p in range(len(prompts)) for r, reply in enumerate(replies)
+        said = {
+            (p, r): logprobs_of(engine, prompt, reply)
+            for p, prompt in enumerate(prompts)
+            for r, reply in enumerate(replies)
         }
     for outcome in product(range(len(replies)), repeat=len(prompts) * group_size):
         drawn = [(p, outcome[p * group_size + g]) for p in range(len(prompts)) for g in range(group_size)]
-        probability = torch.stack([was[each].sum() for each in drawn]).sum().exp()
+        probability = torch.stack([said[each].sum() for each in drawn]).sum().exp()
         graded = []
         for p, prompt in enumerate(prompts):
             own = drawn[p * group_size : (p + 1) * group_size]
             rollouts = [
-                Rollout(prompt, replies[r], was[p, r].tolist(), "end" if replies[r][-1] == END_ID else "length")
+                Rollout(prompt, replies[r], said[p, r].tolist(), "end" if replies[r][-1] == END_ID else "length")
                 for _, r in own
             ]
             rewards = [Reward(reward_of(prompt, replies[r]), {}) for _, r in own]
@@ -132,7 +141,10 @@ def by_our_batches(policy, old, reference, prompts, replies, group_size, c: Obje
         )
         count = sum(batch.count for batch in batches)
         for batch in batches:
-            frozen = dataclasses.replace(batch, old_logprobs=batch.engine_logprobs)
+            frozen = batch
+            if old is not None:
+                was = batch.engine_logprobs if old is engine else grpo.frozen_logprobs(old, batch, TEMPERATURE)
+                frozen = dataclasses.replace(batch, old_logprobs=was)
             if c.beta:
                 known = grpo.frozen_logprobs(reference, batch, TEMPERATURE)
                 frozen = dataclasses.replace(frozen, reference_logprobs=known)
@@ -140,7 +152,8 @@ def by_our_batches(policy, old, reference, prompts, replies, group_size, c: Obje
     return grads_of(policy)
 
 
-def the_expected_gradient_is_exact(c: ObjectiveConfig) -> None:
+def the_expected_gradient_is_exact(c: ObjectiveConfig, engine: Transformer | None = None) -> None:
+    """engine: what samples; None: the policy before its first update."""
     if c.advantage == "batch_std":  # needs several groups: two prompts, two tokens, three replies, 81 outcomes
         vocab_size, prompts = 2, [[1, 1], [1, 0, 1]]
     else:  # three tokens, seven replies, 49 outcomes
@@ -149,12 +162,12 @@ def the_expected_gradient_is_exact(c: ObjectiveConfig) -> None:
     with torch.no_grad():
         for parameter, earlier in zip(policy.parameters(), tiny_policy(vocab_size, 1).parameters(), strict=True):
             parameter += 0.05 * earlier  # so that ratios are not 1, and some are clipped
-    replies = all_replies(vocab_size)
+    replies, engine = all_replies(vocab_size), engine or old
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        got = by_our_batches(policy, old, reference, prompts, replies, 2, c)
-        expected = by_enumeration(policy, old, reference, prompts, replies, 2, c)
+        got = by_our_batches(policy, old, reference, engine, prompts, replies, 2, c)
+        expected = by_enumeration(policy, old, reference, engine, prompts, replies, 2, c)
     finally:
         torch.set_default_dtype(default)
     assert expected.abs().max() > 1e-3
@@ -225,14 +238,11 @@ def advantages_compare_within_a_group() -> None:
         assert compared[0, 1] > 0 > compared[1, 0]
 
 
-def two_ranks_are_one(folder: Path, add_up: bool = True) -> None:
+def two_ranks_are_one(add_up: bool = True) -> None:
     """Two processes with half of the rows each take the step that one process takes with all of them."""
     batches = [noise(step, rows) for step, rows in enumerate((3, 1))]  # of different size: a mean of means would differ
-    alone = one_step(batches, World())
-    store = folder / f"store-{add_up}"
-    torch.multiprocessing.spawn(_rank, args=(store, folder, add_up), nprocs=2)
-    for rank in range(2):
-        got = torch.load(folder / f"rank-{rank}.pt", weights_only=True)
+    alone = one_step(World(), batches)
+    for got in together(2, _of_rank, batches, add_up, dtype="float32"):
         torch.testing.assert_close(got, alone, atol=1e-6, rtol=1e-5)
 
 
@@ -241,20 +251,14 @@ def noise(seed: int, rows: int) -> Batch:
     return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
 
 
-def one_step(batches: list[Batch], world: World) -> torch.Tensor:
+def one_step(world: World, batches: list[Batch]) -> torch.Tensor:
     """All weights and router biases after one step."""
     optim = OptimConfig(name="adamw", lr=1e-2, warmup_steps=0, balance_rate=0.1)
-    state = TrainState.start(Transformer(TINY).init(0), optim, torch.float32)
+    state = TrainState.start(Transformer(TINY).init(0), optim, world)
     stats = train_step(state, batches, next_token_loss, 1e-2, optim, world)
-    weights = torch.cat([tensor.flatten() for tensor in state.weights().values()])
+    weights = torch.cat([tensor.flatten() for tensor in state.bundle_weights().values()])
     return torch.cat((weights, torch.tensor([stats.loss, stats.grad_norm, float(stats.tokens)])))
 
 
-def _rank(rank: int, store: Path, folder: Path, add_up: bool) -> None:
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    try:
-        world = World(rank=rank, size=2 if add_up else 1)
-        torch.save(one_step([noise(rank, (3, 1)[rank])], world), folder / f"rank-{rank}.pt")
-    finally:
-        distributed.destroy_process_group()
+def _of_rank(world: World, batches: list[Batch], add_up: bool) -> torch.Tensor:
+    return one_step(world if add_up else World(), list(world.own(batches)))

@@ -152,10 +152,10 @@ def test_packed_conversations_that_see_each_other(monkeypatch):
 
 
 @pytest.mark.parametrize("with_the_bug", [False, True])
-def test_gradients_not_added_up_over_ranks(with_the_bug, tmp_path):
+def test_gradients_not_added_up_over_ranks(with_the_bug):
     """minimind #853: RL gradients were never all-reduced."""
     if with_the_bug:
         with broken():
-            promises.two_ranks_are_one(tmp_path, add_up=False)
+            promises.two_ranks_are_one(add_up=False)
     else:
-        promises.two_ranks_are_one(tmp_path)
+        promises.two_ranks_are_one()

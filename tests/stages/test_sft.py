@@ -24,6 +24,7 @@ from nanollm.text.learn import train as train_tokenizer
 from nanollm.train.checkpoint import checkpoints
 from nanollm.train.optim import OptimConfig
 from nanollm.train.runlog import read_metrics
+from nanollm.world import World
 from tests.stages.conftest import MODEL
 
 SHAPE = dataclasses.replace(MODEL, context_length=64)
@@ -131,7 +132,7 @@ def test_a_model_learns_to_give_the_one_reply_and_to_end_it(run_config, tokenize
 
 def test_a_step_reads_the_sources_by_their_weights_and_trains_only_replies(run_config, tokenizer):
     c = run_config()
-    _, splits, _ = sft._open(c)
+    _, splits, _ = sft._open(c, World())
     conversations = sft._mix(c, splits)
     drawn = [tokenizer.decode(each.ids.tolist()) for step in range(10) for each in conversations.draw(step, 10)]
     assert sum(text.startswith("What comes after") for text in drawn) == 70

@@ -10,6 +10,7 @@ from nanollm.model.config import ModelConfig
 from nanollm.model.transformer import Transformer
 from nanollm.train.optim import OptimConfig
 from nanollm.train.state import TrainState
+from nanollm.world import World
 from tests.model.conftest import TINY
 
 CONFIG = dataclasses.replace(TINY, vocab_size=61, context_length=32)
@@ -25,7 +26,7 @@ def start():
     """A fresh state, the same each time: start(dtype=..., **optim)."""
 
     def make(dtype: torch.dtype = torch.float32, **optim) -> TrainState:
-        return TrainState.start(Transformer(CONFIG).init(0), OptimConfig(**optim), dtype)
+        return TrainState.start(Transformer(CONFIG).init(0), OptimConfig(**optim), World(dtype=dtype))
 
     return make
 

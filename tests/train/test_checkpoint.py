@@ -36,7 +36,7 @@ def test_resumed_training_has_the_bits_of_uninterrupted_training(start, batch_at
     expected = bits(train(start(dtype, name=name), batch_at, 10))
     save_checkpoint(tmp_path, train(start(dtype, name=name), batch_at, 5), keep_last=1)
     resumed = start(dtype, name=name)
-    assert load_newest(tmp_path, resumed)
+    assert load_newest(tmp_path, resumed, World())
     got = bits(train(resumed, batch_at, 5))
     assert got.keys() == expected.keys()
     assert all(torch.equal(got[name], expected[name]) for name in expected)
@@ -62,7 +62,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(start, batch_
         content[len(content) // 2] ^= 1
         newest.write_bytes(content if damage == "flip" else content[: len(content) // 2])
     fresh = start()
-    assert load_newest(tmp_path, fresh)
+    assert load_newest(tmp_path, fresh, World())
     assert fresh.step == 1
     assert file in capsys.readouterr().err
 
@@ -73,10 +73,10 @@ def test_a_damaged_newer_checkpoint_takes_no_place_from_sound_ones(start, batch_
     damaged = save_checkpoint(tmp_path, train(state, batch_at, 9), keep_last=2)
     (damaged / "state.json").unlink()
     resumed = start()
-    assert load_newest(tmp_path, resumed)
+    assert load_newest(tmp_path, resumed, World())
     save_checkpoint(tmp_path, train(resumed, batch_at, 1), keep_last=1)
     again = start()
-    assert load_newest(tmp_path, again)
+    assert load_newest(tmp_path, again, World())
     assert again.step == 2
     assert {path.name for path in tmp_path.iterdir()} == {"step-00000002", "step-00000010.damaged"}
 
@@ -86,14 +86,14 @@ def test_a_run_whose_every_checkpoint_is_damaged_does_not_begin_anew_by_itself(s
     (path / "state.json").write_text("{}")
     for _ in range(2):
         with pytest.raises(ValueError, match=r"every checkpoint in .* is damaged"):
-            load_newest(tmp_path, start())
+            load_newest(tmp_path, start(), World())
 
 
 def test_a_checkpoint_that_a_save_was_replacing_is_not_lost(start, batch_at, tmp_path):
     path = save_checkpoint(tmp_path, train(start(), batch_at, 1), keep_last=1)
     path.rename(path.with_suffix(".old"))  # killed between the two renames
     state = start()
-    assert load_newest(tmp_path, state)
+    assert load_newest(tmp_path, state, World())
     assert state.step == 1
 
 
@@ -103,7 +103,7 @@ def test_a_run_may_change_its_compute_type(start, batch_at, tmp_path):
     norms = []
     for dtype in (torch.float16, torch.float32, torch.bfloat16):
         state = start(dtype)
-        load_newest(tmp_path, state)
+        load_newest(tmp_path, state, World())
         norms.append(train_step(state, [batch_at(2)], next_token_loss, 0.0, OptimConfig(), World()).grad_norm)
     assert norms[0] == pytest.approx(norms[1], rel=0.02)
     assert norms[2] == pytest.approx(norms[1], rel=0.05)
@@ -142,10 +142,10 @@ def test_what_a_killed_save_left_behind_is_removed_and_never_loaded(start, tmp_p
     (tmp_path / "step-00000099.tmp").mkdir()
     (tmp_path / "step-00000099.tmp" / "weights.safetensors").write_bytes(b"half")
     state = start()
-    assert load_newest(tmp_path, state)
+    assert load_newest(tmp_path, state, World())
     assert state.step == 0
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000000"]
 
 
 def test_an_empty_folder_starts_from_nothing(start, tmp_path):
-    assert not load_newest(tmp_path / "none", start())
+    assert not load_newest(tmp_path / "none", start(), World())

@@ -130,7 +130,9 @@ def test_the_same_steps_give_the_same_bits(rng):
     """Of small texts: cuDNN promises it for no others."""
     batches, ends = [some_batch(rng) for _ in range(3)], []
     for _ in range(2):
-        state = TrainState.start(Transformer(SHAPE).init(0).to(CUDA), OptimConfig(), torch.bfloat16)
+        state = TrainState.start(
+            Transformer(SHAPE).init(0).to(CUDA), OptimConfig(), World(device=CUDA, dtype=torch.bfloat16)
+        )
         for batch in batches:
             train_step(state, [batch], next_token_loss, 1e-2, OptimConfig(), World(device=CUDA, dtype=torch.bfloat16))
         ends.append(state.weights())

@@ -13,13 +13,14 @@ from nanollm.train.loss import next_token_loss
 from nanollm.train.memory import kept_bytes_per_token, training_memory
 from nanollm.train.optim import OptimConfig
 from nanollm.train.state import TrainState
+from nanollm.world import World
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("preset", ["nano-1m", "nano-5m"])
 def test_kept_bytes_are_predicted_within_5_percent(batch_at, preset, dtype):
     config = ModelConfig(**load_preset("model", preset))
-    state = TrainState.start(Transformer(config).init(0), OptimConfig(), dtype)
+    state = TrainState.start(Transformer(config).init(0), OptimConfig(), World(dtype=dtype))
     batch = batch_at(0, rows=2, length=config.context_length)
     weights = {parameter.untyped_storage().data_ptr() for parameter in state.model.parameters()}
     kept: dict[int, torch.Tensor] = {}

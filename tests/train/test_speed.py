@@ -98,7 +98,7 @@ def test_computing_again_gives_the_bits_of_keeping(rng, balance_weight):
 def test_a_step_that_computes_again_balances_the_routers_alike():
     steps = []
     for recompute in (False, True):
-        state = TrainState.start(Transformer(SMALL).init(0), OptimConfig(), torch.float32)
+        state = TrainState.start(Transformer(SMALL).init(0), OptimConfig(), World())
         speed_up(state.model, SpeedConfig(recompute=recompute), CPU)
         batch = some_batch(torch.Generator().manual_seed(0))
         loss_of = partial(next_token_loss, balance_weight=0.1)

@@ -21,7 +21,7 @@ EMBED = "trunk.embed.weight"
 def started(dtype: torch.dtype = torch.float32, unit_rows=(EMBED,), embedding=nn.Embedding) -> TrainState:
     model = Transformer(CONFIG)
     model.trunk.embed = embedding(CONFIG.vocab_size, CONFIG.d_model)
-    return TrainState.start(model.init(0), OptimConfig(), dtype, unit_rows)
+    return TrainState.start(model.init(0), OptimConfig(), World(dtype=dtype), unit_rows)
 
 
 def trained(state: TrainState, batches: list[Batch]) -> list[float]:
@@ -60,6 +60,6 @@ def test_a_checkpoint_holds_the_rows_themselves(batch_at, tmp_path):
     trained(state, [batch_at(0)])
     state.step = 1
     save_checkpoint(tmp_path, state, keep_last=1)
-    assert load_newest(tmp_path, later)
+    assert load_newest(tmp_path, later, World())
     assert trained(later, [batch_at(1)]) == trained(state, [batch_at(1)])
     assert all(map(torch.equal, later.weights().values(), state.weights().values()))

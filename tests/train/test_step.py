@@ -135,7 +135,7 @@ def test_a_model_without_experts_has_no_load(batch_at):
     model = Transformer(TINY)
     for block in model.trunk.blocks:
         block.ffn = SwiGLU(TINY.d_model, TINY.d_ff)
-    state = TrainState.start(model.init(0), OptimConfig(), torch.float32)
+    state = TrainState.start(model.init(0), OptimConfig(), World())
     stats = train_step(state, [batch_at(0)], next_token_loss, 1e-2, OptimConfig(), World())
     assert stats.expert_load == []
     assert "expert_load" not in stats.values()

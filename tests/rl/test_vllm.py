@@ -1,0 +1,401 @@
+"""A server that speaks vLLM's routes draws what our own engine would, and every other server is refused in one line."""
+
+import dataclasses
+import json
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+import torch
+
+from nanollm.bundle import build_model
+from nanollm.export.adopt import adopt
+from nanollm.export.checkpoint import read_checkpoint
+from nanollm.generate.engine import generate
+from nanollm.generate.sampling import SamplingConfig
+from nanollm.model.transformer import Transformer
+from nanollm.rl.rollout import RolloutConfig, roll_out
+from nanollm.rl.vllm import VllmServer
+from nanollm.text.chat import reply_ends
+from tests.model.conftest import TINY, randomised
+from tests.rl.conftest import EndsSoon
+
+PROBLEMS = EndsSoon().problems("train")[:4]
+SAMPLING = RolloutConfig(prompts=4, group_size=3, max_tokens=12, temperature=0.7)
+
+
+@dataclasses.dataclass
+class Vllm:
+    """What vLLM's server knows and does, with our engine in the place of its own."""
+
+    folder: Any
+    root: str = ""
+    version: str = "0.33.0"
+    shift: int = 0  # of every id that it reads a text as
+    context: int = TINY.context_length
+    mode: str = "processed_logprobs"
+    routes: tuple[str, ...] = ("/version", "/v1/models", "/tokenize", "/v1/completions")
+    dev_routes: tuple[str, ...] = ("/collective_rpc", "/reset_prefix_cache")  # with VLLM_SERVER_DEV_MODE
+    statuses: list[int] = dataclasses.field(default_factory=list)  # answered first; 0: hangs up
+    is_busy: bool = False
+    change: Any = None  # done to each answer to /v1/completions
+    together: threading.Barrier | None = None  # so many requests are answered when all are there
+    asked: list[str] = dataclasses.field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.lock = threading.Lock()
+        self.reload()
+        self.reset()
+
+    def reload(self) -> None:
+        adopted = adopt(read_checkpoint(self.folder))
+        self.read = build_model(adopted.config)
+        self.read.load_state_dict({name: tensor.clone() for name, tensor in adopted.weights.items()}, assign=True)
+        self.tokenizer = adopted.tokenizer
+
+    def reset(self) -> None:
+        """Only now is nothing left of the old weights: until then what they read of a prompt could be used again."""
+        self.model = self.read.eval()
+
+    def answer(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        self.asked.append(path)
+        if self.statuses:
+            return self.statuses.pop(0), {"error": {"message": "not now"}}
+        if path not in self.routes + self.dev_routes:
+            return 404, {"detail": "Not Found"}
+        if path == "/v1/completions" and self.together:
+            self.together.wait(10)
+        with self.lock:
+            match path:
+                case "/version":
+                    return 200, {"version": self.version}
+                case "/v1/models":
+                    root = self.root or str(self.folder)
+                    return 200, {"data": [{"id": root, "root": root, "max_model_len": self.context}]}
+                case "/tokenize":
+                    assert body["add_special_tokens"] is False
+                    ids = self.tokenizer.encode(body["prompt"])
+                    return 200, {"count": len(ids), "tokens": [token + self.shift for token in ids]}
+                case "/collective_rpc":
+                    assert body == {"method": "reload_weights"}
+                    self.reload()
+                    return 200, {"results": [None]}
+                case "/reset_prefix_cache":
+                    self.reset()
+                    return 200, {"success": not self.is_busy}
+                case _:
+                    return 200, self.complete(body)
+
+    @torch.no_grad()
+    def complete(self, body):
+        prompt, temperature = body["prompt"], body["temperature"]
+        assert (body["top_p"], body["top_k"], body["min_p"], body["repetition_penalty"]) == (1, 0, 0, 1)
+        drawn = generate(
+            self.model,
+            [prompt],
+            SamplingConfig(temperature=temperature),
+            max_tokens=body["max_tokens"],
+            end_ids=frozenset(body["stop_token_ids"]),
+            seed=body["seed"],
+            samples=body["n"],
+        )
+        choices = []
+        for index, completion in enumerate(drawn):
+            ids = completion.ids + [completion.end_id] * (completion.end_id is not None)
+            logits = self.model(torch.tensor([prompt + ids[:-1]]))[0, len(prompt) - 1 :]
+            logprobs = (logits / (temperature if self.mode == "processed_logprobs" else 1)).log_softmax(-1)
+            top = logprobs.topk(body["logprobs"], dim=-1).indices.tolist() if body["logprobs"] else [[] for _ in ids]
+            choices.append(
+                {
+                    "index": index,
+                    "text": "",
+                    "finish_reason": "length" if completion.finish == "length" else "stop",
+                    "token_ids": ids,
+                    "prompt_token_ids": prompt,
+                    "logprobs": {
+                        "token_logprobs": [row[token].item() for row, token in zip(logprobs, ids, strict=True)],
+                        "top_logprobs": [
+                            {f"token_id:{token}": row[token].item() for token in {first, *others}}
+                            for row, first, others in zip(logprobs, ids, top, strict=True)
+                        ],
+                    },
+                }
+            )
+        answer = {"id": "cmpl-1", "object": "text_completion", "choices": choices}
+        if self.change is not None and body["logprobs"] == 0:
+            self.change(answer)
+        return answer
+
+
+@contextmanager
+def serving(vllm: Vllm) -> Iterator[int]:
+    """Its port."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.respond({})
+
+        def do_POST(self):
+            self.respond(json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or b"{}"))
+
+        def respond(self, body):
+            status, answer = vllm.answer(self.path, body)
+            if not status:
+                self.close_connection = True
+                return
+            content = json.dumps(answer).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield server.server_port
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+@pytest.fixture
+def policy(tokenizer) -> Transformer:
+    return randomised(Transformer(dataclasses.replace(TINY, vocab_size=tokenizer.vocab_size)).init(0)).eval()
+
+
+@pytest.fixture
+def connect(tmp_path, tokenizer, policy):
+    """A server of the policy, written by us, and what asks it; options are the server's."""
+    servers = []
+
+    def make(c=SAMPLING, connects=True, **options) -> tuple[VllmServer, Vllm]:
+        ours = VllmServer(
+            host="127.0.0.1",
+            port=1,
+            folder=tmp_path / "vllm",
+            config=policy.config,
+            tokenizer=tokenizer,
+            provenance={"made_by": "a test"},
+            dtype="f32",
+            timeout_s=10.0,
+            waits_s=(0.01, 0.01),
+        )
+        with pytest.raises(ConnectionError):
+            ours.connect(policy.state_dict(), c)  # the folder is there before any server is
+        theirs = Vllm(ours.folder, **options)
+        manager = serving(theirs)
+        servers.append(manager)
+        ours = dataclasses.replace(ours, port=manager.__enter__())
+        if connects:
+            ours.connect(policy.state_dict(), c)
+        return ours, theirs
+
+    yield make
+    for manager in servers:
+        manager.__exit__(None, None, None)
+
+
+def changed(model: Transformer) -> Transformer:
+    other = build_model(model.config)
+    other.load_state_dict({name: tensor * 0.9 for name, tensor in model.state_dict().items()}, assign=True)
+    return other.eval()
+
+
+def same(groups, expected) -> None:
+    assert [group.problem for group in groups] == [group.problem for group in expected]
+    for group, other in zip(groups, expected, strict=True):
+        for reply, wanted in zip(group.rollouts, other.rollouts, strict=True):
+            assert (reply.prompt_ids, reply.reply_ids, reply.stop) == (wanted.prompt_ids, wanted.reply_ids, wanted.stop)
+            torch.testing.assert_close(reply.logprobs, wanted.logprobs, atol=1e-4, rtol=0)
+
+
+def test_replies_from_a_server_are_those_of_our_own_engine(connect, policy, tokenizer):
+    ours, _ = connect()
+    c = RolloutConfig(group_size=6, max_tokens=40, temperature=0.9)  # enough that some replies end by themselves
+    groups = ours.roll_out(PROBLEMS, c, seed=5)
+    same(groups, roll_out(policy, tokenizer, PROBLEMS, c, seed=5))
+    assert {reply.stop for group in groups for reply in group.rollouts} == {"end", "length"}
+    assert ours.roll_out([], SAMPLING, seed=5) == []
+
+
+def test_after_a_push_the_server_answers_with_the_new_weights(connect, policy, tokenizer):
+    ours, theirs = connect()
+    for model in (changed(policy), policy):
+        ours.push(model.state_dict())
+        same(ours.roll_out(PROBLEMS, SAMPLING, seed=1), roll_out(model, tokenizer, PROBLEMS, SAMPLING, seed=1))
+    assert theirs.asked.count("/collective_rpc") == theirs.asked.count("/reset_prefix_cache") == 2
+
+
+def test_all_prompts_of_a_step_are_asked_at_once(connect):
+    ours, theirs = connect()
+    theirs.together = threading.Barrier(len(PROBLEMS))
+    assert len(ours.roll_out(PROBLEMS, SAMPLING, seed=0)) == len(PROBLEMS)
+
+
+def test_a_push_replaces_the_files_of_the_export_and_nothing_else(connect, policy):
+    ours, _ = connect()
+    inode = ours.folder.stat().st_ino
+    record = json.loads((ours.folder / "provenance.json").read_bytes())
+    record["export"]["files"].append("model-00002-of-00002.safetensors")  # as an export in another type would leave
+    (ours.folder / "provenance.json").write_text(json.dumps(record), encoding="utf-8")
+    for name in ("model-00002-of-00002.safetensors", "notes.txt"):
+        (ours.folder / name).touch()
+    ours.push(policy.state_dict())
+    names = {file.name for file in ours.folder.iterdir()}
+    assert ours.folder.stat().st_ino == inode  # a container that has the folder mounted sees what is new
+    assert "notes.txt" in names
+    assert "model-00002-of-00002.safetensors" not in names
+    assert names - {"notes.txt"} < {*json.loads((ours.folder / "provenance.json").read_bytes())["export"]["files"]}
+    assert [file.name for file in ours.folder.parent.iterdir() if file.name.startswith("vllm")] == ["vllm"]
+
+
+def test_a_connection_that_breaks_and_a_server_that_is_busy_are_tried_again(connect, policy, tokenizer):
+    ours, theirs = connect()
+    theirs.statuses = [0, 503]
+    ours.push(policy.state_dict())
+    same(ours.roll_out(PROBLEMS[:1], SAMPLING, 0), roll_out(policy, tokenizer, PROBLEMS[:1], SAMPLING, 0))
+    theirs.statuses = [0, 503, 503]
+    with pytest.raises(
+        ConnectionError, match=r"no answer from vllm://127.0.0.1:\d+ \(it answered .* with 503\); start"
+    ):
+        ours.roll_out(PROBLEMS[:1], SAMPLING, seed=0)
+    theirs.statuses = [500]
+    with pytest.raises(ValueError, match=r'answered /v1/completions with 500: {"error": {"message": "not now"}}'):
+        ours.roll_out(PROBLEMS[:1], SAMPLING, seed=0)
+
+
+def test_a_server_that_does_not_answer_is_not_waited_for_without_end(connect):
+    ours, theirs = connect()
+    theirs.together = threading.Barrier(2)
+    with pytest.raises(TimeoutError, match=r"did not answer /v1/completions within 0.1 s; look"):
+        dataclasses.replace(ours, timeout_s=0.1).roll_out(PROBLEMS[:1], SAMPLING, seed=0)
+    theirs.together.abort()
+
+
+def test_where_no_server_is_the_command_that_starts_one_is_said(tmp_path, tokenizer, policy):
+    server = VllmServer(
+        host="::1", port=1, folder=tmp_path / "a b", config=policy.config, tokenizer=tokenizer, provenance={}
+    )
+    command = (
+        f"VLLM_SERVER_DEV_MODE=1 vllm serve '{tmp_path}/a b' --host ::1 --port 1 --max-model-len 64 "
+        f"--logprobs-mode processed_logprobs"
+    )
+    with pytest.raises(ConnectionError) as caught:
+        server.connect(policy.state_dict(), SAMPLING)
+    assert str(caught.value).startswith("there is no answer from vllm://[::1]:1 (")
+    assert str(caught.value).endswith(
+        f"; start the server, wait until it says that it is up, and give this command again: {command}"
+    )
+    assert read_checkpoint(server.folder)  # so that the command can be given
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"root": "/models/other"}, "serves /models/other, this run writes its weights to .*; start the server with"),
+        ({"context": 32}, "reads 32 tokens at most, the model 64; start the server with: .* --max-model-len 64"),
+        (
+            {"shift": 1},
+            r"reads 'Ann has '... as the ids \[.*\], the tokenizer of this run as \[.*; start the server anew",
+        ),
+        ({"version": "0.26.1"}, "is vLLM 0.26.1, which does not take over all new weights .*; update it to 0.27 or"),
+        (
+            {"mode": "raw_logprobs"},
+            "gives log-probabilities before the temperature, rollout.temperature 0.7 needs those",
+        ),
+        ({"routes": ("/version",)}, 'answered /v1/models with 404: {"detail": "Not Found"}'),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_a_server_that_cannot_serve_the_run_is_refused_at_its_start(connect, options, message):
+    with pytest.raises(ValueError, match=message):
+        connect(**options)
+
+
+def test_at_temperature_one_log_probabilities_are_the_same_before_it(connect):
+    connect(dataclasses.replace(SAMPLING, temperature=1.0), mode="raw_logprobs")
+
+
+def test_without_its_developer_mode_a_server_cannot_take_weights(connect, policy):
+    ours, _ = connect(dev_routes=())
+    with pytest.raises(
+        ValueError, match=r"has no /collective_rpc, without which .* with VLLM_SERVER_DEV_MODE=1: VLLM_"
+    ):
+        ours.push(policy.state_dict())
+
+
+def test_a_server_that_others_use_is_refused(connect, policy):
+    ours, _ = connect(is_busy=True)
+    with pytest.raises(ValueError, match=r"could not forget what the old weights read .* needs a server of its own"):
+        ours.push(policy.state_dict())
+
+
+def of_first(change):
+    """A change of the first reply."""
+    return lambda answer: change(answer["choices"][0])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda answer: answer["choices"].pop(), r"was asked for 3 replies and answered \["),
+        (lambda answer: answer.pop("choices"), "was asked for 3 replies and answered None"),
+        (lambda answer: answer["choices"].reverse(), "expected reply 0, got {"),
+        (of_first(lambda c: c.update(logprobs=None)), r"expected a log-probability for each of \d+ ids, got None"),
+        (of_first(lambda c: c["logprobs"]["token_logprobs"].pop()), r"a log-probability for each of \d+ ids, got \["),
+        (of_first(lambda c: c["logprobs"]["token_logprobs"].__setitem__(0, None)), "log-probabilities of at most 0"),
+        (of_first(lambda c: c["logprobs"]["token_logprobs"].__setitem__(0, float("nan"))), "of at most 0, got .nan"),
+        (of_first(lambda c: c["logprobs"]["token_logprobs"].__setitem__(0, 3.5)), r"of at most 0, got \[3.5"),
+        (of_first(lambda c: c.pop("token_ids")), "expected ids below 600 in token_ids, got None"),
+        (of_first(lambda c: c["token_ids"].__setitem__(0, 600)), r"expected ids below 600 in token_ids, got \[600"),
+        (of_first(lambda c: c["token_ids"].__setitem__(0, END_ID)), "a reply that stops at .* got .* finished by"),
+        (of_first(lambda c: c.update(finish_reason="abort")), r"got \[.*\], finished by 'abort'"),
+        (of_first(lambda c: c.update(prompt_token_ids=[1])), r"expected a reply to the ids \[.*\], got one to \[1\]"),
+        (of_first(lambda c: c.update(token_ids=[9], logprobs={"token_logprobs": [-1]}, finish_reason="length")),
+         "expected at most 12 ids, fewer only before an end mark, got 1"),
+    ],
+)  # fmt: skip
+def test_an_answer_that_is_no_reply_is_refused(connect, tokenizer, change, message):
+    assert END_ID in reply_ends(tokenizer)
+    ours, theirs = connect()
+    theirs.change = change
+    with pytest.raises(ValueError, match=message):
+        ours.roll_out(PROBLEMS, SAMPLING, seed=0)
+
+
+END_ID = 7  # <|end|>
+
+
+@pytest.mark.parametrize(
+    "engine", ["", "vllm", "http://gpu:8000", "vllm://gpu", "vllm://gpu:0", "vllm://gpu:70000", "vllm://gpu:8000/v1"]
+)
+def test_a_malformed_address_is_refused(engine):
+    with pytest.raises(ValueError, match=f"rollout.engine must be own or vllm://HOST:PORT, .* got '{engine}'"):
+        RolloutConfig(engine=engine)
+
+
+def test_an_address_is_a_host_and_a_port():
+    engines = ("own", "vllm://gpu-1.cluster:8000", "vllm://[fe80::1]:80")
+    assert [RolloutConfig(engine=engine).server for engine in engines] == [
+        None,
+        ("gpu-1.cluster", 8000),
+        ("fe80::1", 80),
+    ]
+
+
+def test_a_package_that_is_missing_is_named(connect, policy, monkeypatch):
+    ours, _ = connect()
+    monkeypatch.setitem(sys.modules, "nanollm.export.folder", None)
+    with pytest.raises(
+        ValueError, match=r'need the package .*; in the folder of NanoLLM: pip install -e "\.\[export\]"'
+    ):
+        ours.push(policy.state_dict())
