@@ -1,4 +1,4 @@
-"""Is every process of this job still there, and what happens to the others when one is not?
+"""Is every process of this job there, at its beginning and from then on, and what happens to the others when not?
 
 A process that ends is noticed at once: torchrun sees it, and its connections break. A host that is cut off or stands
 still is not: the others would wait for it in a collective operation, silently, for as long as its time limit. So every
@@ -14,12 +14,53 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from datetime import timedelta
+from uuid import uuid4
 
-from torch.distributed.distributed_c10d import Store
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
 EVERY_S = 1.0
-SILENCE_S = 30.0
+SILENCE_S = 20.0
 FAR_S = 86_400.0  # for waits that the watch ends, if anything does
+MEETING_S = 300.0
+LOOK_S = 0.1
+
+
+def meet(store: Store, rank: int, size: int, *, limit_s: float = MEETING_S) -> Store:
+    """A corner of the job's store for this attempt alone, once all its ranks are there. ConnectionError if some stay away.
+
+    torchrun keeps one store for all attempts: what the ranks of an earlier one wrote is still in it, and would be taken
+    for the word of those of this one. Its number of restarts does not tell the attempts apart, because hosts count for
+    themselves. So every rank says hello with a word of its own, and is welcomed by that word into the first's corner.
+    """
+    word, end = uuid4().hex, time.monotonic() + limit_s
+    store.set(f"hello/{rank}", word)
+
+    def look(key: str) -> str:
+        return store.get(key).decode() if store.check([key]) else ""
+
+    if rank > 0:
+        while not (welcome := look(f"welcome/{rank}")).startswith(word):
+            _in_time(end, "rank 0", limit_s)
+        corner = welcome.removeprefix(word)
+        store.set(f"here/{corner}/{rank}", "")
+        return PrefixStore(corner, store)
+    missing, welcomed = set(range(1, size)), dict[int, str]()
+    while missing:
+        for other in missing:
+            hello = look(f"hello/{other}")
+            if hello and hello != welcomed.get(other):  # the first may still be that of an earlier attempt
+                store.set(f"welcome/{other}", hello + word)
+                welcomed[other] = hello
+        missing = {other for other in missing if not store.check([f"here/{word}/{other}"])}
+        if missing:
+            _in_time(end, ", ".join(f"rank {other}" for other in sorted(missing)[:4]), limit_s)
+    return PrefixStore(word, store)
+
+
+def _in_time(end: float, missed: str, limit_s: float) -> None:
+    if time.monotonic() > end:
+        raise ConnectionError(f"{missed} did not join the job within {limit_s:.0f} s; look at what it says on its host")
+    time.sleep(LOOK_S)
 
 
 class Heartbeat:

@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from nanollm.heartbeat import FAR_S, Heartbeat
+from nanollm.heartbeat import FAR_S, MEETING_S, Heartbeat, meet
 from nanollm.progress import set_quiet
 
 if TYPE_CHECKING:
@@ -74,15 +74,16 @@ class World:
             yield cls.start(device, dtype)
             return
         chosen = _device_of_this_rank(device)
-        store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=300)))
+        store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=MEETING_S)))
         set_quiet(rank > 0)
-        heartbeat = Heartbeat(PrefixStore("nanollm", store.clone()), rank, size)
+        corner = meet(store, rank, size)
+        heartbeat = Heartbeat(PrefixStore("heartbeat", corner.clone()), rank, size)
         heartbeat.start()
         with _one_line(rank, size):
             # Time limits are the heartbeat's matter: a rank may be slow, but not silent.
             distributed.init_process_group(
                 "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo",
-                store=PrefixStore("groups", store),
+                store=PrefixStore("groups", corner),
                 rank=rank,
                 world_size=size,
                 timeout=timedelta(seconds=FAR_S),

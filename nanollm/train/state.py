@@ -69,7 +69,7 @@ class TrainState:
             return cls._start_sharded(model, optim, world, unit_rows)
         parameters, masters = dict(model.named_parameters()), dict[str, Tensor]()
         for name, parameter in parameters.items():
-            is_own = dtype == torch.float32 and name not in unit_rows
+            is_own = dtype == parameter.dtype and name not in unit_rows
             masters[name] = parameter if is_own else parameter.detach().clone()
             parameter.data = parameter.data.to(dtype)
         optimizers = build_optimizers(masters, optim, dtype)

@@ -1,0 +1,150 @@
+"""Several processes train as one does: the same rows, the same numbers, and checkpoints that any of them reads."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+
+from nanollm.data.batches import Batch
+from nanollm.model.transformer import Transformer
+from nanollm.train.checkpoint import Checkpoints, checkpoints, load_newest, save_checkpoint
+from nanollm.train.loss import next_token_loss
+from nanollm.train.optim import OptimConfig
+from nanollm.train.speed import SpeedConfig, speed_up
+from nanollm.train.state import TrainState
+from nanollm.train.step import train_step
+from nanollm.world import World
+from tests.ranks.together import together
+from tests.train.conftest import CONFIG
+
+MESHES = {"ddp": (2, 1), "fsdp": (2,)}
+EMBED = "trunk.embed.weight"
+OPTIM = OptimConfig(lr=1e-2, warmup_steps=0, balance_rate=0.1, balance_weight=0.01)
+
+
+def rows(step: int, world: World) -> list[Batch]:
+    """Two micro-batches of two rows for each of two ranks, or all four for one; some targets are not trained."""
+    tokens = torch.randint(CONFIG.vocab_size, (4, 2, 17), generator=torch.Generator().manual_seed(step))
+    targets = tokens[:, :, 1:].where(torch.arange(16) > step, -100)
+    return [Batch(tokens[part, :, :-1].contiguous(), targets[part]) for part in range(world.rank, 4, world.size)]
+
+
+def begin(world: World, dtype: torch.dtype = torch.float32) -> TrainState:
+    world = dataclasses.replace(world, dtype=dtype)
+    return TrainState.start(Transformer(CONFIG).init(0), OPTIM, world, [EMBED])
+
+
+def steps(state: TrainState, world: World, count: int) -> list[float]:
+    def loss_of(model, batch):
+        return next_token_loss(model, batch, OPTIM.balance_weight)
+
+    losses = []
+    for _ in range(count):
+        stats = train_step(state, rows(state.step, world), loss_of, 1e-2, OPTIM, world)
+        losses += [stats.loss, stats.grad_norm, *stats.expert_load[0]]
+        state.step += 1
+    return losses
+
+
+def with_mesh(world: World, parallel: str) -> World:
+    """The same ranks, holding the model in another way."""
+    shape = MESHES[parallel]
+    return dataclasses.replace(world, mesh=init_device_mesh("cpu", shape, mesh_dim_names=("copy", "part")[-len(shape) :]))
+
+
+def train_in_all_ways(world, folder):
+    """Of each parallel mode: numbers and weights after 3 steps, those of a whole model, a checkpoint, and in bfloat16."""
+    found = {}
+    for parallel in MESHES:
+        own = with_mesh(world, parallel)
+        state = begin(own)
+        numbers = steps(state, own, 3)
+        saved = Checkpoints(folder / parallel, 2, own)
+        saved.save(state)
+        looked_at = {name: tensor.clone() for name, tensor in state.whole_model().state_dict().items()}
+        later = steps(state, own, 2)  # while it is being saved
+        saved.wait()
+        weights = state.bundle_weights()
+        half = begin(own, torch.bfloat16)
+        speed_up(half.model, SpeedConfig(compile="off", recompute=True), own.device)
+        found[parallel] = {
+            "numbers": numbers + later,
+            "weights": weights,
+            "looked_at": looked_at,
+            "half": steps(half, own, 3),
+        }
+    return found
+
+
+def go_on(world, folder):
+    """From what one process saved, and from what the other mode saved: weights after 2 more steps."""
+    found = {}
+    for parallel, before in (("ddp", "fsdp"), ("fsdp", "ddp"), ("ddp", "one"), ("fsdp", "one")):
+        own = with_mesh(world, parallel)
+        state = begin(own)
+        assert load_newest(folder / before, state, own)
+        steps(state, own, 2)
+        found[parallel, before] = state.bundle_weights()
+    return found
+
+
+def close(got, expected):
+    assert got.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(got[name], expected[name], atol=2e-5, rtol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """One process: its folder with a checkpoint of step 3, numbers and weights after 5 steps, and in bfloat16."""
+    folder, state = tmp_path_factory.mktemp("checkpoints"), begin(World())
+    numbers = steps(state, World(), 3)
+    save_checkpoint(folder / "one", state, keep_last=1)
+    looked_at = {name: tensor.clone() for name, tensor in state.whole_model().state_dict().items()}
+    numbers += steps(state, World(), 2)
+    half = steps(begin(World(dtype=torch.bfloat16)), World(dtype=torch.bfloat16), 3)
+    return folder, numbers, state.bundle_weights(), looked_at, half
+
+
+@pytest.fixture(scope="module")
+def both(alone):
+    """What each of two ranks found, and once more."""
+    return together(2, train_in_all_ways, alone[0], dtype="float32")
+
+
+@pytest.mark.parametrize("parallel", MESHES)
+def test_two_processes_train_as_one_does(alone, both, parallel):
+    _, numbers, weights, looked_at, half = alone
+    for of_rank in both:
+        found = of_rank[parallel]
+        torch.testing.assert_close(torch.tensor(found["numbers"]), torch.tensor(numbers), atol=1e-5, rtol=1e-5)
+        close(found["weights"], weights)
+        close(found["looked_at"], looked_at)
+        torch.testing.assert_close(torch.tensor(found["half"]), torch.tensor(half), atol=0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize("parallel", MESHES)
+def test_all_ranks_hold_the_same_bits(both, parallel):
+    first, second = (of_rank[parallel] for of_rank in both)
+    assert first["numbers"] == second["numbers"] and first["half"] == second["half"]
+    assert all(torch.equal(tensor, second["weights"][name]) for name, tensor in first["weights"].items())
+
+
+def test_any_number_of_processes_in_any_mode_goes_on_from_what_any_other_saved(alone, both):
+    folder, _, weights, *_ = alone
+    for of_rank in together(2, go_on, folder, dtype="float32"):
+        for got in of_rank.values():
+            close(got, weights)
+    for parallel in MESHES:
+        state = begin(World())
+        assert load_newest(folder / parallel, state, World()) and state.step == 3
+        steps(state, World(), 2)
+        close(state.bundle_weights(), weights)
+
+
+def test_a_sharded_checkpoint_is_sealed_and_complete(alone, both):
+    (path,) = checkpoints(alone[0] / "fsdp")
+    names = sorted(file.name for file in path.iterdir())
+    assert names[-1] == "state.json" and len(names) == 3  # one file of each rank
+    assert all(name.endswith(".safetensors") for name in names[:-1])
