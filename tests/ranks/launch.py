@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,9 +13,14 @@ import psutil
 ROOT = Path(__file__).parents[2]
 
 
-def torchrun(processes: int, arguments: list[str], log: Path, *options: str) -> subprocess.Popen[bytes]:
-    """Start `nanollm ARGUMENTS` in several processes on this machine, with what it says in a file."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", *options]
+def torchrun(
+    processes: int, arguments: list[str], log: Path, *options: str, inside: Sequence[str] = ()
+) -> subprocess.Popen[bytes]:
+    """Start `nanollm ARGUMENTS` in several processes on this machine, with what it says in a file.
+
+    inside: the words of a command that starts another one somewhere.
+    """
+    launcher = [*inside, sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", *options]
     if not any(option.startswith("--nnodes") for option in options):
         launcher.append("--standalone")
     with log.open("ab") as file:
@@ -30,9 +35,11 @@ def torchrun(processes: int, arguments: list[str], log: Path, *options: str) -> 
 
 
 @contextmanager
-def running(processes: int, arguments: list[str], log: Path, *options: str) -> Iterator[subprocess.Popen[bytes]]:
+def running(
+    processes: int, arguments: list[str], log: Path, *options: str, inside: Sequence[str] = ()
+) -> Iterator[subprocess.Popen[bytes]]:
     """The same, and nothing of it is left at the end."""
-    job = torchrun(processes, arguments, log, *options)
+    job = torchrun(processes, arguments, log, *options, inside=inside)
     try:
         yield job
     finally:
