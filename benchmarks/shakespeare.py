@@ -41,7 +41,6 @@ from benchmarks.measuring import (
 )
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from nanollm.data.batches import Batch
@@ -50,6 +49,7 @@ if TYPE_CHECKING:
     from nanollm.train.optim import OptimConfig
     from nanollm.train.state import TrainState
     from nanollm.train.step import StepStats
+    from nanollm.world import World
 
 TEXT = "tinyshakespeare/input.txt"
 README_COMMAND = (

@@ -26,7 +26,7 @@ LOOK_S = 0.1
 
 
 def meet(store: Store, rank: int, size: int, *, limit_s: float = MEETING_S) -> Store:
-    """A corner of the job's store for this attempt alone, once all its ranks are there. ConnectionError if some stay away.
+    """A corner of the store for this attempt alone, once all its ranks are there. ConnectionError if some stay away.
 
     torchrun keeps one store for all attempts: what the ranks of an earlier one wrote is still in it, and would be taken
     for the word of those of this one. Its number of restarts does not tell the attempts apart, because hosts count for

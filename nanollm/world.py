@@ -77,7 +77,7 @@ class World:
         store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=MEETING_S)))
         set_quiet(rank > 0)
         corner = meet(store, rank, size)
-        heartbeat = Heartbeat(PrefixStore("heartbeat", corner.clone()), rank, size)
+        heartbeat = Heartbeat(PrefixStore("heartbeat", corner.clone()), rank, size)  # type: ignore[attr-defined]
         heartbeat.start()
         with _one_line(rank, size):
             # Time limits are the heartbeat's matter: a rank may be slow, but not silent.

@@ -41,7 +41,7 @@ class Checkpoints:
     def save(self, state: TrainState) -> None:
         """Begin to save the state as it is now; raises what went wrong with the save before. All ranks must call it."""
         self.wait()
-        if self.world.size == 1:
+        if self.world.saving is None:
             save_checkpoint(self.folder, state, self.keep_last)
             return
         from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter

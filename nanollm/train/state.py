@@ -65,7 +65,7 @@ class TrainState:
     ) -> "TrainState":
         """Take a float32 model, the same on every rank, and let it compute in the world's type."""
         dtype = world.dtype
-        if world.size > 1:
+        if world.mesh is not None:
             return cls._start_sharded(model, optim, world, unit_rows)
         parameters, masters = dict(model.named_parameters()), dict[str, Tensor]()
         for name, parameter in parameters.items():

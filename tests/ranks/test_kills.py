@@ -1,4 +1,4 @@
-"""A rank is killed, at any moment: nothing hangs, no half checkpoint is chosen, and the end is the uninterrupted one."""
+"""A rank is killed at any moment: nothing hangs, no half checkpoint is chosen, the end is the uninterrupted one."""
 
 import random
 import time

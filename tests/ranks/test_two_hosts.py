@@ -50,7 +50,7 @@ def start_both(stack, hosts, arguments, logs):
                 1,
                 arguments,
                 logs[host],
-                # Not c10d: when the cable is cut its launcher waits for the store on the other host, for as long as TCP.
+                # Not c10d: with the cable cut its launcher waits for the store on the other host as long as TCP does.
                 *("--nnodes=2", f"--node-rank={number}", f"--master-addr={ADDRESSES['a']}", "--master-port=29400"),
                 inside=["ip", "netns", "exec", name, "env", "GLOO_SOCKET_IFNAME=cable"],
             )
@@ -68,7 +68,9 @@ def test_two_hosts_train_as_one_process_does_and_a_cut_cable_ends_both_with_a_me
             assert process.wait(300) == 0, logs["a"].read_text()[-2000:]
     with ExitStack() as stack:
         processes = start_both(stack, hosts, arguments, logs)
-        wait_until(lambda: (out / "rows-0.jsonl").exists() and len((out / "rows-0.jsonl").read_text()) > 3000, LONGEST_S)
+        wait_until(
+            lambda: (out / "rows-0.jsonl").exists() and len((out / "rows-0.jsonl").read_text()) > 3000, LONGEST_S
+        )
         ip("-n", hosts["a"], "link", "set", "cable", "down")
         cut = time.monotonic()
         ended = {}

@@ -84,9 +84,10 @@ def test_compiled_bfloat16_is_as_near_to_float32_as_eager_bfloat16(rng):
     eager, model = (copy.deepcopy(exact).to(torch.bfloat16) for _ in range(2))
     speed_up(model, SpeedConfig(compile="on"), CUDA)
     truth, by_eager, by_compiled = (gradients(side, batch) for side in (exact, eager, model))
-    for expected, *sides in zip(truth, by_eager, by_compiled, strict=True):
-        far, near = ((side - expected).norm() for side in sides)
-        assert near <= 1.5 * far + 1e-3 * expected.norm()
+    # All together: in a single matrix the rounding of one token that changes its expert may decide.
+    expected, *sides = (torch.cat([grad.flatten() for grad in grads]) for grads in (truth, by_eager, by_compiled))
+    far, near = ((side - expected).norm() for side in sides)
+    assert near <= 1.5 * far
 
 
 @pytest.mark.parametrize("fuses", [False, True])
