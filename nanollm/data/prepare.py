@@ -77,11 +77,13 @@ def prepare(
     num_workers: int = 1,
     flush_every: int = 5_000_000,
     strict: bool = False,
+    may_be_empty: bool = False,
 ) -> dict[str, Any]:
     """Fill `folder` with shards, or go on filling it, and return its manifest; one job at a time.
 
     `source` describes the parts in the manifest. A folder begun with another source, tokenizer or rules is refused.
-    `strict` raises ValueError at the first bad record; otherwise they are listed in bad_records.jsonl.
+    `strict` raises ValueError at the first bad record; otherwise they are listed in bad_records.jsonl. A folder without
+    a token of train is refused unless it `may_be_empty`, as a share of a larger source may (data/merge.py).
     """
     for name, value in (("num_workers", num_workers), ("flush_every", flush_every)):
         if value < 1:
@@ -90,7 +92,7 @@ def prepare(
         raise ValueError(
             f"token files hold uint16: at most {MAX_VOCAB_SIZE:,} pieces, this tokenizer has {tokenizer.vocab_size:,}"
         )
-    header = _header(tokenizer, rules, source)
+    header = header_of(tokenizer, rules, source)
     splits = dict.fromkeys(split for part in parts for split in ([part.split] if part.split else ["train", "val"]))
     encode = partial(encode_parcel, tokenizer=tokenizer, seed=rules.seed, val_fraction=rules.val_fraction)
     with durable.lock_folder(folder):
@@ -99,7 +101,7 @@ def prepare(
             return _already_prepared(folder, strict)
         with (
             encoder(encode, num_workers) as encode_in_order,
-            _Job(folder, tokenizer, rules, list(splits), progress, strict=strict) as job,
+            _Job(folder, tokenizer, rules, list(splits), progress, strict=strict, may_be_empty=may_be_empty) as job,
             Progress("preprocess", rules.max_tokens_train, "tokens", done=job.train_tokens) as bar,
         ):
             while job.part < len(parts):
@@ -125,8 +127,10 @@ class _Job:
         progress: dict[str, Any],
         *,
         strict: bool,
+        may_be_empty: bool,
     ) -> None:
-        self.folder, self.tokenizer, self.rules, self.strict = folder, tokenizer, rules, strict
+        self.folder, self.tokenizer, self.rules = folder, tokenizer, rules
+        self.strict, self.may_be_empty = strict, may_be_empty
         self.header: dict[str, Any] = progress["header"]
         self.part: int = progress["part"]  # the one that is being read
         self.documents_read: int = progress["documents_read"]  # of that part
@@ -214,7 +218,7 @@ class _Job:
 
     def finish(self) -> dict[str, Any]:
         """Close all files, write the manifest and forget the progress."""
-        if self.train_tokens == 0:
+        if self.train_tokens == 0 and not self.may_be_empty:
             val = sum(writer.entry["documents"] for writer in self.writers.values())
             raise ValueError(
                 f"nothing to train on: {val} documents of the source went to other splits, {self.bad_records} records "
@@ -243,7 +247,7 @@ class _Job:
         self.close()
 
 
-def _header(tokenizer: Tokenizer, rules: Rules, source: dict[str, Any]) -> dict[str, Any]:
+def header_of(tokenizer: Tokenizer, rules: Rules, source: dict[str, Any]) -> dict[str, Any]:
     """All that decides the bytes of a folder; the first part of its manifest."""
     return {
         "format": FORMAT,
@@ -260,11 +264,11 @@ def _find_progress(folder: Path, header: dict[str, Any]) -> dict[str, Any] | Non
     if (folder / PROGRESS).exists():
         progress: dict[str, Any] = json.loads((folder / PROGRESS).read_bytes())
         if any(split["tokens"] for split in progress["splits"].values()):
-            _refuse_other(folder, progress["header"], header)
+            refuse_other(folder, progress["header"], header)
             return progress
         return _begun(header)  # nothing is lost, so the settings may change
     if (folder / MANIFEST).exists():
-        _refuse_other(folder, read_manifest(folder)[0], header)
+        refuse_other(folder, read_manifest(folder)[0], header)
         return None
     if strangers := sorted([*folder.glob("*.npy"), *folder.glob(BAD_RECORDS)]):
         raise ValueError(f"{strangers[0]} is not part of a preparation; give an empty or a new folder as --save_dir")
@@ -276,7 +280,7 @@ def _begun(header: dict[str, Any]) -> dict[str, Any]:
     return {"header": header, **counts, "full": [], "splits": {}}
 
 
-def _refuse_other(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+def refuse_other(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     """Name the first thing in which two headers differ."""
     for key, new in now.items():
         old = before.get(key)

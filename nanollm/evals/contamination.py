@@ -78,6 +78,19 @@ def search(questions: Sequence[str], documents: Iterable[tuple[str, str]], n: in
     return Contamination(n, len(questions), index.ngrams.count([]), read, text_bytes, list(index.overlaps()))
 
 
+class Finder:
+    """The same search in one document after the other, for those who leave out what has a hit."""
+
+    def __init__(self, questions: Sequence[str], n: int = NGRAM_WORDS) -> None:
+        self._index = _Index(questions, n)
+
+    def overlaps(self, where: str, text: str) -> list[Overlap]:
+        """The questions that have n-grams in common with this document, the largest share first."""
+        self._index.where = {}
+        self._index.look([(where, self._index.numbers_of(text))])
+        return list(self._index.overlaps()) if self._index.where else []
+
+
 def words_of(text: str) -> list[str]:
     """Runs of letters and digits, in lower case."""
     return WORD.findall(text.lower())

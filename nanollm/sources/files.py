@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, BinaryIO, TypeVar, cast
+from typing import Any, BinaryIO, Literal, Protocol, TypeVar, cast
 
 FORMATS = (".txt", ".jsonl", ".csv", ".parquet")
 PACKINGS = ("", ".gz", ".zst")
@@ -37,6 +37,15 @@ class BadRecord:
 
     def __str__(self) -> str:
         return f"{self.path}:{self.line}: {self.reason}" if self.line else f"{self.path}: {self.reason}"
+
+
+class File(Protocol):
+    """What can be read: a Path, or a file elsewhere (sources/remote.py). As text it says where it is."""
+
+    @property
+    def name(self) -> str: ...
+
+    def open(self, mode: Literal["rb"]) -> Any: ...
 
 
 OnBad = Callable[[BadRecord], None]
@@ -79,22 +88,27 @@ def is_named(path: Path, split: str) -> bool:
     return split in re.split(r"[^a-z]+", path.name.lower())
 
 
-def read_texts(paths: Iterable[Path], text_column: str, on_bad: OnBad) -> Iterator[str]:
+def is_readable(file: File) -> bool:
+    """Whether a file has a format that is read here, by its name."""
+    return _format_of(file) is not None
+
+
+def read_texts(paths: Iterable[File], text_column: str, on_bad: OnBad) -> Iterator[str]:
     """The text of each record. A .txt file has no columns: it is one text, whatever the column's name."""
     for (text,) in read_rows(paths, [text_column], on_bad):
         yield text
 
 
-def read_rows(paths: Iterable[Path], columns: Sequence[str], on_bad: OnBad) -> Iterator[Row]:
+def read_rows(paths: Iterable[File], columns: Sequence[str], on_bad: OnBad) -> Iterator[Row]:
     """The values of the columns, for each record where all of them are text that is not empty."""
     return read_records(paths, columns, lambda values: problem(values, columns) or tuple(values), on_bad)
 
 
 def read_records(
-    paths: Iterable[Path], columns: Sequence[str], parse: Callable[[list[Any]], Parsed | str], on_bad: OnBad
+    paths: Iterable[File], columns: Sequence[str], parse: Callable[[list[Any]], Parsed | str], on_bad: OnBad
 ) -> Iterator[Parsed]:
     """What `parse` makes of the columns of each record; where that is a str, it is the reason why the record is bad."""
-    for path in map(Path, paths):
+    for path in paths:
         records = 0
         for line, values in _read_file(path, columns):
             records += 1
@@ -129,14 +143,14 @@ def _has_surrogate(text: str) -> bool:
     return False
 
 
-def _format_of(path: Path) -> str | None:
+def _format_of(path: File) -> str | None:
     """.txt for notes.txt.gz, None for what cannot be read; hidden files are not for us."""
     name = path.name.lower()
     known = (kind for kind in FORMATS for packing in PACKINGS if name.endswith(kind + packing))
     return None if name.startswith(".") else next(known, None)
 
 
-def _read_file(path: Path, columns: Sequence[str]) -> Numbered:
+def _read_file(path: File, columns: Sequence[str]) -> Numbered:
     """Records of one file; if it breaks off, the last one says why."""
     read = {".txt": _read_txt, ".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}
     line = 0
@@ -154,7 +168,7 @@ def _read_file(path: Path, columns: Sequence[str]) -> Numbered:
             )
 
 
-def _unpack(path: Path, file: BinaryIO) -> BinaryIO:
+def _unpack(path: File, file: BinaryIO) -> BinaryIO:
     if path.name.lower().endswith(".gz"):
         return cast(BinaryIO, gzip.GzipFile(fileobj=file))
     if path.name.lower().endswith(".zst"):

@@ -2,21 +2,26 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from nanollm.data.encode import Document
-from nanollm.data.prepare import BAD_RECORDS, Part, Rules, prepare
+from nanollm.data.merge import begin_part, finish_merge, is_merged, merge, missing, part_source, refuse_parts
+from nanollm.data.prepare import BAD_RECORDS, Part, Rules, header_of, prepare
 from nanollm.durable import check_writable
 from nanollm.progress import say
 from nanollm.sources import builtin, chats, gsm8k, instructions, openwebtext
 from nanollm.sources.builtin import BUILTIN
 from nanollm.sources.files import OnBad, find_files, read_texts
 from nanollm.sources.hub import stream_rows
+from nanollm.sources.share import share
 from nanollm.sources.word_problems import WordProblems
 from nanollm.text.tokenizer import Tokenizer
 
 POSITIONAL = ("kind",)
+
+Reader = Callable[[Sequence[Path] | None, OnBad], Iterable[Document]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +95,11 @@ class Config:
     """Processes that encode, this one included."""
     strict: bool = False
     """Stop at the first bad record. Otherwise bad records are counted, and listed in bad_records.jsonl."""
+    part: int | None = None
+    """Which of --parts this job prepares, from 0: in a Slurm array, $SLURM_ARRAY_TASK_ID of --array=0-7 for 8 parts."""
+    parts: int = 1
+    """Jobs that share the source, on any number of machines with one file system; each is this command with another
+    --part. Whoever ends last puts the parts together in --save_dir."""
 
     def __post_init__(self) -> None:
         if self.kind == "chat" and not self.input:
@@ -106,6 +116,22 @@ class Config:
             raise ValueError(f"--dataset_name is for owt, sni and text; {self.kind} takes --input FILE_OR_FOLDER ...")
         if self.kind not in ("text", "chat") and self.val_input:
             raise ValueError(f"--val_input is for text and chat; {self.kind} draws val by --val_fraction")
+        self._check_parts()
+
+    def _check_parts(self) -> None:
+        if self.parts < 1:
+            raise ValueError(f"--parts must be at least 1, got {self.parts}")
+        if self.part is None and self.parts > 1:
+            raise ValueError(
+                f"--parts {self.parts} needs --part, from 0 to {self.parts - 1}: which of them this job is"
+            )
+        if self.part is not None and not 0 <= self.part < self.parts:
+            raise ValueError(f"--part must be from 0 to --parts - 1 = {self.parts - 1}, got {self.part}")
+        if self.parts > 1 and (self.max_tokens_train, self.max_tokens_val) != (None, None):
+            raise ValueError(
+                "--max_tokens_train and --max_tokens_val count from the start of the source, and no part knows how far "
+                "the others are; leave them out with --parts, or prepare in one job"
+            )
 
     @property
     def rules(self) -> Rules:
@@ -120,66 +146,87 @@ class Config:
 
 
 def run(config: Config) -> Path:
-    """Prepare the folder and say what is in it."""
+    """Prepare the folder, or a part of it, and say what is in it."""
     tokenizer = Tokenizer.load(config.tokenizer_path)
-    parts, source = open_source(config)
+    stretches, source = open_source(config)
     check_writable(config.save_dir, "--save_dir")
-    manifest = prepare(
-        parts,
+    finish_merge(config.save_dir)
+    fill = partial(
+        prepare,
+        stretches,
         tokenizer,
-        config.save_dir,
-        config.rules,
-        source=source,
+        rules=config.rules,
         num_workers=config.num_workers,
         flush_every=config.flush_every,
         strict=config.strict,
     )
+    if config.part is None or config.parts == 1 or is_merged(config.save_dir):
+        refuse_parts(config.save_dir)
+        manifest = fill(folder=config.save_dir, source=source)
+    else:
+        header = header_of(tokenizer, config.rules, source)
+        folder = begin_part(config.save_dir, config.part, config.parts, header)
+        fill(folder=folder, source=part_source(source, config.part, config.parts), may_be_empty=True)
+        if others := missing(config.save_dir, config.parts):
+            say(f"{folder} is done; {len(others)} of {config.parts} parts are still missing, the first is {others[0]}")
+            return folder
+        manifest = merge(config.save_dir, config.parts, header)
     for line in summary(manifest, config.save_dir):
         say(line)
     return config.save_dir
 
 
 def open_source(config: Config) -> tuple[list[Part], dict[str, Any]]:
-    """What to read, in order, and how the manifest describes it."""
+    """What to read, in order, and how the manifest describes it. With --parts each stretch is this job's share."""
     source: dict[str, Any] = {"dataset": config.dataset_name or config.kind}
     if config.kind == "words":
         chosen = config.words.problems().problems("train")[: config.words.count]
-        return [Part(lambda on_bad: (problem.conversation for problem in chosen))], source | asdict(config.words)
+        conversations = _mine(config, lambda files, on_bad: (problem.conversation for problem in chosen), None)
+        return [Part(conversations)], source | asdict(config.words)
     if config.kind == "text":
         source["column"] = config.text_column
     if config.kind == "gsm8k":
         train, test = (gsm8k.files_of(config.input, split) if config.input else None for split in ("train", "test"))
         source["files"] = _sizes([*(train or []), *(test or [])]) if config.input else None
-        return [Part(_reader(config, train, "train")), Part(_reader(config, test, "test"), "test")], source
+        return [Part(_open(config, train, "train")), Part(_open(config, test, "test"), "test")], source
     if config.input == [Path(BUILTIN)]:
-        parts, source["dataset"] = [Part(lambda on_bad: builtin.documents())], BUILTIN
+        source["dataset"] = BUILTIN
+        read = _mine(config, lambda files, on_bad: builtin.documents(), None)
     else:
         files = find_files(config.input) if config.input else None
-        parts, source["files"] = [Part(_reader(config, files))], None if files is None else _sizes(files)
-    if config.val_input:
-        val_files = find_files(config.val_input)
-        source["val_files"] = _sizes(val_files)
-        parts = [Part(parts[0].read, "train"), Part(_reader(config, val_files), "val")]
-    return parts, source
+        source["files"] = None if files is None else _sizes(files)
+        read = _open(config, files)
+    if not config.val_input:
+        return [Part(read)], source
+    val_files = find_files(config.val_input)
+    source["val_files"] = _sizes(val_files)
+    return [Part(read, "train"), Part(_open(config, val_files), "val")], source
 
 
-def _reader(
-    config: Config, files: Sequence[Path] | None, split: str = "train"
-) -> Callable[[OnBad], Iterable[Document]]:
-    """How to read these files, or the hub where they are None."""
+def _open(config: Config, files: Sequence[Path] | None, split: str = "train") -> Callable[[OnBad], Iterable[Document]]:
+    """How to read these files, or the hub where they are None; with --parts, this job's share of them."""
+    return _mine(config, _reader(config, split), files)
+
+
+def _mine(config: Config, read: Reader, files: Sequence[Path] | None) -> Callable[[OnBad], Iterable[Document]]:
+    return share(read, files, config.part or 0, config.parts)
+
+
+def _reader(config: Config, split: str) -> Reader:
+    """What reads files of this kind, or the hub where they are None."""
     name = config.dataset_name
     match config.kind:
         case "owt":
-            return lambda on_bad: openwebtext.documents(files, on_bad, name or openwebtext.NAME)
+            return lambda files, on_bad: openwebtext.documents(files, on_bad, name or openwebtext.NAME)
         case "sni":
-            return lambda on_bad: instructions.conversations(files, split, on_bad, name or instructions.NAME)
+            return lambda files, on_bad: instructions.conversations(files, split, on_bad, name or instructions.NAME)
         case "gsm8k":
-            return lambda on_bad: gsm8k.conversations(files, split, on_bad)
+            return lambda files, on_bad: gsm8k.conversations(files, split, on_bad)
         case "chat":
-            return lambda on_bad: chats.conversations(files or [], on_bad)
-    if files is not None:
-        return lambda on_bad: read_texts(files, config.text_column, on_bad)
-    return lambda on_bad: (row[0] for row in stream_rows(str(name), split, [config.text_column], on_bad))
+            return lambda files, on_bad: chats.conversations(files or [], on_bad)
+    if name is None:
+        return lambda files, on_bad: read_texts(files or [], config.text_column, on_bad)
+    return lambda files, on_bad: (row[0] for row in stream_rows(name, split, [config.text_column], on_bad))
 
 
 def _sizes(files: Sequence[Path]) -> list[list[str | int]]:
@@ -198,7 +245,7 @@ def summary(manifest: dict[str, Any], folder: Path) -> list[str]:
     if not manifest["splits"].get("val", {}).get("tokens"):
         lines.append(
             "val is empty, so training will measure nothing on it; to have some, prepare a new --save_dir with "
-            "--val_input FILE or a larger --val_fraction"
+            "a larger --val_fraction, or with preprocess --val_input FILE"
         )
     if bad := manifest["bad_records"]:
         lines.append(f"{bad:,} bad records were left out; {folder / BAD_RECORDS} lists them")

@@ -352,6 +352,73 @@ def test_memory_stays_flat(tmp_path, tokenizer_path, workers):
     assert peaks[1] - peaks[0] < 30, peaks
 
 
+# In parts.
+
+
+def counted(folder):
+    """How often each document stands in each split."""
+    return {split: Counter(ids.tobytes() for ids, _ in documents_of(folder, split)) for split in ("train", "val")}
+
+
+def start_part(articles, tokenizer_path, out, part, parts):
+    options = {"input": articles, "tokenizer_path": tokenizer_path, "save_dir": out, "part": part, "parts": parts}
+    words = [word for name, value in (options | {"flush_every": 3_000}).items() for word in (f"--{name}", str(value))]
+    return subprocess.Popen([sys.executable, "-m", "nanollm", "preprocess", "text", *words], stderr=subprocess.PIPE)
+
+
+@pytest.mark.parametrize("parts", [3, 6])  # of 4 files: whole files, and every 6th document
+def test_jobs_at_once_of_which_one_is_killed_prepare_what_one_job_does(tmp_path, articles, tokenizer_path, parts):
+    common = {"kind": "text", "tokenizer_path": tokenizer_path, "input": [articles]}
+    run(Config(**common, save_dir=tmp_path / "one"))
+    out = tmp_path / "parts"
+    for part in range(2, parts):
+        run(Config(**common, save_dir=out, part=part, parts=parts))
+    jobs = [start_part(articles, tokenizer_path, out, part, parts) for part in (0, 1)]
+    wait_until((out / f"part-00001-of-{parts:05d}" / "progress.json").exists, jobs[1])
+    jobs[1].kill()
+    jobs[1].communicate()
+    finish(jobs[0])
+    finish(start_part(articles, tokenizer_path, out, 1, parts))
+    assert counted(out) == counted(tmp_path / "one")
+    assert [path.name for path in out.iterdir() if path.is_dir()] == []
+    bad = [json.loads(line) for line in (out / "bad_records.jsonl").read_text().splitlines()]
+    assert sorted(record["line"] for record in bad) == [1, 11, 1000]
+
+
+def test_a_part_says_which_are_missing_and_a_merged_folder_that_it_is_prepared(tmp_path, tokenizer_path, capsys):
+    for number in range(3):
+        (tmp_path / f"{number}.txt").write_text(f"This is document {number}.")
+    common = {"kind": "text", "tokenizer_path": tokenizer_path, "input": [tmp_path], "save_dir": tmp_path / "out"}
+    common |= {"val_fraction": 0.0, "parts": 3}
+    assert run(Config(**common, part=2)) == tmp_path / "out" / "part-00002-of-00003"
+    assert "2 of 3 parts are still missing, the first is 0" in capsys.readouterr().err
+    run(Config(**common, part=0))
+    assert run(Config(**common, part=1)) == tmp_path / "out"
+    assert "train: " in capsys.readouterr().err
+    for part in (0, 2):
+        assert run(Config(**common, part=part)) == tmp_path / "out"
+        assert "already prepared" in capsys.readouterr().err
+    assert run(Config(**{**common, "parts": 1})) == tmp_path / "out"
+
+
+@pytest.mark.parametrize("kind", ["words", "gsm8k"])
+def test_conversations_are_shared_as_well(tmp_path, tokenizer_path, kind):
+    common = {"kind": kind, "tokenizer_path": tokenizer_path, "val_fraction": 0.2}
+    if kind == "words":
+        common["words"] = WordsConfig(count=50)
+    else:
+        common["input"] = [tmp_path]
+        for split in ("train", "test"):
+            lines = [json.dumps({"question": f"{split} {n}?", "answer": f"#### {n}"}) for n in range(20)]
+            (tmp_path / f"{split}.jsonl").write_text("\n".join(lines))
+    run(Config(**common, save_dir=tmp_path / "one"))
+    for part in range(4):
+        run(Config(**common, save_dir=tmp_path / "parts", part=part, parts=4))
+    assert counted(tmp_path / "parts") == counted(tmp_path / "one")
+    if kind == "gsm8k":
+        assert len(list(documents_of(tmp_path / "parts", "test"))) == 20
+
+
 # What the user gets wrong.
 
 
@@ -368,6 +435,11 @@ def test_wrong_combinations_are_refused(tmp_path):
         ({"kind": "words", "input": [tmp_path]}, "words are generated: they take --words.count"),
         ({"kind": "words", "dataset_name": "x"}, "words are generated: they take --words.count"),
         ({"kind": "gsm8k", "words": WordsConfig(count=3)}, "--words.count and its like are for words"),
+        ({"kind": "owt", "parts": 0}, "--parts must be at least 1, got 0"),
+        ({"kind": "owt", "parts": 8}, "--parts 8 needs --part, from 0 to 7"),
+        ({"kind": "owt", "part": 8, "parts": 8}, "--part must be from 0 to --parts - 1 = 7, got 8"),
+        ({"kind": "owt", "part": 1}, "--part must be from 0 to --parts - 1 = 0, got 1"),
+        ({"kind": "owt", "part": 1, "parts": 2, "max_tokens_train": 9}, "no part knows how far the others are"),
     ]:
         with pytest.raises(ValueError, match=complaint):
             Config(**common, **options)
