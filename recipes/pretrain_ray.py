@@ -1,0 +1,70 @@
+"""How does a Ray cluster start a run?
+
+    ray job submit --working-dir . -- python recipes/pretrain_ray.py --hosts 8 --processes 8 -- \\
+        pretrain --config configs/pretrain/nano-327m.yaml --parallel hsdp
+
+One launcher (torchrun) on each of so many hosts; Ray only chooses the hosts and starts it. The folder of the run must
+lie on a file system that they share. Submitted again, the run goes on.
+"""
+
+import argparse
+import socket
+import subprocess
+import sys
+
+import ray
+from ray.util import get_node_ip_address, placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+
+@ray.remote
+class Host:
+    """One launcher, on the host to which Ray gives it."""
+
+    def meeting_point(self) -> tuple[str, int]:
+        """Address of this host and a port that is free on it."""
+        with socket.socket() as free:
+            free.bind(("", 0))
+            return get_node_ip_address(), free.getsockname()[1]
+
+    def launch(self, rank: int, hosts: int, processes: int, meeting_point: tuple[str, int], words: list[str]) -> int:
+        """Run the verb in this host's processes; the exit code."""
+        address, port = meeting_point
+        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
+        command += [f"--nnodes={hosts}", f"--node-rank={rank}", f"--master-addr={address}", f"--master-port={port}"]
+        return subprocess.run([*command, "--max-restarts=3", "-m", "nanollm", *words], check=False).returncode
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hosts", type=int, required=True, help="hosts, each with one launcher")
+    parser.add_argument("--processes", type=int, required=True, help="processes on each, one for each of its GPUs")
+    parser.add_argument("--cpus", type=int, default=4, help="CPU cores for each process")
+    parser.add_argument("--no_gpus", action="store_true", help="train on CPUs, several hosts' work on one if need be")
+    parser.add_argument("words", nargs=argparse.REMAINDER, help="-- and the verb with its options")
+    options = parser.parse_args()
+    words = options.words[1:] if options.words[:1] == ["--"] else options.words
+    needs = {"CPU": float(options.cpus * options.processes)}
+    if not options.no_gpus:
+        needs["GPU"] = float(options.processes)
+    ray.init()
+    group = placement_group([needs] * options.hosts, strategy="SPREAD" if options.no_gpus else "STRICT_SPREAD")
+    ray.get(group.ready())
+    hosts = [
+        Host.options(
+            num_cpus=needs["CPU"],
+            num_gpus=needs.get("GPU", 0.0),
+            scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=number),
+        ).remote()
+        for number in range(options.hosts)
+    ]
+    meeting_point = ray.get(hosts[0].meeting_point.remote())
+    ends = [
+        host.launch.remote(number, options.hosts, options.processes, meeting_point, words)
+        for number, host in enumerate(hosts)
+    ]
+    return max(ray.get(ends))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
