@@ -113,6 +113,11 @@ class World:
         """How often the model is held, in whole or in parts, by all ranks together."""
         return self.mesh.size(0) if self.mesh is not None and self.mesh.ndim == 2 else 1
 
+    @property
+    def holds_all(self) -> bool:
+        """Whether every rank holds all of the model."""
+        return self.copies == self.size
+
     def total(self, number: float) -> float:
         """The sum of a number over all ranks."""
         if self.size == 1:
@@ -188,14 +193,13 @@ class World:
             reduce_dtype=torch.promote_types(self.dtype, torch.float32),
             cast_forward_inputs=False,
         )
-        holds_all = self.copies == self.size
         parts_per_copy = self.size // self.copies
         for module in [*parts, root]:
             fully_shard(
                 module,
                 mesh=self.mesh,
                 mp_policy=policy,
-                reshard_after_forward=not holds_all and module is not root,
+                reshard_after_forward=not self.holds_all and module is not root,
                 shard_placement_fn=lambda parameter: _cut(parameter, parts_per_copy),
             )
         for module in root.modules():

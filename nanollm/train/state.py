@@ -54,6 +54,8 @@ class TrainState:
     """Matrices of which the model sees every row divided by its root mean square."""
     dtype: torch.dtype = torch.float32
     """What the model computes in."""
+    holds_all: bool = True
+    """Whether this process has room for all of the model, masters and optimizers."""
     applied: Applied = field(init=False)
 
     def __post_init__(self) -> None:
@@ -99,6 +101,7 @@ class TrainState:
             loss_scale=_first_scale(world.dtype),
             unit_rows=frozenset(unit_rows),
             dtype=world.dtype,
+            holds_all=world.holds_all,
         )
         for name in unit_rows:
             model.get_submodule(name.rpartition(".")[0]).register_forward_hook(_divide_rows)
@@ -117,9 +120,13 @@ class TrainState:
         return value
 
     def last_backward_comes(self, is_last: bool) -> None:
-        """Gradients need to be added up over the ranks only once, in the last backward pass of a step."""
-        if self.is_sharded:
-            self.applied.set_requires_gradient_sync(is_last)  # type: ignore[operator]  # FSDP2 gave it that
+        """Gradients need to be added up over the ranks only once, in the last backward pass of a step.
+
+        Until then a rank that holds all of the model keeps it in the compute type as well.
+        """
+        if isinstance(self.applied, FSDPModule):
+            self.applied.set_requires_gradient_sync(is_last)
+            self.applied.set_reshard_after_backward(is_last or not self.holds_all)
 
     def gradients(self) -> list[Tensor]:
         """Those of the masters, unscaled, as far as this rank holds them, to be changed in place."""
@@ -160,6 +167,7 @@ class TrainState:
         """The same in float32 as the model sees them, whole: what a bundle holds. All ranks must call it."""
         return {name: self._seen(name) if name in self.masters else value for name, value in self.weights().items()}
 
+    @torch.inference_mode(False)  # DTensors cannot be looked at in it
     @torch.no_grad()
     def whole_model(self) -> Transformer:
         """A model with the weights as they stand, to look at and to sample from: in one process the trained one itself.

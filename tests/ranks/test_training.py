@@ -150,3 +150,18 @@ def test_a_sharded_checkpoint_is_sealed_and_complete(alone, both):
     names = sorted(file.name for file in path.iterdir())
     assert names[-1] == "state.json" and len(names) == 3  # one file of each rank
     assert all(name.endswith(".safetensors") for name in names[:-1])
+
+
+def save_where_a_file_is(world, folder):
+    """What the save says on this rank."""
+    saved = Checkpoints(folder, 1, world)
+    saved.save(begin(world))
+    with pytest.raises(OSError, match="could not save: Not a directory") as told:
+        saved.wait()
+    return str(told.value)
+
+
+def test_what_one_rank_cannot_save_is_said_by_all(tmp_path):
+    (tmp_path / "file").touch()
+    said = together(2, save_where_a_file_is, tmp_path / "file" / "checkpoints", dtype="float32")
+    assert said[0] == said[1] and "rank 0 could not save" in said[0]

@@ -1,0 +1,83 @@
+"""The whole journey, from token files to a model that learned from its replies, by two processes as by one."""
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+from safetensors.torch import load_file
+
+from nanollm.bundle import save_bundle
+from nanollm.model.transformer import Transformer
+from nanollm.train.runlog import read_metrics
+from tests.ranks.launch import ROOT, running
+from tests.stages.conftest import MODEL
+
+pytestmark = pytest.mark.dist
+
+SHORT = [
+    "--train.steps",
+    "3",
+    "--train.log_every",
+    "1",
+    "--train.save_every",
+    "2",
+    "--dtype",
+    "float32",
+    "--device",
+    "cpu",
+]
+GRPO = [
+    "--task.name",
+    "words",
+    "--task.largest",
+    "5",
+    "--rollout.prompts",
+    "3",
+    "--rollout.group_size",
+    "3",
+    "--rollout.max_tokens",
+    "8",
+]
+
+
+def alone(arguments):
+    command = [sys.executable, "-m", "nanollm", *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.strip()
+
+
+def by_two(arguments, log, parallel):
+    with running(2, [*map(str, arguments), "--parallel", parallel], log) as job:
+        assert job.wait(300) == 0, log.read_text()[-3000:]
+
+
+def numbers(folder):
+    """Those of the metrics that do not tell the time."""
+    timed = ("tokens_per_s", "rollout_s", "train_s")
+    return [
+        {key: value for key, value in line.items() if isinstance(value, int | float) and key not in timed}
+        for line in read_metrics(folder)
+    ]
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_sft_and_grpo_of_two_processes_give_what_one_gives(tokenizer, tokenizer_path, tmp_path, parallel):
+    shape = dataclasses.replace(MODEL, context_length=256)
+    weights = Transformer(shape).init(0).state_dict()
+    bundle = save_bundle(tmp_path / "untrained", shape, weights, tokenizer, {"made_by": "a test"})
+    words = ["--words.count", 200, "--words.largest", 5, "--val_fraction", 0.1]
+    alone(["preprocess", "words", *words, "--tokenizer_path", tokenizer_path, "--save_dir", tmp_path / "words"])
+    stages = {
+        "sft": ["--bundle", bundle, "--data", tmp_path / "words", "--train.batch_size", 8],
+        "grpo": ["--bundle", tmp_path / "sft-alone" / "bundle", *GRPO, "--validation_problems", 5],
+    }
+    for stage, options in stages.items():
+        one, two = (tmp_path / f"{stage}-{which}" for which in ("alone", "two"))
+        alone([stage, *SHORT, *options, "--out", one])
+        by_two([stage, *SHORT, *options, "--out", two], tmp_path / "log", parallel)
+        for own, other in zip(numbers(one), numbers(two), strict=True):
+            assert other == pytest.approx(own, abs=1e-4)
+        weights = [load_file(folder / "bundle" / "model.safetensors") for folder in (one, two)]
+        assert all((weights[0][key] - weights[1][key]).abs().max() < 1e-4 for key in weights[0])
