@@ -2,25 +2,26 @@
 
     python -m benchmarks.scaling_table          prints the tables of docs/scaling.md
 
-Seconds of a step of `nanollm pretrain` on P GPUs: the work of one rank at the measured rate, and what its messages take
-at the rate of the wires. Nothing here was measured on more than one GPU; the two ends are given, everything hidden
-behind the backward pass and nothing.
+Seconds of a step of `nanollm pretrain` on P GPUs: the work of one rank, rows and what does not shrink with them, and
+what its messages take at the rate of the wires. Nothing here was measured on more than one GPU; the two ends are given,
+everything hidden behind the backward pass and nothing.
 Letters: N parameters, M of them in hidden matrices (Muon's), P ranks, H hosts of L ranks.
 """
 
 import math
 from dataclasses import dataclass
 
-TOKENS_PER_S = 192_878.0
-"""nano-327m, bfloat16, compiled, 16 rows of 2,048 on one H200: the lower of two records of train_gpu."""
-SHARDED = 0.93
-"""Of that, as a rank of a mesh whose messages cost nothing: sharded_gpu, ddp 0.928 and fsdp 0.937 (medians)."""
+STEP_S, ADAMW_S, MUON_S, SHARDED_S = 0.1699, 0.0037, 0.009, 0.0125
+"""On one H200, nano-327m, bfloat16, compiled: a step of 16 rows of 2,048 with AdamW (192,878 tokens/s, the lower of two
+records of train_gpu), AdamW's part of it, what Muon takes more (188,822 tokens/s, pretrain_curve), and what a rank of a
+mesh takes more for each micro-batch though nothing travels (sharded_gpu: 0.928 and 0.937 of the rate, medians)."""
+ROW_S = (STEP_S - ADAMW_S) / 16
 N, M = 327_007_232, 249_692_160
 CORPUS = 9_000_000_000
 ROWS, CONTEXT = 256, 2048
 """The step of configs/pretrain/nano-327m.yaml: 524,288 tokens."""
-MOST_ROWS = 32
-"""Rows of a micro-batch that one GPU of 80 GB or more takes."""
+MOST_ROWS = 16
+"""Rows of a micro-batch."""
 PER_HOST = 8
 NVLINK, NETWORK, ETHERNET = 450e9 * 0.8, 50e9 * 0.8, 12.5e9 / PER_HOST * 0.8
 """Bytes/s that one GPU sends: NVLink 4 (900 GB/s both ways, NVIDIA's H200 data sheet), 400 Gb/s InfiniBand for each,
@@ -51,8 +52,8 @@ def step(gpus: int, parallel: str, rows: int = ROWS, between: float = NETWORK) -
     """One step of `rows` rows in all."""
     own = rows // gpus
     micro_batches = -(-own // MOST_ROWS)
-    rate = TOKENS_PER_S if gpus == 1 else TOKENS_PER_S * SHARDED
-    return Step(gpus, own, own * CONTEXT / rate, wires(gpus, parallel, micro_batches, between))
+    compute = own * ROW_S + ADAMW_S + MUON_S + (SHARDED_S * micro_batches if gpus > 1 else 0.0)
+    return Step(gpus, own, compute, wires(gpus, parallel, micro_batches, between))
 
 
 def wires(gpus: int, parallel: str, micro_batches: int, between: float) -> float:
@@ -77,11 +78,12 @@ def share(ranks: int) -> float:
     return (ranks - 1) / ranks
 
 
-def memory_gb(parallel: str, gpus: int) -> float:
+def memory_gb(parallel: str, gpus: int, micro_batches: int) -> float:
     """Weights, gradients and what Muon and AdamW remember, on one rank; activations come on top."""
     parts = {"ddp": 1, "fsdp": gpus, "hsdp": min(gpus, PER_HOST)}[parallel]
     remembered = 8 * (N - M) + 4 * M
-    held = (4 * N + remembered + 4 * N) / parts  # masters, optimizers, gradients
+    whole_gradients = 4 * N if micro_batches > 1 else 0  # FSDP2 adds them up before it cuts them
+    held = (4 * N + remembered) / parts + max(whole_gradients, 4 * N / parts)
     return (held + 2 * N) / 1e9  # the compute type, whole at the most
 
 
@@ -109,12 +111,13 @@ def tables() -> str:
 
 def line(s: Step, parallel: str, *, in_all: bool = False) -> str:
     low, high = s.tokens_per_s
-    ideal = s.gpus * TOKENS_PER_S
+    ideal = s.gpus * step(1, "ddp").tokens_per_s[1]
+    state = memory_gb(parallel, s.gpus, -(-s.rows // MOST_ROWS))
     return (
         f"| {s.gpus:,} | {parallel if s.gpus > 1 else 'alone'} | {s.rows * s.gpus if in_all else s.rows:,} | "
         f"{s.compute * 1e3:,.0f} | {s.wires * 1e3:,.0f} | {span(low, high, '{:,.0f}', 1e3)} k | "
         f"{span(100 * low / ideal, 100 * high / ideal, '{:.0f}')} % | "
-        f"{span(CORPUS / high / 3600, CORPUS / low / 3600, '{:.2g}')} | {memory_gb(parallel, s.gpus):.1f} |"
+        f"{span(CORPUS / high / 3600, CORPUS / low / 3600, '{:.2g}')} | {state:.1f} |"
     )
 
 

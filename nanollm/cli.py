@@ -1,7 +1,8 @@
 """Which verb did the user type, and what do they learn when something goes wrong?
 
 A verb is a module of `nanollm.stages`, imported only when it is asked for. stdout carries the result and nothing else.
-Exit codes: 0 done, 2 the user's mistake (one line on stderr), 1 a fault of ours (a traceback), 130 interrupted.
+Exit codes: 0 done, 2 the user's mistake (one line on stderr), 1 a fault of ours (a traceback) or another process that
+went away (one line), 130 interrupted.
 """
 
 import importlib
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = " ".join(["nanollm", *arguments[:1]]) if arguments and arguments[0] in all_verbs() else "nanollm"
     try:
         output = dispatch(arguments)
-        if output is not None and os.environ.get("RANK", "0") == "0":  # of several processes the main one speaks
+        if output is not None and not is_beside_main():
             print(str(output).rstrip("\n"))
         sys.stdout.flush()
         return 0
@@ -67,9 +68,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if is_users_mistake(error):
             print(f"{name}: {one_line(error)}", file=sys.stderr)
-            return 2
+            return 1 if isinstance(error, ConnectionError) else 2
         traceback.print_exc()
         return 1
+
+
+def is_beside_main() -> bool:
+    """Whether this is one of several processes of torchrun, but not the one that speaks."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and os.environ.get("RANK", "0") != "0"
 
 
 def dispatch(arguments: list[str]) -> object:

@@ -3,6 +3,7 @@
 Write beside the target, fsync, rename, fsync the folder: a reader sees the old state or the new one, never half.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -141,6 +142,8 @@ def _try_to_lock(file: BinaryIO) -> bool:
             import fcntl
 
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except OSError as error:
+        if error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+            raise OSError(error.errno, f"this file system cannot lock files ({error.strerror})", file.name) from error
         return False
     return True

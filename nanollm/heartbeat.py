@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from datetime import timedelta
+from typing import Self
 from uuid import uuid4
 
 from torch.distributed.distributed_c10d import PrefixStore, Store
@@ -21,7 +22,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 EVERY_S = 1.0
 SILENCE_S = 20.0
 FAR_S = 86_400.0  # for waits that the watch ends, if anything does
-MEETING_S = 300.0
+MEETING_S, MEETING_AGAIN_S = 300.0, 60.0  # hosts start one after the other, but start again at once
 LOOK_S = 0.1
 
 
@@ -64,7 +65,7 @@ def _in_time(end: float, missed: str, limit_s: float) -> None:
 
 
 class Heartbeat:
-    """Beats for one rank from `start` to `stop`. The store is used by this object alone: its waits block others."""
+    """Beats for one rank while the context lasts. The store is used by this object alone: its waits block others."""
 
     def __init__(
         self,
@@ -81,12 +82,16 @@ class Heartbeat:
         self._heard = dict.fromkeys(range(1, size) if rank == 0 else [0], (b"", time.monotonic()))
         self._stopped = threading.Event()
 
-    def start(self) -> None:
-        """Begin; all ranks must have begun before one of them can be missed."""
+    def __enter__(self) -> Self:
         self.store.set_timeout(timedelta(seconds=FAR_S))
         self.beat()
         for work in (self._beat_on, self._watch):
             threading.Thread(target=work, name="heartbeat", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """However it ends: a rank that fails must be missed while it is still on its way out."""
+        self.stop()
 
     def stop(self) -> None:
         """No more beats, and nobody is missed. The ranks agree on this first, or the slower ones miss the faster."""
@@ -99,10 +104,16 @@ class Heartbeat:
 
     def listen(self) -> None:
         """Note who has beaten since the last time."""
-        ranks, now = list(self._heard), time.monotonic()
+        ranks, now = [rank for rank in self._heard if self._has_begun(rank)], time.monotonic()
+        if not ranks:
+            return
         for rank, beat in zip(ranks, self.store.multi_get([_key(rank) for rank in ranks]), strict=True):
             if beat != self._heard[rank][0]:
                 self._heard[rank] = (beat, now)
+
+    def _has_begun(self, rank: int) -> bool:
+        """A key that was never written would be waited for."""
+        return bool(self._heard[rank][0]) or self.store.check([_key(rank)])
 
     def silent(self) -> list[str]:
         """Who has not been heard of for too long: "rank 3 on host b"."""

@@ -10,6 +10,7 @@ it does that is the shape of a mesh of ranks, (copies of the model, parts of eac
 """
 
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,10 +21,10 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.distributed import DistError, ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.distributed_c10d import PrefixStore, _set_pg_timeout
 from torch.distributed.rendezvous import rendezvous
 
-from nanollm.heartbeat import FAR_S, MEETING_S, Heartbeat, meet
+from nanollm.heartbeat import FAR_S, MEETING_AGAIN_S, MEETING_S, Heartbeat, meet
 from nanollm.progress import set_quiet
 
 if TYPE_CHECKING:
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
 DeviceName = Literal["auto", "cpu", "cuda", "mps"]
 DtypeName = Literal["auto", "bfloat16", "float16", "float32"]
 ParallelName = Literal["ddp", "fsdp", "hsdp"]
+
+LOST = r"Connection (closed|reset)|timed out connecting|Broken pipe|gloo.*(Timed out|failed)"
+"""How gloo says, in a RuntimeError, that another process is not there any more."""
 
 Value = TypeVar("Value")
 
@@ -76,24 +80,27 @@ class World:
         chosen = _device_of_this_rank(device)
         store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=MEETING_S)))
         set_quiet(rank > 0)
-        corner = meet(store, rank, size)
+        is_first_attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+        corner = meet(store, rank, size, limit_s=MEETING_S if is_first_attempt else MEETING_AGAIN_S)
         heartbeat = Heartbeat(PrefixStore("heartbeat", corner.clone()), rank, size)  # type: ignore[attr-defined]
-        heartbeat.start()
-        with _one_line(rank, size):
+        with _one_line(rank, size), heartbeat:
             # Time limits are the heartbeat's matter: a rank may be slow, but not silent.
+            no_limit = timedelta(seconds=FAR_S)
             distributed.init_process_group(
                 "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo",
                 store=PrefixStore("groups", corner),
                 rank=rank,
                 world_size=size,
-                timeout=timedelta(seconds=FAR_S),
+                timeout=no_limit,
                 device_id=chosen if chosen.type == "cuda" else None,
             )
             world = cls(rank=rank, size=size, device=chosen, dtype=_choose_dtype(dtype, chosen))
-            world.agree("device and dtype", f"{world.device.type} {world.dtype}")
             shape, dimensions = _mesh_shape(size, parallel)
+            world.agree("device, dtype and shape of the mesh", f"{chosen.type} {world.dtype} {shape}")
             mesh = init_device_mesh(chosen.type, shape, mesh_dim_names=dimensions)
-            yield replace(world, mesh=mesh, saving=distributed.new_group(backend="gloo"))
+            for group in mesh.get_all_groups():
+                _set_pg_timeout(no_limit, group)
+            yield replace(world, mesh=mesh, saving=distributed.new_group(backend="gloo", timeout=no_limit))
             world.wait()
             heartbeat.stop()
             distributed.destroy_process_group()
@@ -235,7 +242,7 @@ def _one_line(rank: int, size: int) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not isinstance(error, DistError) and "gloo" not in str(error) and "Connection" not in str(error):
+        if not isinstance(error, DistError) and not re.search(LOST, str(error)):
             raise
         raise ConnectionError(
             f"rank {rank} of {size} ends because another process of the job went away (its own message says why, if it "

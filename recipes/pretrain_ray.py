@@ -1,10 +1,11 @@
 """How does a Ray cluster start a run?
 
-    ray job submit --working-dir . -- python recipes/pretrain_ray.py --hosts 8 --processes 8 -- \\
-        pretrain --config configs/pretrain/nano-327m.yaml --parallel hsdp
+    ray job submit --working-dir . -- python recipes/pretrain_ray.py --hosts 8 --processes 8 \\
+        --folder /shared/nanollm -- pretrain --config configs/pretrain/nano-327m.yaml --parallel hsdp
 
-One launcher (torchrun) on each of so many hosts; Ray only chooses the hosts and starts it. The folder of the run must
-lie on a file system that they share. Submitted again, the run goes on.
+One launcher (torchrun) on each of so many hosts; Ray only chooses the hosts and starts it, in a folder that they share:
+paths of the run are relative to it, not to the copy of the code that Ray makes on each host. Submitted again, the run
+goes on.
 """
 
 import argparse
@@ -27,12 +28,21 @@ class Host:
             free.bind(("", 0))
             return get_node_ip_address(), free.getsockname()[1]
 
-    def launch(self, rank: int, hosts: int, processes: int, meeting_point: tuple[str, int], words: list[str]) -> int:
+    def launch(
+        self, rank: int, hosts: int, processes: int, meeting_point: tuple[str, int], folder: str, words: list[str]
+    ) -> int:
         """Run the verb in this host's processes; the exit code."""
         address, port = meeting_point
-        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
-        command += [f"--nnodes={hosts}", f"--node-rank={rank}", f"--master-addr={address}", f"--master-port={port}"]
-        return subprocess.run([*command, "--max-restarts=3", "-m", "nanollm", *words], check=False).returncode
+        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={options.processes}"]
+        command += [
+            f"--nnodes={options.hosts}",
+            f"--node-rank={rank}",
+            f"--master-addr={address}",
+            f"--master-port={port}",
+        ]
+        return subprocess.run(
+            [*command, "--max-restarts=3", "-m", "nanollm", *words], cwd=folder, check=False
+        ).returncode
 
 
 def main() -> int:
@@ -40,6 +50,7 @@ def main() -> int:
     parser.add_argument("--hosts", type=int, required=True, help="hosts, each with one launcher")
     parser.add_argument("--processes", type=int, required=True, help="processes on each, one for each of its GPUs")
     parser.add_argument("--cpus", type=int, default=4, help="CPU cores for each process")
+    parser.add_argument("--folder", required=True, help="folder that all hosts share, from which paths are read")
     parser.add_argument("--no_gpus", action="store_true", help="train on CPUs, several hosts' work on one if need be")
     parser.add_argument("words", nargs=argparse.REMAINDER, help="-- and the verb with its options")
     options = parser.parse_args()
@@ -59,11 +70,8 @@ def main() -> int:
         for number in range(options.hosts)
     ]
     meeting_point = ray.get(hosts[0].meeting_point.remote())
-    ends = [
-        host.launch.remote(number, options.hosts, options.processes, meeting_point, words)
-        for number, host in enumerate(hosts)
-    ]
-    return max(ray.get(ends))
+    ends = [host.launch.remote(number, meeting_point, options, words) for number, host in enumerate(hosts)]
+    return int(any(ray.get(ends)))  # one that a signal ended has a negative code
 
 
 if __name__ == "__main__":

@@ -452,3 +452,11 @@ def test_notebooks_find_the_names_that_the_package_offers(name):
 def test_a_name_that_the_package_does_not_offer_is_an_attribute_error():
     with pytest.raises(AttributeError, match="it offers Tokenizer"):
         nanollm.__getattr__("Trainer")
+
+
+@pytest.mark.parametrize(("world", "rank", "speaks"), [("2", "1", False), ("2", "0", True), ("1", "1", True)])
+def test_of_several_processes_one_prints_the_result(monkeypatch, capsys, world, rank, speaks):
+    monkeypatch.setenv("WORLD_SIZE", world)
+    monkeypatch.setenv("RANK", rank)  # schedulers set it for other reasons, too
+    assert cli.main(["--version"]) == 0
+    assert bool(capsys.readouterr().out) == speaks

@@ -17,8 +17,7 @@ def quick(monkeypatch):
 
 def beating(store, rank, size, said):
     own = Heartbeat(store, rank, size, silence_s=0.5, leave=said.append)
-    own.start()
-    return own
+    return own.__enter__()
 
 
 def meet_all(store, size, **options):

@@ -11,6 +11,7 @@ from benchmarks import shakespeare
 from benchmarks.run import read_words
 from benchmarks.shakespeare import MOMENTS, Clock, Recipe, loss_per_character, run_nanogpt, split, start, train, windows
 from nanollm.model.transformer import Transformer
+from nanollm.world import World
 
 TEXT = "To be, or not to be: that is the question.\n" * 60
 TINY = shakespeare.FAMILY | {
@@ -75,7 +76,7 @@ def test_the_loss_counts_each_character_but_the_first_once(count):
 
 def test_training_learns_and_ends_within_its_clock():
     text, looks = split(TEXT), iter([1.0, 2.0, 3.0])
-    state = start(RECIPE, 0, torch.float32)
+    state = start(RECIPE, 0, World())
     clock = Clock(0.0, 500.0, SteppedTime())
     facts = train(state, windows(text.train, 16, 4, 0), RECIPE.optim_config(), clock, lambda: next(looks))
     assert 490 < facts["seconds"] <= 500
@@ -86,7 +87,7 @@ def test_training_learns_and_ends_within_its_clock():
 
 
 def test_a_clock_that_ends_before_the_first_step_is_refused():
-    state = start(RECIPE, 0, torch.float32)
+    state = start(RECIPE, 0, World())
     batches = windows(split(TEXT).train, 16, 4, 0)
     with pytest.raises(ValueError, match=r"the first step ended after 9\.0 s and the clock is 5\.0 s"):
         train(state, batches, RECIPE.optim_config(), Clock(-8.0, 5.0, SteppedTime()), lambda: 0.0)
@@ -101,7 +102,7 @@ def test_what_is_measured_while_training_is_not_on_the_clock():
 
 
 def test_the_learning_rate_warms_up_and_ends_at_zero_with_the_clock_after_a_slow_first_step():
-    state, rates = start(RECIPE, 0, torch.float32), []
+    state, rates = start(RECIPE, 0, World()), []
     state.optimizers[0].register_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
     clock = Clock(-1000.0, 1400.0, SteppedTime())  # most of it is over when training begins
     train(state, windows(split(TEXT).train, 16, 4, 0), RECIPE.optim_config(), clock, lambda: 0.0)
@@ -123,7 +124,7 @@ def test_every_recipe_is_a_model_of_our_family_for_the_alphabet_and_an_optimizer
 
 
 def test_a_block_begins_as_nothing():
-    state = start(RECIPE, 0, torch.float32)
+    state = start(RECIPE, 0, World())
     tokens = torch.randint(20, (2, 16), generator=torch.Generator().manual_seed(0))
     embedded = state.model.trunk.embed(tokens)
     rows = state.model.trunk.embed.weight

@@ -120,7 +120,9 @@ class Learner:
         )
         seen: list[Seen] = []
         stats = self.update(step, self.world.own(batches), seen) if batches else None
-        trust = trust_numbers([each for of_rank in self.world.gather(seen) for each in of_rank])
+        trust = trust_numbers(
+            [each for of_rank in self.world.gather([each.cpu() for each in seen]) for each in of_rank]
+        )
         numbers = reply_numbers(graded) | counts | {"faults": faults.total()} | trust
         numbers |= {"rollout_s": sampled - started, "train_s": time.perf_counter() - sampled}
         return GrpoStats(
@@ -162,7 +164,7 @@ class Learner:
         if self.server is None:
             model = self.state.whole_model()
             return lambda problems, seed: roll_out(model, self.tokenizer, problems, self.rollout, seed)
-        server, weights = self.server, self.state.bundle_weights()
+        server, weights = self.server, self.state.bundle_weights(keep=self.world.is_main)
         if self.world.is_main:
             server.push(weights)
         self.world.wait()  # nobody asks before the new weights are there

@@ -118,6 +118,10 @@ class Seen:
     importance: Tensor  # trainer / engine probability, at most the cap
     truncated: Tensor  # tokens where it is above the cap
 
+    def cpu(self) -> "Seen":
+        """The same, to be told to other processes, whose devices are their own."""
+        return replace(self, **{f.name: getattr(self, f.name).cpu() for f in fields(self) if f.name != "tokens"})
+
 
 TRUNCATION = 2.0
 """The cap where none is set: then trainer / engine is only watched, because one model object samples and trains."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from nanollm import __version__
-from nanollm.bundle import WEIGHTS, Bundle, load_bundle, save_bundle
+from nanollm.bundle import WEIGHTS, Bundle, load_bundle
 from nanollm.evals.problems import accuracy
 from nanollm.export.dense import STORED
 from nanollm.progress import say
@@ -23,7 +23,7 @@ from nanollm.sources.gsm8k import Problem
 from nanollm.sources.tasks import Task, TaskConfig, open_task
 from nanollm.train.loop import LoopConfig, fit
 from nanollm.train.optim import OptimConfig, lr_at
-from nanollm.train.runfolder import hold_folder, open_run
+from nanollm.train.runfolder import hold_folder, open_run, save_run_bundle
 from nanollm.train.runlog import TrackerName
 from nanollm.train.speed import SpeedConfig, speed_up
 from nanollm.train.state import TrainState
@@ -191,10 +191,7 @@ def train(c: Config, world: World) -> Path:
             "replies_seen": state.step * c.rollout.prompts * c.rollout.group_size,
             "parent": bundle.provenance,
         }
-        weights = state.bundle_weights()
-        if world.is_main:
-            save_bundle(c.out / "bundle", bundle.model.config, weights, bundle.tokenizer, provenance)
-    return c.out / "bundle"
+        return save_run_bundle(c.out, bundle.model.config, state, bundle.tokenizer, provenance, world)
 
 
 def validate(
@@ -244,7 +241,7 @@ def _connect(c: Config, bundle: Bundle, state: TrainState, world: World) -> Vllm
         provenance=bundle.provenance,
         dtype=STORED[world.dtype],
     )
-    weights = state.bundle_weights()
+    weights = state.bundle_weights(keep=world.is_main)
     if world.is_main:
         server.connect(weights, c.rollout)
     return server

@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 
 from nanollm import __version__
-from nanollm.bundle import save_bundle
 from nanollm.data.batches import Windows, sequential_batches
 from nanollm.data.shards import Shards, Verification, read_manifest
 from nanollm.evals.bits_per_byte import bits_per_byte
@@ -22,7 +21,7 @@ from nanollm.text.tokenizer import Tokenizer
 from nanollm.train.loop import TrainConfig, fit
 from nanollm.train.loss import next_token_loss
 from nanollm.train.optim import OptimConfig, lr_at
-from nanollm.train.runfolder import hold_folder, open_run
+from nanollm.train.runfolder import hold_folder, open_run, save_run_bundle
 from nanollm.train.runlog import TrackerName
 from nanollm.train.speed import SpeedConfig, speed_up
 from nanollm.train.state import TrainState
@@ -137,10 +136,7 @@ def train(c: Config, world: World) -> Path:
             "inputs": inputs,
             "tokens_seen": state.step * c.train.batch_size * c.model.context_length,
         }
-        weights = state.bundle_weights()
-        if world.is_main:
-            save_bundle(c.out / "bundle", c.model, weights, tokenizer, provenance)
-    return c.out / "bundle"
+        return save_run_bundle(c.out, c.model, state, tokenizer, provenance, world)
 
 
 def validate(

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from nanollm import __version__
-from nanollm.bundle import TOKENIZER, WEIGHTS, Bundle, load_bundle, save_bundle
+from nanollm.bundle import TOKENIZER, WEIGHTS, Bundle, load_bundle
 from nanollm.data.batches import ChatShards, Conversations, layout_of
 from nanollm.data.mixture import Mixture
 from nanollm.data.shards import Shards, Verification, read_manifest
@@ -23,7 +23,7 @@ from nanollm.text.tokenizer import Tokenizer
 from nanollm.train.loop import LoopConfig, fit
 from nanollm.train.loss import next_token_loss
 from nanollm.train.optim import OptimConfig, lr_at
-from nanollm.train.runfolder import hold_folder, open_run
+from nanollm.train.runfolder import hold_folder, open_run, save_run_bundle
 from nanollm.train.runlog import TrackerName
 from nanollm.train.speed import SpeedConfig, speed_up
 from nanollm.train.state import TrainState
@@ -185,10 +185,7 @@ def train(c: Config, world: World) -> Path:
             "conversations_seen": state.step * c.train.batch_size,
             "parent": bundle.provenance,
         }
-        weights = state.bundle_weights()
-        if world.is_main:
-            save_bundle(c.out / "bundle", bundle.model.config, weights, bundle.tokenizer, provenance)
-    return c.out / "bundle"
+        return save_run_bundle(c.out, bundle.model.config, state, bundle.tokenizer, provenance, world)
 
 
 @torch.inference_mode()

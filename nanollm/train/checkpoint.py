@@ -31,7 +31,7 @@ WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "sta
 
 
 class Checkpoints:
-    """Those of a run, written beside training where there are several processes."""
+    """Those of a run, written beside training where there are several processes. All ranks call the same methods."""
 
     def __init__(self, folder: Path, keep_last: int, world: World) -> None:
         self.folder, self.keep_last, self.world = folder, keep_last, world
@@ -39,7 +39,7 @@ class Checkpoints:
         self._pending: Future[None] | None = None
 
     def save(self, state: TrainState) -> None:
-        """Begin to save the state as it is now; raises what went wrong with the save before. All ranks must call it."""
+        """Begin to save the state as it is now; raises what went wrong with the save before."""
         self.wait()
         if self.world.saving is None:
             save_checkpoint(self.folder, state, self.keep_last)
@@ -63,19 +63,19 @@ class Checkpoints:
             _delete_older(path, self.keep_last)
 
     def wait(self) -> None:
-        """Until what was begun is safe on the disk; raises what went wrong."""
-        if self._pending is not None:
-            self._pending.result()
-            self._pending = None
-
-    def check(self) -> None:
-        """Raise what went wrong with a save that has ended."""
-        if self._pending is not None and self._pending.done():
-            self.wait()
+        """Until what was begun is safe on the disk, for all ranks; what went wrong is raised by each of them."""
+        if self._pending is None:
+            return
+        error, self._pending = self._pending.exception(), None
+        failed = {rank: told for rank, told in enumerate(self.world.gather(error and str(error))) if told}
+        if error is not None:
+            raise error
+        for rank, told in failed.items():
+            raise OSError(f"rank {rank} could not save: {told}")
 
 
 def _written(writing: Future[Any]) -> None:
-    """Wait for every rank's files. Of what a rank could not do the system's own reason is what people need."""
+    """Wait for every rank's files; OSError with the first reason why a rank could not write its own."""
     from torch.distributed.checkpoint.api import CheckpointException
 
     try:
@@ -84,7 +84,7 @@ def _written(writing: Future[Any]) -> None:
         for rank, (cause, _) in sorted(error.failures.items()):
             if isinstance(cause, OSError):
                 raise OSError(cause.errno, f"rank {rank} could not save: {cause.strerror}", cause.filename) from error
-        raise
+            raise OSError(f"rank {rank} could not save: {cause!r}") from error
 
 
 def save_checkpoint(folder: Path, state: TrainState, keep_last: int) -> Path:
@@ -161,6 +161,8 @@ def verify(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path / STATE} cannot be read ({error!r})") from error
     if not intact:
         raise ValueError(f"{path / STATE} was changed after it was written")
+    if strangers := {file.name for file in path.glob("*.safetensors")} - set(files):
+        raise ValueError(f"{path / min(strangers)} is not of this checkpoint")
     for name, digest in files.items():
         if sha256_of(path / name) != digest:
             raise ValueError(f"{path / name} was changed after it was written")
@@ -186,6 +188,9 @@ def _load(path: Path, counters: dict[str, Any], state: TrainState) -> None:
             f"{path} holds another model: {name} has shape {shapes.get(name, 'nothing')} there and "
             f"{expected.get(name, 'nothing')} here; choose another --out"
         )
+    for name, entry in kept.items():
+        if sum(chunk.sizes.numel() for chunk in entry.chunks) != entry.size.numel():
+            raise ValueError(f"{path} lacks a part of {name}; bring back the file, or another checkpoint")
     slots = dict[str, Tensor]()
     for optimizer, name, parameter in _named_slots(state):
         kinds = {key.rpartition(":")[2]: entry for key, entry in kept.items() if key.rpartition(":")[0] == name}

@@ -149,7 +149,6 @@ def fit(
                 values |= clock.paused(sample)
             if values:
                 log.write(state.step, **values)
-            checkpoints.check()
             if _due(state.step, c.save_every) or at_end:
                 clock.paused(lambda: checkpoints.save(state))
         checkpoints.wait()
@@ -215,6 +214,8 @@ def _signals(world: World) -> Iterator[list[signal.Signals]]:
         if received:
             raise KeyboardInterrupt
         received.append(signal.Signals(number))
+        if not world.is_main:
+            return
         # Not print: the signal may have come in the middle of one.
         once_more = "; once more to leave at once" if world.size == 1 else ""
         os.write(2, f"\n{received[0].name}: saving after this step{once_more}\n".encode())

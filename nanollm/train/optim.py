@@ -12,8 +12,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import AdamW, Optimizer
+
+from nanollm.train.parts import cut_like, gather, own_part
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 MAX_STACK = 2**24
@@ -116,8 +117,8 @@ class Muon(Optimizer):
             for parameters in _stacks(moving):
                 shape = parameters[0].shape[-2:]
                 directions = self._directions(parameters, group["momentum"])
-                whole = [gather(d, p, group["dtype"]) for d, p in zip(directions, parameters, strict=True)]
-                moves = orthogonalise(torch.cat([w.view(-1, *shape) for w in whole]), group["dtype"])  # (K, M, N)
+                gathered = [gather(d, p, group["dtype"]) for d, p in zip(directions, parameters, strict=True)]
+                moves = orthogonalise(torch.cat([g.view(-1, *shape) for g in gathered]), group["dtype"])  # (K, M, N)
                 sizes = [p.numel() // shape.numel() for p in parameters]
                 parts = [
                     cut_like(p, move.view(p.shape)) for p, move in zip(parameters, moves.split(sizes), strict=True)
@@ -135,28 +136,6 @@ class Muon(Optimizer):
         buffers = [own_part(self.state[parameter]["momentum_buffer"]) for parameter in parameters]
         torch._foreach_lerp_(buffers, grads, 1 - momentum)
         return torch._foreach_lerp(grads, buffers, momentum)
-
-
-def own_part(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor, to be changed in place: all of it, unless it is cut over several."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def gather(part: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
-    """The whole tensor of which every rank has a part, cut as `like` is; on the way in bfloat16, if that is `dtype`."""
-    if not isinstance(like, DTensor):
-        return part
-    # Not in float16: gradients may be tiny.
-    sent = part.to(dtype) if dtype == torch.bfloat16 else part
-    cut = DTensor.from_local(sent, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
-    return cut.full_tensor().to(part.dtype)
-
-
-def cut_like(like: Tensor, whole: Tensor) -> Tensor:
-    """The part of a whole tensor, the same on every rank, that this one holds of `like`."""
-    if not isinstance(like, DTensor):
-        return whole
-    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None).to_local()
 
 
 def _stacks(parameters: list[Tensor]) -> Iterator[list[Tensor]]:

@@ -9,9 +9,12 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+from nanollm.bundle import save_bundle
 from nanollm.durable import check_writable, lock_folder, write_file, write_json
+from nanollm.model.config import ModelConfig
 from nanollm.progress import say
 from nanollm.settings import read_mapping, to_yaml
+from nanollm.text.tokenizer import Tokenizer
 from nanollm.train.checkpoint import checkpoints, load_newest
 from nanollm.train.runlog import RunLog, TrackerName, start_tracker
 from nanollm.train.state import TrainState
@@ -36,6 +39,7 @@ def open_run(
     world: World,
 ) -> tuple[TrainState, RunLog]:
     """Claim the folder, make the state, go on from its newest checkpoint if it has one, and open its log."""
+    check_same_everywhere(settings, inputs, world)
     if world.is_main:
         claim_folder(out, settings, inputs, fixed)
     state = make_state()
@@ -45,6 +49,33 @@ def open_run(
         return state, RunLog.mute()
     started = [start_tracker(name, out, settings, resume_from=state.step) for name in trackers]
     return state, RunLog(out, started, resume_from=state.step)
+
+
+def save_run_bundle(
+    out: Path,
+    config: ModelConfig,
+    state: TrainState,
+    tokenizer: Tokenizer,
+    provenance: Mapping[str, object],
+    world: World,
+) -> Path:
+    """Write what the run made as its bundle, once, and return the folder."""
+    weights, folder = state.bundle_weights(keep=world.is_main), out / "bundle"
+    if world.is_main:
+        save_bundle(folder, config, weights, tokenizer, provenance)
+    return folder
+
+
+def check_same_everywhere(settings: Mapping[str, object], inputs: Mapping[str, object], world: World) -> None:
+    """Raises ValueError where processes, perhaps on different hosts, were started to do different things."""
+    first, *others = world.gather(_flat({**settings, "inputs": inputs}))
+    for rank, other in enumerate(others, start=1):
+        for key in sorted(first.keys() | other.keys()):
+            if (ours := first.get(key)) != (theirs := other.get(key)):
+                raise ValueError(
+                    f"all processes of a job need the same settings and data: {key} is {ours} on rank 0 and {theirs} "
+                    f"on rank {rank}; start every host with the same command"
+                )
 
 
 ADDED = {"start": "gpt2", "objective.importance_cap": "0.0"}

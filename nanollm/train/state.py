@@ -17,13 +17,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from nanollm.bundle import build_model
 from nanollm.model.transformer import Transformer
-from nanollm.train.optim import OptimConfig, build_optimizers, own_part
+from nanollm.train.optim import OptimConfig, build_optimizers
+from nanollm.train.parts import is_cut, own_part, whole
 from nanollm.world import World
 
 
@@ -55,7 +54,7 @@ class TrainState:
     dtype: torch.dtype = torch.float32
     """What the model computes in."""
     holds_all: bool = True
-    """Whether this process has room for all of the model, masters and optimizers."""
+    """Whether this process holds all of the masters."""
     applied: Applied = field(init=False)
 
     def __post_init__(self) -> None:
@@ -114,9 +113,9 @@ class TrainState:
         """`function(model, ...)` with the model's parameters whole. In several processes all must call it."""
         value = self.applied(function, *arguments)
         if self.is_sharded and not torch.is_grad_enabled():
-            for module in self.applied.modules():  # without a backward pass they would stay whole, and grow old
-                if isinstance(module, FSDPModule):
-                    module.reshard()
+            modules: list[Any] = [module for module in self.applied.modules() if hasattr(module, "reshard")]
+            for module in modules:  # without a backward pass they would stay whole, and grow old
+                module.reshard()
         return value
 
     def last_backward_comes(self, is_last: bool) -> None:
@@ -124,9 +123,10 @@ class TrainState:
 
         Until then a rank that holds all of the model keeps it in the compute type as well.
         """
-        if isinstance(self.applied, FSDPModule):
-            self.applied.set_requires_gradient_sync(is_last)
-            self.applied.set_reshard_after_backward(is_last or not self.holds_all)
+        if self.is_sharded:
+            root: Any = self.applied  # FSDP2 gave it these
+            root.set_requires_gradient_sync(is_last)
+            root.set_reshard_after_backward(is_last or not self.holds_all)
 
     def gradients(self) -> list[Tensor]:
         """Those of the masters, unscaled, as far as this rank holds them, to be changed in place."""
@@ -139,7 +139,7 @@ class TrainState:
     @property
     def is_sharded(self) -> bool:
         """Whether this is one of several processes that hold the masters together."""
-        return isinstance(next(iter(self.masters.values())), DTensor)
+        return is_cut(next(iter(self.masters.values())))
 
     @property
     def scales_loss(self) -> bool:
@@ -163,9 +163,17 @@ class TrainState:
         return {name: self.masters.get(name, value) for name, value in self.model.state_dict().items()}
 
     @torch.no_grad()
-    def bundle_weights(self) -> dict[str, Tensor]:
-        """The same in float32 as the model sees them, whole: what a bundle holds. All ranks must call it."""
-        return {name: self._seen(name) if name in self.masters else value for name, value in self.weights().items()}
+    def bundle_weights(self, *, keep: bool = True) -> dict[str, Tensor]:
+        """The same in float32 as the model sees them, whole: what a bundle holds.
+
+        All ranks must call it; those that write nothing need not keep them. In several processes they are on the CPU.
+        """
+        weights = dict[str, Tensor]()
+        for name, value in self.weights().items():
+            seen = self._seen(name) if name in self.masters else value
+            if keep:
+                weights[name] = seen.cpu() if self.is_sharded else seen
+        return weights
 
     @torch.inference_mode(False)  # DTensors cannot be looked at in it
     @torch.no_grad()
@@ -184,8 +192,7 @@ class TrainState:
 
     def _seen(self, name: str) -> Tensor:
         """A master as the model sees it, whole and in float32."""
-        master = self.masters[name]
-        master = master.full_tensor() if isinstance(master, DTensor) else master
+        master = whole(self.masters[name])
         return master * _per_row(master) if name in self.unit_rows else master
 
 

@@ -1,6 +1,7 @@
 """Several processes train as one does: the same rows, the same numbers, and checkpoints that any of them reads."""
 
 import dataclasses
+import time
 
 import pytest
 import torch
@@ -8,9 +9,11 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from nanollm.data.batches import Batch
 from nanollm.model.transformer import Transformer
+from nanollm.train import checkpoint
 from nanollm.train.checkpoint import Checkpoints, checkpoints, load_newest, save_checkpoint
 from nanollm.train.loss import next_token_loss
 from nanollm.train.optim import OptimConfig
+from nanollm.train.runfolder import check_same_everywhere
 from nanollm.train.speed import SpeedConfig, speed_up
 from nanollm.train.state import TrainState
 from nanollm.train.step import train_step
@@ -19,6 +22,7 @@ from tests.ranks.together import together
 from tests.train.conftest import CONFIG
 
 MESHES = {"ddp": (2, 1), "fsdp": (2,)}
+MESHES_OF_FOUR = {"hsdp": (2, 2), "fsdp of four": (4,)}  # of four parts some hold none of two experts' stacks
 EMBED = "trunk.embed.weight"
 OPTIM = OptimConfig(lr=1e-2, warmup_steps=0, balance_rate=0.1, balance_weight=0.01)
 
@@ -49,7 +53,7 @@ def steps(state: TrainState, world: World, count: int) -> list[float]:
 
 def with_mesh(world: World, parallel: str) -> World:
     """The same ranks, holding the model in another way."""
-    shape = MESHES[parallel]
+    shape = (MESHES | MESHES_OF_FOUR)[parallel]
     return dataclasses.replace(
         world, mesh=init_device_mesh("cpu", shape, mesh_dim_names=("copy", "part")[-len(shape) :])
     )
@@ -76,6 +80,21 @@ def train_in_all_ways(world, folder):
             "looked_at": looked_at,
             "half": steps(half, own, 3),
         }
+    return found
+
+
+def train_by_four(world, folder):
+    """Of each mesh of four: numbers of 3 steps, then saved, read again, and those of 2 more, with the weights."""
+    found = {}
+    for parallel in MESHES_OF_FOUR:
+        own = with_mesh(world, parallel)
+        state, saved = begin(own), Checkpoints(folder / parallel, 1, own)
+        numbers = steps(state, own, 3)
+        saved.save(state)
+        saved.wait()
+        state = begin(own)
+        assert load_newest(folder / parallel, state, own)
+        found[parallel] = numbers + steps(state, own, 2), state.bundle_weights()
     return found
 
 
@@ -126,6 +145,14 @@ def test_two_processes_train_as_one_does(alone, both, parallel):
         torch.testing.assert_close(torch.tensor(found["half"]), torch.tensor(half), atol=0.02, rtol=0.02)
 
 
+def test_four_processes_train_as_one_does_and_go_on_from_what_they_saved(alone):
+    folder, numbers, weights, *_ = alone
+    for of_rank in together(4, train_by_four, folder, dtype="float32"):
+        for got_numbers, got_weights in of_rank.values():
+            torch.testing.assert_close(torch.tensor(got_numbers), torch.tensor(numbers), atol=1e-5, rtol=1e-5)
+            close(got_weights, weights)
+
+
 @pytest.mark.parametrize("parallel", MESHES)
 def test_all_ranks_hold_the_same_bits(both, parallel):
     first, second = (of_rank[parallel] for of_rank in both)
@@ -165,3 +192,30 @@ def test_what_one_rank_cannot_save_is_said_by_all(tmp_path):
     (tmp_path / "file").touch()
     said = together(2, save_where_a_file_is, tmp_path / "file" / "checkpoints", dtype="float32")
     assert said[0] == said[1] and "rank 0 could not save" in said[0]
+
+
+def start_differently(world, folder):
+    """What a run says whose processes have other settings."""
+    with pytest.raises(ValueError, match=r"optim\.lr is 0\.1 on rank 0 and 0\.2 on rank 1") as told:
+        check_same_everywhere({"optim": {"lr": 0.1 * (1 + world.rank)}}, {}, world)
+    return str(told.value)
+
+
+def test_processes_that_were_started_differently_are_refused(tmp_path):
+    (said, also) = together(2, start_differently, tmp_path, dtype="float32")
+    assert said == also and "start every host with the same command" in said
+
+
+def save_slowly(world, folder):
+    """Ask for a checkpoint and wait: as if the main rank took long over the others' files."""
+    if world.is_main:
+        signing = checkpoint._sign
+        checkpoint._sign = lambda *arguments: (time.sleep(2), signing(*arguments))
+    saved = Checkpoints(folder, 1, world)
+    saved.save(begin(world))
+    saved.wait()
+    return len(checkpoints(folder))
+
+
+def test_no_rank_goes_on_before_a_checkpoint_that_was_waited_for_is_there(tmp_path):
+    assert together(2, save_slowly, tmp_path, dtype="float32") == [1, 1]

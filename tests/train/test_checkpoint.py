@@ -149,3 +149,10 @@ def test_what_a_killed_save_left_behind_is_removed_and_never_loaded(start, tmp_p
 
 def test_an_empty_folder_starts_from_nothing(start, tmp_path):
     assert not load_newest(tmp_path / "none", start(), World())
+
+
+def test_a_file_that_is_not_of_the_checkpoint_is_not_read(start, batch_at, tmp_path):
+    path = save_checkpoint(tmp_path, train(start(), batch_at, 1), keep_last=1)
+    (path / "stranger.safetensors").write_bytes((path / "weights.safetensors").read_bytes())
+    with pytest.raises(ValueError, match=r"stranger.safetensors is not of this checkpoint"):
+        verify(path)
