@@ -28,21 +28,13 @@ class Host:
             free.bind(("", 0))
             return get_node_ip_address(), free.getsockname()[1]
 
-    def launch(
-        self, rank: int, hosts: int, processes: int, meeting_point: tuple[str, int], folder: str, words: list[str]
-    ) -> int:
+    def launch(self, rank: int, meeting_point: tuple[str, int], options: argparse.Namespace, words: list[str]) -> int:
         """Run the verb in this host's processes; the exit code."""
         address, port = meeting_point
         command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={options.processes}"]
-        command += [
-            f"--nnodes={options.hosts}",
-            f"--node-rank={rank}",
-            f"--master-addr={address}",
-            f"--master-port={port}",
-        ]
-        return subprocess.run(
-            [*command, "--max-restarts=3", "-m", "nanollm", *words], cwd=folder, check=False
-        ).returncode
+        command += [f"--nnodes={options.hosts}", f"--node-rank={rank}"]
+        command += [f"--master-addr={address}", f"--master-port={port}", "--max-restarts=3"]
+        return subprocess.run([*command, "-m", "nanollm", *words], cwd=options.folder, check=False).returncode
 
 
 def main() -> int:
