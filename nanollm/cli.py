@@ -44,6 +44,9 @@ VERBS = {
     },
 }
 
+MANY_PROCESSES = ("pretrain", "sft", "grpo")
+"""Verbs that torchrun may start."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code. argv None: the arguments of this process."""
@@ -105,6 +108,9 @@ def run_stage(verb: str, stage: ModuleType, arguments: list[str]) -> object:
         if stop.code:
             raise
         return None  # --help and --print_config have printed
+    if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1 and (is_dry_run or verb not in MANY_PROCESSES):
+        what = "--dry_run" if is_dry_run else f"nanollm {verb}"
+        raise ValueError(f"{what} works in one process, got {processes} from torchrun; run it without torchrun")
     return stage.plan(config) if is_dry_run else stage.run(config)
 
 

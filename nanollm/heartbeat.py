@@ -19,11 +19,13 @@ from uuid import uuid4
 
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
+from nanollm.progress import say
+
 EVERY_S = 1.0
 SILENCE_S = 20.0
 FAR_S = 86_400.0  # for waits that the watch ends, if anything does
 MEETING_S, MEETING_AGAIN_S = 300.0, 60.0  # hosts start one after the other, but start again at once
-LOOK_S = 0.1
+LOOK_S, SAID_AFTER_S = 0.1, 10.0
 
 
 def meet(store: Store, rank: int, size: int, *, limit_s: float = MEETING_S) -> Store:
@@ -33,7 +35,7 @@ def meet(store: Store, rank: int, size: int, *, limit_s: float = MEETING_S) -> S
     for the word of those of this one. Its number of restarts does not tell the attempts apart, because hosts count for
     themselves. So every rank says hello with a word of its own, and is welcomed by that word into the first's corner.
     """
-    word, end = uuid4().hex, time.monotonic() + limit_s
+    word, patience = uuid4().hex, _Patience(limit_s)
     store.set(f"hello/{rank}", word)
 
     def look(key: str) -> str:
@@ -41,7 +43,7 @@ def meet(store: Store, rank: int, size: int, *, limit_s: float = MEETING_S) -> S
 
     if rank > 0:
         while not (welcome := look(f"welcome/{rank}")).startswith(word):
-            _in_time(end, "rank 0", limit_s)
+            patience.wait("rank 0")
         corner = welcome.removeprefix(word)
         store.set(f"here/{corner}/{rank}", "")
         return PrefixStore(corner, store)
@@ -54,14 +56,26 @@ def meet(store: Store, rank: int, size: int, *, limit_s: float = MEETING_S) -> S
                 welcomed[other] = hello
         missing = {other for other in missing if not store.check([f"here/{word}/{other}"])}
         if missing:
-            _in_time(end, ", ".join(f"rank {other}" for other in sorted(missing)[:4]), limit_s)
+            patience.wait(", ".join(f"rank {other}" for other in sorted(missing)[:4]))
     return PrefixStore(word, store)
 
 
-def _in_time(end: float, missed: str, limit_s: float) -> None:
-    if time.monotonic() > end:
-        raise ConnectionError(f"{missed} did not join the job within {limit_s:.0f} s; look at what it says on its host")
-    time.sleep(LOOK_S)
+class _Patience:
+    """Waits for others up to a limit, and says so after a while."""
+
+    def __init__(self, limit_s: float) -> None:
+        self.limit_s, self.began, self.has_said = limit_s, time.monotonic(), False
+
+    def wait(self, missed: str) -> None:
+        waited = time.monotonic() - self.began
+        if waited > self.limit_s:
+            raise ConnectionError(
+                f"{missed} did not join the job within {self.limit_s:.0f} s; look at what it says on its host"
+            )
+        if waited > SAID_AFTER_S and not self.has_said:
+            self.has_said = True
+            say(f"waiting for {missed}, {self.limit_s:.0f} s in all; what keeps it is said on its host")
+        time.sleep(LOOK_S)
 
 
 class Heartbeat:

@@ -96,7 +96,7 @@ class World:
             )
             world = cls(rank=rank, size=size, device=chosen, dtype=_choose_dtype(dtype, chosen))
             shape, dimensions = _mesh_shape(size, parallel)
-            world.agree("device, dtype and shape of the mesh", f"{chosen.type} {world.dtype} {shape}")
+            world.agree("device, dtype and mesh", f"{world.names} --parallel {parallel} {shape}")
             mesh = init_device_mesh(chosen.type, shape, mesh_dim_names=dimensions)
             for group in mesh.get_all_groups():
                 _set_pg_timeout(no_limit, group)
@@ -183,7 +183,10 @@ class World:
         values = self.gather(value)
         for rank, other in enumerate(values):
             if other != values[0]:
-                raise ValueError(f"all ranks need the same {what}: rank 0 has {values[0]}, rank {rank} has {other}")
+                raise ValueError(
+                    f"all ranks need the same {what}: rank 0 has {values[0]}, rank {rank} has {other}; start every "
+                    f"host with the same command"
+                )
 
     def shard(self, root: nn.Module, parts: Iterable[nn.Module]) -> None:
         """Keep the float32 parameters of `root` as this mesh says; `parts` of it are gathered one at a time.
@@ -242,12 +245,13 @@ def _one_line(rank: int, size: int) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not isinstance(error, DistError) and not re.search(LOST, str(error)):
+        lost = re.search(LOST, str(error))
+        if lost is None and not isinstance(error, DistError):
             raise
+        reason = lost[0] if lost else (str(error).splitlines() or ["no message"])[0][:200]
         raise ConnectionError(
-            f"rank {rank} of {size} ends because another process of the job went away (its own message says why, if it "
-            f"could leave one); start the job again, it goes on from the last checkpoint "
-            f"[{(str(error).splitlines() or ['no message'])[0][:200]}]"
+            f"rank {rank} of {size} ends because another process of the job went away ({reason}); its own message says "
+            f"why, if it could leave one. Started again, the job goes on from its last checkpoint"
         ) from error
 
 

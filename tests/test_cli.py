@@ -460,3 +460,14 @@ def test_of_several_processes_one_prints_the_result(monkeypatch, capsys, world, 
     monkeypatch.setenv("RANK", rank)  # schedulers set it for other reasons, too
     assert cli.main(["--version"]) == 0
     assert bool(capsys.readouterr().out) == speaks
+
+
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [(["info", "nano-1m"], "nanollm info"), (["pretrain", "--config", "{config}", "--dry_run"], "--dry_run")],
+)
+def test_what_works_in_one_process_is_refused_under_torchrun(monkeypatch, capsys, words, what):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    config = str(settings.CONFIGS / "pretrain" / "nano-327m.yaml")
+    assert cli.main([word.format(config=config) for word in words]) == 2
+    assert f"{what} works in one process, got 2 from torchrun; run it without torchrun" in capsys.readouterr().err

@@ -90,3 +90,10 @@ def test_a_rank_that_never_began_is_missed_without_a_host():
 def test_many_missed_ranks_are_told_in_one_line():
     message = heartbeat.farewell(0, 9, [f"rank {rank}" for rank in range(1, 9)], 30)
     assert "rank 1, rank 2, rank 3, rank 4 and 4 more for 30 s" in message
+
+
+def test_who_waits_for_others_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(heartbeat, "SAID_AFTER_S", 0.1)
+    with pytest.raises(ConnectionError):
+        meet(HashStore(), 0, 3, limit_s=0.5)
+    assert capsys.readouterr().err == "waiting for rank 1, rank 2, 0 s in all; what keeps it is said on its host\n"

@@ -125,6 +125,8 @@ class Config:
             raise ValueError(
                 f"--parts {self.parts} needs --part, from 0 to {self.parts - 1}: which of them this job is"
             )
+        if self.part and self.parts == 1:
+            raise ValueError(f"--part {self.part} needs --parts, the number of jobs")
         if self.part is not None and not 0 <= self.part < self.parts:
             raise ValueError(f"--part must be from 0 to --parts - 1 = {self.parts - 1}, got {self.part}")
         if self.parts > 1 and (self.max_tokens_train, self.max_tokens_val) != (None, None):

@@ -84,8 +84,9 @@ class Tokenizer:
                 raise ValueError(f"{path} must hold exactly one .model file, found {names}; name the file itself")
             path = found[0]
         if not path.exists():
+            folder = path.parent if path.suffix == ".model" else path
             raise FileNotFoundError(
-                f"no tokenizer at {path}; make one with: nanollm tokenizer --output_dir {path.parent} ..."
+                f"no tokenizer at {path}; make one with: nanollm tokenizer --output_dir {folder} ..."
             )
         return cls(path.read_bytes(), name=str(path))
 

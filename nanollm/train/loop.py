@@ -217,7 +217,7 @@ def _signals(world: World) -> Iterator[list[signal.Signals]]:
         if not world.is_main:
             return
         # Not print: the signal may have come in the middle of one.
-        once_more = "; once more to leave at once" if world.size == 1 else ""
+        once_more = "; once more to leave at once" if world.size == 1 else ", if all processes are there"
         os.write(2, f"\n{received[0].name}: saving after this step{once_more}\n".encode())
 
     numbers = (signal.SIGINT, signal.SIGTERM)
