@@ -145,6 +145,7 @@ def test_two_processes_train_as_one_does(alone, both, parallel):
         torch.testing.assert_close(torch.tensor(found["half"]), torch.tensor(half), atol=0.02, rtol=0.02)
 
 
+@pytest.mark.dist
 def test_four_processes_train_as_one_does_and_go_on_from_what_they_saved(alone):
     folder, numbers, weights, *_ = alone
     for of_rank in together(4, train_by_four, folder, dtype="float32"):
@@ -217,5 +218,6 @@ def save_slowly(world, folder):
     return len(checkpoints(folder))
 
 
+@pytest.mark.dist
 def test_no_rank_goes_on_before_a_checkpoint_that_was_waited_for_is_there(tmp_path):
     assert together(2, save_slowly, tmp_path, dtype="float32") == [1, 1]
