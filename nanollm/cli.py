@@ -78,7 +78,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def is_beside_main() -> bool:
     """Whether this is one of several processes of torchrun, but not the one that speaks."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and os.environ.get("RANK", "0") != "0"
+    return processes() > 1 and os.environ.get("RANK", "0") != "0"
+
+
+def processes() -> int:
+    """How many torchrun started, this one included."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def dispatch(arguments: list[str]) -> object:
@@ -108,9 +113,9 @@ def run_stage(verb: str, stage: ModuleType, arguments: list[str]) -> object:
         if stop.code:
             raise
         return None  # --help and --print_config have printed
-    if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1 and (is_dry_run or verb not in MANY_PROCESSES):
+    if processes() > 1 and (is_dry_run or verb not in MANY_PROCESSES):
         what = "--dry_run" if is_dry_run else f"nanollm {verb}"
-        raise ValueError(f"{what} works in one process, got {processes} from torchrun; run it without torchrun")
+        raise ValueError(f"{what} works in one process, got {processes()} from torchrun; run it without torchrun")
     return stage.plan(config) if is_dry_run else stage.run(config)
 
 

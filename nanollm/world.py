@@ -11,10 +11,11 @@ it does that is the shape of a mesh of ranks, (copies of the model, parts of eac
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from itertools import islice
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 import torch
@@ -170,9 +171,9 @@ class World:
             distributed.broadcast_object_list(values, src=0)
         return values[0]
 
-    def own(self, values: Sequence[Value]) -> Sequence[Value]:
-        """Every size-th of some values: a rank's share of work that is the same for all."""
-        return values[self.rank :: self.size]
+    def own(self, values: Iterable[Value]) -> Iterator[Value]:
+        """Every size-th of some values: a rank's share of work of which all know the whole."""
+        return islice(values, self.rank, None, self.size)
 
     def wait(self) -> None:
         """Until every rank is here."""

@@ -471,3 +471,12 @@ def test_what_works_in_one_process_is_refused_under_torchrun(monkeypatch, capsys
     config = str(settings.CONFIGS / "pretrain" / "nano-327m.yaml")
     assert cli.main([word.format(config=config) for word in words]) == 2
     assert f"{what} works in one process, got 2 from torchrun; run it without torchrun" in capsys.readouterr().err
+
+
+def test_another_process_that_went_away_is_one_line_and_not_the_users_mistake(monkeypatch, capsys):
+    def dispatch(arguments):
+        raise ConnectionError("another process of the job went away")
+
+    monkeypatch.setattr(cli, "dispatch", dispatch)
+    assert cli.main(["pretrain"]) == 1
+    assert capsys.readouterr().err == "nanollm pretrain: another process of the job went away\n"

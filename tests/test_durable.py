@@ -1,5 +1,8 @@
 """A file or folder is there whole, or it is the old one."""
 
+import errno
+import os
+
 import pytest
 
 from nanollm.durable import lock_folder, new_folder, sha256_of, write_file, write_json
@@ -53,4 +56,19 @@ def test_one_process_at_a_time_holds_a_folder(tmp_path):
     ):
         pass
     with lock_folder(tmp_path / "f"):
+        pass
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows locks in another way")
+def test_a_file_system_without_locks_is_named_and_not_taken_for_a_busy_folder(tmp_path, monkeypatch):
+    import fcntl
+
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with (
+        pytest.raises(OSError, match=r"this file system cannot lock files \(No locks available\)"),
+        lock_folder(tmp_path, wait=True),
+    ):
         pass

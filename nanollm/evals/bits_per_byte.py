@@ -7,7 +7,6 @@ Bits per byte compares models with different tokenizers, which loss per token do
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
@@ -45,7 +44,7 @@ def bits_per_byte(
     sizes = torch.from_numpy(token_bytes).long()
     nats, n_bytes, tokens = 0.0, 0, 0
     with model.evaluating():
-        for batch in islice(batches, world.rank, None, world.size):
+        for batch in world.own(batches):
             target_bytes = torch.where(batch.targets == IGNORE, 0, sizes[batch.targets.clamp(min=0)])
             targets = batch.targets.where(target_bytes > 0, IGNORE)
             positions = None if batch.positions is None else batch.positions.to(device)

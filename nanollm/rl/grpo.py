@@ -119,7 +119,7 @@ class Learner:
             ranks=self.world.size,
         )
         seen: list[Seen] = []
-        stats = self.update(step, self.world.own(batches), seen) if batches else None
+        stats = self.update(step, list(self.world.own(batches)), seen) if batches else None
         trust = trust_numbers(
             [each for of_rank in self.world.gather([each.cpu() for each in seen]) for each in of_rank]
         )
@@ -234,7 +234,7 @@ class Learner:
                 f"with nanollm sft first, or take easier problems or a larger --rollout.group_size"
             )
 
-    def update(self, step: int, batches: Sequence[RolloutBatch], seen: list[Seen]) -> StepStats:
+    def update(self, step: int, batches: list[RolloutBatch], seen: list[Seen]) -> StepStats:
         """Move the weights `updates` times by the same rollouts."""
         temperature = self.rollout.temperature
         device = self.world.device

@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -199,7 +198,7 @@ def validate(c: Config, state: TrainState, splits: Splits, world: World) -> dict
         for folder, split in splits.items():
             own = 0.0, 0.0
             batches = split.batches(c.train.micro_batch_size, c.validation_conversations or None)
-            for batch in islice(batches, world.rank, None, world.size):
+            for batch in world.own(batches):
                 loss = next_token_loss(model, batch.to(world.device))[1].item()
                 own = own[0] + loss, own[1] + batch.count
             of_split = world.total(own[0]), world.total(own[1])

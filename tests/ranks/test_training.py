@@ -1,10 +1,13 @@
 """Several processes train as one does: the same rows, the same numbers, and checkpoints that any of them reads."""
 
 import dataclasses
+import shutil
 import time
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 
 from nanollm.data.batches import Batch
@@ -178,6 +181,21 @@ def test_a_sharded_checkpoint_is_sealed_and_complete(alone, both):
     names = sorted(file.name for file in path.iterdir())
     assert names[-1] == "state.json" and len(names) == 3  # one file of each rank
     assert all(name.endswith(".safetensors") for name in names[:-1])
+
+
+def test_a_checkpoint_that_lacks_a_part_of_a_matrix_is_not_read(alone, both, tmp_path):
+    (path,) = checkpoints(alone[0] / "fsdp")
+    damaged = Path(shutil.copytree(path, tmp_path / path.name))
+    counters, first = checkpoint.verify(damaged), min(damaged.glob("*.safetensors"))
+    whole = {name: tuple(tensor.shape) for name, tensor in begin(World()).weights().items()}
+    left = {name: tensor for name, tensor in load_file(first).items() if whole.get(name) == tuple(tensor.shape)}
+    first.unlink()
+    (damaged / "state.json").unlink()
+    if left:
+        save_file(left, damaged / "left.safetensors")
+    checkpoint._sign(damaged, counters)
+    with pytest.raises(ValueError, match="lacks a part of"):
+        load_newest(tmp_path, begin(World()), World())
 
 
 def save_where_a_file_is(world, folder):
