@@ -1,4 +1,4 @@
-"""One set of commands for every operating system: `python make.py setup|demo|test|check|bench`.
+"""One set of commands for every operating system: `python make.py setup|demo|test|check|bench|faults|soak`.
 
 Needs nothing but the standard library. The environment is made in .venv beside this file when it is missing or when
 pyproject.toml or requirements.txt have changed; otherwise a command starts at once. Words after the command are handed
@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -68,6 +69,24 @@ def bench(words: list[str]) -> int:
     return setup([]) or run([str(PYTHON), "benchmarks/run.py", *words])
 
 
+def faults(words: list[str]) -> int:
+    """Break all that can break; without further words the figures go into docs/reliability.md (half an hour)."""
+    with tempfile.TemporaryDirectory() as folder:
+        told = str(Path(folder) / "junit.xml")
+        if failed := test(["tests/faults", "-m", "not gpu", f"--junitxml={told}", *words]):
+            return failed
+        return 0 if words else run([str(PYTHON), "-m", "tests.faults.report", told])
+
+
+def soak(words: list[str]) -> int:
+    """An hour of training and serving, for leaks and drift; the figures go into docs/reliability.md."""
+    for name in ("training_soak", "server_soak"):
+        told = f"tests/faults/figures/{name}.json"
+        if setup([]) or run([str(PYTHON), "-m", f"tests.faults.{name}", "--json", told, *words]):
+            return 1
+    return run([str(PYTHON), "-m", "tests.faults.report"])
+
+
 def is_up_to_date() -> bool:
     return PYTHON.exists() and STAMP.exists() and STAMP.read_text(encoding="utf-8") == fingerprint()
 
@@ -111,7 +130,7 @@ def fail(text: str) -> int:
     return 1
 
 
-COMMANDS = {"setup": setup, "demo": demo, "test": test, "check": check, "bench": bench}
+COMMANDS = {"setup": setup, "demo": demo, "test": test, "check": check, "bench": bench, "faults": faults, "soak": soak}
 
 
 def main(words: list[str]) -> int:

@@ -1,29 +1,35 @@
 """What passes through the door between training and everything after it?
 
 A folder: config.json (the model's shape), model.safetensors (its weights), tokenizer.model, provenance.json (where it
-comes from, and the sha256 of the other three). Nothing in it is code and nothing is unpickled.
+comes from, and the sha256 of the other three). Nothing in it is code and nothing is unpickled; both JSON files carry
+their own sha256. A folder may be another's: sizes are believed only when the weights bear them out.
 """
 
 import dataclasses
-import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nanollm.durable import new_folder, settle, sha256_of, write_file, write_json
+from nanollm.durable import new_folder, read_sealed_json, settle, sha256_of, write_file, write_sealed_json
 from nanollm.model.config import ModelConfig
 from nanollm.model.transformer import Transformer
 from nanollm.text.tokenizer import Tokenizer
 
 CONFIG, WEIGHTS, TOKENIZER, PROVENANCE = "config.json", "model.safetensors", "tokenizer.model", "provenance.json"
 FILES = (CONFIG, WEIGHTS, TOKENIZER, PROVENANCE)
-FORMAT = 1
+FORMAT = 2
+FORMATS = (1, FORMAT)  # the first had no seals
+MOST_TENSORS = 200_000  # a file that names more is no model: each takes memory before it is looked at,
+MOST_HEADER_BYTES = 2**24  # and so does the header of a safetensors file,
+MOST_JSON_BYTES = 2**25  # and what stands in JSON
+BLOCK = re.compile(r"trunk\.blocks\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -49,11 +55,11 @@ def save_bundle(
 ) -> Path:
     """Write a bundle in one moment; `weights` by the names of Transformer's state_dict, any float type."""
     with new_folder(folder) as draft:
-        write_json(draft / CONFIG, {"format": FORMAT, "model": dataclasses.asdict(config)})
+        write_sealed_json(draft / CONFIG, {"format": FORMAT, "model": dataclasses.asdict(config)})
         write_tensors(draft / WEIGHTS, weights)
         write_file(draft / TOKENIZER, tokenizer.serialized)
         files = {name: sha256_of(draft / name) for name in (CONFIG, WEIGHTS, TOKENIZER)}
-        write_json(draft / PROVENANCE, {**provenance, "files": files})
+        write_sealed_json(draft / PROVENANCE, {**provenance, "format": FORMAT, "files": files})
     return folder
 
 
@@ -82,11 +88,14 @@ def load_bundle(folder: Path | str, dtype: torch.dtype = torch.float32, device: 
             raise FileNotFoundError(f"{folder / name} is missing, {PROVENANCE} names it; copy the bundle again")
         if sha256_of(folder / name) != digest:
             raise ValueError(f"{folder / name} was changed after it was written; copy the bundle again")
-    model = build_model(read_config(folder))
+    config = read_config(folder)
     try:
+        with torch.device("meta"):
+            model = Transformer(config)
         model.load_state_dict(load_file(folder / WEIGHTS), assign=True)
     except (SafetensorError, RuntimeError) as error:
         raise ValueError(f"{folder / WEIGHTS} does not fit {CONFIG}: {' '.join(str(error).split())[:300]}") from error
+    _count_from_zero(model)
     for parameter in model.parameters():  # not the buffers: the balance bias stays float32
         parameter.data = parameter.data.to(dtype)
     return Bundle(model.to(device).eval(), Tokenizer.load(folder / TOKENIZER), provenance)
@@ -96,30 +105,73 @@ def build_model(config: ModelConfig) -> Transformer:
     """A Transformer whose parameters have no values and no memory yet; its buffers do."""
     with torch.device("meta"):
         model = Transformer(config)
-    for layer in model.moe_layers():
-        layer.load = torch.zeros_like(layer.load, device="cpu")
+    _count_from_zero(model)
     return model
 
 
+def _count_from_zero(model: Transformer) -> None:
+    for layer in model.moe_layers():
+        layer.load = torch.zeros_like(layer.load, device="cpu")
+
+
 def read_config(folder: Path) -> ModelConfig:
-    """The shape of a bundle's model."""
+    """The shape of a bundle's model, with as many blocks as its weights have."""
     record = _read_json(folder, CONFIG)
     if "format" not in record:
         raise ValueError(
             f"{folder} is not a bundle: its {CONFIG} is another's; nanollm import makes a bundle of models"
         )
-    if record["format"] != FORMAT:
+    if record["format"] not in FORMATS:
         raise ValueError(f"{folder / CONFIG}: expected format {FORMAT}, got {record.get('format')!r}; update nanollm")
     try:
-        return ModelConfig(**record["model"])
-    except (KeyError, TypeError) as error:
+        config = _config_of(record["model"])
+    except (AttributeError, KeyError, OverflowError, TypeError) as error:
         raise ValueError(f"{folder / CONFIG} does not describe a model: {error}") from error
+    blocks = {match[1] for name in shapes_in(folder / WEIGHTS) if (match := BLOCK.match(name))}
+    if len(blocks) != config.n_blocks:  # to build a billion blocks, or only to count their parameters, takes for ever
+        raise ValueError(f"{folder / CONFIG}: n_blocks is {config.n_blocks}, but the weights have {len(blocks)} blocks")
+    return config
+
+
+def _config_of(sizes: Mapping[str, Any]) -> ModelConfig:
+    """TypeError for a value of another kind than its field; a whole number is a float, too."""
+    kinds = get_type_hints(ModelConfig)
+    for name, value in sizes.items():
+        if type(value) is not kinds.get(name) and (kinds.get(name), type(value)) != (float, int):
+            raise TypeError(f"{name} must be {getattr(kinds.get(name), '__name__', 'left out')}, got {value!r:.80}")
+    return ModelConfig(**sizes)
+
+
+def check_header(path: Path) -> None:
+    """Refuse a safetensors file whose header says that it is longer than that of any model."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; copy it again")
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+    if size > MOST_HEADER_BYTES:
+        raise ValueError(
+            f"{path} is not a whole safetensors file (a header of {size:,} bytes, expected at most "
+            f"{MOST_HEADER_BYTES:,}); copy it again"
+        )
+
+
+def shapes_in(path: Path) -> dict[str, list[int]]:
+    """Name and shape of each tensor in a safetensors file, whose numbers are not read."""
+    check_header(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = file.keys()
+            if len(names) > MOST_TENSORS:
+                raise ValueError(f"{path} is no model: {len(names):,} tensors, expected at most {MOST_TENSORS:,}")
+            return {name: file.get_slice(name).get_shape() for name in names}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({error}); copy it again") from error
 
 
 def is_bundle(folder: Path) -> bool:
     """Whether a bundle lies in this folder, in whatever state."""
     try:
-        return _read_json(folder, CONFIG).get("format") == FORMAT
+        return _read_json(folder, CONFIG).get("format") in FORMATS
     except (OSError, ValueError):
         return False
 
@@ -143,10 +195,6 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
         if (folder / "bundle").is_dir():
             hint = f"did you mean {folder / 'bundle'}?"
         raise FileNotFoundError(f"{folder} is not a bundle ({found}); {hint}")
-    try:
-        record = json.loads((folder / name).read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{folder / name} is not valid JSON ({error}); copy the bundle again") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"{folder / name} must hold a JSON object, got {type(record).__name__}")
-    return record
+    if (size := (folder / name).stat().st_size) > MOST_JSON_BYTES:
+        raise ValueError(f"{folder / name} has {size:,} bytes, expected at most {MOST_JSON_BYTES:,}; it is no bundle's")
+    return read_sealed_json(folder / name, FORMAT, "copy the bundle again")

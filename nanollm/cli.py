@@ -1,8 +1,8 @@
 """Which verb did the user type, and what do they learn when something goes wrong?
 
 A verb is a module of `nanollm.stages`, imported only when it is asked for. stdout carries the result and nothing else.
-Exit codes: 0 done, 2 the user's mistake (one line on stderr), 1 a fault of ours (a traceback) or another process that
-went away (one line), 130 interrupted.
+Exit codes: 0 done, 2 the user's mistake (one line on stderr), 1 a fault of ours (a traceback), another process that
+went away or a check that failed (one line), 130 interrupted.
 """
 
 import importlib
@@ -19,6 +19,7 @@ from nanollm import __version__
 VERBS = {
     "Start here": {
         "demo": "the whole journey on built-in text: offline, two CPU cores, minutes",
+        "doctor": "is all well on this machine? Checks, advice, and a run of seconds",
     },
     "Prepare": {
         "tokenizer": "train a tokenizer on a dataset or on your files",

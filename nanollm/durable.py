@@ -10,10 +10,12 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
+
+SEAL = "seal"
 
 
 def sha256_of(path: Path) -> str:
@@ -33,6 +35,15 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder, and those above it, whose names outlive a power cut; nothing if it is there."""
+    if path.is_dir():
+        return
+    make_folder(path.parent)
+    path.mkdir(exist_ok=True)
+    sync(path.parent)
+
+
 def write_file(path: Path, content: bytes) -> None:
     """Replace a file's content in one moment."""
     beside = path.with_name(path.name + ".tmp")
@@ -46,7 +57,50 @@ def write_file(path: Path, content: bytes) -> None:
 
 def write_json(path: Path, value: object) -> None:
     """Replace a JSON file in one moment; the same value gives the same bytes."""
-    write_file(path, (json.dumps(value, indent=2) + "\n").encode())
+    write_file(path, _dump(value))
+
+
+def read_json(path: Path, advice: str = "copy it again") -> dict[str, Any]:
+    """The object in a JSON file; ValueError for anything else. advice: what to do about that."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); {advice}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(value).__name__}; {advice}")
+    return value
+
+
+def write_sealed_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Replace a JSON object that holds its "format"; its last field, the seal, is the sha256 of all before it."""
+    write_file(path, _sealed(value))
+
+
+def read_sealed_json(path: Path, form: object, advice: str = "copy it again") -> dict[str, Any]:
+    """The object without its seal; ValueError if a single byte is not as it was written.
+
+    form: the "format" since which there is a seal. Neither another one alone nor a lost seal alone lets an object pass
+    unchecked: it takes two changes to look like what an older version, or another program, wrote.
+    """
+    value = read_json(path, advice)
+    if SEAL not in value and value.get("format") != form:
+        return value
+    try:
+        is_whole = path.read_bytes() == _sealed(value)
+    except RecursionError:  # what we write is not as deep as that
+        is_whole = False
+    if not is_whole:
+        raise ValueError(f"{path} was changed after it was written; {advice}")
+    return {name: each for name, each in value.items() if name != SEAL}
+
+
+def _sealed(value: Mapping[str, Any]) -> bytes:
+    bare = {name: each for name, each in value.items() if name != SEAL}
+    return _dump({**bare, SEAL: hashlib.sha256(_dump(bare)).hexdigest()})
+
+
+def _dump(value: object) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()
 
 
 @contextmanager
@@ -57,7 +111,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     back.
     """
     path = path.resolve()  # a link keeps its place, what it leads to is replaced
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     settle(path)
     beside = path.with_name(path.name + ".tmp")
     beside.mkdir()
@@ -110,7 +164,7 @@ def check_writable(folder: Path, option: str) -> None:
     """Make the folder, and a file in it, before hours are spent on what it is for."""
     probe = folder / ".probe"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         probe.touch()
         probe.unlink(missing_ok=True)
     except OSError as error:
@@ -123,7 +177,7 @@ def lock_folder(folder: Path, *, wait: bool = False) -> Iterator[None]:
 
     With `wait` this process waits for its turn, otherwise a locked folder is a ValueError.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with (folder / ".lock").open("ab") as file:
         while not _try_to_lock(file):
             if not wait:

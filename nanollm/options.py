@@ -39,6 +39,7 @@ def read(verb: str, stage: types.ModuleType, words: Sequence[str]) -> tuple[Any,
             below[name] = load_preset(name, str(value))
         elif is_sequence(kinds.get(name)) and isinstance(value, str):
             below[name] = [value]  # jsonargparse would take it for a file that lists the values
+    refuse_odd(below, kinds)
     parser = parser_of(verb, stage, kinds)
     try:
         parsed = parser.parse_args([f"--config={to_yaml(below)}", f"--config={to_yaml(above)}", *switches])
@@ -76,8 +77,7 @@ def sort_words(words: Sequence[str], kinds: Kinds, positional: Sequence[str]) ->
     for name, value in given.items():
         if kinds[name] is bool and value.lower() not in ("true", "false"):  # in `--json DIR`, DIR is not for --json
             given[name], extra = "true", [value, *extra]
-        elif "path" in notation(kinds[name]) and value in ("", [""]):
-            raise ValueError(f"{name}: expected a path, got an empty text")
+    refuse_odd(given, kinds)
     if odd := [word for word in extra if word.startswith("--")]:
         raise ValueError(unknown(odd[0].partition("=")[0], kinds))
     if odd := extra[len(positional) :]:
@@ -85,6 +85,27 @@ def sort_words(words: Sequence[str], kinds: Kinds, positional: Sequence[str]) ->
     if sum(word.partition("=")[0] == "--config" for word in words) > 1:
         raise ValueError("--config was given twice; put the settings into one file")
     return given | dict(zip(positional, extra, strict=False))
+
+
+def refuse_odd(given: Mapping[str, Any], kinds: Kinds) -> None:
+    """Refuse what jsonargparse takes or breaks at: paths of no letter, and whole numbers that no float can hold."""
+    for name, value in leaves(given):
+        kind = kinds.get(name) or kinds.get(name.rpartition(".")[0])  # the latter: of a mapping's values
+        if kind is None:
+            continue
+        if value == "" and "path" in notation(kind):
+            raise ValueError(f"{name}: expected a path, got an empty text")
+        if "float" in notation(kind) and re.fullmatch(r"[-+]?\d{309,}", str(value)):
+            raise ValueError(f"{name}: expected float, got a number of {len(str(value))} digits")
+
+
+def leaves(given: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted name and value of everything; of a list, each of its values."""
+    for name, value in given.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield from ((prefix + name, one) for one in (value if isinstance(value, list) else [value]))
 
 
 def is_sequence(kind: Any) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 from jsonargparse import get_loader
 
+MOST_VALUES = 10_000  # of a file; more is one whose parts hold each other
 _PACKAGE = Path(__file__).resolve().parent
 _INSTALLED = _PACKAGE / "configs"
 CONFIGS = _INSTALLED if _INSTALLED.is_dir() else _PACKAGE.parent / "configs"
@@ -21,17 +22,45 @@ CONFIGS = _INSTALLED if _INSTALLED.is_dir() else _PACKAGE.parent / "configs"
 def read_mapping(path: Path) -> dict[str, Any]:
     """The settings in a YAML file, which must hold `key: value` lines at its top. 3e-4 is a number, as in YAML 1.2."""
     try:
-        settings = get_loader("yaml")(path.read_text(encoding="utf-8-sig"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        text = path.read_text(encoding="utf-8-sig")
+        twice = _given_twice(yaml.compose(text, yaml.SafeLoader))
+        settings = get_loader("yaml")(text)
+    except RecursionError:
+        raise ValueError(f"{path}: not valid settings: nested too deeply, or in itself") from None
+    except (yaml.YAMLError, ValueError) as error:  # the latter: not UTF-8, or a number of 5,000 digits
         mark = getattr(error, "problem_mark", None)
         where = f"{path}, line {mark.line + 1}" if mark else str(path)
         what = getattr(error, "problem", None) or " ".join(str(error).split())
         raise ValueError(f"{where}: not valid YAML: {what}") from None
+    if twice:
+        raise ValueError(f"{path}, line {twice.start_mark.line + 1}: {twice.value} is given twice")
     if settings is None:
         return {}
     if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
         raise ValueError(f"{path}: expected `key: value` lines, got {type(settings).__name__}")
     return settings
+
+
+def _given_twice(settings: yaml.Node | None) -> yaml.Node | None:
+    """A key that a mapping has twice, of which YAML would keep the last in silence. RecursionError: there is no end."""
+    waiting = [settings]
+    for _ in range(MOST_VALUES):
+        if not waiting:
+            return None
+        node = waiting.pop()
+        if isinstance(node, yaml.MappingNode):
+            keys = [key.value for key, _ in node.value]
+            if twice := next((key for place, (key, _) in enumerate(node.value) if key.value in keys[:place]), None):
+                return twice
+            waiting += [value for _, value in node.value]
+        elif isinstance(node, yaml.SequenceNode):
+            waiting += node.value
+    raise RecursionError
+
+
+def check_seed(seed: int, name: str = "seed") -> None:
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"{name} must be from 0 to 2**63 - 1, got {seed}")
 
 
 def preset_names(kind: str) -> list[str]:

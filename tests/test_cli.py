@@ -359,7 +359,7 @@ def test_a_mistake_on_the_command_line_is_one_clear_line(complaint, words, messa
     [
         ("kind: owt\noptim:\n  lrr: 1\n", "unknown option optim.lrr; did you mean optim.lr?"),
         ("kinds: owt\n", "unknown option kinds; did you mean kind?"),
-        ("kind: [\n", "{file}, line 2: not valid YAML: did not find expected node content"),
+        ("kind: [\n", "{file}, line 2: not valid YAML: expected the node content"),
         ("just text\n", "{file}: expected `key: value` lines, got str"),
         ("1: owt\n", "{file}: expected `key: value` lines, got dict"),
         ("shape: 3\n", "no shape preset is called '3'; known: small, small-wide; or give a .yaml file"),

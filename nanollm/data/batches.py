@@ -89,6 +89,11 @@ class Windows:
         windows = sample_indices(step, batch_size, self.windows, self.seed).reshape(-1, world, micro_batch_size)
         return [_gather(self.shards, portion.tolist(), self.context_length) for portion in windows[:, rank]]
 
+    def names(self, step: int, batch_size: int) -> dict[str, object]:
+        """The numbers of the windows of a step: window i begins at token i * context_length of the split."""
+        chosen = sample_indices(step, batch_size, self.windows, self.seed).tolist()
+        return {f"windows of {self.shards.folder} {self.shards.split}": chosen}
+
     def check(self, batch_size: int, micro_batch_size: int, world: int) -> None:
         """Raises ValueError unless a step's windows divide evenly over ranks and micro-batches."""
         if micro_batch_size < 1 or batch_size < 1 or batch_size % (micro_batch_size * world):
@@ -190,7 +195,21 @@ class Conversations:
         (self.context_length,) = {split.context_length for split in splits}
 
     def draw(self, step: int, batch_size: int) -> list[Shortened]:
-        """The conversations of one step in their global order, whatever the number of ranks.
+        """The conversations of one step in their global order, whatever the number of ranks."""
+        return [self.splits[source][number] for source, number in self._numbers(step, batch_size)]
+
+    def names(self, step: int, batch_size: int) -> dict[str, object]:
+        """The numbers of the conversations of a step, by the folder they lie in."""
+        drawn = self._numbers(step, batch_size)
+        return {
+            f"conversations of {split.shards.folder} {split.shards.split}": [
+                number for source, number in drawn if source == place
+            ]
+            for place, split in enumerate(self.splits)
+        }
+
+    def _numbers(self, step: int, batch_size: int) -> list[tuple[int, int]]:
+        """Split and number of each conversation of a step.
 
         Draw d of a split belongs to epoch d // n of its n conversations; each epoch is a fresh permutation of all n.
         """
@@ -201,7 +220,7 @@ class Conversations:
             chosen = (sources == source) & (epochs == epoch)
             seed = epoch_seed(self.seed + (source << 32), epoch)  # each source in an order of its own
             numbers[chosen] = permute(places[chosen], len(self.splits[source]), seed)
-        return [self.splits[source][number] for source, number in zip(sources, numbers, strict=True)]
+        return list(zip(sources.tolist(), numbers.tolist(), strict=True))
 
     def micro_batches(
         self, step: int, batch_size: int, micro_batch_size: int, *, rank: int = 0, world: int = 1

@@ -42,6 +42,12 @@ class SlurmConfig:
     setup: str | None = None
     """Shell command before each task; null: puts the Python of this command first in PATH."""
 
+    def __post_init__(self) -> None:
+        if not self.time:
+            raise ValueError("slurm.time must be a limit such as 24:00:00, got an empty text")
+        if self.mem_gb < 1:
+            raise ValueError(f"slurm.mem_gb must be at least 1, got {self.mem_gb}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class RayConfig:
@@ -51,6 +57,10 @@ class RayConfig:
     """Of the cluster, HOST:PORT, or auto for one that runs on this machine; null: $RAY_ADDRESS, else a new one here."""
     mem_gb: float = 2
     """Memory of a task."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.mem_gb < float("inf"):
+            raise ValueError(f"ray.mem_gb must be above 0, got {self.mem_gb}")
 
 
 def run_here(steps: Sequence[Step], workers: int, logs: Path, by: Literal["local", "ray"], ray: RayConfig) -> None:

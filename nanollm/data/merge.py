@@ -6,7 +6,6 @@ manifest; after that the empty parts go. Until the manifest is there the parts h
 a file is either at its old place or at its new one: killed anywhere and started again, a merge ends the same.
 """
 
-import json
 import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from nanollm import durable
-from nanollm.data.prepare import BAD_RECORDS, refuse_other
-from nanollm.data.shards import MANIFEST, PROGRESS, FileEntry, ShardEntry, SplitEntry, read_manifest
+from nanollm.data.prepare import BAD_RECORDS, read_progress, refuse_other
+from nanollm.data.shards import MANIFEST, PROGRESS, FileEntry, ShardEntry, SplitEntry, read_manifest, write_manifest
 
 PART = re.compile(r"part-(\d{5})-of-(\d{5})")
 
@@ -116,8 +115,7 @@ def _merge(folder: Path, parts: int, header: Header, more: Mapping[str, Any]) ->
     if bad_records:
         durable.write_file(folder / BAD_RECORDS, b"".join(_read_all(each / BAD_RECORDS for each in folders)))
     durable.sync(folder)
-    manifest = header | {"parts": parts, "bad_records": bad_records, "splits": splits} | dict(more)
-    durable.write_json(folder / MANIFEST, manifest)
+    write_manifest(folder, header | {"parts": parts, "bad_records": bad_records, "splits": splits} | dict(more))
 
 
 def _joined(
@@ -169,11 +167,11 @@ def _is_finished(part: Path) -> bool:
 def _header_in(part: Path) -> Header | None:
     """What a part was begun with; None if nothing of it is written yet."""
     with suppress(FileNotFoundError):  # it may end between two looks: then there is a manifest
-        progress = json.loads((part / PROGRESS).read_bytes())
+        progress = read_progress(part)
         has_tokens = any(split["tokens"] for split in progress["splits"].values())
         return dict(progress["header"]) if has_tokens else None
     with suppress(FileNotFoundError):
-        return dict(json.loads((part / MANIFEST).read_bytes()))
+        return read_manifest(part)[0]
     return None
 
 

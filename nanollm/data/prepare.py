@@ -25,6 +25,7 @@ from nanollm.data.shards import (
     ShardWriter,
     open_at,
     read_manifest,
+    write_manifest,
 )
 from nanollm.progress import Progress, say
 from nanollm.sources.files import BadRecord, OnBad
@@ -138,7 +139,7 @@ class _Job:
         self.bad_records: int = progress["bad_records"]
         self.full: list[str] = progress["full"]  # splits that take no more
         self.unsafe_tokens = 0  # written since the last sync
-        durable.write_json(folder / PROGRESS, progress)  # before any other file: from here on the folder is ours
+        write_progress(folder, progress)  # before any other file: from here on the folder is ours
         self.bad_file = open_at(folder / BAD_RECORDS, progress["bad_bytes"])
         self.writers = {
             split: ShardWriter(
@@ -209,7 +210,7 @@ class _Job:
             "full": self.full,
             "splits": {split: writer.sync() for split, writer in self.writers.items()},
         }
-        durable.write_json(self.folder / PROGRESS, progress)
+        write_progress(self.folder, progress)
         self.unsafe_tokens = 0
 
     def _sync_bad_file(self) -> None:
@@ -226,8 +227,7 @@ class _Job:
             )
         self._sync_bad_file()
         splits = {split: writer.finish() for split, writer in self.writers.items()}
-        manifest = self.header | {"bad_records": self.bad_records, "splits": splits}
-        durable.write_json(self.folder / MANIFEST, manifest)
+        manifest = write_manifest(self.folder, self.header | {"bad_records": self.bad_records, "splits": splits})
         self.close()
         if self.bad_records == 0:
             (self.folder / BAD_RECORDS).unlink()
@@ -250,7 +250,6 @@ class _Job:
 def header_of(tokenizer: Tokenizer, rules: Rules, source: dict[str, Any]) -> dict[str, Any]:
     """All that decides the bytes of a folder; the first part of its manifest."""
     return {
-        "format": FORMAT,
         "kind": rules.kind,
         "dtype": "uint16",
         "tokenizer": {"fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size},
@@ -262,7 +261,7 @@ def header_of(tokenizer: Tokenizer, rules: Rules, source: dict[str, Any]) -> dic
 def _find_progress(folder: Path, header: dict[str, Any]) -> dict[str, Any] | None:
     """Where to begin; None if all is done. Raises ValueError if what is there does not belong to this job."""
     if (folder / PROGRESS).exists():
-        progress: dict[str, Any] = json.loads((folder / PROGRESS).read_bytes())
+        progress = read_progress(folder)
         if any(split["tokens"] for split in progress["splits"].values()):
             refuse_other(folder, progress["header"], header)
             return progress
@@ -273,6 +272,15 @@ def _find_progress(folder: Path, header: dict[str, Any]) -> dict[str, Any] | Non
     if strangers := sorted([*folder.glob("*.npy"), *folder.glob(BAD_RECORDS)]):
         raise ValueError(f"{strangers[0]} is not part of a preparation; give an empty or a new folder as --save_dir")
     return _begun(header)
+
+
+def write_progress(folder: Path, progress: dict[str, Any]) -> None:
+    durable.write_sealed_json(folder / PROGRESS, {**progress, "format": FORMAT})
+
+
+def read_progress(folder: Path) -> dict[str, Any]:
+    """How far a folder is; FileNotFoundError if it is not begun, or finished."""
+    return durable.read_sealed_json(folder / PROGRESS, FORMAT, "remove the folder and prepare it again")
 
 
 def _begun(header: dict[str, Any]) -> dict[str, Any]:

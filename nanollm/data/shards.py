@@ -7,14 +7,14 @@ opens:
     train-00000.offsets.npy   int64, where each document starts in that file
     train-00000.flags.npy     uint8, conversations only: 1 where the model is trained to say this token
 
-A document is never cut across two files. A folder that also holds `progress.json` is not finished, and is refused.
+A document is never cut across two files. The manifest carries its own sha256. A folder that also holds `progress.json`
+is not finished, and is refused.
 """
 
 import io
-import json
+import re
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
-from hashlib import sha256
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypedDict
 
@@ -23,7 +23,8 @@ import numpy.typing as npt
 
 from nanollm import durable
 
-FORMAT = "nanollm-shards-1"
+FORMAT = "nanollm-shards-2"
+FORMATS = ("nanollm-shards-1", FORMAT)  # the first had no seal
 MANIFEST = "manifest.json"
 PROGRESS = "progress.json"
 
@@ -194,10 +195,10 @@ class Shards:
         sizes = [shard["tokens"] for shard in entry["shards"]]
         documents = [shard["documents"] for shard in entry["shards"]]
         self._starts = [0, *np.cumsum(sizes).tolist()]
-        self._tokens = _columns(folder, [f"{stem}.npy" for stem in stems], "<u2", sizes)
-        self._offsets = _columns(folder, [f"{stem}.offsets.npy" for stem in stems], "<i8", documents)
-        flag_names = [f"{stem}.flags.npy" for stem in stems] if self.has_flags else []
-        self._flags = _columns(folder, flag_names, "|u1", sizes)
+        self._tokens = _columns([folder / f"{stem}.npy" for stem in stems], "<u2", sizes)
+        self._offsets = _columns([folder / f"{stem}.offsets.npy" for stem in stems], "<i8", documents)
+        flag_files = [folder / f"{stem}.flags.npy" for stem in stems] if self.has_flags else []
+        self._flags = _columns(flag_files, "|u1", sizes)
 
     @classmethod
     def open(
@@ -206,9 +207,12 @@ class Shards:
         split: str = "train",
         *,
         tokenizer_fingerprint: str | None,
-        verify: Verification = "size",
+        verify: Verification = "sha256",
     ) -> "Shards":
-        """Check the folder against its manifest and this run's tokenizer (None: whichever it was), then map it."""
+        """Check the folder against its manifest and this run's tokenizer (None: whichever it was), then map it.
+
+        verify: "size" is for processes beside one that reads every byte.
+        """
         manifest, fingerprint = read_manifest(folder)
         if split not in manifest["splits"]:
             raise ValueError(f"{folder} has no split {split!r}; it has {', '.join(manifest['splits'])}")
@@ -228,7 +232,10 @@ class Shards:
             )
         for name, file in files.items():
             _check_file(folder / name, file, verify)
-        return cls(folder, split, manifest, fingerprint)
+        shards = cls(folder, split, manifest, fingerprint)
+        if verify == "sha256":
+            shards._check_numbers()
+        return shards
 
     def read(self, start: int, length: int) -> Ids:
         """Tokens [start, start + length) of the split, across shard borders; (length,) uint16, not to be written to."""
@@ -243,6 +250,18 @@ class Shards:
     def document_offsets(self) -> npt.NDArray[np.int64]:
         """Where each document starts in the split: (documents,) int64, the first is 0."""
         return np.concatenate([np.asarray(o) + s for o, s in zip(self._offsets, self._starts[:-1], strict=True)])
+
+    def _check_numbers(self) -> None:
+        """Raise for ids that the tokenizer lacks, and for documents that do not begin one after the other."""
+        for number, (tokens, offsets) in enumerate(zip(self._tokens, self._offsets, strict=True)):
+            file = self.folder / f"{self.split}-{number:05d}.npy"
+            if (largest := int(tokens.max())) >= self.vocab_size:
+                raise ValueError(
+                    f"{file} holds the id {largest}, its tokenizer has {self.vocab_size:,} pieces; prepare the folder "
+                    f"again"
+                )
+            if offsets[0] != 0 or (np.diff(offsets) <= 0).any() or offsets[-1] >= len(tokens):
+                raise ValueError(f"{file.with_suffix('.offsets.npy')} holds wrong places; prepare the folder again")
 
     def _span(self, columns: Sequence[npt.NDArray[Any]], start: int, length: int) -> npt.NDArray[Any]:
         if not 0 <= start <= start + length <= self.tokens_total:
@@ -264,17 +283,56 @@ def read_manifest(folder: Path) -> tuple[dict[str, Any], str]:
             f"{folder} is not a prepared folder (no {MANIFEST} in it); "
             f"make one: nanollm preprocess KIND --tokenizer_path TOKENIZER --save_dir {folder}"
         )
-    raw = (folder / MANIFEST).read_bytes()
-    try:
-        manifest: dict[str, Any] = json.loads(raw)
-    except ValueError as error:
-        raise ValueError(f"{folder / MANIFEST} is damaged ({error}); prepare the folder again") from None
-    if manifest.get("format") != FORMAT:
+    manifest = durable.read_sealed_json(folder / MANIFEST, FORMAT, "prepare the folder again")
+    if manifest.get("format") not in FORMATS:
         raise ValueError(
             f"{folder / MANIFEST} has format {manifest.get('format')!r}, this version reads {FORMAT!r}; "
             f"prepare the folder again"
         )
-    return manifest, sha256(raw).hexdigest()
+    try:
+        _check_entries(manifest)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{folder / MANIFEST} is not as it is written ({error!r}); prepare the folder again"
+        ) from error
+    return manifest, durable.sha256_of(folder / MANIFEST)
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Finish a folder, and return what read_manifest will."""
+    whole = {"format": FORMAT, **manifest}
+    durable.write_sealed_json(folder / MANIFEST, whole)
+    return whole
+
+
+def _check_entries(manifest: Mapping[str, Any]) -> None:
+    """Raise for anything that is not as a writer leaves it: the folder may be another's, and name files elsewhere."""
+    kind, tokenizer = manifest["kind"], manifest["tokenizer"]
+    if type(tokenizer["vocab_size"]) is not int or type(tokenizer["fingerprint"]) is not str:
+        raise TypeError("tokenizer")
+    for split, entry in manifest["splits"].items():
+        if not re.fullmatch(r"\w+", split):
+            raise ValueError(f"split {split[:100]}")
+        for number, shard in enumerate(entry["shards"]):
+            expected = _file_sizes(f"{split}-{number:05d}", shard, has_flags=kind == "chat")
+            found = {name: file["size"] for name, file in shard["files"].items() if type(file["sha256"]) is str}
+            if wrong := [name for name in {**found, **expected} if found.get(name) != expected.get(name)]:
+                raise ValueError(f"shard {number} of {split}: {wrong[0][:100]}")
+        totals = {"tokens": entry["tokens"], "documents": entry["documents"]}
+        sums = {total: sum(shard[total] for shard in entry["shards"]) for total in totals}
+        if totals != sums or type(entry["text_bytes"]) is not int:
+            raise ValueError(f"totals of {split}")
+
+
+def _file_sizes(stem: str, shard: ShardEntry, *, has_flags: bool) -> dict[str, int]:
+    """The files of a shard, and how many bytes they have."""
+    tokens, documents = shard["tokens"], shard["documents"]
+    if (type(tokens), type(documents)) != (int, int):
+        raise TypeError("tokens and documents")
+    sizes = {f"{stem}.npy": 2 * tokens, f"{stem}.offsets.npy": 8 * documents}
+    if has_flags:
+        sizes[f"{stem}.flags.npy"] = tokens
+    return {name: _HEADER_BYTES + size for name, size in sizes.items()}
 
 
 def _check_file(path: Path, entry: FileEntry, verify: Verification) -> None:
@@ -287,18 +345,14 @@ def _check_file(path: Path, entry: FileEntry, verify: Verification) -> None:
         raise ValueError(f"{path} has sha256 {found[:6]}, its manifest says {entry['sha256'][:6]}; {again}")
 
 
-def _columns(folder: Path, names: Iterable[str], dtype: str, lengths: Iterable[int]) -> list[npt.NDArray[Any]]:
-    """Map files and hold them to the type and length they must have."""
+def _columns(paths: Iterable[Path], dtype: str, lengths: Iterable[int]) -> list[npt.NDArray[Any]]:
+    """Map files that begin with exactly the header they must have, so that no header of others is ever read."""
     columns = []
-    for name, length in zip(names, lengths, strict=False):
-        try:
-            column = np.load(folder / name, mmap_mode="r")
-        except ValueError as error:
-            raise ValueError(f"{folder / name} is not a .npy file ({error}); prepare the folder again") from None
-        if column.dtype != np.dtype(dtype) or column.shape != (length,):
-            raise ValueError(
-                f"{folder / name} holds {column.dtype} {column.shape}, expected {np.dtype(dtype)} ({length},); "
-                f"prepare the folder again"
-            )
+    for path, length in zip(paths, lengths, strict=False):
+        with path.open("rb") as file:
+            header = file.read(_HEADER_BYTES)
+        if header != _header(np.dtype(dtype), length):
+            raise ValueError(f"{path} is not a .npy file of {length:,} {np.dtype(dtype)}; prepare the folder again")
+        column = np.memmap(path, dtype, "r", offset=_HEADER_BYTES, shape=(length,))
         columns.append(column.view(np.ndarray))  # slices of the subclass np.memmap are ten times slower
     return columns

@@ -4,7 +4,6 @@ README.md with the hub's metadata in front. Every figure in it stands in the bun
 files or an eval.json; what was not recorded or measured is said to be so.
 """
 
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nanollm.bundle import PROVENANCE
-from nanollm.durable import sha256_of, write_file
+from nanollm.durable import read_json, sha256_of, write_file
 from nanollm.evals import figures
 from nanollm.evals.figures import Figures
 from nanollm.export.dense import Format, exported_shape
@@ -72,7 +71,7 @@ def find_evaluations(bundle: Path) -> list[Figures]:
     digest, found = sha256_of(bundle / PROVENANCE), []
     for file in sorted(Path(os.path.normpath(bundle / "..")).glob("eval/*/eval.json")):
         try:
-            evaluation = json.loads(file.read_bytes())
+            evaluation = read_json(file)
             measured = evaluation["bundle"]["digest"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{file} is not what nanollm eval writes ({error}); measure again or delete it") from error

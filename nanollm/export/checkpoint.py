@@ -5,9 +5,8 @@ read: a tensor takes no memory before it is used.
 Source: the layout of transformers' save_pretrained; safetensors' README for the files, the index and its shards.
 """
 
-import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from nanollm.bundle import CONFIG, PROVENANCE, TOKENIZER, WEIGHTS
-from nanollm.durable import sha256_of
+from nanollm import durable
+from nanollm.bundle import CONFIG, MOST_JSON_BYTES, MOST_TENSORS, PROVENANCE, TOKENIZER, WEIGHTS, check_header
 from nanollm.export import history
 from nanollm.export.names import SIZES
+from nanollm.text.tokenizer import read_model
 
 MODEL_TYPES = ("deepseek_v3", "glm4_moe_lite")
 INDEX = "model.safetensors.index.json"
@@ -65,23 +65,19 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(
         words,
         weights,
-        (folder / TOKENIZER).read_bytes(),
+        read_model(folder / TOKENIZER),
         dict(added_tokens(folder)),
         read_history(folder / PROVENANCE),
-        {name: sha256_of(folder / name) for name in (CONFIG, TOKENIZER, *shards)},
+        {name: durable.sha256_of(folder / name) for name in (CONFIG, TOKENIZER, *shards)},
         tuple(notes),
     )
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file."""
-    try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); copy it again") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(value).__name__}")
-    return value
+    """The object in a JSON file of others."""
+    if (size := path.stat().st_size) > MOST_JSON_BYTES:
+        raise ValueError(f"{path} has {size:,} bytes, expected at most {MOST_JSON_BYTES:,}; delete or repair it")
+    return durable.read_json(path)
 
 
 def read_history(path: Path) -> dict[str, Any] | None:
@@ -127,10 +123,13 @@ def shards_of(folder: Path) -> dict[str, set[str] | None]:
         places = read_json(folder / INDEX).get("weight_map")
         if not isinstance(places, dict) or not places:
             raise ValueError(f"{folder / INDEX} has no weight_map; copy it again")
-        for file in places.values():
+        refuse_too_many(places, folder / INDEX)
+        promised: dict[str, set[str]] = {}
+        for name, file in places.items():
             if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
                 raise ValueError(f"{folder / INDEX} names {file!r}, expected safetensors files of the same folder")
-        return {file: {name for name, place in places.items() if place == file} for file in sorted({*places.values()})}
+            promised.setdefault(file, set()).add(name)
+        return dict(sorted(promised.items()))
     if (folder / WEIGHTS).is_file():
         return {WEIGHTS: None}
     if pickles := sorted(file.name for pattern in PICKLES for file in folder.glob(pattern)):
@@ -145,20 +144,29 @@ def mapped(path: Path, promised: set[str] | None) -> dict[str, Tensor]:
     """The tensors of a safetensors file, mapped into memory."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing, {INDEX} names it; copy the model again")
+    check_header(path)
     try:
         with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+            names = {*file.keys()}
+            refuse_too_many(names, path)
+            if promised is not None and promised != names:
+                name = min(promised ^ names)
+                place = f"should be in {path} and is not" if name in promised else f"is in {path}, but not in {INDEX}"
+                raise ValueError(f"the tensor {name} {place}; copy the model again")
+            tensors = {name: file.get_tensor(name) for name in names}
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file ({error}); copy it again") from error
-    if promised is not None and promised != tensors.keys():
-        name = min(promised ^ tensors.keys())
-        place = f"should be in {path} and is not" if name in promised else f"is in {path}, but not in {INDEX}"
-        raise ValueError(f"the tensor {name} {place}; copy the model again")
     for name, tensor in tensors.items():
         if tensor.dtype not in FLOATS:
             kind = str(tensor.dtype).removeprefix("torch.")
             raise ValueError(f"{path}: {name} must be float32, bfloat16 or float16, got {kind}; import knows no other")
     return tensors
+
+
+def refuse_too_many(names: Collection[str], path: Path) -> None:
+    """Each tensor takes memory before anybody looks at it."""
+    if len(names) > MOST_TENSORS:
+        raise ValueError(f"{path} is no model: {len(names):,} tensors, expected at most {MOST_TENSORS:,}")
 
 
 def own_tensors(stored: Mapping[str, Tensor], words: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[str]]:

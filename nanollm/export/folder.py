@@ -1,18 +1,17 @@
 """What lies in an exported folder, whatever the engine it is for?"""
 
-import json
 import re
 from pathlib import Path
 from typing import get_args
 
 from nanollm import __version__
 from nanollm.bundle import CONFIG, PROVENANCE, WEIGHTS, Bundle, build_model
-from nanollm.durable import write_file, write_json
+from nanollm.durable import read_json, write_file, write_json
 from nanollm.export.card import CARD
 from nanollm.export.dense import Dtype, Format, exported_shape
 from nanollm.export.gguf import GgufType, tensors, type_of, write_gguf
 from nanollm.export.hf import DTYPES, generation_words, write_model
-from nanollm.export.history import public
+from nanollm.export.history import check, public
 from nanollm.export.modelfile import modelfile
 from nanollm.export.tokenizer_json import TOKENIZER_FILES, write_tokenizer
 from nanollm.model.config import ModelConfig
@@ -47,7 +46,7 @@ def weight_bytes(config: ModelConfig, form: Format, dtype: Dtype) -> float:
 def written_in(folder: Path) -> list[str]:
     """The files that an earlier export wrote into a folder; none if there was none."""
     try:
-        return [str(name) for name in json.loads((folder / PROVENANCE).read_bytes())[EXPORT]["files"]]
+        return [str(name) for name in read_json(folder / PROVENANCE)[EXPORT]["files"]]
     except (OSError, ValueError, KeyError, TypeError):  # whatever it is, it is not an export's
         return []
 
@@ -55,6 +54,7 @@ def written_in(folder: Path) -> list[str]:
 def write_export(folder: Path, bundle: Bundle, form: Format, dtype: Dtype, name: str) -> None:
     """Everything but the card, into an empty folder; ValueError for what the engine cannot run."""
     assert dtype in get_args(GgufType) if form == "gguf" else dtype in DTYPES
+    check(bundle.provenance)
     tokenizer, context = bundle.tokenizer, bundle.model.config.context_length
     if form == "gguf":
         file = model_file(form, dtype, name)

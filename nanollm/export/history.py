@@ -4,7 +4,6 @@ A provenance.json names folders of the machine that trained; of each path only t
 files were made of stands in their own manifest, which is read where it still lies at its place.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 from nanollm.bundle import PROVENANCE
 from nanollm.data.shards import MANIFEST
-from nanollm.durable import sha256_of
+from nanollm.durable import read_json, sha256_of
 
 Record = Mapping[str, Any]
 
@@ -88,7 +87,7 @@ def folders(step: Record) -> dict[str, str]:
 def find_manifests(provenance: Record) -> dict[str, Record]:
     """sha256 -> manifest of the token files that still lie where they were read, unchanged."""
     return {
-        digest: json.loads(file.read_bytes())
+        digest: read_json(file)
         for step in stages(provenance)
         for folder, digest in folders(step).items()
         if (file := Path(folder) / MANIFEST).is_file() and sha256_of(file) == digest

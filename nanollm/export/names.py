@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanollm.bundle import build_model
 from nanollm.model.config import ModelConfig
+from nanollm.model.transformer import Transformer
 
 OUTSIDE = {
     "trunk.embed.weight": "model.embed_tokens.weight",
@@ -93,7 +93,8 @@ def to_theirs(weights: Mapping[str, Tensor], config: ModelConfig) -> dict[str, T
 
 def to_ours(weights: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """And back. ValueError for tensors that are missing, left over or of another shape."""
-    shapes = {name: tensor.shape for name, tensor in build_model(config).state_dict().items()}
+    with torch.device("meta"):  # nothing of it has memory: the config may lie about its sizes
+        shapes = {name: tensor.shape for name, tensor in Transformer(config).state_dict().items()}
     left_over = set(weights)
     renamed: dict[str, Tensor] = {}
     for our, their in names(config):

@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass
 
 MAX_VOCAB_SIZE = 65_536  # token files hold uint16
+MAX_SIZE, MAX_PARAMETERS = 2**20, 10**13  # more is a slip of the pen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +62,8 @@ class ModelConfig:
         for name in SIZES:
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name} must be at least 1, got {getattr(self, name)}")
+            if getattr(self, name) > MAX_SIZE:
+                raise ValueError(f"model.{name} must be at most {MAX_SIZE:,}, got {getattr(self, name):,}")
         if self.vocab_size > MAX_VOCAB_SIZE:
             raise ValueError(
                 f"model.vocab_size must be at most {MAX_VOCAB_SIZE:,} (token files hold uint16), got {self.vocab_size}"
@@ -92,6 +95,13 @@ class ModelConfig:
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"model.{name} must be a positive number, got {value}")
+        if self.rms_norm_eps >= 1:
+            raise ValueError(f"model.rms_norm_eps must be below 1, got {self.rms_norm_eps}")
+        if self.total_parameters > MAX_PARAMETERS:
+            raise ValueError(
+                f"the sizes of the model make {self.total_parameters:,} parameters; look at model.d_model, "
+                f"model.n_blocks, model.n_heads, model.d_ff, model.d_expert and the numbers of experts"
+            )
 
     def is_moe(self, block: int) -> bool:
         """Whether block number `block`, counted from 0, is a Mixture of Experts."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nanollm.model.config import ModelConfig
-from nanollm.model.layers import SwiGLU, swiglu
+from nanollm.model.layers import SwiGLU, swiglu, widened
 
 ROWS = 64
 """Tokens of one expert are padded to a multiple of this, so that few shapes occur."""
@@ -22,9 +22,9 @@ def route(x: Tensor, centroids: Tensor, bias: Tensor, k: int, normalise: bool) -
     """Choose k experts for each token and the weight of each.
 
     x (N, D) any float; centroids (E, D); bias (E,) float32, steers the choice but never the weight.
-    Returns experts (N, K) int64, weights (N, K) float32 and the scores (N, E) float32 they come from.
+    Returns experts (N, K) int64, weights (N, K) and the scores (N, E) they come from, float32 (float64 of float64).
     """
-    scores = torch.sigmoid(x.float() @ centroids.float().T)  # (N, E)
+    scores = torch.sigmoid(widened(x) @ widened(centroids).T)  # (N, E)
     experts = (scores.detach() + bias).topk(k, dim=-1).indices  # (N, K)
     weights = scores.gather(-1, experts)  # without the bias
     if normalise:

@@ -105,7 +105,7 @@ class Learner:
         totals = torch.tensor([each.totals for each in graded])  # (P, G)
         compared = advantages(totals, self.objective.advantage)
         if self.world.is_main:
-            save_rollouts(self.folder / f"step-{step + 1:08d}.jsonl", graded, compared)
+            save_rollouts(self.record_of(step), graded, compared)
         faults = sum(self.world.gather(self.rewards.faults), Counter[str]())
         self.rewards.faults = Counter()
         self.watch(step, graded, faults)
@@ -132,6 +132,10 @@ class Learner:
             tokens=sum(len(rollout.reply_ids) for each in graded for rollout in each.group.rollouts),
             skipped=stats is not None and stats.skipped,
         )
+
+    def record_of(self, step: int) -> Path:
+        """The file with the replies of a step."""
+        return self.folder / f"step-{step + 1:08d}.jsonl"
 
     @property
     def is_fused(self) -> bool:

@@ -11,7 +11,7 @@ from statistics import fmean, pstdev
 
 from torch import Tensor
 
-from nanollm.durable import write_file
+from nanollm.durable import make_folder, write_file
 from nanollm.rl.loss import Seen
 from nanollm.rl.reward import Reward
 from nanollm.rl.rollout import Group
@@ -73,7 +73,7 @@ def trust_numbers(seen: Sequence[Seen]) -> dict[str, float]:
 
 def save_rollouts(path: Path, graded: Sequence[Graded], compared: Tensor) -> None:
     """Every reply of a step with what became of it, one JSON object per line."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     lines = []
     for each, row in zip(graded, compared.tolist(), strict=True):
         for text, rollout, reward, advantage in zip(each.texts, each.group.rollouts, each.rewards, row, strict=True):

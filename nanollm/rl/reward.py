@@ -18,6 +18,7 @@ from nanollm.sources.gsm8k import ANSWER_MARK, Problem, extract_answer, number_o
 from nanollm.sources.tasks import Task
 
 OWN = ("correct", "calculations", "format", "length")
+LONGEST_S = 86_400  # for one reply
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +48,8 @@ class RewardConfig:
                 raise ValueError(f"reward.weights: the weight of {name} must be a number, got {weight}")
         if self.soft_tokens < 1:
             raise ValueError(f"reward.soft_tokens must be at least 1, got {self.soft_tokens}")
-        if not self.timeout_s > 0:
-            raise ValueError(f"reward.timeout_s must be above 0, got {self.timeout_s}")
+        if not 0 < self.timeout_s <= LONGEST_S:
+            raise ValueError(f"reward.timeout_s must be above 0 and at most {LONGEST_S:,}, got {self.timeout_s}")
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,8 @@ from nanollm.text.chat import Conversation, encode_prompt, reply_ends
 from nanollm.text.tokenizer import Tokenizer
 
 OWN = "own"
+MOST = 2**20  # replies, tokens or tries; more is a slip of the pen
+HOTTEST = 100  # there all tokens are as good as equally likely
 ADDRESS = re.compile(r"vllm://(?:(?P<name>[\w.-]+)|\[(?P<ipv6>[\da-fA-F:.]+)\]):(?P<port>\d{1,5})", re.ASCII)
 
 
@@ -55,10 +57,15 @@ class RolloutConfig:
                 raise ValueError(f"rollout.{name} must be at least 1, got {getattr(self, name)}")
         if self.resample < 0:
             raise ValueError(f"rollout.resample must be at least 0, got {self.resample}")
+        for name in ("prompts", "group_size", "max_tokens", "resample"):
+            if getattr(self, name) > MOST:
+                raise ValueError(f"rollout.{name} must be at most {MOST:,}, got {getattr(self, name):,}")
         if not (math.isfinite(self.temperature) and self.temperature > 0):
             raise ValueError(
                 f"rollout.temperature must be above 0 (at 0 all replies to a problem are equal), got {self.temperature}"
             )
+        if self.temperature > HOTTEST:
+            raise ValueError(f"rollout.temperature must be at most {HOTTEST}, got {self.temperature}")
         if self.top_k or self.top_p != 1:
             raise ValueError(
                 f"rollout.top_k and rollout.top_p must stay 0 and 1, got {self.top_k} and {self.top_p}: training takes "

@@ -5,7 +5,7 @@ many; fields that it knows and cannot honour are refused with what to use instea
 """
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
 
@@ -205,7 +205,5 @@ class CompletionRequest(Sampled):
     @property
     def prompts(self) -> Sequence[str | list[int]]:
         """The prompts one by one: texts, or ids."""
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        ids = [token for token in self.prompt if isinstance(token, int)]
-        return [ids] if ids else [prompt for prompt in self.prompt if not isinstance(prompt, int)]
+        is_one = isinstance(self.prompt, str) or (self.prompt and isinstance(self.prompt[0], int))
+        return cast(Sequence[str | list[int]], [self.prompt] if is_one else self.prompt)

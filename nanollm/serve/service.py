@@ -103,10 +103,11 @@ class Service:
             )
         if not prompt:
             raise ApiError(400, "prompt: expected at least one id, got an empty list", param="prompt")
+        self._checked_length(prompt, "prompt")
         if max(prompt) >= self.config.vocab_size:
             message = f"prompt: ids must be below {self.config.vocab_size:,}, got {str(max(prompt))[:30]}"
             raise ApiError(400, message, param="prompt")
-        return self._checked_length(prompt, "prompt")
+        return prompt
 
     async def _encode(self, characters: int, param: str, encode: Callable[[], list[int]]) -> list[int]:
         """The ids of a text, unless it is so long that they cannot fit: nobody should wait for that to be found out."""

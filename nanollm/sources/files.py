@@ -20,11 +20,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, BinaryIO, Literal, Protocol, TypeVar, cast
 
+from nanollm.sources.pages import largest_page
+
 FORMATS = (".txt", ".jsonl", ".csv", ".parquet")
 PACKINGS = ("", ".gz", ".zst")
 DOCUMENT_BYTES = 16 * 2**20  # a .txt file above this is read as several documents
-LINE_BYTES = 64 * 2**20  # a longer line of .jsonl or .csv is a bad record
-BATCH_ROWS = 256  # of Parquet, held in memory at once
+LINE_BYTES = 16 * 2**20  # a longer line of .jsonl, row of .csv or text of .parquet is a bad record
+BATCH_ROWS, BATCH_BYTES = 256, 256 * 2**20  # of Parquet, held in memory at once
+PAGE_BYTES = 512 * 2**20  # of Parquet, which unpacks a page whole; rows beside a larger one are bad records
+REASON_CHARS = 300  # a reason may quote what stands in the file
 
 
 @dataclass(frozen=True)
@@ -114,11 +118,17 @@ def read_records(
             records += 1
             parsed = values if isinstance(values, str) else parse(values)
             if isinstance(parsed, str):
-                on_bad(BadRecord(str(path), line, parsed))
+                on_bad(BadRecord(str(path), line, _in_one_line(parsed)))
             else:
                 yield parsed
         if not records:
             on_bad(BadRecord(str(path), 0, "holds no records"))
+
+
+def _in_one_line(reason: str) -> str:
+    """Short, and without anything that a terminal or a file would take for more than characters."""
+    short = reason if len(reason) <= REASON_CHARS else f"{reason[:REASON_CHARS]} ..."
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in short)
 
 
 def problem(values: Sequence[Any], columns: Sequence[str]) -> str | None:
@@ -290,9 +300,10 @@ def _missing(columns: Sequence[str], present: Sequence[str]) -> str | None:
 def _read_csv(file: BinaryIO, columns: Sequence[str]) -> Numbered:
     """Rows under a header; a field may hold newlines, so rows are counted, not lines."""
     csv.field_size_limit(LINE_BYTES)
-    rows = csv.reader(_csv_lines(file), strict=True)
+    lines = _CsvLines(file)
+    rows = csv.reader(lines, strict=True)
     try:
-        header = next(rows, [])
+        header = next(filter(None, rows), [])
     except csv.Error as error:
         yield 0, f"malformed CSV header: {error}"
         return
@@ -301,6 +312,7 @@ def _read_csv(file: BinaryIO, columns: Sequence[str]) -> Numbered:
         return
     row = 0
     while True:
+        lines.row_bytes = 0
         try:
             fields = next(rows)
         except StopIteration:
@@ -318,11 +330,21 @@ def _read_csv(file: BinaryIO, columns: Sequence[str]) -> Numbered:
             yield row, [fields[header.index(column)] for column in columns]
 
 
-def _csv_lines(file: BinaryIO) -> Iterator[str]:
-    for number, line in _read_lines(file):
-        if line is None:
-            raise _Unreadable(f"line {number} is longer than {LINE_BYTES:,} bytes")
-        yield line.decode(errors="surrogateescape")  # so that only the row with the wrong bytes is bad
+class _CsvLines:
+    """Lines for a reader of CSV, which ends with the row that is longer than LINE_BYTES."""
+
+    def __init__(self, file: BinaryIO):
+        self.lines = _read_lines(file)
+        self.row_bytes = 0  # of the row that is being read
+
+    def __iter__(self) -> Iterator[str]:
+        for number, line in self.lines:
+            if line is None:
+                raise _Unreadable(f"line {number} is longer than {LINE_BYTES:,} bytes")
+            self.row_bytes += len(line)
+            if self.row_bytes > LINE_BYTES:
+                raise _Unreadable(f"at line {number} the row is longer than {LINE_BYTES:,} bytes (a quote left open?)")
+            yield line.decode(errors="surrogateescape")  # so that only the row with the wrong bytes is bad
 
 
 def _read_parquet(file: BinaryIO, columns: Sequence[str]) -> Numbered:
@@ -333,28 +355,72 @@ def _read_parquet(file: BinaryIO, columns: Sequence[str]) -> Numbered:
             shutil.copyfileobj(file, unpacked)
             file = unpacked
         try:
-            yield from _parquet_rows(parquet.ParquetFile(file), columns)
-        except arrow.ArrowException as error:
+            # With other buffers Arrow holds the whole column of a row group, as it is packed.
+            options = {"buffer_size": 2**20, "pre_buffer": False, "page_checksum_verification": True}
+            yield from _parquet_rows(parquet.ParquetFile(file, **options), file, columns)
+        except (arrow.ArrowException, UnicodeDecodeError) as error:  # the latter: in the name of a column
             raise _Unreadable(str(error)) from error
 
 
-def _parquet_rows(table: Any, columns: Sequence[str]) -> Numbered:
+def _parquet_rows(table: Any, file: BinaryIO, columns: Sequence[str]) -> Numbered:
+    """The rows of each row group; what cannot be read of one is one bad record, and the next group follows."""
+    arrow = need("pyarrow", "to read Parquet")
     if missing := _missing(columns, table.schema_arrow.names):
         yield 0, missing
         return
-    row = 0
-    for batch in table.iter_batches(batch_size=BATCH_ROWS, columns=list(columns)):
-        for values in zip(*(_strings(batch.column(column)) for column in columns), strict=True):
-            row += 1
-            yield row, list(values)
+    end = 0
+    for number in range(table.metadata.num_row_groups):
+        row, end = end, end + table.metadata.row_group(number).num_rows
+        try:
+            for values in _rows_of_group(table, number, file, columns):
+                row += 1
+                yield row, values
+        except (arrow.ArrowException, OSError, EOFError, _Unreadable) as error:
+            yield row + 1, f"cannot be read, like all rows to {end:,}: {' '.join(str(error).split())}"
 
 
-def _strings(array: Any) -> list[Any]:
+def _rows_of_group(table: Any, number: int, file: BinaryIO, columns: Sequence[str]) -> Iterator[list[Any] | str]:
+    """The values of each row, or why it is bad."""
+    largest = _largest_page(table.metadata.row_group(number), file, columns)  # no cell is larger
+    if largest > PAGE_BYTES:
+        raise _Unreadable(f"a text, or a page of texts, has {largest:,} bytes; write them in pages of 1 MiB")
+    batch_rows = min(BATCH_ROWS, max(1, BATCH_BYTES // max(1, largest)))
+    for batch in table.iter_batches(batch_size=batch_rows, row_groups=[number], columns=list(columns)):
+        arrays = [batch.column(column) for column in columns]
+        for place in range(len(batch)):
+            cells = [array[place] for array in arrays]
+            too_long = largest > LINE_BYTES and any(_is_long(cell) for cell in cells)
+            yield f"the text is longer than {LINE_BYTES:,} bytes" if too_long else [_value(cell) for cell in cells]
+
+
+def _largest_page(group: Any, file: BinaryIO, columns: Sequence[str]) -> int:
+    """Bytes of the largest page of these columns when it is unpacked, or of the whole group if it is small."""
+    if group.total_byte_size <= LINE_BYTES:
+        return group.total_byte_size
+    chunks = [group.column(number) for number in range(group.num_columns)]
+    ours = tuple(f"{column}." for column in columns)
+    pages = (
+        largest_page(file, chunk.dictionary_page_offset or chunk.data_page_offset, chunk.total_compressed_size)
+        for chunk in chunks
+        if f"{chunk.path_in_schema}.".startswith(ours)
+    )
+    return max(pages, default=0)
+
+
+def _is_long(cell: Any) -> bool:
+    """Whether a text is longer than LINE_BYTES, before Python has it."""
+    text = getattr(cell, "value", cell)  # of a dictionary
+    return hasattr(text, "as_buffer") and text.is_valid and text.as_buffer().size > LINE_BYTES
+
+
+def _value(cell: Any) -> Any:
+    """A cell as Python has it, or the cell itself if Python cannot, so that only its row is bad."""
     try:
-        return list(array.to_pylist())
-    except UnicodeDecodeError:
-        raw = array.cast("binary").to_pylist()  # so that only the row with the wrong bytes is bad
-        return [None if value is None else value.decode(errors="surrogateescape") for value in raw]
+        return cell.as_py()
+    except UnicodeDecodeError as error:
+        return error.object.decode(errors="surrogateescape")
+    except Exception:  # such as a date after the year 9999
+        return cell
 
 
 def need(module: str, purpose: str) -> ModuleType:

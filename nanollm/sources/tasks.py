@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any, Protocol, cast
 
 from nanollm.progress import say
+from nanollm.settings import check_seed
 from nanollm.sources import gsm8k
 from nanollm.sources.files import BadRecord
 from nanollm.sources.gsm8k import Problem
@@ -78,6 +79,7 @@ class TaskConfig:
             self.word_problems()
         except ValueError as error:
             raise ValueError(f"task.{error}") from None
+        check_seed(self.seed, "task.seed")
 
     def _refuse_unused(self) -> None:
         """An option of another task would be without effect."""

@@ -23,15 +23,17 @@ from nanollm.data.prepare import Rules, header_of, refuse_other
 from nanollm.data.shards import read_manifest
 from nanollm.evals.contamination import NGRAM_WORDS
 from nanollm.progress import say
+from nanollm.settings import check_seed
 from nanollm.sources import gsm8k
 from nanollm.sources.files import BadRecord, File, find_files, read_texts
 from nanollm.sources.remote import find_everywhere, size_of
-from nanollm.stages.preprocess import summary
+from nanollm.stages.preprocess import MAX_PARTS, summary
 from nanollm.text.tokenizer import MAX_VOCAB_SIZE, Tokenizer
 
 if TYPE_CHECKING:
     from nanollm.data.blocks import Workplace
 
+MAX_DEDUP = 10_000  # words, buckets or hashes; more is a slip of the pen
 FASTTEXT_MODEL = "https://dl.fbaipublicfiles.com/fasttext/supervised-models/lid.176.bin"
 
 
@@ -91,6 +93,8 @@ class DedupConfig:
         for name in ("words", "buckets", "hashes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"dedup.{name} must be at least 1, got {getattr(self, name)}")
+            if getattr(self, name) > MAX_DEDUP:
+                raise ValueError(f"dedup.{name} must be at most {MAX_DEDUP:,}, got {getattr(self, name):,}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +114,8 @@ class EvalsConfig:
     def __post_init__(self) -> None:
         if self.ngram < 1:
             raise ValueError(f"evals.ngram must be at least 1, got {self.ngram}")
+        if not self.column:
+            raise ValueError("evals.column must be a name, got an empty text")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,9 +165,14 @@ class Config:
         for name in ("tasks", "workers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
+            if getattr(self, name) > MAX_PARTS:
+                raise ValueError(f"--{name} must be at most {MAX_PARTS:,}, got {getattr(self, name):,}")
+        if not self.text_column:
+            raise ValueError("text_column must be a name, got an empty text")
         if self.executor == "slurm" and not self.slurm.partition:
             raise ValueError("--executor slurm needs --slurm.partition NAME")
         self.rules()  # which checks them
+        check_seed(self.seed)
 
     def rules(self) -> Rules:
         return Rules(kind="text", seed=self.seed, val_fraction=self.val_fraction, shard_tokens=self.shard_tokens)

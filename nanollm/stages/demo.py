@@ -25,6 +25,7 @@ from nanollm.stages.preprocess import WordsConfig
 from nanollm.train.loop import TrainConfig
 from nanollm.train.optim import OptimConfig
 from nanollm.train.runlog import read_metrics
+from nanollm.train.spikes import SIGMAS
 from nanollm.world import World
 
 TOKENS_PER_STEP = 4096
@@ -62,6 +63,7 @@ class Config:
         for name in ("steps", "sft_steps", "grpo_steps", "exam"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        settings.check_seed(self.seed)
 
 
 @dataclass(frozen=True)
@@ -170,7 +172,7 @@ def pretrain_config(c: Config, model: ModelConfig, tokenizer_path: Path) -> pret
             validate_every=max(1, c.steps // 7),
             save_every=max(1, c.steps // 7),
         ),
-        optim=OptimConfig(lr=1.5e-2, warmup_steps=c.steps // 20, balance_rate=0.01),
+        optim=OptimConfig(lr=1.5e-2, warmup_steps=c.steps // 20, balance_rate=0.01, spike_sigmas=SIGMAS),
         seed=c.seed,
         sample_prompts=PROMPTS,
     )
@@ -184,7 +186,7 @@ def sft_config(c: Config) -> sft.Config:
         train=sft.ChatTrainConfig(
             steps=c.sft_steps, batch_size=LESSONS_PER_STEP, micro_batch_size=10, validate_every=50, save_every=50
         ),
-        optim=OptimConfig(lr=1e-2, warmup_steps=10, weight_decay=0.0, balance_rate=0.0),
+        optim=OptimConfig(lr=1e-2, warmup_steps=10, weight_decay=0.0, balance_rate=0.0, spike_sigmas=SIGMAS),
         seed=c.seed,
         sample_prompts=["Anna has 4 apples and buys 5 more. How many apples does she have?"],
     )

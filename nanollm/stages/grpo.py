@@ -18,7 +18,7 @@ from nanollm.rl.loss import ObjectiveConfig
 from nanollm.rl.reward import RewardConfig, Rewards
 from nanollm.rl.rollout import RolloutConfig
 from nanollm.rl.vllm import VllmServer
-from nanollm.settings import read_mapping
+from nanollm.settings import check_seed, read_mapping
 from nanollm.sources.gsm8k import Problem
 from nanollm.sources.tasks import Task, TaskConfig, open_task
 from nanollm.train.loop import LoopConfig, fit
@@ -101,6 +101,12 @@ class Config:
     """Where metrics go beside metrics.jsonl: tensorboard, wandb, trackio."""
 
     def __post_init__(self) -> None:
+        check_seed(self.seed)
+        if "length" in self.reward.weights and self.reward.soft_tokens > self.rollout.max_tokens:
+            raise ValueError(
+                f"reward.soft_tokens must be at most rollout.max_tokens ({self.rollout.max_tokens}), "
+                f"got {self.reward.soft_tokens}"
+            )
         if self.validation_problems < 0:
             raise ValueError(f"validation_problems must be at least 0, got {self.validation_problems}")
         if self.optim.balance_weight:
@@ -182,6 +188,7 @@ def train(c: Config, world: World) -> Path:
             log,
             validate=lambda: validate(c, state, bundle, task, validation, world),
             sample=dict,
+            batch_of=lambda step: {"replies of": learner.record_of(step).as_posix()},
             world=world,
         )
         provenance = {

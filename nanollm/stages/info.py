@@ -31,6 +31,10 @@ class Config:
     json: bool = False
     """Print JSON instead of a table."""
 
+    def __post_init__(self) -> None:
+        if self.micro_batch_size < 1:
+            raise ValueError(f"micro_batch_size must be at least 1, got {self.micro_batch_size}")
+
 
 def run(c: Config) -> str:
     facts = describe(c)

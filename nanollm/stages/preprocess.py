@@ -11,15 +11,18 @@ from nanollm.data.merge import begin_part, finish_merge, is_merged, merge, missi
 from nanollm.data.prepare import BAD_RECORDS, Part, Rules, header_of, prepare
 from nanollm.durable import check_writable
 from nanollm.progress import say
+from nanollm.settings import check_seed
 from nanollm.sources import builtin, chats, gsm8k, instructions, openwebtext
 from nanollm.sources.builtin import BUILTIN
 from nanollm.sources.files import OnBad, find_files, read_texts
 from nanollm.sources.hub import stream_rows
 from nanollm.sources.share import share
-from nanollm.sources.word_problems import WordProblems
+from nanollm.sources.word_problems import LENGTH, WordProblems
 from nanollm.text.tokenizer import Tokenizer
 
 POSITIONAL = ("kind",)
+MAX_WORKERS = 1024  # processes; more is a slip of the pen
+MAX_PARTS = 99_999  # their folders have five digits
 
 Reader = Callable[[Sequence[Path] | None, OnBad], Iterable[Document]]
 
@@ -40,10 +43,13 @@ class WordsConfig:
     def __post_init__(self) -> None:
         if self.count < 1:
             raise ValueError(f"words.count must be at least 1, got {self.count}")
+        if self.count > LENGTH:
+            raise ValueError(f"words.count must be at most {LENGTH:,}, got {self.count:,}")
         try:
             self.problems()
         except ValueError as error:
             raise ValueError(f"words.{error}") from None
+        check_seed(self.seed, "words.seed")
 
     def problems(self) -> WordProblems:
         return WordProblems(levels=tuple(self.levels), largest=self.largest, seed=self.seed)
@@ -111,16 +117,33 @@ class Config:
         if self.kind == "words" and (self.input or self.dataset_name):
             raise ValueError("words are generated: they take --words.count and its like, no --input or --dataset_name")
         if self.kind != "words" and self.words != WordsConfig():
-            raise ValueError(f"--words.count and its like are for words; {self.kind} is read from files or the hub")
+            given = next(name for name, value in asdict(self.words).items() if value != asdict(WordsConfig())[name])
+            raise ValueError(
+                f"--words.count and its like are for words; {self.kind} is read from files or the hub; leave out "
+                f"--words.{given}"
+            )
         if self.kind in ("gsm8k", "chat") and self.dataset_name:
             raise ValueError(f"--dataset_name is for owt, sni and text; {self.kind} takes --input FILE_OR_FOLDER ...")
         if self.kind not in ("text", "chat") and self.val_input:
             raise ValueError(f"--val_input is for text and chat; {self.kind} draws val by --val_fraction")
+        for name in ("text_column", "dataset_name"):
+            if getattr(self, name) == "":
+                raise ValueError(f"{name} must be a name, got an empty text")
+        for name, most in (("num_workers", MAX_WORKERS), ("flush_every", None)):
+            value = getattr(self, name)
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+            if most is not None and value > most:
+                raise ValueError(f"{name} must be at most {most:,}, got {value:,}")
+        _ = self.rules  # which checks them
+        check_seed(self.seed)
         self._check_parts()
 
     def _check_parts(self) -> None:
         if self.parts < 1:
             raise ValueError(f"--parts must be at least 1, got {self.parts}")
+        if self.parts > MAX_PARTS:
+            raise ValueError(f"--parts must be at most {MAX_PARTS:,}, got {self.parts:,}")
         if self.part is None and self.parts > 1:
             raise ValueError(
                 f"--parts {self.parts} needs --part, from 0 to {self.parts - 1}: which of them this job is"

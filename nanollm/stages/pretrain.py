@@ -16,7 +16,7 @@ from nanollm.generate.sampling import SamplingConfig
 from nanollm.model.config import ModelConfig
 from nanollm.model.transformer import StartName, Transformer
 from nanollm.progress import say
-from nanollm.settings import read_mapping
+from nanollm.settings import check_seed, read_mapping
 from nanollm.text.tokenizer import Tokenizer
 from nanollm.train.loop import TrainConfig, fit
 from nanollm.train.loss import next_token_loss
@@ -24,6 +24,7 @@ from nanollm.train.optim import OptimConfig, lr_at
 from nanollm.train.runfolder import hold_folder, open_run, save_run_bundle
 from nanollm.train.runlog import TrackerName
 from nanollm.train.speed import SpeedConfig, speed_up
+from nanollm.train.spikes import SIGMAS
 from nanollm.train.state import TrainState
 from nanollm.train.step import StepStats, train_step
 from nanollm.world import DeviceName, DtypeName, ParallelName, World
@@ -49,7 +50,7 @@ class Config:
     """Folder of the run: config.yaml, metrics.jsonl, checkpoints/, bundle/."""
     train: TrainConfig
     """Length, portions and intervals."""
-    optim: OptimConfig = field(default_factory=OptimConfig)
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(spike_sigmas=SIGMAS))
     """Optimizer and schedule."""
     start: StartName = "gpt2"
     """How the weights begin. gpt2: small everywhere; fast: what writes to the residual stream and the head at 0, and
@@ -72,6 +73,11 @@ class Config:
     """Prompts that are continued during training, with seed 0; none: no samples."""
     trackers: list[TrackerName] = field(default_factory=list)
     """Where metrics go beside metrics.jsonl: tensorboard, wandb, trackio."""
+
+    def __post_init__(self) -> None:
+        check_seed(self.seed)
+        if self.validation_windows < 0:
+            raise ValueError(f"validation_windows must be at least 0, got {self.validation_windows}")
 
 
 def plan(c: Config) -> str:
@@ -128,6 +134,7 @@ def train(c: Config, world: World) -> Path:
             log,
             validate=lambda: validate(c, state, tokenizer, validation, world),
             sample=lambda: sample(c, state, tokenizer, world),
+            batch_of=lambda step: windows.names(step, c.train.batch_size),
             world=world,
         )
         provenance = {

@@ -16,7 +16,7 @@ from nanollm.data.shards import Shards, Verification, read_manifest
 from nanollm.generate.engine import generate
 from nanollm.generate.sampling import SamplingConfig
 from nanollm.progress import say
-from nanollm.settings import read_mapping
+from nanollm.settings import check_seed, read_mapping
 from nanollm.text.chat import Conversation, Marks, encode_prompt, reply_ends, reply_text
 from nanollm.text.tokenizer import Tokenizer
 from nanollm.train.loop import LoopConfig, fit
@@ -25,6 +25,7 @@ from nanollm.train.optim import OptimConfig, lr_at
 from nanollm.train.runfolder import hold_folder, open_run, save_run_bundle
 from nanollm.train.runlog import TrackerName
 from nanollm.train.speed import SpeedConfig, speed_up
+from nanollm.train.spikes import SIGMAS
 from nanollm.train.state import TrainState
 from nanollm.train.step import StepStats, train_step
 from nanollm.world import DeviceName, DtypeName, ParallelName, World
@@ -68,7 +69,7 @@ class Config:
     """Folder of the run: config.yaml, metrics.jsonl, checkpoints/, bundle/."""
     train: ChatTrainConfig
     """Length, portions and intervals."""
-    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=3e-4, warmup_steps=20))
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=3e-4, warmup_steps=20, spike_sigmas=SIGMAS))
     """Optimizer and schedule."""
     seed: int = 0
     """Orders the conversations."""
@@ -90,6 +91,7 @@ class Config:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "data", sources_of(self.data))
+        check_seed(self.seed)
         if self.validation_conversations < 0:
             raise ValueError(f"validation_conversations must be at least 0, got {self.validation_conversations}")
 
@@ -175,6 +177,7 @@ def train(c: Config, world: World) -> Path:
             log,
             validate=lambda: validate(c, state, validation, world),
             sample=lambda: sample(c, state, bundle.tokenizer, world),
+            batch_of=lambda step: conversations.names(step, c.train.batch_size),
             world=world,
         )
         provenance = {

@@ -10,6 +10,7 @@ from typing import Any
 
 from nanollm.durable import check_writable, sha256_of, write_json
 from nanollm.progress import Progress, say
+from nanollm.settings import check_seed
 from nanollm.sources import builtin
 from nanollm.sources.builtin import BUILTIN
 from nanollm.sources.files import BadRecord, OnBad, find_files, read_texts
@@ -57,6 +58,9 @@ class Config:
         if bool(self.dataset_name) == bool(self.corpus):
             given = "both" if self.corpus else "neither"
             raise ValueError(f"give either --dataset_name NAME or --corpus FILE_OR_FOLDER..., got {given}")
+        for name in ("split", "text_column"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} must be a name, got an empty text")
         if not self.model_name or Path(self.model_name).name != self.model_name:
             raise ValueError(
                 f"model_name must be a plain file name, got {self.model_name!r}; the folder is --output_dir"
@@ -66,6 +70,7 @@ class Config:
         if not 0 <= self.held_out <= 0.5:
             raise ValueError(f"held_out must be from 0 to 0.5, got {self.held_out}")
         check_sizes(self.vocab_size, self.model_type)
+        check_seed(self.seed)
 
     @property
     def model_path(self) -> Path:

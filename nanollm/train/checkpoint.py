@@ -18,16 +18,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.optim import Optimizer
 
-from nanollm.bundle import write_tensors
-from nanollm.durable import new_folder, put_in_place, settle, sha256_of, write_json
+from nanollm.bundle import check_header, write_tensors
+from nanollm.durable import new_folder, put_in_place, read_sealed_json, settle, sha256_of, write_sealed_json
 from nanollm.progress import say
 from nanollm.train.state import TrainState
 from nanollm.world import World
 
 WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
+FORMAT = 2  # of state.json; before, there was no format, and a digest instead of the seal
 
 
 class Checkpoints:
@@ -99,19 +101,25 @@ def save_checkpoint(folder: Path, state: TrainState, keep_last: int) -> Path:
 
 
 def _counters(state: TrainState) -> dict[str, Any]:
-    return {"step": state.step, "loss_scale": state.loss_scale, "scale_age": state.scale_age}
+    return {
+        "step": state.step,
+        "loss_scale": state.loss_scale,
+        "scale_age": state.scale_age,
+        "losses": state.losses,
+    }
 
 
 def _sign(draft: Path, counters: dict[str, Any]) -> None:
     """Write down the counters, and what all files are."""
     files = {file.name: sha256_of(file) for file in sorted(draft.iterdir())}
-    write_json(draft / STATE, {"counters": counters, "files": files, "sha256": _digest(counters, files)})
+    write_sealed_json(draft / STATE, {"format": FORMAT, "counters": counters, "files": files})
 
 
 def _delete_older(path: Path, keep_last: int) -> None:
     earlier = [old for old in checkpoints(path.parent) if old.name < path.name]
     for old in earlier[keep_last - 1 :]:
-        shutil.rmtree(old)
+        # Under the name of a draft first: whatever stops the deletion, no half checkpoint is seen.
+        shutil.rmtree(old.rename(old.with_suffix(".tmp")))
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -153,20 +161,28 @@ def find_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 
 def verify(path: Path) -> dict[str, Any]:
     """The counters of a checkpoint whose every byte is as it was written; else a ValueError that names the file."""
+    if not (path / STATE).is_file():
+        raise FileNotFoundError(f"{path / STATE} is missing")
+    record = read_sealed_json(path / STATE, FORMAT, "bring back a copy")
     try:
-        record = json.loads((path / STATE).read_bytes())
-        counters, files = record["counters"], record["files"]
-        intact = record["sha256"] == _digest(counters, files)
+        counters, files = dict(record["counters"]), dict(record["files"])
+        intact = record.get("format") == FORMAT or record["sha256"] == _digest(counters, files)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path / STATE} cannot be read ({error!r})") from error
     if not intact:
         raise ValueError(f"{path / STATE} was changed after it was written")
+    if wrong := {"step", "loss_scale", "scale_age"} - {name for name, n in counters.items() if type(n) in (int, float)}:
+        raise ValueError(f"{path / STATE} has no number {min(wrong)}")
     if strangers := {file.name for file in path.glob("*.safetensors")} - set(files):
         raise ValueError(f"{path / min(strangers)} is not of this checkpoint")
     for name, digest in files.items():
+        if Path(name).name != name:  # its bytes would be read, wherever it is
+            raise ValueError(f"{path / STATE} names {name!r}, which is no file of the checkpoint")
+        if not (path / name).is_file():
+            raise FileNotFoundError(f"{path / name} is missing")
         if sha256_of(path / name) != digest:
             raise ValueError(f"{path / name} was changed after it was written")
-    return dict(counters)
+    return counters
 
 
 def _digest(counters: dict[str, Any], files: dict[str, str]) -> str:
@@ -178,7 +194,12 @@ def _load(path: Path, counters: dict[str, Any], state: TrainState) -> None:
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.state_dict_loader import load
 
-    kept: dict[str, Any] = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+    for file in path.glob("*.safetensors"):
+        check_header(file)
+    try:
+        kept: dict[str, Any] = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+    except (SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} holds no tensors that can be read ({error!r}); choose another --out") from error
     weights = state.weights()
     shapes = {name: tuple(entry.size) for name, entry in kept.items() if ":" not in name}
     expected = {name: tuple(tensor.shape) for name, tensor in weights.items()}
@@ -199,7 +220,7 @@ def _load(path: Path, counters: dict[str, Any], state: TrainState) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is")  # every rank reads for itself
         load({**weights, **slots}, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=True)
-    state.step = counters["step"]
+    state.step, state.losses = counters["step"], counters.get("losses", [])  # older checkpoints have none
     if state.scales_loss and counters["loss_scale"] > 1:  # not so if the run began in another type
         state.loss_scale, state.scale_age = counters["loss_scale"], counters["scale_age"]
     state.publish()

@@ -10,8 +10,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from textwrap import shorten
 from types import FrameType
 from typing import Protocol, TypeVar
 
@@ -22,6 +23,7 @@ from nanollm.train.state import TrainState
 from nanollm.world import World
 
 MAX_SKIPPED_IN_A_ROW = 10
+MOST = 10**9  # of steps or sequences; more is a slip of the pen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +50,9 @@ class LoopConfig:
         for name in ("validate_every", "sample_every", "save_every"):
             if getattr(self, name) < 0:
                 raise ValueError(f"train.{name} must be at least 0, got {getattr(self, name)}")
+        for option in fields(self):  # those of the classes below, too
+            if getattr(self, option.name) > MOST:
+                raise ValueError(f"train.{option.name} must be at most {MOST:,}, got {getattr(self, option.name):,}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +89,7 @@ class Taken(Protocol):
 
     @property
     def skipped(self) -> bool:
-        """Something was not finite and the weights stayed as they were."""
+        """Something was not finite, or an outlier, and the weights stayed as they were."""
 
     @property
     def note(self) -> str:
@@ -95,6 +100,9 @@ class Taken(Protocol):
 
 
 Outcome = TypeVar("Outcome")
+
+Naming = Callable[[int], dict[str, object]]
+"""What a step sees: how its parts are called, and the numbers of all of them."""
 
 Check = Callable[[], dict[str, object]]
 """An evaluation of the model as it stands: names and values for the log."""
@@ -108,21 +116,29 @@ def fit(
     log: RunLog,
     validate: Check,
     sample: Check,
+    batch_of: Naming,
     world: World,
 ) -> None:
     """Train from `state.step` to `c.steps`; `take_step(step)` depends on the weights and the step alone.
+
+    An update that was skipped is said, and metrics.jsonl names all that its step saw, as `batch_of(step)` tells.
 
     SIGINT and SIGTERM save after the step at hand and leave with exit code 130 or 143; a second one leaves at once.
     Of several processes all do the same at the same step, whichever of them got the signal.
     """
     checkpoints = Checkpoints(folder / "checkpoints", c.keep_last, world)
     clock, watch = _Clock(), _Watch()
+
+    def save() -> None:
+        log.sync()
+        checkpoints.save(state)
+
     with _signals(world) as received, Progress("train", c.steps, "steps", done=state.step) as bar:
         if state.step == 0:
             log.write(0, **validate(), **sample())
         while state.step < c.steps:
             if number := int(world.largest(received[0] if received else 0)):
-                checkpoints.save(state)
+                save()
                 checkpoints.wait()
                 say(f"saved step {state.step} after {signal.Signals(number).name}; the same command goes on from here")
                 raise SystemExit(128 + number)
@@ -131,16 +147,16 @@ def fit(
                 stats = take_step(state.step)
             except ValueError:  # a step that cannot be taken must not cost those before it
                 if state.step and world.size == 1:  # the others may well be able to take it
-                    checkpoints.save(state)
+                    save()
                 raise
+            batch = batch_of(state.step) if stats.skipped else {}
             state.step += 1
-            watch.see(state.step, stats)
             clock.count(stats.tokens)
             bar.advance()
             bar.note(stats.note)
 
             at_end = state.step == c.steps
-            values: dict[str, object] = {}
+            values: dict[str, object] = stats.values() | {"batch": batch} if batch else {}
             if _due(state.step, c.log_every) or at_end:
                 values |= stats.values() | clock.read()
             if _due(state.step, c.validate_every) or at_end:
@@ -149,8 +165,9 @@ def fit(
                 values |= clock.paused(sample)
             if values:
                 log.write(state.step, **values)
+            watch.see(state.step, stats, batch)
             if _due(state.step, c.save_every) or at_end:
-                clock.paused(lambda: checkpoints.save(state))
+                clock.paused(save)
         checkpoints.wait()
 
 
@@ -164,15 +181,21 @@ class _Watch:
     def __init__(self) -> None:
         self._in_a_row = 0
 
-    def see(self, step: int, stats: Taken) -> None:
+    def see(self, step: int, stats: Taken, batch: dict[str, object]) -> None:
         self._in_a_row = self._in_a_row + 1 if stats.skipped else 0
-        if stats.skipped:
-            say(f"step {step}: loss {stats.loss}, gradient norm {stats.grad_norm}: the update was skipped")
+        if not stats.skipped:
+            return
+        saw = shorten(", ".join(f"{name} {value}" for name, value in batch.items()), 300)
+        say(
+            f"step {step}: loss {stats.loss}, gradient norm {stats.grad_norm}: the update was skipped; "
+            f"the step saw {saw}"
+        )
         if self._in_a_row == MAX_SKIPPED_IN_A_ROW:
             raise ValueError(
-                f"steps {step - self._in_a_row + 1} to {step} were not finite and the run stopped; its checkpoints are "
-                f"finite but may hold weights that had already run away: begin anew in another --out with a lower "
-                f"optim.lr"
+                f"the updates of steps {step - self._in_a_row + 1} to {step} were all skipped, for numbers that were "
+                f"not finite or far above those before, and the run stopped; metrics.jsonl names what each saw, the "
+                f"last {saw}. The checkpoints are finite but may hold weights that had already run away: begin anew in "
+                f"another --out with a lower optim.lr, or look at that text"
             )
 
 

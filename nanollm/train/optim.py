@@ -48,13 +48,16 @@ class OptimConfig:
     """Muon's momentum."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this global norm (0: never)."""
+    spike_sigmas: float = 0.0
+    """An update is skipped if its loss is so many standard deviations above the mean of the last 128 (0: never)."""
     balance_rate: float = 1e-3
     """Step of the router's balancing bias after each optimizer step (0: off)."""
     balance_weight: float = 0.0
     """Weight of the sequence-wise balance loss (0: off)."""
 
     def __post_init__(self) -> None:
-        for name in ("lr", "weight_decay", "max_grad_norm", "balance_rate", "balance_weight", "warmup_steps"):
+        rates = ("lr", "weight_decay", "balance_rate", "balance_weight")
+        for name in (*rates, "max_grad_norm", "spike_sigmas", "warmup_steps"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"optim.{name} must be at least 0, got {value}")

@@ -11,7 +11,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
-from nanollm.durable import write_file
+from nanollm.durable import sync, write_file
 
 TrackerName = Literal["tensorboard", "wandb", "trackio"]
 Tracker = Callable[[int, Mapping[str, float]], None]
@@ -42,6 +42,11 @@ class RunLog:
         numbers = {name: float(value) for name, value in values.items() if isinstance(value, int | float)}
         for tracker in self.trackers:
             tracker(step, numbers)
+
+    def sync(self) -> None:
+        """Wait until all lines are on the disk, as they must be before a checkpoint that comes after them."""
+        if self.path is not None and self.path.exists():
+            sync(self.path)
 
 
 def _lines_up_to(content: bytes, step: int) -> bytes:

@@ -49,6 +49,8 @@ class TrainState:
     """Factor on the loss before the backward pass; float16 only."""
     scale_age: int = 0
     """Steps since the loss scale last changed."""
+    losses: list[float] = field(default_factory=list)
+    """Of the last steps, outliers cut; see spikes.py."""
     unit_rows: frozenset[str] = frozenset()
     """Matrices of which the model sees every row divided by its root mean square."""
     dtype: torch.dtype = torch.float32

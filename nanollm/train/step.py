@@ -1,7 +1,8 @@
 """What happens in one optimizer step?
 
 Micro-batches, one denominator, backward, clipping, the update, the routers' balance. A loss or gradient that is not
-finite never reaches the weights.
+finite never reaches the weights, nor does that of a loss far above those before. All ranks decide alike, by numbers
+that are sums over all of them.
 """
 
 import math
@@ -15,6 +16,7 @@ from torch import Tensor
 from nanollm.model.transformer import Transformer
 from nanollm.train.optim import OptimConfig
 from nanollm.train.speed import fastest_attention
+from nanollm.train.spikes import highest_usual, remember
 from nanollm.train.state import TrainState
 from nanollm.world import World
 
@@ -53,7 +55,7 @@ class StepStats:
     expert_load: list[list[float]]
     """Per Mixture of Experts: each expert's share of the tokens; the shares sum to 1."""
     skipped: bool
-    """The loss or a gradient was not finite and the weights stayed as they were."""
+    """The loss or a gradient was not finite, or the loss an outlier, and the weights stayed as they were."""
 
     @property
     def tokens(self) -> int:
@@ -105,7 +107,11 @@ def train_step(
     (reported_sum, grad_norm), *tokens_of_experts = (part.tolist() for part in numbers.split([2, *map(len, loads)]))
     reported = reported_sum / count
     finite = math.isfinite(reported) and math.isfinite(grad_norm)
+    highest = highest_usual(state.losses, c.spike_sigmas)
+    moves = finite and reported <= highest
     if finite:
+        state.losses = remember(state.losses, reported, highest)
+    if moves:
         if c.max_grad_norm and grad_norm > c.max_grad_norm:
             torch._foreach_mul_(grads, c.max_grad_norm / grad_norm)
         for optimizer in state.optimizers:
@@ -116,7 +122,7 @@ def train_step(
     state.drop_gradients()
     _adjust_loss_scale(state, finite)
     for layer in state.model.moe_layers():
-        layer.balance(c.balance_rate if finite else 0.0)
+        layer.balance(c.balance_rate if moves else 0.0)
         layer.balance_losses = None  # a block that is computed again leaves its own
     return StepStats(
         loss=reported,
@@ -124,7 +130,7 @@ def train_step(
         lr=lr,
         count=count,
         expert_load=[_shares(tokens) for tokens in tokens_of_experts],
-        skipped=not finite,
+        skipped=not moves,
     )
 
 

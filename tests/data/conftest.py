@@ -1,4 +1,3 @@
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -6,6 +5,7 @@ from typing import Any
 import pytest
 
 from nanollm.data.prepare import Part, Rules, prepare
+from nanollm.data.shards import read_manifest
 from nanollm.text.chat import Conversation
 from nanollm.text.tokenizer import Tokenizer
 
@@ -46,5 +46,4 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def manifest_of(folder: Path) -> dict[str, Any]:
-    manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_bytes())
-    return manifest
+    return read_manifest(folder)[0]

@@ -1,0 +1,267 @@
+"""What somebody might send to the server who wishes it, or its other clients, no good.
+
+Attacks are bytes: what is sent at once, and perhaps what is sent after it again and again until the server has enough.
+"""
+
+import json
+import re
+import select
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from tests.faults.served import MODEL_NAME, Address
+
+KEY = "a-key-of-some-length"
+MIB = 1 << 20
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+PATIENCE_S = 5.0
+"""How long an attacker waits for an answer, and how long something without end goes on at most."""
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT", "BREW")
+
+
+@dataclass(frozen=True)
+class Attack:
+    name: str
+    expected: int
+    """The status of the answer."""
+    wire: bytes
+    endless: bytes = b""
+
+
+def head(method, path, *lines, key=KEY):
+    """A request up to its body."""
+    authorization = [f"Authorization: Bearer {key}"] if key is not None else []
+    text = "\r\n".join([f"{method} {path} HTTP/1.1", "Host: localhost", *authorization, *lines, "", ""])
+    return text.encode("latin-1")
+
+
+def post(body, path=CHAT, *lines, key=KEY):
+    return head("POST", path, "Content-Type: application/json", f"Content-Length: {len(body)}", *lines, key=key) + body
+
+
+def chunked(*chunks, path=CHAT, key=KEY):
+    begin = head("POST", path, "Content-Type: application/json", "Transfer-Encoding: chunked", key=key)
+    return begin + b"".join(map(chunk, chunks))
+
+
+def chunk(content, extension=b""):
+    return b"%x%s\r\n%s\r\n" % (len(content), extension, content)
+
+
+def filled(begin, item, end, size=MIB):
+    """begin, as many items as fit, end."""
+    return begin + item * ((size - len(begin) - len(end)) // len(item)) + end
+
+
+def asked(**settings):
+    body = {"model": MODEL_NAME, "messages": [{"role": "user", "content": "Once?"}], "max_tokens": 4} | settings
+    return post(json.dumps(body).encode())
+
+
+def bodies() -> Iterator[Attack]:
+    """Bodies that are too long, or never end, or come in crumbs."""
+    yield Attack("one byte too many, declared", 413, post(b" " * (MIB + 1)))
+    yield Attack("one byte too many, in chunks", 413, chunked(*[b" " * (MIB >> 4)] * 16, b" ", b""))
+    yield Attack("a petabyte, declared", 413, head("POST", CHAT, f"Content-Length: {10**15}", "Expect: 100-continue"))
+    yield Attack("no end of chunks", 413, chunked(), chunk(b" " * 65_536))
+    yield Attack("no end of chunks of one byte", 400, chunked(), chunk(b" ") * 4096)
+    yield Attack("no end of chunks of 16 bytes", 400, chunked(), chunk(b" " * 16) * 1024)
+    yield Attack("no end of chunks with long extensions", 400, chunked(), chunk(b" ", b";a=" + b"a" * 10_000) * 8)
+    yield Attack("an extension of megabytes", 431, chunked() + b"1;a=", b"a" * 65_536)
+    yield Attack("no end of trailers", 431, chunked() + b"0\r\n", b"a: b\r\n" * 4096)
+    yield Attack("no end of chunks without a key", 401, chunked(key=None), chunk(b" " * 65_536))
+    yield Attack("no end of chunks of one byte without a key", 400, chunked(key=None), chunk(b" ") * 4096)
+    for size in (b"-1", b"1_0", b"0x1", b"g", b"f" * 21, b""):
+        yield Attack(f"a chunk of size {size.decode()!r}", 400, chunked() + size + b"\r\n \r\n")
+    for length in ("-1", "+1", "1e3", "1 1", "1, 2", "", "9" * 30):
+        yield Attack(f"a length of {length!r}", 400, head("POST", CHAT, f"Content-Length: {length}"))
+
+
+def nestings() -> Iterator[Attack]:
+    """JSON that is deep, wide, or no JSON."""
+    chat = b'{"model":"%s","messages":[' % MODEL_NAME.encode()
+    text = b'{"model":"%s","prompt":[' % MODEL_NAME.encode()
+    deep, deeper = b"[" * 10_000 + b"]" * 10_000, b'{"a":' * 10_000 + b"1" + b"}" * 10_000
+    for fields in (
+        "model",
+        "messages",
+        "n",
+        "stop",
+        "temperature",
+        "logit_bias",
+        "response_format",
+        "tools",
+        "unknown",
+    ):
+        for name, nest in (("lists", deep), ("objects", deeper)):
+            yield Attack(f"{fields}: 10,000 {name} deep", 400, post(b'{"%s":%s}' % (fields.encode(), nest)))
+    yield Attack(
+        "messages.0.content: 10,000 lists deep", 400, post(chat + b'{"role":"user","content":' + deep + b"}]}")
+    )
+    for name, item in {
+        "numbers": b"1,",
+        "objects": b"{},",
+        "lists": b"[],",
+        "lists 190 deep": b"[" * 190 + b"]" * 190,
+    }.items():
+        item = item.removesuffix(b",") + b","
+        yield Attack(f"a megabyte of {name} for messages", 400, post(filled(chat, item, b"1]}")))
+        yield Attack(f"a megabyte of {name} for prompts", 400, post(filled(text, item, b"1]}"), TEXT))
+        unknown = b'{"model":"x","messages":[],"unknown":['
+        yield Attack(f"a megabyte of {name} for nothing", 400, post(filled(unknown, item, b"1]}")))
+    good, parts = b'{"role":"user","content":"a"},', b'{"type":"text","text":"a"},'
+    yield Attack("a megabyte of messages", 400, post(filled(chat, good, good[:-1] + b"]}")))
+    yield Attack("4,000 messages of another's turn", 400, post(chat + good * 3_990 + good[:-1] + b"]}"))
+    parted = chat + b'{"role":"user","content":['
+    yield Attack("a megabyte of parts", 400, post(filled(parted, parts, parts[:-1] + b"]}]}")))
+    yield Attack("a megabyte of empty texts", 400, post(filled(text, b'"",', b'""]}'), TEXT))
+    yield Attack("a megabyte of ids", 400, post(filled(text, b"1,", b"1]}"), TEXT))
+    yield Attack("65,000 ids", 400, post(text + b"1," * 65_000 + b"1]}", TEXT))
+    yield Attack("a text of a megabyte", 400, post(filled(chat + b'{"role":"user","content":"', b"a word, ", b'"}]}')))
+    keys = b",".join(b'"%x":1' % key for key in range(100_000))
+    yield Attack("100,000 keys", 400, post(b'{"model":"x",' + keys + b"}"))
+    yield Attack("a key 170,000 times", 400, post(filled(b"{", b'"a":1,', b'"model":"x"}')))
+    yield Attack("numbers of 1,000 digits", 400, post(filled(text, b"9" * 1000 + b",", b"1]}"), TEXT))
+    yield Attack("a number of a million digits", 400, post(filled(b'{"model":"x","n":', b"1", b"}")))
+    for value in (b"NaN", b"Infinity", b"-Infinity", b"1e999", b"-1e999", b"01", b"0x1", b"1.", b".5", b"+1"):
+        body = b'{"temperature":%s,%s' % (value, chat[1:] + good[:-1] + b"]}")
+        yield Attack(f"a temperature of {value.decode()}", 400, post(body))
+    for name, character in {
+        "a lone surrogate": b"\\ud800",
+        "two surrogates in the wrong order": b"\\udc00\\ud800",
+        "a byte that is no UTF-8": b"\xff",
+        "a surrogate in UTF-8": b"\xed\xa0\x80",
+        "an overlong slash": b"\xc0\xaf",
+        "a raw line end": b"\n",
+    }.items():
+        yield Attack(name, 400, post(chat + b'{"role":"user","content":"' + character + b'"}]}'))
+
+
+def greed() -> Iterator[Attack]:
+    """Numbers and lists beyond what one request may ask for."""
+    for number in (9, 2**31, 2**63, 2**64, 10**300):
+        yield Attack(f"n of {number:.0e}", 400, asked(n=number))
+    for name in ("n", "max_tokens", "max_completion_tokens", "top_k", "seed", "top_logprobs"):
+        for number in (-1 if name != "seed" else -(2**64), 10**30, 1.5, "1", [1], {"a": 1}):
+            yield Attack(f"{name}: {number!r}", 400, asked(**{name: number, "logprobs": True}))
+    for stop in ([""], ["a"] * 5, ["a"] * 100_000, "a" * 1001, ["a" * 1001], [1], {"a": "b"}, ""):
+        yield Attack(f"stop: {str(stop)[:20]}", 400, asked(stop=stop))
+    for bias in (
+        {"600": 1},
+        {"-1": 1},
+        {"1": 101},
+        {"1": "a"},
+        {"a": 1},
+        dict.fromkeys(map(str, range(301)), 1),
+        [1],
+        {"٣": 1},
+    ):
+        yield Attack(f"logit_bias: {str(bias)[:20]}", 400, asked(logit_bias=bias))
+    for temperature in (-1, 2.1, 1e308, True, "0"):
+        yield Attack(f"temperature: {temperature}", 400, asked(temperature=temperature))
+    yield Attack("a reply to 1,001 messages", 400, asked(messages=[{"role": "user", "content": "a"}] * 1001))
+    yield Attack("a prompt beyond the context", 400, asked(messages=[{"role": "user", "content": "a b c d " * 400}]))
+
+
+def wire_tricks() -> Iterator[Attack]:
+    """Requests that two readers might read in two ways, and what is no HTTP."""
+    body = b'{"model":"x"}'
+    length, both = f"Content-Length: {len(body)}", "Transfer-Encoding: chunked"
+    hidden = b"0\r\n\r\n" + head("GET", "/metrics")
+    yield Attack(
+        "two ends: a length, then chunks", 400, head("POST", CHAT, f"Content-Length: {len(hidden)}", both) + hidden
+    )
+    yield Attack(
+        "two ends: chunks, then a length", 400, head("POST", CHAT, both, f"Content-Length: {len(hidden)}") + hidden
+    )
+    yield Attack("two lengths", 400, head("POST", CHAT, length, "Content-Length: 3") + body)
+    for coding in ("chunked, identity", "gzip, chunked", "x", "chunked\r\nTransfer-Encoding: chunked", "\vchunked"):
+        yield Attack(f"a coding of {coding!r}", 400, head("POST", CHAT, f"Transfer-Encoding: {coding}") + hidden)
+    yield Attack("a space before the colon", 400, head("POST", CHAT, "Transfer-Encoding : chunked") + hidden)
+    yield Attack(
+        "a folded coding", 400, head("POST", CHAT, "X: a\r\n b", "Transfer-Encoding:\r\n\tchunked, x") + hidden
+    )
+    yield Attack("HTTP/0.9", 400, b"GET /\r\n\r\n")
+    yield Attack("HTTP/0.9, and no end", 400, b"GET /\r\nHost: localhost\r\n\r\n")
+    yield Attack("HTTP/9.9", 400, head("GET", "/health").replace(b"HTTP/1.1", b"HTTP/nine"))
+    yield Attack("HTTP/2", 401, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
+    yield Attack("TLS", 400, b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n")
+    yield Attack("another site's address", 404, head("GET", "http://evil.example/health"))
+    yield Attack("an address of this site", 404, head("GET", "http://localhost/v1/models"))
+    yield Attack("no host", 400, b"GET /health HTTP/1.1\r\n\r\n")
+    yield Attack("two hosts", 400, head("GET", "/health", "Host: evil.example"))
+    for character in ("\r", "\0", "\r\nX"):
+        yield Attack(f"{character!r} in a header", 400, head("GET", "/health", f"X: a{character}b"))
+    for path in ("/a b", "/a\tb", "/\r\nX: y", "/\xe9", "/\0"):
+        yield Attack(f"a path of {path!r}", 400, head("GET", path))
+    for path in (
+        "/%0d%0aX:%20y",
+        "/page/%0d%0aSet-Cookie:a=b",
+        "/v1/models/%0aX",
+        "/%00",
+        "/%ff",
+        "/page/..%2f..%2fguard.py",
+    ):
+        yield Attack(f"a path of {path!r}", 404, head("GET", path))
+    for name in ("x\r\nSet-Cookie: a=b", "../../etc/passwd", "\0", "{{7*7}}", "x" * 100_000, "\u202e"):
+        yield Attack(f"a model called {name[:20]!r}", 404, asked(model=name))
+    yield Attack("an origin with a line end", 400, head("OPTIONS", CHAT, "Origin: http://a\r\nX: y\r\r"))
+    yield Attack("a header of 64 KiB", 431, head("GET", "/health", "X: " + "a" * 65_536))
+    yield Attack("a header without end", 431, head("GET", "/health")[:-2] + b"X: ", b"a" * 65_536)
+    yield Attack("1,000 headers", 431, head("GET", "/health", *["A: b"] * 1000))
+    yield Attack("headers without end", 431, head("GET", "/health")[:-2], b"A: b\r\n" * 10_000)
+    yield Attack("a path of 64 KiB", 431, head("GET", "/" + "a" * 65_536))
+    yield Attack("line ends without end", 400, b"", b"\r\n" * 10_000)
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=a", "a" * 1000, ""):
+        yield Attack(f"a body of type {kind[:20]!r}", 415, head("POST", CHAT, f"Content-Type: {kind}", length) + body)
+
+
+def lock_picks() -> Iterator[Attack]:
+    """Keys that are none."""
+    for key in (None, "", "x", KEY[:-1], KEY + "x", KEY.upper(), "\xe9", "x" * 10_000):
+        for path in ("/", "/v1/models", CHAT, "/metrics", "/nothing"):
+            yield Attack(f"{path} with the key {str(key)[:20]}", 401, head("GET", path, key=key))
+
+
+CLASSES = {"keys": lock_picks, "bodies": bodies, "nestings": nestings, "greed": greed, "wire tricks": wire_tricks}
+
+
+class Answer(NamedTuple):
+    status: int
+    """0: the connection ended without an answer."""
+    head: bytes
+    body: bytes
+
+
+def strike(address: Address, attack: Attack, *, has_body: bool = True) -> Answer:
+    """Attack once; `has_body`: whether the answer will have one, as it does not to HEAD."""
+    with socket.create_connection(address, timeout=PATIENCE_S) as connection:
+        try:
+            connection.sendall(attack.wire)
+            end = time.monotonic() + PATIENCE_S
+            while attack.endless and time.monotonic() < end and not select.select([connection], [], [], 0)[0]:
+                connection.sendall(attack.endless)
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # the server has hung up; what it said before is still here
+        return read_answer(connection, is_last=not has_body)
+
+
+def read_answer(connection: socket.socket, *, is_last: bool = False) -> Answer:
+    """One answer: until its end, as far as it says where that is; or, if it is the last, until the connection's end."""
+    seen, end = b"", time.monotonic() + (connection.gettimeout() or 0)
+    while time.monotonic() < end:
+        begin, blank, body = seen.partition(b"\r\n\r\n")
+        length = re.search(rb"(?i)content-length: (\d+)", begin)
+        if blank and length and len(body) >= int(length[1]) and not is_last:
+            break
+        try:
+            if not (piece := connection.recv(65_536)):
+                break
+        except ConnectionResetError:
+            break
+        seen += piece
+    begin, _, body = seen.partition(b"\r\n\r\n")
+    return Answer(int(begin.split(b" ", 2)[1]) if begin else 0, begin, body)

@@ -1,0 +1,259 @@
+"""A file that was cut short, lost, or changed in a single byte is named and never loaded."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from hashlib import sha256
+from random import Random
+
+import pytest
+import torch
+
+from nanollm import cli
+from nanollm.bundle import load_bundle, read_config
+from nanollm.data.batches import Batch
+from nanollm.data.prepare import Part, Rules, prepare
+from nanollm.data.shards import Shards, read_manifest, write_manifest
+from nanollm.durable import sha256_of, write_json
+from nanollm.model.transformer import Transformer
+from nanollm.train.checkpoint import find_newest, load_newest, save_checkpoint, verify
+from nanollm.train.loss import next_token_loss
+from nanollm.train.optim import OptimConfig
+from nanollm.train.state import TrainState
+from nanollm.train.step import train_step
+from nanollm.world import World
+from tests.data.conftest import content
+from tests.model.conftest import TINY
+
+CUTS, FLIPS = 10, 100  # of each file
+SMALL_BYTES = 10_000  # the full form changes every byte of a smaller file
+
+CHECKPOINT = ("state.json", "weights.safetensors", "optimizer.safetensors")
+BUNDLE = ("config.json", "model.safetensors", "tokenizer.model", "provenance.json")
+SHARD = ("manifest.json", "train-00000.npy", "train-00000.offsets.npy")
+
+thoroughly = pytest.mark.parametrize("every_byte", [False, pytest.param(True, marks=pytest.mark.slow)])
+
+
+def damages(whole: bytes, every_byte: bool) -> Iterator[bytes | None]:
+    """What may be left of a file: less of it, the same with another byte, or (None) nothing."""
+    rng = Random(0)
+    yield from (whole[: len(whole) * part // CUTS] for part in range(CUTS))
+    spots = rng.sample(range(len(whole)), FLIPS)
+    if every_byte:
+        spots = [*range(len(whole))] if len(whole) < SMALL_BYTES else spots
+    for spot in spots:
+        yield whole[:spot] + bytes([whole[spot] ^ rng.randrange(1, 256)]) + whole[spot + 1 :]
+    yield None
+
+
+def damage(file, every_byte):
+    """Damage a file in each way, let the caller look at it, and mend it."""
+    whole = file.read_bytes()
+    for left in damages(whole, every_byte):
+        file.unlink(missing_ok=True)
+        if left is not None:
+            file.write_bytes(left)
+        yield
+    file.write_bytes(whole)
+
+
+def assert_all_is_found(folder, files, load, every_byte, record_property):
+    """`load` names each file of a folder when that is damaged, and loads the folder when it is mended."""
+    tried = 0
+    for name in files:
+        for _ in damage(folder / name, every_byte):
+            with pytest.raises((ValueError, OSError), match=name):
+                load()
+            tried += 1
+    load()
+    record_property("figure", f"{tried:,} of {tried:,} found by name, 0 loaded in silence")
+
+
+# --- a checkpoint ---
+
+
+@pytest.fixture
+def start():
+    """A fresh state, the same each time."""
+    return lambda: TrainState.start(Transformer(TINY).init(0), OptimConfig(), World())
+
+
+@pytest.fixture
+def run(start, tmp_path):
+    """The checkpoints of a run: of step 1 and of step 2."""
+    state = start()
+    for state.step in (1, 2):
+        tokens = torch.arange(33).reshape(3, 11) + state.step
+        batch = Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
+        train_step(state, [batch], next_token_loss, 1e-2, OptimConfig(), World())
+        save_checkpoint(tmp_path / "checkpoints", state, keep_last=2)
+    return tmp_path / "checkpoints"
+
+
+@thoroughly
+def test_every_damage_to_a_checkpoint_is_found(run, every_byte, record_property):
+    newest = run / "step-00000002"
+    assert {file.name for file in newest.iterdir()} == {*CHECKPOINT}
+    assert_all_is_found(newest, CHECKPOINT, lambda: verify(newest), every_byte, record_property)
+
+
+@thoroughly
+def test_training_takes_the_newest_sound_checkpoint_and_says_what_it_passed_over(
+    run, start, every_byte, capsys, record_property
+):
+    newest, tried = run / "step-00000002", 0
+    for name in CHECKPOINT:
+        for _ in damage(newest / name, every_byte):
+            path, counters = find_newest(run)
+            assert (path.name, counters["step"]) == ("step-00000001", 1)
+            assert f"passing over a damaged checkpoint: {newest / name}" in capsys.readouterr().err
+            newest.with_suffix(".damaged").rename(newest)
+            tried += 1
+        (newest / name).rename(newest / "away")
+        resumed = start()
+        assert load_newest(run, resumed, World())
+        assert resumed.step == 1
+        newest.with_suffix(".damaged").rename(newest)
+        (newest / "away").rename(newest / name)
+    assert find_newest(run)[0] == newest
+    record_property("figure", f"{tried:,} of {tried:,} damaged ones passed over, the one before taken")
+
+
+# --- a bundle ---
+
+
+@pytest.fixture
+def bundle(materials, tmp_path):
+    return shutil.copytree(materials["bundle"], tmp_path / "bundle")
+
+
+@thoroughly
+def test_every_damage_to_a_bundle_is_found(bundle, every_byte, record_property):
+    assert {file.name for file in bundle.iterdir()} == {*BUNDLE}
+    assert_all_is_found(bundle, BUNDLE, lambda: load_bundle(bundle), every_byte, record_property)
+
+
+@pytest.mark.parametrize("file", BUNDLE)
+def test_the_command_line_says_which_file_of_a_bundle_is_damaged(bundle, file, capsys):
+    whole = (bundle / file).read_bytes()
+    (bundle / file).write_bytes(whole.replace(whole[len(whole) // 2 :][:1], b"#", 1))
+    assert cli.main(["generate", str(bundle), "--prompt", "Once"]) == 2
+    said = capsys.readouterr()
+    assert (said.out, said.err.count("\n")) == ("", 1)
+    assert file in said.err
+
+
+# --- token files ---
+
+
+@thoroughly
+@pytest.mark.parametrize("kind", ["text", "chat"])
+def test_every_damage_to_token_files_is_found(materials, tmp_path, kind, every_byte, record_property):
+    """bad_records.jsonl is not one of them: it is a list for people, which nothing reads."""
+    folder = shutil.copytree(materials[kind], tmp_path / kind)
+    train = [*SHARD, *(["train-00000.flags.npy"] if kind == "chat" else [])]
+    files = [*train, *(name.replace("train", "val") for name in train[1:])]
+    assert {file.name for file in folder.iterdir()} - {".lock", "bad_records.jsonl"} == {*files}
+
+    def load():
+        for split in ("train", "val"):
+            Shards.open(folder, split, tokenizer_fingerprint=None)
+
+    assert_all_is_found(folder, files, load, every_byte, record_property)
+
+
+def test_ids_that_the_tokenizer_lacks_are_refused_although_every_byte_is_as_it_was_written(materials, tmp_path):
+    folder = shutil.copytree(materials["text"], tmp_path / "tokens")
+    manifest = read_manifest(folder)[0]
+    manifest["tokenizer"]["vocab_size"] = 300
+    write_manifest(folder, manifest)
+    with pytest.raises(ValueError, match=r"train-00000.npy holds the id \d{3}, its tokenizer has 300 pieces"):
+        Shards.open(folder, tokenizer_fingerprint=None)
+
+
+@thoroughly
+def test_a_preparation_that_was_stopped_never_goes_on_from_a_damaged_note(tmp_path, tokenizer, every_byte):
+    texts = [f"{n} waves of the sea" for n in range(40)]
+
+    def breaks_off():
+        yield from texts[:20]
+        raise KeyboardInterrupt
+
+    def go_on(folder, read=lambda: texts):
+        rules = Rules(kind="text", shard_tokens=100)
+        return prepare([Part(lambda on_bad: read())], tokenizer, folder, rules, source={}, flush_every=50)
+
+    stopped = tmp_path / "stopped"
+    with pytest.raises(KeyboardInterrupt):
+        go_on(stopped, breaks_off)
+    before = content(stopped)
+    for _ in damage(stopped / "progress.json", every_byte):
+        with pytest.raises(ValueError, match=r"progress.json|is not part of a preparation"):
+            go_on(stopped)
+    assert content(stopped) == before
+    go_on(stopped)
+    go_on(tmp_path / "whole")
+    assert content(stopped) == content(tmp_path / "whole")
+
+
+# --- what older versions wrote ---
+
+
+def as_before(file, **changed):
+    """Write a JSON file as versions did that knew no seal."""
+    record = {name: value for name, value in json.loads(file.read_bytes()).items() if name not in ("seal", "format")}
+    write_json(file, record | changed)
+
+
+def old_checkpoint(run):
+    state = run / "step-00000002" / "state.json"
+    record = json.loads(state.read_bytes())
+    guarded = json.dumps([record["counters"], record["files"]], sort_keys=True)
+    as_before(state, sha256=sha256(guarded.encode()).hexdigest())
+    return state
+
+
+def test_a_checkpoint_of_an_older_version_is_read_and_guarded_as_it_was(run, start):
+    state, resumed = old_checkpoint(run), start()
+    assert load_newest(run, resumed, World())
+    assert resumed.step == 2
+    state.write_text(state.read_text().replace('"step": 2', '"step": 3'))
+    with pytest.raises(ValueError, match=r"state.json was changed after it was written"):
+        verify(state.parent)
+
+
+def test_a_bundle_of_an_older_version_is_read_and_guarded_as_it_was(bundle):
+    as_before(bundle / "config.json", format=1)
+    as_before(bundle / "provenance.json", files={name: sha256_of(bundle / name) for name in BUNDLE[:3]})
+    assert load_bundle(bundle).provenance["made_by"] == "a test"
+    (bundle / "config.json").write_bytes((bundle / "config.json").read_bytes().replace(b"  ", b" "))
+    with pytest.raises(ValueError, match=r"config.json was changed after it was written"):
+        load_bundle(bundle)
+
+
+def test_token_files_of_an_older_version_are_read_and_not_prepared_again(materials, tmp_path, tokenizer):
+    folder = shutil.copytree(materials["text"], tmp_path / "tokens")
+    as_before(folder / "manifest.json", format="nanollm-shards-1")
+    assert Shards.open(folder, tokenizer_fingerprint=tokenizer.fingerprint).documents > 200
+    words = ["text", "--tokenizer_path", materials["tokenizer"], "--save_dir", folder, "--input", materials["texts"]]
+    assert cli.main([*map(str, ["preprocess", *words, "--val_fraction", 0.1])]) == 0  # nothing to do
+    assert read_manifest(folder)[0]["format"] == "nanollm-shards-1"
+
+
+@pytest.mark.parametrize("lost", ["seal", "format"])
+def test_a_file_that_lost_its_seal_or_its_format_is_not_taken_for_an_older_one(run, bundle, materials, tmp_path, lost):
+    tokens = shutil.copytree(materials["text"], tmp_path / "tokens")
+    newest = run / "step-00000002"
+    for file, load in (
+        (newest / "state.json", lambda: verify(newest)),
+        (bundle / "config.json", lambda: read_config(bundle)),
+        (bundle / "provenance.json", lambda: load_bundle(bundle)),
+        (tokens / "manifest.json", lambda: read_manifest(tokens)),
+    ):
+        record = json.loads(file.read_bytes())
+        write_json(file, {name: value for name, value in record.items() if name != lost})
+        with pytest.raises(ValueError, match=rf"{file.name} was changed after it was written"):
+            load()
+        write_json(file, record)
+        load()

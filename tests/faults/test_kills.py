@@ -1,0 +1,171 @@
+"""Killed at any moment, inside saves as well, the same command goes on and ends with the same bits."""
+
+import random
+import re
+import signal
+import time
+
+import pytest
+
+from nanollm.train.checkpoint import checkpoints, verify
+from nanollm.train.runlog import read_metrics
+from tests.faults.conftest import SAVE_EVERY
+from tests.faults.processes import Fault
+
+VERBS = ("preprocess", "pretrain", "sft", "grpo")
+TRAINING = VERBS[1:]
+WITHIN_S = 10.0
+
+
+class Shot:
+    """A job that is killed and started again, and what it had done each time."""
+
+    def __init__(self, job, children, tmp_path):
+        self.job, self.children, self.log = job, children, tmp_path / "log"
+        child = self.start()
+        assert child.wait() == 0, child.said
+        self.moments, self.expected, self.lost = child.moments, job.outcome(), [0]
+        job.remove()
+
+    def start(self, fault=Fault.COUNT, at=0):
+        self.log.unlink(missing_ok=True)
+        return self.children.start(self.job.words, self.log, watched=self.job.out, fault=fault, at=at)
+
+    def note_lost(self, done):
+        """After another start, if it came so far: how many of the steps that were done had to be done again."""
+        if found := re.search(r"going on from step ([\d,]+)", self.log.read_text()):
+            self.lost.append(done - int(found[1].replace(",", "")))
+        elif self.done() < done:
+            self.lost.append(done)
+
+    def done(self):
+        """Steps that the metrics tell of."""
+        if not (self.job.out / "metrics.jsonl").exists() or not self.job.is_training:
+            return 0
+        whole = (self.job.out / "metrics.jsonl").read_text().rpartition("\n")[0]
+        return len(whole.splitlines()) - 1 if whole else 0
+
+    def end(self):
+        """Let it go on to its end: it must be the one of the run that was left alone."""
+        done, child = self.done(), self.start()
+        assert child.wait() == 0, child.said
+        self.note_lost(done)
+        assert self.job.outcome() == self.expected
+        assert self.job.leftovers() == []
+        self.job.remove()
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("verb", VERBS)
+def test_killed_at_random_moments_a_job_ends_with_the_bits_of_one_left_alone(
+    job_of, children, tmp_path, record_property, verb, kills
+):
+    shot, draw = Shot(job_of(verb), children, tmp_path), random.Random(f"{verb} {kills}")
+    struck = in_saves = 0
+    latest = 1.0
+    while struck < kills:
+        done, by_the_clock = shot.done(), struck % 2 == 0
+        if by_the_clock:
+            child = shot.start()
+            time.sleep(draw.uniform(0, latest))
+            child.kill()
+        else:  # between, or in the middle of, two changes of its files
+            child = shot.start(Fault.KILL, draw.randrange(shot.moments))
+        code = child.wait()
+        assert code in (0, -signal.SIGKILL), child.said
+        shot.note_lost(done)
+        if by_the_clock:  # some machines need longer
+            latest *= 1.2 if code else 0.7
+        struck += code != 0
+        in_saves += code != 0 and bool(shot.job.leftovers())
+        if code == 0 or draw.random() < 0.5:
+            shot.end()
+    shot.end()
+    assert max(shot.lost) <= SAVE_EVERY[verb]
+    lost = (
+        f"; at most {max(shot.lost)} steps done again, saved every {SAVE_EVERY[verb]}" if shot.job.is_training else ""
+    )
+    record_property("figure", f"{verb}: {struck} of {kills} the same bits, {in_saves} of them inside a save{lost}")
+
+
+@pytest.mark.parametrize("every", [29, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("verb", VERBS)
+def test_killed_at_each_change_of_a_file_a_job_ends_with_the_same_bits(
+    job_of, children, tmp_path, record_property, verb, every
+):
+    short = [] if verb == "preprocess" else ["--train.steps", 6, "--train.keep_last", 1]
+    shot = Shot(job_of(verb, *short), children, tmp_path)
+    for moment in range(0, shot.moments, every):
+        assert shot.start(Fault.KILL, moment).wait() == -signal.SIGKILL
+        shot.end()
+    assert max(shot.lost) <= SAVE_EVERY[verb]
+    shots = len(range(0, shot.moments, every))
+    record_property("figure", f"{verb}: {shots} of {shots} the same bits, of {shot.moments} changes")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("verb", TRAINING)
+def test_asked_to_stop_a_run_saves_leaves_within_ten_seconds_and_goes_on_to_the_same_bits(
+    job_of, children, tmp_path, record_property, verb, number, code
+):
+    shot = Shot(job_of(verb, "--train.steps", 40, "--train.save_every", 0, "--train.keep_last", 1), children, tmp_path)
+    child = shot.start()
+    while shot.done() < 4:
+        time.sleep(0.001)
+    asked = time.monotonic()
+    child.kill(number)
+    assert child.wait() == code, child.said
+    took = time.monotonic() - asked
+    (newest,) = checkpoints(shot.job.out / "checkpoints")
+    assert verify(newest)["step"] == shot.done() >= 4  # nothing is lost
+    shot.end()
+    assert max(shot.lost) == 0
+    assert took < WITHIN_S
+    record_property("figure", f"{verb}, {number.name}: exit code {code} after {took:.2f} s, no step lost")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, 130)])
+def test_asked_to_stop_preprocess_leaves_at_once_and_goes_on_to_the_same_bytes(
+    job_of, children, tmp_path, number, code
+):
+    """It needs no goodbye: what is noted in progress.json is safe at any moment."""
+    shot = Shot(job_of("preprocess"), children, tmp_path)
+    child = shot.start()
+    while not (shot.job.out / "train-00000.npy").exists():
+        time.sleep(0.001)
+    child.kill(number)
+    assert child.wait() in (code, 0), child.said
+    shot.end()
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_nothing_takes_its_place_before_its_bytes_are_on_the_disk(job_of, children, tmp_path, verb):
+    """What a power cut leaves is what was synced: a rename comes after the sync of every file it shows to readers."""
+    job, log = job_of(verb), tmp_path / "log"
+    assert children.start(job.words, log, watched=job.out.parent, fault=Fault.TRACE).wait() == 0
+    unsynced, unnamed, renamed = {}, set(), 0
+    for line in log.with_suffix(".trace").read_text().splitlines():
+        call, inode, path = line.split(" ", 2)
+        if call in ("write", "truncate"):
+            unsynced[inode] = path
+        elif call == "mkdir" and inode == "0" and not path.endswith(".tmp"):  # a draft is about to get another name
+            unnamed.add(path)  # which stands in its parent, and that has to be synced as well
+        elif call == "fsync":
+            unsynced.pop(inode, None)
+            unnamed = {folder for folder in unnamed if folder.rpartition("/")[0] != path}
+        elif call == "rename":
+            renamed += 1
+            shown = [each for each in unsynced.values() if each == path or each.startswith(f"{path}/")]
+            lost = [each for each in unnamed if path.startswith(f"{each}/")]
+            assert shown == lost == [], f"{path} was renamed too early"
+    unsafe = [path for path in unsynced.values() if not path.endswith((".lock", ".probe"))]
+    assert unsafe == [] and renamed >= 5
+
+
+def test_metrics_of_a_run_that_was_killed_have_each_step_once(job_of, children, tmp_path):
+    shot = Shot(job_of("pretrain"), children, tmp_path)
+    for moment in (40, 90):
+        shot.start(Fault.KILL, moment).wait()
+    child = shot.start()
+    assert child.wait() == 0, child.said
+    assert [line["step"] for line in read_metrics(shot.job.out)] == list(range(13))
