@@ -24,6 +24,8 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True, unset_sentinel=T
 
 SWITCHES = {"help": "--help", "print_config": "--print_config=skip_unset", "dry_run": "--dry_run"}
 
+MOST_DIGITS = {"int": 18, "float": 308}  # what 64 bits can hold in any case
+
 Kinds = Mapping[str, Any]  # dotted name of an option -> type of its value
 
 
@@ -88,15 +90,17 @@ def sort_words(words: Sequence[str], kinds: Kinds, positional: Sequence[str]) ->
 
 
 def refuse_odd(given: Mapping[str, Any], kinds: Kinds) -> None:
-    """Refuse what jsonargparse takes or breaks at: paths of no letter, and whole numbers that no float can hold."""
+    """Refuse what jsonargparse takes or breaks at: paths of no letter, and whole numbers that are endless."""
     for name, value in leaves(given):
         kind = kinds.get(name) or kinds.get(name.rpartition(".")[0])  # the latter: of a mapping's values
         if kind is None:
             continue
         if value == "" and "path" in notation(kind):
             raise ValueError(f"{name}: expected a path, got an empty text")
-        if "float" in notation(kind) and re.fullmatch(r"[-+]?\d{309,}", str(value)):
-            raise ValueError(f"{name}: expected float, got a number of {len(str(value))} digits")
+        number = re.search(r"\b(int|float)\b", notation(kind))
+        is_whole = isinstance(value, int) or (isinstance(value, str) and "path" not in notation(kind))
+        if number and is_whole and re.fullmatch(rf"[-+]?\d{{{MOST_DIGITS[number[1]] + 1},}}", str(value)):
+            raise ValueError(f"{name}: expected {notation(kind)}, got a number of {len(str(value))} digits")
 
 
 def leaves(given: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

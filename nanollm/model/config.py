@@ -114,7 +114,7 @@ class ModelConfig:
 
     @property
     def n_moe_blocks(self) -> int:
-        return sum(map(self.is_moe, range(self.n_blocks)))
+        return self.n_blocks // self.moe_every - self.n_dense_first // self.moe_every
 
     @property
     def qk_head_dim(self) -> int:

@@ -7,6 +7,7 @@ no fixed layout, because others' tokenizers are taken as well (export/adopt.py):
 """
 
 import hashlib
+import struct
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from itertools import chain
@@ -73,7 +74,8 @@ class Tokenizer:
         special = (self.pad_id, self.unk_id, self.bos_id, self.eos_id)  # -1: there is none
         probe = "  Two  spaces,\ttab\r\nNUL \0 \u2581 \u2585 \ufb01 \U0001f600 </s><|user|>\n "
         has_marks = min(special) >= 0 and all(map(self._sp.is_control, marks))
-        if not has_marks or self.decode(self.encode(probe)) != probe:
+        has_bytes = len(self._byte_of) == 256 and all(map(self._sp.is_byte, self._bytes))
+        if not has_marks or not has_bytes or self.decode(self.encode(probe)) != probe:
             raise ValueError(
                 f"{name} is not a lossless tokenizer with chat marks (expected ids for pad, unk, bos, eos; "
                 f"byte fallback; identity normalisation); make one with: nanollm tokenizer ..."
@@ -205,7 +207,7 @@ class Tokenizer:
         if self._asked_for_words:
             return
         self._asked_for_words = True
-        recipe = Recipe.of(self.serialized)
+        recipe = self._recipe()
         if not recipe.is_cuttable or self._spells_spaces:
             return
         try:
@@ -213,6 +215,18 @@ class Tokenizer:
         except NoCompilerError as error:
             say(f"texts become ids several times as slowly: {error}")
             self._words = Words(recipe, self._encode)
+
+    def _recipe(self) -> Recipe:
+        """What the file says, where it says the same to SentencePiece; a damaged one may be read in two ways."""
+        every = list(range(self.vocab_size))
+        try:
+            recipe = Recipe.of(self.serialized)
+            is_same = (recipe.pieces, recipe.scores) == (self._sp.id_to_piece(every), self._sp.get_score(every))
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError, struct.error):
+            is_same = False
+        if not is_same:
+            raise ValueError("the tokenizer's file is damaged; copy it again")
+        return recipe
 
     def _spell_spaces(self, ids: list[int]) -> list[int]:
         """Write the byte 0x20 for each space that SentencePiece spelled with the three bytes of its space mark."""

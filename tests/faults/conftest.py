@@ -107,7 +107,7 @@ def job_of(materials: dict[str, Path], tmp_path: Path):
     def make(verb: str, *options: object) -> Job:
         out = tmp_path / "runs" / "one"
         out.parent.mkdir(exist_ok=True)
-        steps = ["--train.steps", 12, "--train.save_every", SAVE_EVERY[verb], "--train.log_every", 1]
+        steps = ["--train.steps", 3 * SAVE_EVERY[verb], "--train.save_every", SAVE_EVERY[verb], "--train.log_every", 1]
         training = [*steps, "--train.validate_every", 4, "--optim.warmup_steps", 2, "--dtype", "float32", "--out", out]
         portions = ["--train.batch_size", 4, "--train.micro_batch_size", 2, "--sample_prompts"]  # none
         words: dict[str, list[object]] = {
@@ -117,13 +117,16 @@ def job_of(materials: dict[str, Path], tmp_path: Path):
             ],
             "pretrain": [
                 *("--model", materials["model"], "--tokenizer_path", materials["tokenizer"]),
-                *("--data", materials["text"], *training, *portions),
+                *("--data", materials["text"], "--validation_windows", 4, *training, *portions),
             ],
-            "sft": ["--bundle", materials["bundle"], "--data", materials["chat"], *training, *portions],
+            "sft": [
+                *("--bundle", materials["bundle"], "--data", materials["chat"]),
+                *("--validation_conversations", 4, *training, *portions),
+            ],
             "grpo": [
                 *("--bundle", materials["bundle"], "--task.name", "tests.faults.even:Even", *training),
                 *("--validation_problems", 4, "--train.micro_batch_size", 1),
-                *("--rollout.prompts", 3, "--rollout.group_size", 4, "--rollout.max_tokens", 12),
+                *("--rollout.prompts", 2, "--rollout.group_size", 4, "--rollout.max_tokens", 6),
                 *("--optim.name", "adamw", "--optim.lr", 1e-3),
             ],
         }

@@ -1,7 +1,6 @@
 """A mistake in a YAML file or on the command line is refused in one line that names the key, before anything is read,
 built or written."""
 
-import dataclasses
 import importlib
 import math
 import tracemalloc
@@ -17,7 +16,6 @@ from nanollm.settings import CONFIGS, load_preset, read_mapping, to_yaml
 
 FILES = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml"))
 NO_LIMIT = ("objective.cispo_max", "objective.importance_cap")  # where infinity is a value like others: no cap
-EASY = dict(max_examples=1, derandomize=True, deadline=None, database=None)
 
 
 def verb_of(file):
@@ -110,6 +108,7 @@ VALUES = {
     "nan": math.nan,
     "inf": math.inf,
     "minus inf": -math.inf,
+    "huge": 10**30,
     "endless": 10**400,
     "null": None,
     "list": [["banana"]],
@@ -120,7 +119,7 @@ RIGHT = {  # which of them an option of a kind takes; all else, and each word of
     "text ...": {"text", "empty text"},
     "path": {"text"},
     "path ...": {"text"},
-    "float": {"fraction"},
+    "float": {"fraction", "huge"},  # where it is not too large for the option's own rule
     "null": {"null"},
 }
 
@@ -131,6 +130,11 @@ def wrong_values(key, kind):
         return [name for name in VALUES if name != "null"] + ["null"]
     right = set().union(*(RIGHT.get(part, set()) for part in options.notation(kind).split("|")))
     return [name for name in VALUES if name not in right and not (name == "inf" and key in NO_LIMIT)]
+
+
+def takes_one_of_a_few_words(kind):
+    parts = options.notation(kind).replace(" ", "|").split("|")
+    return not is_dataclass(kind) and kind is not bool and not {"text", "path", "{text:"} & set(parts)
 
 
 @st.composite
@@ -145,12 +149,8 @@ def mistakes(draw):
         if key in kinds or any(name.startswith(f"{key}.") for name in kinds) or f"{key}." in sections:
             key += "_zzz"
         return file, put(given, key, draw(st.sampled_from(list(VALUES.values())))), (), key
-    if how == "wrong word":  # a number, a choice or a switch: any other option takes every text
-        kinds = {
-            name: kind
-            for name, kind in kinds.items()
-            if not is_dataclass(kind) and not {"text", "path"} & set(options.notation(kind).replace(" ", "|").split("|"))
-        }
+    if how == "wrong word":  # for a number or a choice: texts and paths take every word, and a switch takes none
+        kinds = {name: kind for name, kind in kinds.items() if takes_one_of_a_few_words(kind)}
     key = draw(st.sampled_from(sorted(kinds)))
     name = draw(st.sampled_from(wrong_values(key, kinds[key])))
     if how == "wrong":
@@ -160,7 +160,7 @@ def mistakes(draw):
 
 
 def refuse_mistakes(bench, examples):
-    @settings(**EASY | {"max_examples": examples})
+    @settings(max_examples=examples, derandomize=True, deadline=None, database=None)
     @given(mistakes())
     def check(mistake):
         file, given, words, key = mistake
@@ -171,9 +171,215 @@ def refuse_mistakes(bench, examples):
 
 
 def test_any_one_mistake_is_refused_and_its_key_named(bench, record_property):
-    record_property("figure", refuse_mistakes(bench, 400))
+    record_property("figure", refuse_mistakes(bench, 40))
 
 
 @pytest.mark.slow
 def test_any_one_of_thousands_of_mistakes_is_refused_and_its_key_named(bench, record_property):
-    record_property("figure", refuse_mistakes(bench, 4000))
+    record_property("figure", refuse_mistakes(bench, 3000))
+
+
+# Values that each have the right type, and make no sense, alone or together.
+
+MODEL, PRETRAIN, SFT, GRPO = (
+    "model/nano-1m.yaml",
+    "pretrain/nano-5m.yaml",
+    "sft/nano-1m-words.yaml",
+    "grpo/nano-1m-words.yaml",
+)
+OWT, WORDS, TOKENIZER, CURATE = (
+    "preprocess/owt.yaml",
+    "preprocess/words.yaml",
+    "tokenizer/owt-50304.yaml",
+    "curate/local.yaml",
+)
+SIZES = [
+    "context_length",
+    "d_model",
+    "n_blocks",
+    "n_heads",
+    "q_lora_rank",
+    "kv_lora_rank",
+    "v_head_dim",
+    "d_ff",
+    "d_expert",
+]
+
+IMPOSSIBLE = [
+    *((MODEL, {f"model.{size}": value}, [f"model.{size}"]) for size in SIZES for value in (0, 10**9)),
+    (MODEL, {"model.vocab_size": 0}, ["model.vocab_size"]),
+    (MODEL, {"model.vocab_size": 65_537}, ["model.vocab_size"]),
+    (MODEL, {"model.qk_rope_head_dim": 15}, ["model.qk_rope_head_dim"]),
+    (MODEL, {"model.moe_every": 5}, ["model.n_blocks", "model.moe_every"]),
+    (MODEL, {"model.n_dense_first": 4}, ["model.n_dense_first"]),
+    (MODEL, {"model.n_dense_first": -1}, ["model.n_dense_first"]),
+    (MODEL, {"model.experts_per_token": 3}, ["model.experts_per_token", "model.n_routed_experts"]),
+    (MODEL, {"model.n_routed_experts": 0}, ["model.n_routed_experts"]),
+    (MODEL, {"model.n_shared_experts": 0}, ["model.n_shared_experts"]),
+    (MODEL, {"model.norm_topk_prob": True}, ["model.norm_topk_prob", "model.experts_per_token"]),
+    (MODEL, {"model.rms_norm_eps": 1.0}, ["model.rms_norm_eps"]),
+    (MODEL, {"model.rope_theta": 0.0}, ["model.rope_theta"]),
+    (MODEL, {"model.d_model": 10**6, "model.n_blocks": 10**6}, ["model.d_model", "model.n_blocks"]),
+    (MODEL, {"micro_batch_size": 0}, ["micro_batch_size"]),
+    (PRETRAIN, {"train.micro_batch_size": 3}, ["train.batch_size", "train.micro_batch_size"]),
+    (PRETRAIN, {"train.micro_batch_size": 16}, ["train.batch_size", "train.micro_batch_size"]),
+    *(
+        (PRETRAIN, {f"train.{name}": 0}, [f"train.{name}"])
+        for name in ("steps", "log_every", "keep_last", "batch_size")
+    ),
+    *((PRETRAIN, {f"train.{name}_every": -1}, [f"train.{name}_every"]) for name in ("validate", "sample", "save")),
+    *((PRETRAIN, {f"train.{name}": 10**10}, [f"train.{name}"]) for name in ("steps", "validate_every", "batch_size")),
+    (PRETRAIN, {"validation_windows": -1}, ["validation_windows"]),
+    *(
+        (file, {"seed": seed}, ["seed"])
+        for file in (PRETRAIN, SFT, GRPO, OWT, TOKENIZER, CURATE)
+        for seed in (-1, 2**63)
+    ),
+    *(
+        (PRETRAIN, {f"optim.{name}": math.inf}, [f"optim.{name}"])
+        for name in ("lr", "weight_decay", "eps", "max_grad_norm")
+    ),
+    (PRETRAIN, {"optim.betas": (0.9, 1.0)}, ["optim.betas"]),
+    (PRETRAIN, {"optim.momentum": 1.0}, ["optim.momentum"]),
+    (PRETRAIN, {"optim.warmup_steps": -1}, ["optim.warmup_steps"]),
+    (PRETRAIN, {"optim.decay_fraction": 1.5}, ["optim.decay_fraction"]),
+    (PRETRAIN, {"optim.final_lr_fraction": 2.0}, ["optim.final_lr_fraction"]),
+    *(
+        (SFT, {"data": weights}, ["data"])
+        for weights in ({}, {"a": 0.0}, {"a": math.nan}, {"a": -1.0}, {"a": 1, "./a": 1})
+    ),
+    (SFT, {"train.micro_batch_size": 0}, ["train.micro_batch_size"]),
+    (SFT, {"validation_conversations": -1}, ["validation_conversations"]),
+    (GRPO, {"rollout.group_size": 1}, ["rollout.group_size"]),
+    (GRPO, {"rollout.prompts": 0}, ["rollout.prompts"]),
+    *((GRPO, {f"rollout.{name}": 10**9}, [f"rollout.{name}"]) for name in ("prompts", "group_size", "max_tokens")),
+    *((GRPO, {"rollout.temperature": value}, ["rollout.temperature"]) for value in (0.0, 1e30)),
+    (GRPO, {"rollout.top_p": 0.9}, ["rollout.top_p"]),
+    (GRPO, {"rollout.top_k": 40}, ["rollout.top_k"]),
+    *((GRPO, {"rollout.engine": value}, ["rollout.engine"]) for value in ("", "http://x:1", "vllm://x:0", "vllm://x")),
+    (GRPO, {"reference": "a"}, ["reference", "objective.beta"]),
+    (GRPO, {"optim.balance_weight": 0.1}, ["optim.balance_weight"]),
+    (GRPO, {"objective.clip_low": 1.0}, ["objective.clip_low"]),
+    (GRPO, {"objective.cispo_max": 0.5}, ["objective.cispo_max"]),
+    (GRPO, {"objective.importance_cap": 0.5}, ["objective.importance_cap"]),
+    *((GRPO, {"objective.updates": value}, ["objective.updates"]) for value in (0, 10**6)),
+    *((GRPO, {"reward.weights": value}, ["reward.weights"]) for value in ({}, {"correct": 0.0}, {"correct": math.nan})),
+    (GRPO, {"reward.weights": {"banana": 1.0}}, ["reward.weights", "banana"]),
+    (GRPO, {"reward.weights": {"length": 1.0}, "reward.soft_tokens": 73}, ["reward.soft_tokens", "rollout.max_tokens"]),
+    *((GRPO, {"reward.timeout_s": value}, ["reward.timeout_s"]) for value in (0.0, 1e9)),
+    *((GRPO, {"task.levels": value}, ["task.levels"]) for value in ([], [5], [1, 1])),
+    *((GRPO, {"task.largest": value}, ["task.largest"]) for value in (4, 10**9)),
+    (GRPO, {"task.name": "banana"}, ["task.name"]),
+    (GRPO, {"task.name": "gsm8k"}, ["task.levels", "gsm8k"]),
+    (GRPO, {"task.input": ["a"]}, ["task.input", "gsm8k"]),
+    (GRPO, {"validation_problems": -1}, ["validation_problems"]),
+    *((OWT, {"val_fraction": value}, ["val_fraction"]) for value in (1.0, -0.1, math.nan)),
+    *((OWT, {name: 0}, [name]) for name in ("max_tokens_train", "shard_tokens", "flush_every", "num_workers", "parts")),
+    *((OWT, {name: 10**9}, [name]) for name in ("num_workers", "parts")),
+    (OWT, {"max_tokens_val": -1}, ["max_tokens_val"]),
+    (OWT, {"parts": 8}, ["parts", "--part,"]),
+    (OWT, {"part": 1}, ["--part ", "--parts"]),
+    (OWT, {"parts": 8, "part": 8}, ["--part ", "--parts"]),
+    (OWT, {"parts": 8, "part": 0, "max_tokens_train": 9}, ["--parts", "--max_tokens_train"]),
+    (OWT, {"words.largest": 9}, ["words.largest", "owt"]),
+    (OWT, {"val_input": ["a"]}, ["val_input", "owt"]),
+    (OWT, {"input": ["a"], "dataset_name": "a/b"}, ["--input", "--dataset_name"]),
+    (OWT, {"dataset_name": ""}, ["dataset_name"]),
+    (OWT, {"kind": "chat"}, ["chat", "--input"]),
+    (OWT, {"kind": "text"}, ["text", "--input", "--dataset_name"]),
+    (OWT, {"kind": "gsm8k", "dataset_name": "a/b"}, ["--dataset_name", "gsm8k"]),
+    (WORDS, {"input": ["a"]}, ["words", "--input"]),
+    *((WORDS, {"words.count": value}, ["words.count"]) for value in (0, 2**31)),
+    (WORDS, {"words.levels": [0]}, ["words.levels"]),
+    (WORDS, {"words.largest": 4}, ["words.largest"]),
+    *((TOKENIZER, {"vocab_size": value}, ["vocab_size"]) for value in (0, 272, 65_537)),
+    (TOKENIZER, {"corpus": ["a"]}, ["--dataset_name", "--corpus"]),
+    (TOKENIZER, {"dataset_name": None}, ["--dataset_name", "--corpus"]),
+    *((TOKENIZER, {"model_name": value}, ["model_name"]) for value in ("", "a/b")),
+    (TOKENIZER, {"held_out": 0.6}, ["held_out"]),
+    (TOKENIZER, {"sample_bytes": 0}, ["sample_bytes"]),
+    *((TOKENIZER, {name: ""}, [name]) for name in ("split", "text_column")),
+    (CURATE, {"input": []}, ["--input"]),
+    *((CURATE, {name: value}, [name]) for name in ("tasks", "workers") for value in (0, 10**9)),
+    (CURATE, {"executor": "slurm"}, ["--executor", "--slurm.partition"]),
+    (CURATE, {"slurm.mem_gb": 0}, ["slurm.mem_gb"]),
+    (CURATE, {"slurm.time": ""}, ["slurm.time"]),
+    (CURATE, {"ray.mem_gb": 0.0}, ["ray.mem_gb"]),
+    (CURATE, {"filters.min_words": 10, "filters.max_words": 9}, ["filters.min_words", "filters.max_words"]),
+    (CURATE, {"filters.language": "en"}, ["filters.language", "filters.language_model"]),
+    *((CURATE, {f"dedup.{name}": 10**9}, [f"dedup.{name}"]) for name in ("words", "buckets", "hashes")),
+    (CURATE, {"evals.ngram": 0}, ["evals.ngram"]),
+    *((CURATE, {name: ""}, [name]) for name in ("text_column", "evals.column")),
+    (CURATE, {"val_fraction": 1.0}, ["val_fraction"]),
+]
+
+
+def changed(config, changes):
+    """The config with other values at these dotted names, as its own dataclasses take them."""
+    inside = {}
+    for key, value in changes.items():
+        head, _, rest = key.partition(".")
+        inside.setdefault(head, {})[rest] = value
+    return replace(
+        config,
+        **{name: some[""] if "" in some else changed(getattr(config, name), some) for name, some in inside.items()},
+    )
+
+
+def test_impossible_values_and_pairs_are_refused_by_the_configs_themselves_and_all_their_keys_named(
+    bench, record_property
+):
+    configs = {}
+    for file in dict.fromkeys(file for file, _, _ in IMPOSSIBLE):
+        assert bench.run(file, read(file)) == (0, "")
+        (configs[file],) = bench.begun
+    tracemalloc.start()
+    for file, changes, keys in IMPOSSIBLE:
+        with pytest.raises(ValueError) as refusal:
+            changed(configs[file], changes)
+        assert all(key in str(refusal.value) for key in keys), f"{file} {changes}: {refusal.value}"
+        assert "\n" not in str(refusal.value)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2**20
+    record_property(
+        "figure", f"{len(IMPOSSIBLE)} of {len(IMPOSSIBLE)} refused, {peak / 2**10:.0f} KiB allocated at most"
+    )
+
+
+@pytest.mark.slow
+def test_impossible_values_and_pairs_in_a_file_are_refused_in_one_line_and_all_their_keys_named(bench, record_property):
+    for file, changes, keys in IMPOSSIBLE:
+        given = read(file)
+        for key, value in changes.items():
+            given = put(given, key, list(value) if isinstance(value, tuple) else value)
+        bench.refuses(file, given, keys)
+    record_property("figure", f"{bench.refused} of {len(IMPOSSIBLE)} refused in one line with all keys")
+
+
+# Files that are no settings.
+
+
+NO_SETTINGS = {
+    "a key twice": ("train: {steps: 9}\ntrain: {steps: 8}\n", ", line 2: train is given twice"),
+    "a key twice, inside": ("train: {steps: 9, steps: 8}\n", ", line 1: steps is given twice"),
+    "deep": ("seed: " + "[" * 2000, ": not valid settings: nested too deeply, or in itself"),
+    "in itself": ("seed: &a [*a]\n", ": not valid settings: nested too deeply, or in itself"),
+    "a million values": ("a: &a [9]\nb: &b [" + "*a, " * 999 + "9]\nc: [" + "*b, " * 999 + "9]\n", "or in itself"),
+    "endless number": ("seed: " + "9" * 5000, ": not valid YAML: Exceeds the limit"),
+    "NUL": ("seed: 1\0", ": not valid YAML: unacceptable character"),
+    "lone surrogate": (b"seed: 1 # \xed\xa0\x80", ": not valid YAML: 'utf-8' codec can't decode"),
+    "UTF-16": ("seed: 1".encode("utf-16"), ": not valid YAML: 'utf-8' codec can't decode"),
+    "a list as key": ("? [1]\n: 2\n", "not valid YAML: found unhashable key"),
+    "a list": ("- seed\n", ": expected `key: value` lines, got list"),
+}
+
+
+@pytest.mark.parametrize("name", NO_SETTINGS)
+def test_a_file_that_is_no_settings_is_refused_in_one_line(bench, name):
+    text, complaint = NO_SETTINGS[name]
+    path = bench.folder / "given.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    code, said = bench.run_words(PRETRAIN, "--config", str(path))
+    assert (code, bench.begun, said.count("\n")) == (2, [], 1)
+    assert said.startswith(f"nanollm pretrain: {path}") and complaint in said

@@ -7,14 +7,9 @@ import pytest
 
 from nanollm.train.checkpoint import checkpoints, verify
 from tests.faults.processes import Fault
-from tests.faults.test_kills import VERBS, Shot
+from tests.faults.test_kills import VERBS, Shot, short
 
 REASON = {Fault.FULL: "No space left on device", Fault.BROKEN: "Input/output error"}
-
-
-def short(verb):
-    """Options that make a job shorter."""
-    return [] if verb == "preprocess" else ["--train.steps", 6, "--train.keep_last", 1]
 
 
 def check_refused(shot, code, said, reason):

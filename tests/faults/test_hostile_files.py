@@ -341,7 +341,6 @@ def test_pickles_that_other_programs_look_for_in_a_checkpoint_are_not_read(check
     assert load_newest(checkpoint.parent, fresh_state(), World())
 
 
-@pytest.mark.slow
 def test_the_command_line_refuses_to_go_on_from_a_pickle(job_of, bombs, refused):
     job = job_of("pretrain", "--train.steps", 3, "--sample_prompts")
     assert cli.main(job.words) == 0
@@ -461,9 +460,10 @@ for case in cases:
     try:
         tokenizer = Tokenizer(case)
         text = "Once \u2581 upon\\0 a time </s><0x41> \U0001f600"
-        assert isinstance(tokenizer.decode(tokenizer.encode(text)), str)
+        ids = tokenizer.encode(text)
+        assert isinstance(tokenizer.decode(ids), str)
         tokenizer.remember_words()
-        tokenizer.encode_all([text])
+        assert tokenizer.encode_all([text])[0].tolist() == ids, (text, case)
         loaded += 1
     except ValueError as error:
         assert str(error).count("\\n") == 0
@@ -564,12 +564,12 @@ print(code, re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text()
 
 
 def peak_mb(*words):
-    """(exit code, the most memory that a command had at once, its last line on stderr)."""
+    """(exit code, the most memory that a command had at once, what it said)."""
     command = [sys.executable, "-c", MEASURED, *map(str, words)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     code, kilobytes = done.stdout.splitlines()[-1].split()
     assert "Traceback" not in done.stderr
-    return int(code), int(kilobytes) / 1024, done.stderr.splitlines()[-1]
+    return int(code), int(kilobytes) / 1024, done.stderr
 
 
 def packed(path, megabytes, content=b"\0"):
