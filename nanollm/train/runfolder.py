@@ -4,13 +4,12 @@ A run keeps its resolved settings (config.yaml) and the fingerprints of what it 
 several processes the main one writes all this; all of them read the checkpoints, so the folder must be one they share.
 """
 
-import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from nanollm.bundle import save_bundle
-from nanollm.durable import check_writable, lock_folder, write_file, write_json
+from nanollm.durable import check_writable, lock_folder, read_json, write_file, write_json
 from nanollm.model.config import ModelConfig
 from nanollm.progress import say
 from nanollm.settings import read_mapping, to_yaml
@@ -94,7 +93,7 @@ def claim_folder(
     if checkpoints(out / "checkpoints") and not (config_file.exists() and inputs_file.exists()):
         raise ValueError(f"{out} has checkpoints but not both config.yaml and inputs.json; choose another --out")
     if config_file.exists() and inputs_file.exists():
-        before = _flat(read_mapping(config_file) | {"inputs": json.loads(inputs_file.read_bytes())})
+        before = _flat(read_mapping(config_file) | {"inputs": read_json(inputs_file, "bring back a copy, or choose another --out")})
         now = _flat({**settings, "inputs": inputs})
         added = {key: value for key, value in ADDED.items() if key in now}
         _check_same_run(out, added | before, now, fixed)

@@ -24,8 +24,8 @@ class RunLog:
         self.path = None if folder is None else folder / "metrics.jsonl"
         self.trackers = trackers
         if self.path is not None and self.path.exists():
-            told = self.path.read_bytes() if resume_from else b""  # a run without a checkpoint begins anew
-            write_file(self.path, _lines_up_to(told, resume_from))
+            told = _lines_up_to(self.path, resume_from) if resume_from else b""  # without a checkpoint it begins anew
+            write_file(self.path, told)
 
     @classmethod
     def mute(cls) -> "RunLog":
@@ -49,11 +49,15 @@ class RunLog:
             sync(self.path)
 
 
-def _lines_up_to(content: bytes, step: int) -> bytes:
+def _lines_up_to(path: Path, step: int) -> bytes:
     """The complete lines of steps up to `step`: what a killed run wrote after its last checkpoint is written again."""
     kept = []
-    for line in content.splitlines(keepends=True):
-        if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+        try:
+            is_later = not line.endswith(b"\n") or json.loads(line)["step"] > step
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}, line {number} is damaged ({error!r}); remove that line to go on") from error
+        if is_later:
             break
         kept.append(line)
     return b"".join(kept)

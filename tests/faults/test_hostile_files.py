@@ -600,7 +600,7 @@ def test_a_gigabyte_that_was_packed_into_a_megabyte_takes_less_than_a_gigabyte(m
     peaks = {name: prepare(packed(tmp_path / name, 1024)) - base for name in names}
     peaks["letters.txt.gz"] = prepare(packed(tmp_path / "letters.txt.gz", 1024, b"a")) - base
     assert max(peaks.values()) < 1024
-    record_property("figure", ", ".join(f"{name} +{peak:.0f} MB" for name, peak in peaks.items()))
+    record_property("figure", ", ".join(f"{name} {peak:+.0f} MB" for name, peak in peaks.items()))
 
 
 def named(form, count):
@@ -632,7 +632,7 @@ def test_a_header_of_a_hundred_megabytes_takes_less_than_a_gigabyte(bundle, fore
     (folder / "config.json").write_bytes(b'{"a":[' + b"[]," * 10_000_000 + b"[]]}")
     peaks["import a config.json of 30 MB"] = peak_mb("import", folder, "--out", tmp_path / "imported")[1] - base
     assert max(peaks.values()) < 1024
-    record_property("figure", ", ".join(f"{name} +{peak:.0f} MB" for name, peak in peaks.items()))
+    record_property("figure", ", ".join(f"{name} {peak:+.0f} MB" for name, peak in peaks.items()))
 
 
 # --- the code ---

@@ -91,3 +91,11 @@ def test_a_tracker_that_is_not_installed_says_how_to_install_it(tmp_path, monkey
 def test_lines_are_json_that_any_reader_takes(tmp_path):
     RunLog(tmp_path).write(1, loss=math.inf)
     assert json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail) == {"step": 1, "loss": None}
+
+
+def test_a_damaged_line_is_named_and_nothing_is_cut_away(tmp_path):
+    written = '{"step": 1}\n{"stop": 2}\n{"step": 3}\n'
+    (tmp_path / "metrics.jsonl").write_text(written)
+    with pytest.raises(ValueError, match=r"metrics.jsonl, line 2 is damaged .* remove that line to go on"):
+        RunLog(tmp_path, resume_from=3)
+    assert (tmp_path / "metrics.jsonl").read_text() == written
