@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -83,25 +82,6 @@ def test_stopped_by_a_signal_it_saves_and_the_same_command_ends_with_the_same_bi
     assert reference.communicate(timeout=60)[0].strip() == str(expected.out / "bundle")
     assert weights_of(stopped.out) == weights_of(expected.out)
     assert told(stopped.out) == told(expected.out)
-
-
-@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
-def test_killed_at_random_moments_it_ends_with_the_same_bits(run_config, tmp_path, kills):
-    expected, killed = run_config(steps=300, out="expected"), run_config(steps=300, out="killed")
-    reference, chance = launch(expected, tmp_path), random.Random(kills)
-    for kill in range(kills):
-        process = launch(killed, tmp_path)
-        wait_for_step(killed.out, kill * 250 // kills)
-        time.sleep(chance.uniform(0, 0.3))
-        assert process.poll() is None, "the kill came too late"
-        process.kill()
-        process.communicate()
-    process = launch(killed, tmp_path)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
-    reference.communicate(timeout=120)
-    assert weights_of(killed.out) == weights_of(expected.out)
-    assert told(killed.out) == told(expected.out)
 
 
 def wait_for_step(run: Path, step: int) -> None:

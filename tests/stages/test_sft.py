@@ -3,11 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -207,39 +202,6 @@ def test_killed_at_a_step_it_ends_with_the_same_bits(run_config, monkeypatch, st
     sft.run(killed)
     assert weights_of(killed.out) == weights_of(expected.out)
     assert told(killed.out) == told(expected.out)
-
-
-def launch(config: Config, folder: Path) -> subprocess.Popen[str]:
-    """The same run as a user starts it: in a process of its own, from a YAML file."""
-    file = folder / f"{config.out.name}.yaml"
-    file.write_text(to_yaml(config), encoding="utf-8")
-    command = [sys.executable, "-m", "nanollm", "sft", "--config", str(file)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-
-
-def wait_for_step(run: Path, step: int) -> None:
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        if (run / "metrics.jsonl").exists() and len((run / "metrics.jsonl").read_text().splitlines()) > step + 1:
-            return
-        time.sleep(0.01)
-    raise TimeoutError(f"{run} did not reach step {step}")
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows ends a process at once and knows no SIGTERM")
-def test_stopped_by_a_signal_it_saves_and_the_same_command_ends_with_the_same_bits(run_config, tmp_path):
-    expected, stopped = run_config(steps=120, out="expected"), run_config(steps=120, out="stopped")
-    reference, process = launch(expected, tmp_path), launch(stopped, tmp_path)
-    wait_for_step(stopped.out, 5)
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 143, errors
-    process = launch(stopped, tmp_path)
-    assert process.communicate(timeout=60)[0].strip() == str(stopped.out / "bundle")
-    assert reference.communicate(timeout=60)[0].strip() == str(expected.out / "bundle")
-    assert weights_of(stopped.out) == weights_of(expected.out)
-    assert told(stopped.out) == told(expected.out)
 
 
 def test_a_run_is_not_continued_as_another_one(run_config, folders, tokenizer, tmp_path):
