@@ -15,7 +15,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-SEAL = "seal"
+MOST_JSON_BYTES = 2**25
+"""A file of others may be of any size, and takes more memory than that when it is read."""
+SEAL, END = b',\n  "seal": "', b'"\n}\n'
+SEALED = 64 + len(END)  # the last bytes of a sealed file: sha256 in hex, and the end
 
 
 def sha256_of(path: Path) -> str:
@@ -37,7 +40,7 @@ def sync(path: Path) -> None:
 
 def make_folder(path: Path) -> None:
     """Make a folder, and those above it, whose names outlive a power cut; nothing if it is there."""
-    if path.is_dir():
+    if path.is_dir() or path == path.parent:  # the latter: a drive that is not there
         return
     make_folder(path.parent)
     path.mkdir(exist_ok=True)
@@ -57,50 +60,54 @@ def write_file(path: Path, content: bytes) -> None:
 
 def write_json(path: Path, value: object) -> None:
     """Replace a JSON file in one moment; the same value gives the same bytes."""
-    write_file(path, _dump(value))
+    write_file(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
-def read_json(path: Path, advice: str = "copy it again") -> dict[str, Any]:
+def read_json(path: Path, advice: str = "copy it again", most_bytes: int = MOST_JSON_BYTES) -> dict[str, Any]:
     """The object in a JSON file; ValueError for anything else. advice: what to do about that."""
-    try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); {advice}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(value).__name__}; {advice}")
-    return value
+    return _parse(path, _read(path, most_bytes), advice)
 
 
 def write_sealed_json(path: Path, value: Mapping[str, Any]) -> None:
     """Replace a JSON object that holds its "format"; its last field, the seal, is the sha256 of all before it."""
-    write_file(path, _sealed(value))
+    head = json.dumps(value, indent=2).encode().removesuffix(b"\n}") + SEAL
+    write_file(path, head + hashlib.sha256(head).hexdigest().encode() + END)
 
 
-def read_sealed_json(path: Path, form: object, advice: str = "copy it again") -> dict[str, Any]:
+def read_sealed_json(
+    path: Path, form: object, advice: str = "copy it again", most_bytes: int = MOST_JSON_BYTES
+) -> dict[str, Any]:
     """The object without its seal; ValueError if a single byte is not as it was written.
 
     form: the "format" since which there is a seal. Neither another one alone nor a lost seal alone lets an object pass
     unchecked: it takes two changes to look like what an older version, or another program, wrote.
     """
-    value = read_json(path, advice)
-    if SEAL not in value and value.get("format") != form:
+    raw = _read(path, most_bytes)  # once: another process may replace the file
+    value = _parse(path, raw, advice)
+    if "seal" not in value and value.get("format") != form:
         return value
-    try:
-        is_whole = path.read_bytes() == _sealed(value)
-    except RecursionError:  # what we write is not as deep as that
-        is_whole = False
-    if not is_whole:
+    head, seal, end = raw[:-SEALED], raw[-SEALED : -len(END)], raw[-len(END) :]
+    if not head.endswith(SEAL) or end != END or hashlib.sha256(head).hexdigest().encode() != seal:
         raise ValueError(f"{path} was changed after it was written; {advice}")
-    return {name: each for name, each in value.items() if name != SEAL}
+    return {name: each for name, each in value.items() if name != "seal"}
 
 
-def _sealed(value: Mapping[str, Any]) -> bytes:
-    bare = {name: each for name, each in value.items() if name != SEAL}
-    return _dump({**bare, SEAL: hashlib.sha256(_dump(bare)).hexdigest()})
+def _read(path: Path, most_bytes: int) -> bytes:
+    if (size := path.stat().st_size) > most_bytes:
+        raise ValueError(
+            f"{path} has {size:,} bytes, expected at most {most_bytes:,}; this is another file than it says"
+        )
+    return path.read_bytes()
 
 
-def _dump(value: object) -> bytes:
-    return (json.dumps(value, indent=2) + "\n").encode()
+def _parse(path: Path, raw: bytes, advice: str) -> dict[str, Any]:
+    try:
+        value = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); {advice}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(value).__name__}; {advice}")
+    return value
 
 
 @contextmanager

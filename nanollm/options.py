@@ -109,7 +109,7 @@ def leaves(given: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
         if isinstance(value, dict):
             yield from leaves(value, f"{prefix}{name}.")
         else:
-            yield from ((prefix + name, one) for one in (value if isinstance(value, list) else [value]))
+            yield from ((f"{prefix}{name}", one) for one in (value if isinstance(value, list) else [value]))
 
 
 def is_sequence(kind: Any) -> bool:

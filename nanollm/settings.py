@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from jsonargparse import get_loader
 
-MOST_VALUES = 10_000  # of a file; more is one whose parts hold each other
+MOST_VALUES = 100_000  # of a file; more is mostly one whose parts hold each other
 _PACKAGE = Path(__file__).resolve().parent
 _INSTALLED = _PACKAGE / "configs"
 CONFIGS = _INSTALLED if _INSTALLED.is_dir() else _PACKAGE.parent / "configs"
@@ -26,7 +26,8 @@ def read_mapping(path: Path) -> dict[str, Any]:
         twice = _given_twice(yaml.compose(text, yaml.SafeLoader))
         settings = get_loader("yaml")(text)
     except RecursionError:
-        raise ValueError(f"{path}: not valid settings: nested too deeply, or in itself") from None
+        most = f"over {MOST_VALUES:,} values, or nested too deeply or in itself"
+        raise ValueError(f"{path}: not valid settings: {most}") from None
     except (yaml.YAMLError, ValueError) as error:  # the latter: not UTF-8, or a number of 5,000 digits
         mark = getattr(error, "problem_mark", None)
         where = f"{path}, line {mark.line + 1}" if mark else str(path)
@@ -49,10 +50,13 @@ def _given_twice(settings: yaml.Node | None) -> yaml.Node | None:
             return None
         node = waiting.pop()
         if isinstance(node, yaml.MappingNode):
-            keys = [key.value for key, _ in node.value]
-            if twice := next((key for place, (key, _) in enumerate(node.value) if key.value in keys[:place]), None):
-                return twice
-            waiting += [value for _, value in node.value]
+            known = set[str]()
+            for key, value in node.value:
+                if isinstance(key, yaml.ScalarNode):
+                    if key.value in known:
+                        return key
+                    known.add(key.value)
+                waiting.append(value)
         elif isinstance(node, yaml.SequenceNode):
             waiting += node.value
     raise RecursionError

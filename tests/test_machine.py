@@ -397,6 +397,11 @@ class Hub(BaseHTTPRequestHandler):
         """Nothing: stderr is the tests'."""
 
 
+@pytest.fixture(autouse=True)
+def no_proxy(monkeypatch):
+    monkeypatch.setenv("no_proxy", "*")
+
+
 @pytest.fixture
 def hub_that_says():
     """hub_that_says(status): the address of a server that answers HEAD with it."""

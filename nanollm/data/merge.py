@@ -15,7 +15,16 @@ from typing import Any
 
 from nanollm import durable
 from nanollm.data.prepare import BAD_RECORDS, read_progress, refuse_other
-from nanollm.data.shards import MANIFEST, PROGRESS, FileEntry, ShardEntry, SplitEntry, read_manifest, write_manifest
+from nanollm.data.shards import (
+    MANIFEST,
+    PROGRESS,
+    FileEntry,
+    ShardEntry,
+    SplitEntry,
+    read_manifest,
+    read_sealed_manifest,
+    write_manifest,
+)
 
 PART = re.compile(r"part-(\d{5})-of-(\d{5})")
 
@@ -170,8 +179,8 @@ def _header_in(part: Path) -> Header | None:
         progress = read_progress(part)
         has_tokens = any(split["tokens"] for split in progress["splits"].values())
         return dict(progress["header"]) if has_tokens else None
-    with suppress(FileNotFoundError):
-        return read_manifest(part)[0]
+    with suppress(FileNotFoundError):  # not read_manifest, to which one that begins just now is not finished
+        return read_sealed_manifest(part)
     return None
 
 

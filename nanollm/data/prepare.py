@@ -19,6 +19,7 @@ from nanollm.data.encode import Document, EncodedParcel, Parcel, all_text, encod
 from nanollm.data.shards import (
     FORMAT,
     MANIFEST,
+    MOST_MANIFEST_BYTES,
     PROGRESS,
     Flags,
     Ids,
@@ -280,7 +281,9 @@ def write_progress(folder: Path, progress: dict[str, Any]) -> None:
 
 def read_progress(folder: Path) -> dict[str, Any]:
     """How far a folder is; FileNotFoundError if it is not begun, or finished."""
-    return durable.read_sealed_json(folder / PROGRESS, FORMAT, "remove the folder and prepare it again")
+    return durable.read_sealed_json(
+        folder / PROGRESS, FORMAT, "remove the folder and prepare it again", MOST_MANIFEST_BYTES
+    )
 
 
 def _begun(header: dict[str, Any]) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from nanollm import durable
 FORMAT = "nanollm-shards-2"
 FORMATS = ("nanollm-shards-1", FORMAT)  # the first had no seal
 MANIFEST = "manifest.json"
+MOST_MANIFEST_BYTES = 2**28  # it lists every file of the source
 PROGRESS = "progress.json"
 
 Verification = Literal["size", "sha256"]
@@ -283,7 +284,7 @@ def read_manifest(folder: Path) -> tuple[dict[str, Any], str]:
             f"{folder} is not a prepared folder (no {MANIFEST} in it); "
             f"make one: nanollm preprocess KIND --tokenizer_path TOKENIZER --save_dir {folder}"
         )
-    manifest = durable.read_sealed_json(folder / MANIFEST, FORMAT, "prepare the folder again")
+    manifest = read_sealed_manifest(folder)
     if manifest.get("format") not in FORMATS:
         raise ValueError(
             f"{folder / MANIFEST} has format {manifest.get('format')!r}, this version reads {FORMAT!r}; "
@@ -292,15 +293,18 @@ def read_manifest(folder: Path) -> tuple[dict[str, Any], str]:
     try:
         _check_entries(manifest)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{folder / MANIFEST} is not as it is written ({error!r}); prepare the folder again"
-        ) from error
+        raise ValueError(f"{folder / MANIFEST} is no manifest of ours ({error}); prepare the folder again") from error
     return manifest, durable.sha256_of(folder / MANIFEST)
+
+
+def read_sealed_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest as it was written, whatever it says and whether the folder is finished."""
+    return durable.read_sealed_json(folder / MANIFEST, FORMAT, "prepare the folder again", MOST_MANIFEST_BYTES)
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
     """Finish a folder, and return what read_manifest will."""
-    whole = {"format": FORMAT, **manifest}
+    whole = {"format": FORMAT} | dict(manifest) | {"format": FORMAT}  # first, and not what an older version began with
     durable.write_sealed_json(folder / MANIFEST, whole)
     return whole
 
@@ -345,13 +349,23 @@ def _check_file(path: Path, entry: FileEntry, verify: Verification) -> None:
         raise ValueError(f"{path} has sha256 {found[:6]}, its manifest says {entry['sha256'][:6]}; {again}")
 
 
+def _parsed_header(head: io.BytesIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]] | None:
+    """Shape, order and type of a .npy file; None where that is not ours to read."""
+    try:
+        np.lib.format.read_magic(head)
+        found = np.lib.format.read_array_header_1_0(head)
+    except (ValueError, TypeError, SyntaxError):
+        return None
+    return found if head.tell() == _HEADER_BYTES else None
+
+
 def _columns(paths: Iterable[Path], dtype: str, lengths: Iterable[int]) -> list[npt.NDArray[Any]]:
-    """Map files that begin with exactly the header they must have, so that no header of others is ever read."""
+    """Map files of exactly the numbers that they must hold."""
     columns = []
     for path, length in zip(paths, lengths, strict=False):
         with path.open("rb") as file:
-            header = file.read(_HEADER_BYTES)
-        if header != _header(np.dtype(dtype), length):
+            head = io.BytesIO(file.read(_HEADER_BYTES))  # no more of it is parsed, whatever length it claims
+        if _parsed_header(head) != ((length,), False, np.dtype(dtype)):
             raise ValueError(f"{path} is not a .npy file of {length:,} {np.dtype(dtype)}; prepare the folder again")
         column = np.memmap(path, dtype, "r", offset=_HEADER_BYTES, shape=(length,))
         columns.append(column.view(np.ndarray))  # slices of the subclass np.memmap are ten times slower

@@ -32,7 +32,7 @@ def is_prepared(path: Path) -> bool:
 def check(path: Path, tokenizer: Tokenizer, split: str = "train") -> None:
     """Raise, before anything long begins, what reading these documents would raise."""
     if is_prepared(path):
-        Shards.open(path, split, tokenizer_fingerprint=tokenizer.fingerprint)
+        Shards.open(path, split, tokenizer_fingerprint=tokenizer.fingerprint, verify="size")  # `read` reads every byte
     else:
         find_files([path])
 

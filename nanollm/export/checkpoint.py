@@ -15,8 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from nanollm import durable
-from nanollm.bundle import CONFIG, MOST_JSON_BYTES, MOST_TENSORS, PROVENANCE, TOKENIZER, WEIGHTS, check_header
+from nanollm.bundle import CONFIG, MOST_TENSORS, PROVENANCE, TOKENIZER, WEIGHTS, check_header
+from nanollm.durable import read_json, sha256_of
 from nanollm.export import history
 from nanollm.export.names import SIZES
 from nanollm.text.tokenizer import read_model
@@ -68,16 +68,9 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         read_model(folder / TOKENIZER),
         dict(added_tokens(folder)),
         read_history(folder / PROVENANCE),
-        {name: durable.sha256_of(folder / name) for name in (CONFIG, TOKENIZER, *shards)},
+        {name: sha256_of(folder / name) for name in (CONFIG, TOKENIZER, *shards)},
         tuple(notes),
     )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file of others."""
-    if (size := path.stat().st_size) > MOST_JSON_BYTES:
-        raise ValueError(f"{path} has {size:,} bytes, expected at most {MOST_JSON_BYTES:,}; delete or repair it")
-    return durable.read_json(path)
 
 
 def read_history(path: Path) -> dict[str, Any] | None:
@@ -147,10 +140,10 @@ def mapped(path: Path, promised: set[str] | None) -> dict[str, Tensor]:
     check_header(path)
     try:
         with safe_open(path, "pt") as file:
-            names = {*file.keys()}
+            names = file.keys()
             refuse_too_many(names, path)
-            if promised is not None and promised != names:
-                name = min(promised ^ names)
+            if promised is not None and (wrong := promised ^ {*names}):
+                name = min(wrong)
                 place = f"should be in {path} and is not" if name in promised else f"is in {path}, but not in {INDEX}"
                 raise ValueError(f"the tensor {name} {place}; copy the model again")
             tensors = {name: file.get_tensor(name) for name in names}

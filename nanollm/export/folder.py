@@ -66,4 +66,5 @@ def write_export(folder: Path, bundle: Bundle, form: Format, dtype: Dtype, name:
     write_json(folder / GENERATION, generation_words(tokenizer))
     files = sorted({CARD, PROVENANCE, *(file.name for file in folder.iterdir())})
     made = {"made_by": f"nanollm {__version__} export", "format": form, "dtype": dtype, "files": files}
-    write_json(folder / PROVENANCE, public(bundle.provenance) | {EXPORT: made})
+    told = {name: value for name, value in public(bundle.provenance).items() if name != "format"}  # that of a bundle
+    write_json(folder / PROVENANCE, told | {EXPORT: made})

@@ -394,9 +394,15 @@ def _rows_of_group(table: Any, number: int, file: BinaryIO, columns: Sequence[st
 
 
 def _largest_page(group: Any, file: BinaryIO, columns: Sequence[str]) -> int:
-    """Bytes of the largest page of these columns when it is unpacked, or of the whole group if it is small."""
+    """Bytes of the largest page of these columns when it is unpacked, or of the whole group if it is small.
+
+    The pages of a file elsewhere are not asked, because that would fetch all of them twice. Those of a small group are
+    not, because Arrow ends the process where what the footer says of a column is damaged.
+    """
     if group.total_byte_size <= LINE_BYTES:
         return group.total_byte_size
+    if not isinstance(getattr(file, "raw", None), io.FileIO):
+        return LINE_BYTES + 1
     chunks = [group.column(number) for number in range(group.num_columns)]
     ours = tuple(f"{column}." for column in columns)
     pages = (

@@ -16,6 +16,8 @@ DEEPEST = 8  # a page header has 3 structs in each other
 def largest_page(file: BinaryIO, start: int, length: int) -> int:
     """Bytes of the largest page of a column chunk, unpacked. OSError where there is no chain of pages."""
     at, largest = start, 0
+    if start < 0:
+        raise OSError(f"there is no page at byte {start:,}")
     while at < start + length:
         file.seek(at)
         header = _read_struct(file)

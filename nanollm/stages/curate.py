@@ -301,7 +301,7 @@ def begin(job: Job) -> None:
     """Refuse a folder that was begun otherwise, and write down what this job is."""
     settings = job.place.folder / "settings.json"
     if settings.exists():
-        refuse_other(job.save_dir, json.loads(settings.read_bytes()), job.header)
+        refuse_other(job.save_dir, durable.read_json(settings), job.header)
     elif strangers := sorted([*job.save_dir.glob("*.npy"), *job.save_dir.glob("part-*"), *job.save_dir.glob("prog*")]):
         raise ValueError(f"{strangers[0]} is not of curate; give an empty or a new folder as --save_dir")
     durable.write_json(job.place.questions, job.questions)

@@ -224,7 +224,7 @@ def open_inputs(c: Config) -> Inputs:
     for path in c.contamination:
         documents.check(path, tokenizer)
     if c.data:
-        Shards.open(c.data, "val", tokenizer_fingerprint=tokenizer.fingerprint)
+        Shards.open(c.data, "val", tokenizer_fingerprint=tokenizer.fingerprint, verify="size")  # every byte, later
     benchmarks = open_harness(c) if c.harness_names else None
     if not c.has_task:
         return Inputs(None, [], benchmarks)

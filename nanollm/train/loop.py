@@ -195,7 +195,8 @@ class _Watch:
                 f"the updates of steps {step - self._in_a_row + 1} to {step} were all skipped, for numbers that were "
                 f"not finite or far above those before, and the run stopped; metrics.jsonl names what each saw, the "
                 f"last {saw}. The checkpoints are finite but may hold weights that had already run away: begin anew in "
-                f"another --out with a lower optim.lr, or look at that text"
+                f"another --out with a lower optim.lr, or look at that text; if such losses are right, go on with "
+                f"--optim.spike_sigmas 0"
             )
 
 

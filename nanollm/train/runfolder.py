@@ -77,7 +77,7 @@ def check_same_everywhere(settings: Mapping[str, object], inputs: Mapping[str, o
                 )
 
 
-ADDED = {"start": "gpt2", "objective.importance_cap": "0.0"}
+ADDED = {"start": "gpt2", "objective.importance_cap": "0.0", "optim.spike_sigmas": "0.0"}
 """What runs had, without knowing, that were begun before these settings existed."""
 
 
@@ -93,7 +93,8 @@ def claim_folder(
     if checkpoints(out / "checkpoints") and not (config_file.exists() and inputs_file.exists()):
         raise ValueError(f"{out} has checkpoints but not both config.yaml and inputs.json; choose another --out")
     if config_file.exists() and inputs_file.exists():
-        before = _flat(read_mapping(config_file) | {"inputs": read_json(inputs_file, "bring back a copy, or choose another --out")})
+        known = read_json(inputs_file, "bring back a copy, or choose another --out")
+        before = _flat(read_mapping(config_file) | {"inputs": known})
         now = _flat({**settings, "inputs": inputs})
         added = {key: value for key, value in ADDED.items() if key in now}
         _check_same_run(out, added | before, now, fixed)

@@ -7,6 +7,7 @@
      KILL   SIGKILL at moment `at`
      FULL   from moment `at` on, whatever needs space fails with ENOSPC; what frees space works
      BROKEN moment `at` alone fails with EIO
+     ASK    at moment `at` the process gets SIGTERM, ASK + 1: SIGINT; the call goes on
      TRACE  every moment is written to the file descriptor `at`, as lines `call inode path`
 */
 #define _GNU_SOURCE
@@ -23,7 +24,7 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
-enum { COUNT, KILL, FULL, BROKEN, TRACE };
+enum { COUNT, KILL, FULL, BROKEN, TRACE, ASK };
 enum { GOES_ON, FAILS, HALF };
 
 static char root[PATH_MAX];
@@ -67,6 +68,7 @@ static int moment(const char *call, const char *path, int needs_space) {
         dprintf((int)at, "%s %ld %s\n", call, stat(path, &found) ? 0 : (long)found.st_ino, path);
     }
     if (mode == KILL && now == at) return HALF;
+    if (mode >= ASK && now == at) kill(getpid(), mode == ASK ? SIGTERM : SIGINT);
     if (mode == BROKEN && now == at) return errno = EIO, FAILS;
     if (mode == FULL && needs_space && now == at) return errno = ENOSPC, HALF;
     if (mode == FULL && needs_space && now > at) return errno = ENOSPC, FAILS;

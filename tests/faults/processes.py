@@ -28,6 +28,8 @@ class Fault(IntEnum):
     FULL = 2
     BROKEN = 3
     TRACE = 4
+    ASK_BY_SIGTERM = 5
+    ASK_BY_SIGINT = 6
 
 
 @dataclass(frozen=True)

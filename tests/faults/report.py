@@ -19,7 +19,7 @@ HERE = Path(__file__).parent
 FIGURES = HERE / "figures"
 PAGE = HERE.parents[1] / "docs" / "reliability.md"
 BEGIN, END = "<!-- figures: written by make faults and make soak -->\n", "<!-- end of figures -->\n"
-SHARES = {
+LABELS = {
     "tokens_per_s": "tokens/s",
     "steps_per_processor_s": "steps per second of processor time",
     "memory_bytes": "memory",
@@ -50,17 +50,24 @@ def battery_of(junit: Path) -> dict[str, object]:
 
 
 def promise_of(module: str) -> str:
-    """The first line of a test module's docstring."""
+    """The first paragraph of a test module's docstring."""
     tree = ast.parse((HERE / f"{module}.py").read_text(encoding="utf-8"))
-    return (ast.get_docstring(tree) or "").partition("\n")[0]
+    return " ".join((ast.get_docstring(tree) or "").partition("\n\n")[0].split())
 
 
 def section() -> str:
     """The part of the page that is computed."""
+    return "\n".join([*battery_lines(), *soak_lines(), *attack_lines()])
+
+
+def battery_lines() -> list[str]:
+    """Each area's promise, how many of its tests held, and its figures; nothing before the first `make faults`."""
+    if not (FIGURES / "battery.json").exists():
+        return []
     battery = json.loads((FIGURES / "battery.json").read_bytes())
     machine = battery["hardware"]
     lines = [
-        f"Measured on {battery['date']} at commit {battery['commit'].rstrip('+')}, on {machine['cores']} cores "
+        f"Measured on {battery['date']} at commit {battery['commit']} (+: and changes), on {machine['cores']} cores "
         f"({machine['processor']}), torch {machine['torch']}.",
         "",
     ]
@@ -73,10 +80,10 @@ def section() -> str:
             *(f"- {figure}" for figure in area["figures"]),
             *[""] * bool(area["figures"]),
         ]
-    return "\n".join([*lines, *soaks()])
+    return lines
 
 
-def soaks() -> list[str]:
+def soak_lines() -> list[str]:
     """What the long runs showed, as far as there were any."""
     lines = []
     for file in sorted(FIGURES.glob("*_soak.json")):
@@ -90,14 +97,37 @@ def told(seen: dict[str, object]) -> list[str]:
     """A line for each number of a long run; what drifted, with its first and its last value."""
     lines = []
     for name, value in seen.items():
-        label = SHARES.get(name, name.replace("_", " "))
-        if isinstance(value, dict) and "drift" in value:
+        label = LABELS.get(name, name.replace("_", " "))
+        if isinstance(value, list):  # of several lives of a server
+            lines += [f"{label}, {number}: {flat(each)}" for number, each in enumerate(value, start=1)]
+        elif isinstance(value, dict) and "drift" in value:
             lines.append(
                 f"{label}: {value['first']:,.6g} at first, {value['last']:,.6g} at last ({value['drift']:+.2%})"
             )
         elif name != "minutes":
-            lines.append(f"{label}: {value}")
+            lines.append(f"{label}: {flat(value)}")
     return lines
+
+
+def flat(value: object) -> str:
+    """A number, or several with their names, as people write them."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name.replace('_', ' ')} {flat(each)}" for name, each in value.items()) or "none"
+    return " to ".join(map(flat, value)) if isinstance(value, list) else f"{value:,}"
+
+
+def attack_lines() -> list[str]:
+    """Of each class of attack, what those notice who read their replies meanwhile."""
+    file = FIGURES / "server_attack.json"
+    lines = []
+    for one in json.loads(file.read_bytes()) if file.exists() else []:
+        gap, (least, middle, most) = one["token_gap"], one["token_gap"]["ratio_of_pairs"]
+        lines.append(
+            f"- {one['attack']}: {gap['attacked_p99_ms']} ms, quiet {gap['quiet_p99_ms']} ms: x {gap['ratio']:.2f} "
+            f"(pairs of windows {least:.2f} to {most:.2f}, median {middle:.2f}), {one['strikes_per_s']} strikes/s"
+        )
+    title = "**Those who read while others attack**: 99th percentile of the time between two tokens"
+    return [title, "", *lines, ""] if lines else []
 
 
 def main() -> None:

@@ -25,6 +25,7 @@ WHOLE = 0.25
 LEAVING = 0.1
 """Shares: of all replies, those that are asked for at once; of all streams, those whose readers leave."""
 SAMPLE_EVERY_S = 5.0
+MOST_DRIFT_PERCENT = 2.0
 
 
 @dataclass
@@ -160,7 +161,8 @@ def main(words):
     print(text)
     if options.json:
         options.json.write_text(text + "\n", encoding="utf-8")
-    return 1 if run.wrong or run.counts["lost"] else 0
+    drifts = [life["memory_drift_percent"] for life in figures["lives"]]
+    return 1 if run.wrong or run.counts["lost"] or max(drifts) > MOST_DRIFT_PERCENT else 0
 
 
 if __name__ == "__main__":

@@ -25,8 +25,8 @@ from nanollm.world import World
 from tests.data.conftest import content
 from tests.model.conftest import TINY
 
-CUTS, FLIPS = 10, 100  # of each file
-SMALL_BYTES = 10_000  # the full form changes every byte of a smaller file
+CUTS, FLIPS = 10, 20  # of each file
+FLIPS_OF_ALL, SMALL_BYTES = 100, 10_000  # the full form changes every byte of a smaller file
 
 CHECKPOINT = ("state.json", "weights.safetensors", "optimizer.safetensors")
 BUNDLE = ("config.json", "model.safetensors", "tokenizer.model", "provenance.json")
@@ -39,9 +39,9 @@ def damages(whole: bytes, every_byte: bool) -> Iterator[bytes | None]:
     """What may be left of a file: less of it, the same with another byte, or (None) nothing."""
     rng = Random(0)
     yield from (whole[: len(whole) * part // CUTS] for part in range(CUTS))
-    spots = rng.sample(range(len(whole)), FLIPS)
-    if every_byte:
-        spots = [*range(len(whole))] if len(whole) < SMALL_BYTES else spots
+    spots = rng.sample(range(len(whole)), FLIPS_OF_ALL if every_byte else FLIPS)
+    if every_byte and len(whole) < SMALL_BYTES:
+        spots = [*range(len(whole))]
     for spot in spots:
         yield whole[:spot] + bytes([whole[spot] ^ rng.randrange(1, 256)]) + whole[spot + 1 :]
     yield None

@@ -517,7 +517,9 @@ SETTINGS = {
 @pytest.mark.parametrize("text", SETTINGS.values(), ids=SETTINGS)
 def test_settings_that_would_take_all_memory_or_hours_are_refused_at_once(tmp_path, refused, text):
     (tmp_path / "run.yaml").write_text(text)
-    assert "run.yaml: not valid settings: nested too deeply" in refused("pretrain", "--config", tmp_path / "run.yaml")
+    assert "run.yaml: not valid settings: over 100,000 values, or nested too deeply" in refused(
+        "pretrain", "--config", tmp_path / "run.yaml"
+    )
 
 
 # --- data ---

@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from nanollm.cli import main
 from nanollm.data.batches import Windows
 from nanollm.data.shards import Shards
 from nanollm.stages import pretrain, sft
-from nanollm.train.checkpoint import checkpoints, load_newest, save_checkpoint
+from nanollm.train.checkpoint import Checkpoints, checkpoints, load_newest, save_checkpoint
 from nanollm.train.loop import MAX_SKIPPED_IN_A_ROW
 from nanollm.train.loss import next_token_loss
 from nanollm.train.optim import OptimConfig
@@ -58,6 +59,34 @@ def poison_one_rank(world: World, where: str, bad: float):
         is_finite = all(torch.isfinite(tensor).all() for tensor in copied(state).values())
         found[parallel] = told, is_finite
     return found
+
+
+def spike_on_one_rank(world: World, folder: Path):
+    """Seventy steps, saved and read again; then one rank's loss is a hundred times as high: what each rank did."""
+    found = {}
+    for parallel in ("ddp", "fsdp"):
+        own = with_mesh(world, parallel)
+        state, saved = begin(own), Checkpoints(folder / parallel, 1, own)
+        for state.step in range(FEWEST + 6):
+            train_step(state, rows(state.step, own), next_token_loss, 1e-3, SPIKES, own)
+        saved.save(state)
+        saved.wait()
+        state = begin(own)
+        load_newest(folder / parallel, state, own)
+        before, told = copied(state), []
+        for factor in (100.0 if world.rank == 1 else 1.0, 1.0):
+            loss_of = partial(poisoned, of_loss=factor)
+            stats = train_step(state, rows(500, own), loss_of, 1e-3, SPIKES, own)
+            told.append((stats.skipped, any(not torch.equal(before[name], t) for name, t in copied(state).items())))
+        found[parallel] = told
+    return found
+
+
+@pytest.mark.dist
+def test_a_loss_a_hundred_times_as_high_on_one_rank_is_skipped_by_all(tmp_path, record_property):
+    for of_rank in together(2, spike_on_one_rank, tmp_path, dtype="float32"):
+        assert of_rank == {parallel: [(True, False), (False, True)] for parallel in ("ddp", "fsdp")}
+    record_property("figure", "a loss x 100 on one of two ranks, after a checkpoint: both skipped it, and moved again")
 
 
 @pytest.mark.dist

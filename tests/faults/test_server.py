@@ -6,6 +6,7 @@ import itertools
 import json
 import random
 import socket
+import sys
 import threading
 import time
 from collections import Counter
@@ -14,7 +15,7 @@ import pytest
 
 from nanollm.bundle import load_bundle
 from nanollm.text.chat import Conversation, Message, encode_prompt
-from tests.faults import server_attack, server_soak
+from tests.faults import server_soak
 from tests.faults.attacks import (
     CHAT,
     CLASSES,
@@ -34,9 +35,11 @@ from tests.serve.running import serving
 for package in ("fastapi", "uvicorn", "prometheus_client"):
     pytest.importorskip(package, reason=f'{package} is not installed: pip install -e ".[serve]"')
 
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads another process's clock as Linux names it")
+
 DEAREST_MS = 100.0
 """Most time of a processor that one request may take, if it is refused; it is a tenth of that on an idle machine."""
-BODY_TIMEOUT_S = 1.0
+BODY_TIMEOUT_S = 3.0
 OWN_HEADERS = {
     *(b"access-control-allow-origin", b"allow", b"cache-control", b"connection", b"content-length", b"content-type"),
     *(b"content-security-policy", b"cross-origin-resource-policy", b"date", b"referrer-policy", b"retry-after"),
@@ -255,18 +258,7 @@ def test_the_soak_sees_a_wrong_byte_and_a_lost_reply(folder):
     assert run.counts["lost"]
 
 
-# The long forms
-
-
-@pytest.mark.slow
-def test_those_who_read_hardly_notice_attacks(record_property):
-    figures = server_attack.main(["--rounds", "3"])
-    lines = []
-    for one in figures:
-        least, middle, most = one["token_gap"]["ratio_of_pairs"]
-        lines.append(f"{one['attack']} x {middle:.2f} ({least:.2f} to {most:.2f})")
-        assert middle < 1.5, one  # two cores are shared with the attackers and with whatever else runs
-    record_property("figure", "p99 between tokens, attacked to quiet: " + ", ".join(lines))
+# The long form; that those who read hardly notice attacks: server_attack.py, by `make soak`
 
 
 @pytest.mark.slow

@@ -22,6 +22,9 @@ import psutil
 from nanollm.train.runlog import read_metrics
 
 EVERY_S = 5.0
+MOST_DRIFT = 0.02
+DRIFTS = {"tokens_per_s": -1, "memory_bytes": 1, "files": 1, "threads": 1}
+"""Which way is worse."""
 
 
 def soak(words: list[str], minutes: float) -> dict[str, object]:
@@ -77,10 +80,10 @@ def built_in(folder: Path) -> list[str]:
 
 def last_step(out: Path) -> int:
     try:
-        lines = (out / "metrics.jsonl").read_bytes().splitlines()
+        whole = (out / "metrics.jsonl").read_bytes().rpartition(b"\n")[0]  # the last line may be half written
     except FileNotFoundError:
         return 0
-    return int(json.loads(lines[-1])["step"]) if lines else 0
+    return int(json.loads(whole.splitlines()[-1])["step"]) if whole else 0
 
 
 def ends(values: list[float]) -> dict[str, float]:
@@ -104,6 +107,8 @@ def main() -> None:
         print(f"{name:24}", f"{value['drift']:+.2%}  {value}" if isinstance(value, dict) else value)
     if options.json:
         options.json.write_text(json.dumps(seen, indent=2) + "\n")
+    if worse := [name for name, bad in DRIFTS.items() if bad * seen[name]["drift"] > MOST_DRIFT]:
+        sys.exit(f"{', '.join(worse)}: more than {MOST_DRIFT:.0%} worse at last")
 
 
 if __name__ == "__main__":

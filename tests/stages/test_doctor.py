@@ -54,7 +54,8 @@ def no_compiler(monkeypatch):
 # The whole
 
 
-def test_every_check_runs_on_this_machine_and_nothing_is_left_behind(tmp_path, capsys):
+def test_every_check_runs_on_this_machine_and_nothing_is_left_behind(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(doctor, "LIMIT_S", 300.0)  # other tests run beside it
     assert main(["doctor", "--offline", "--dir", str(tmp_path), "--json"]) == 0
     said = capsys.readouterr()
     told = json.loads(said.out)
@@ -68,7 +69,7 @@ def test_every_check_runs_on_this_machine_and_nothing_is_left_behind(tmp_path, c
     assert "resumed to the same bits, bundle loaded as saved, reply with cache = one pass" in self_test
     before, after = map(float, re.search(r"s: loss ([\d.]+) to ([\d.]+),", self_test).groups())
     assert after < before - 2
-    assert said.err == "self-test: a small run, at most about 20 s ...\n"
+    assert said.err == "self-test: a small run, at most about 300 s ...\n"
     assert list(tmp_path.iterdir()) == []
 
 
