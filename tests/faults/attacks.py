@@ -264,6 +264,6 @@ def read_answer(connection: socket.socket, *, is_last: bool = False) -> Answer:
             break
         seen += piece
     begin, _, body = seen.partition(b"\r\n\r\n")
-    if length := re.search(rb"(?i)content-length: (\d+)", begin):
+    if not is_last and (length := re.search(rb"(?i)content-length: (\d+)", begin)):
         body = body[: int(length[1])]  # the answer to what came behind it may be here already
     return Answer(int(begin.split(b" ", 2)[1]) if begin else 0, begin, body)
