@@ -73,7 +73,6 @@ def bodies() -> Iterator[Attack]:
     yield Attack("an extension of megabytes", 431, chunked() + b"1;a=", b"a" * 65_536)
     yield Attack("no end of trailers", 431, chunked() + b"0\r\n", b"a: b\r\n" * 4096)
     yield Attack("no end of chunks without a key", 401, chunked(key=None), chunk(b" " * 65_536))
-    yield Attack("no end of chunks of one byte without a key", 400, chunked(key=None), chunk(b" ") * 4096)
     for size in (b"-1", b"1_0", b"0x1", b"g", b"f" * 21, b""):
         yield Attack(f"a chunk of size {size.decode()!r}", 400, chunked() + size + b"\r\n \r\n")
     for length in ("-1", "+1", "1e3", "1 1", "1, 2", "", "9" * 30):

@@ -68,7 +68,7 @@ def spike_on_one_rank(world: World, folder: Path):
         own = with_mesh(world, parallel)
         state, saved = begin(own), Checkpoints(folder / parallel, 1, own)
         for state.step in range(FEWEST + 6):
-            train_step(state, rows(state.step, own), next_token_loss, 1e-3, SPIKES, own)
+            train_step(state, rows(state.step % 10, own), next_token_loss, 1e-3, SPIKES, own)
         saved.save(state)
         saved.wait()
         state = begin(own)
@@ -76,7 +76,7 @@ def spike_on_one_rank(world: World, folder: Path):
         before, told = copied(state), []
         for factor in (100.0 if world.rank == 1 else 1.0, 1.0):
             loss_of = partial(poisoned, of_loss=factor)
-            stats = train_step(state, rows(500, own), loss_of, 1e-3, SPIKES, own)
+            stats = train_step(state, rows(3, own), loss_of, 1e-3, SPIKES, own)
             told.append((stats.skipped, any(not torch.equal(before[name], t) for name, t in copied(state).items())))
         found[parallel] = told
     return found
