@@ -1,9 +1,9 @@
 """Which figures does docs/reliability.md tell?  Those of the last `make faults` and `make soak`.
 
-    python -m tests.faults.report [FILE]
+    python -m tests.faults.report [FILE ...]
 
-FILE is what pytest wrote with --junitxml: it goes to figures/battery.json first, if nothing in it failed. The page then
-gets the figures of this folder, between its two marks.
+A FILE is what pytest wrote with --junitxml, a later one of tests that were run once more. They go to
+figures/battery.json first, if nothing failed at last. The page then gets the figures of this folder, between its marks.
 """
 
 import ast
@@ -11,6 +11,7 @@ import datetime
 import json
 import sys
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.run import commit, hardware
@@ -28,12 +29,15 @@ LABELS = {
 }
 
 
-def battery_of(junit: Path) -> dict[str, object]:
+def battery_of(junit: Sequence[Path]) -> dict[str, object]:
     """Promises, counts and figures by module. SystemExit if a test failed: a page tells what holds."""
     import torch
 
+    cases = {}
+    for file in junit:
+        cases |= {(c.attrib["classname"], c.attrib["name"]): c for c in ElementTree.parse(file).iter("testcase")}
     areas: dict[str, dict[str, object]] = {}
-    for case in ElementTree.parse(junit).iter("testcase"):
+    for case in cases.values():
         name = case.attrib["classname"].rpartition(".")[2]
         if case.find("failure") is not None or case.find("error") is not None:
             sys.exit(f"{name}::{case.attrib['name']} failed; the page keeps its old figures")
@@ -133,7 +137,7 @@ def attack_lines() -> list[str]:
 def main() -> None:
     if sys.argv[1:]:
         FIGURES.mkdir(exist_ok=True)
-        battery = battery_of(Path(sys.argv[1]))
+        battery = battery_of([Path(name) for name in sys.argv[1:]])
         (FIGURES / "battery.json").write_text(json.dumps(battery, indent=1) + "\n", encoding="utf-8")
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
     PAGE.write_text(before + BEGIN + "\n" + section() + "\n" + END + rest.partition(END)[2], encoding="utf-8")
