@@ -40,6 +40,11 @@ class Checkpoints:
         self._finishers = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
 
+    def delete_older(self) -> None:
+        """Delete what a save that was killed at its very end did not come to; the newest must be sound."""
+        if self.world.is_main and (found := checkpoints(self.folder)):
+            _delete_older(found[0], self.keep_last)
+
     def save(self, state: TrainState) -> None:
         """Begin to save the state as it is now; raises what went wrong with the save before."""
         self.wait()

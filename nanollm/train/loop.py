@@ -127,6 +127,7 @@ def fit(
     Of several processes all do the same at the same step, whichever of them got the signal.
     """
     checkpoints = Checkpoints(folder / "checkpoints", c.keep_last, world)
+    checkpoints.delete_older()
     clock, watch = _Clock(), _Watch()
 
     def save() -> None:

@@ -144,6 +144,7 @@ def run(order: dict[str, object], disk: ctypes.CDLL) -> None:
     for stream in (1, 2):
         os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background may have it ignored
     fault, at = Fault(order["fault"]), order["at"]
     if fault is Fault.TRACE:
         at = os.open(log.with_suffix(".trace"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)

@@ -36,7 +36,7 @@ class Shot:
         job.remove()
 
     def start(self, fault=Fault.COUNT, at=0):
-        self.log.unlink(missing_ok=True)
+        self.log.write_text("")  # a child may be gone before it opens it
         return self.children.start(self.job.words, self.log, watched=self.job.out, fault=fault, at=at)
 
     def note_lost(self, done):
