@@ -151,6 +151,12 @@ def test_text_files_end_in_one_newline_and_have_no_trailing_spaces():
     assert [str(file.relative_to(ROOT)) for file, text in texts().items() if not is_tidy(text)] == []
 
 
+def test_the_page_has_the_figures_that_the_battery_measured():
+    from tests.faults.report import PAGE, section
+
+    assert section() in PAGE.read_text(encoding="utf-8")
+
+
 def test_the_pictures_are_what_the_script_draws():
     done = subprocess.run(
         [sys.executable, "docs/figures/draw.py", "--check"], cwd=ROOT, capture_output=True, text=True, check=False

@@ -81,7 +81,7 @@ def battery_lines() -> list[str]:
             f"**{promise_of(name)}**",
             f"`tests/faults/{name}.py`: {area['passed']} tests passed{skipped}, {area['seconds']:,.0f} s.",
             "",
-            *(f"- {figure}" for figure in area["figures"]),
+            *(f"- {figure}" for figure in sorted(area["figures"])),
             *[""] * bool(area["figures"]),
         ]
     return lines

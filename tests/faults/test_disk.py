@@ -22,7 +22,7 @@ def check_refused(shot, code, said, reason):
     shot.end()
 
 
-@pytest.mark.parametrize("every", [31, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [53, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("fault", [Fault.FULL, Fault.BROKEN], ids=["full", "broken"])
 @pytest.mark.parametrize("verb", VERBS)
 def test_from_a_disk_that_fails_at_any_write_a_job_recovers(

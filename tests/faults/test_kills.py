@@ -71,7 +71,7 @@ class Shot:
         self.job.remove()
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, pytest.param(50, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("verb", VERBS)
 def test_killed_at_random_moments_a_job_ends_with_the_bits_of_one_left_alone(
     job_of, children, tmp_path, record_property, verb, kills
@@ -103,7 +103,7 @@ def test_killed_at_random_moments_a_job_ends_with_the_bits_of_one_left_alone(
     record_property("figure", f"{verb}: {struck} of {kills} the same bits, {in_saves} of them inside a save{lost}")
 
 
-@pytest.mark.parametrize("every", [29, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [53, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("verb", VERBS)
 def test_killed_at_each_change_of_a_file_a_job_ends_with_the_same_bits(
     job_of, children, tmp_path, record_property, verb, every
