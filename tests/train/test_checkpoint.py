@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nanollm.train.checkpoint import checkpoints, load_newest, save_checkpoint, verify
+from nanollm.train.checkpoint import Checkpoints, checkpoints, load_newest, save_checkpoint, verify
 from nanollm.train.loss import next_token_loss
 from nanollm.train.optim import OptimConfig
 from nanollm.train.step import train_step
@@ -45,6 +45,14 @@ def test_only_the_newest_checkpoints_are_kept(start, tmp_path):
     for state.step in (1, 2, 10):
         save_checkpoint(tmp_path, state, keep_last=2)
     assert [path.name for path in checkpoints(tmp_path)] == ["step-00000010", "step-00000002"]
+
+
+def test_what_a_killed_save_did_not_delete_is_deleted_by_the_next_start(start, tmp_path):
+    state = start()
+    for state.step in (1, 2):
+        save_checkpoint(tmp_path, state, keep_last=2)
+    Checkpoints(tmp_path, 1, World()).delete_older()
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-00000002"]
 
 
 def test_a_damaged_newer_checkpoint_takes_no_place_from_sound_ones(start, batch_at, tmp_path):
