@@ -26,6 +26,7 @@ if str(PROJECT) not in sys.path:
 
 from benchmarks.trial import CORPUS, PREPARED, Run, Text, equal_bytes, prepare  # noqa: E402
 from nanollm.durable import write_json  # noqa: E402
+from nanollm.origin import commit  # noqa: E402
 
 RESULTS = PROJECT / "benchmarks" / "results" / "ablations"
 TABLE = PROJECT / "docs" / "ablations.md"
@@ -154,7 +155,7 @@ def one_run(row: str, seed: int, o: argparse.Namespace) -> dict[str, Any]:
             "dtype": world.names["dtype"],
             "threads": o.threads,
         },
-        "commit": commit(),
+        "commit": commit() or "unknown",
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version(), "torch": importlib.metadata.version("torch")},
     }
@@ -165,14 +166,6 @@ def curve(losses: Sequence[float], tokens_per_step: int, points: int = 16) -> li
     size = max(1, -(-len(losses) // points))
     parts = [(end, losses[max(0, end - size) : end]) for end in range(size, len(losses) + size, size)]
     return [[min(end, len(losses)) * tokens_per_step, round(statistics.mean(part), 4)] for end, part in parts]
-
-
-def commit() -> str:
-    """The commit, with + if the working tree differs from it."""
-    describe = ["git", "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
-    return (
-        subprocess.run(describe, check=False, capture_output=True, text=True, cwd=PROJECT).stdout.strip() or "unknown"
-    )
 
 
 def read_results(folder: Path) -> dict[str, dict[int, dict[str, Any]]]:

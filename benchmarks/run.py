@@ -15,10 +15,8 @@ import datetime
 import importlib
 import importlib.metadata
 import json
-import os
 import platform
 import re
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import redirect_stdout
@@ -29,6 +27,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
+
+from nanollm.origin import commit, hardware  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = ("torch", "numpy", "sentencepiece", "transformers", "tokenizers", "trl", "xllamacpp")
@@ -97,29 +97,6 @@ def changed_options(options: argparse.Namespace, parser: argparse.ArgumentParser
 # --- the record ---
 
 
-def hardware() -> dict[str, Any]:
-    import torch
-
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"processor": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu}
-
-
-def processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def commit() -> str:
-    """The commit, with + if the working tree differs from it."""
-    describe = ["git", "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
-    done = subprocess.run(describe, check=False, capture_output=True, text=True, cwd=ROOT)
-    return done.stdout.strip() or "unknown"
-
-
 def versions() -> dict[str, str]:
     """Of Python and of the packages that take part, if they are installed."""
     installed = {"python": platform.python_version()}
@@ -134,7 +111,7 @@ def versions() -> dict[str, str]:
 def record_of(name: str, module: ModuleType, options: argparse.Namespace) -> dict[str, Any]:
     """Run one benchmark and tell under which circumstances it ran."""
     record: dict[str, Any] = {"benchmark": name, "about": all_benchmarks()[name]}
-    record |= {"date": datetime.date.today().isoformat(), "commit": commit(), "hardware": hardware()}
+    record |= {"date": datetime.date.today().isoformat(), "commit": commit() or "unknown", "hardware": hardware()}
     record |= {"versions": versions(), "options": changed_options(options, parser_of(name, module))}
     with redirect_stdout(sys.stderr):  # a peer may print what it likes
         facts: dict[str, Any] = module.measure(options)

@@ -7,6 +7,7 @@ a log file stays readable. Colours follow the terminal; NO_COLOR turns them off 
 import os
 import sys
 import time
+from collections import deque
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
 
 INTERVAL_S = 10.0  # between two plain lines
+RECENT_S = 300.0  # that the rate is of: long enough for pauses, short enough to notice that the machine got slower
 
 _quiet = False
 _live: "Progress | None" = None  # the one bar that owns the terminal's last line
@@ -46,11 +48,13 @@ class Progress:
         self.task, self.total, self.unit, self.done = task, total, unit, done
         self.console: Console | None = None
         self._already = done  # finished before, so neither fast nor slow
+        self._marks: deque[tuple[float, int]] = deque()  # moments of the last minutes, and what was done by then
         self._note = ""
         self._bar: RichProgress | None = None
 
     def __enter__(self) -> Self:
         self._started = self._spoken = time.monotonic()
+        self._marks.append((self._started, self._already))
         if not _quiet and _live is None and _is_terminal():
             self._open_bar()
         return self
@@ -58,6 +62,7 @@ class Progress:
     def advance(self, n: int = 1) -> None:
         """Count n more units."""
         self.done += n
+        self._mark()
         self._show()
 
     def note(self, text: str) -> None:
@@ -66,9 +71,12 @@ class Progress:
         self._show()
 
     def status(self) -> str:
-        """The numbers in one line: `1,200 of 5,000 docs, 310 docs/s, 12 s left, shard 3`."""
-        elapsed = time.monotonic() - self._started
-        rate = (self.done - self._already) / elapsed if elapsed >= 1 else 0.0  # before that it would be noise
+        """The numbers in one line: `1,200 of 5,000 docs, 310 docs/s, 12 s left, shard 3`; the rate is a recent one."""
+        return self._status_since(*self._marks[0])
+
+    def _status_since(self, moment: float, done: int) -> str:
+        elapsed = time.monotonic() - moment
+        rate = (self.done - done) / elapsed if elapsed >= 1 else 0.0  # before that it would be noise
         parts = [self._count()]
         if rate > 0:
             parts.append(f"{_number(rate)} {self.unit}/s".replace(" /s", "/s"))
@@ -80,7 +88,16 @@ class Progress:
         self._close_bar()
         self._note = ""
         outcome = "in" if kind is None else "stopped after"
-        say(f"{self.task}: {self.status()}, {outcome} {duration(time.monotonic() - self._started)}")
+        status = self._status_since(self._started, self._already)  # of all the time
+        say(f"{self.task}: {status}, {outcome} {duration(time.monotonic() - self._started)}")
+
+    def _mark(self) -> None:
+        """Remember this moment, once a second, and forget those of which the next one is old enough."""
+        now = time.monotonic()
+        if now - self._marks[-1][0] >= 1:
+            self._marks.append((now, self.done))
+        while len(self._marks) > 1 and now - self._marks[1][0] >= RECENT_S:
+            self._marks.popleft()
 
     def _count(self) -> str:
         of = "" if self.total is None else f" of {self.total:,}"

@@ -73,6 +73,16 @@ def test_work_done_by_an_earlier_run_counts_but_does_not_make_it_fast(clock):
         assert bar.status() == "70 of 100 steps, 1.00 steps/s, 30 s left"
 
 
+def test_the_rate_is_that_of_the_last_minutes_and_at_the_end_that_of_all(clock, capsys):
+    with Progress("train", total=2_000, unit="steps") as bar:
+        for seconds in (1, 4):  # the machine gets four times slower
+            for _ in range(400):
+                clock.now += seconds
+                bar.advance()
+        assert bar.status() == "800 of 2,000 steps, 0.25 steps/s, 1 h 20 min left"
+    assert capsys.readouterr().err.splitlines()[-1].startswith("train: 800 of 2,000 steps, 0.40 steps/s")
+
+
 def test_a_note_stands_behind_the_numbers(clock, capsys):
     with Progress("train", total=2) as bar:
         bar.note("loss 3.21")

@@ -13,6 +13,7 @@ from nanollm.bundle import WEIGHTS, Bundle, load_bundle
 from nanollm.evals.problems import accuracy
 from nanollm.export.dense import STORED
 from nanollm.progress import say
+from nanollm.report.page import write_report
 from nanollm.rl.grpo import Learner
 from nanollm.rl.loss import ObjectiveConfig
 from nanollm.rl.reward import RewardConfig, Rewards
@@ -198,7 +199,9 @@ def train(c: Config, world: World) -> Path:
             "replies_seen": state.step * c.rollout.prompts * c.rollout.group_size,
             "parent": bundle.provenance,
         }
-        return save_run_bundle(c.out, bundle.model.config, state, bundle.tokenizer, provenance, world)
+        folder = save_run_bundle(c.out, bundle.model.config, state, bundle.tokenizer, provenance, world)
+        write_report(c.out, world)
+        return folder
 
 
 def validate(

@@ -16,6 +16,7 @@ from nanollm.generate.sampling import SamplingConfig
 from nanollm.model.config import ModelConfig
 from nanollm.model.transformer import StartName, Transformer
 from nanollm.progress import say
+from nanollm.report.page import write_report
 from nanollm.settings import check_seed, read_mapping
 from nanollm.text.tokenizer import Tokenizer
 from nanollm.train.loop import TrainConfig, fit
@@ -143,7 +144,9 @@ def train(c: Config, world: World) -> Path:
             "inputs": inputs,
             "tokens_seen": state.step * c.train.batch_size * c.model.context_length,
         }
-        return save_run_bundle(c.out, c.model, state, tokenizer, provenance, world)
+        folder = save_run_bundle(c.out, c.model, state, tokenizer, provenance, world)
+        write_report(c.out, world)
+        return folder
 
 
 def validate(

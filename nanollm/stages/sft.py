@@ -16,6 +16,7 @@ from nanollm.data.shards import Shards, Verification, read_manifest
 from nanollm.generate.engine import generate
 from nanollm.generate.sampling import SamplingConfig
 from nanollm.progress import say
+from nanollm.report.page import write_report
 from nanollm.settings import check_seed, read_mapping
 from nanollm.text.chat import Conversation, Marks, encode_prompt, reply_ends, reply_text
 from nanollm.text.tokenizer import Tokenizer
@@ -187,7 +188,9 @@ def train(c: Config, world: World) -> Path:
             "conversations_seen": state.step * c.train.batch_size,
             "parent": bundle.provenance,
         }
-        return save_run_bundle(c.out, bundle.model.config, state, bundle.tokenizer, provenance, world)
+        folder = save_run_bundle(c.out, bundle.model.config, state, bundle.tokenizer, provenance, world)
+        write_report(c.out, world)
+        return folder
 
 
 @torch.inference_mode()

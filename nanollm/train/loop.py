@@ -16,8 +16,11 @@ from textwrap import shorten
 from types import FrameType
 from typing import Protocol, TypeVar
 
+import torch
+
 from nanollm.progress import Progress, say
 from nanollm.train.checkpoint import Checkpoints
+from nanollm.train.memory import peak_memory
 from nanollm.train.runlog import RunLog
 from nanollm.train.state import TrainState
 from nanollm.world import World
@@ -128,7 +131,7 @@ def fit(
     """
     checkpoints = Checkpoints(folder / "checkpoints", c.keep_last, world)
     checkpoints.delete_older()
-    clock, watch = _Clock(), _Watch()
+    clock, watch = _Clock(world.device), _Watch()
 
     def save() -> None:
         log.sync()
@@ -136,7 +139,7 @@ def fit(
 
     with _signals(world) as received, Progress("train", c.steps, "steps", done=state.step) as bar:
         if state.step == 0:
-            log.write(0, **validate(), **sample())
+            log.write(0, **clock.paused(validate), **clock.paused(sample))
         while state.step < c.steps:
             if number := int(world.largest(received[0] if received else 0)):
                 save()
@@ -202,23 +205,30 @@ class _Watch:
 
 
 class _Clock:
-    """Tokens per second of training alone: validation, samples and saving stop the clock."""
+    """Tokens per second of training alone: validation, samples and saving stop the clock; `seconds` has them in it."""
 
-    def __init__(self) -> None:
-        self._start, self._tokens = time.perf_counter(), 0
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._start, self._paused, self._tokens = time.perf_counter(), 0.0, 0
 
     def count(self, tokens: int) -> None:
         self._tokens += tokens
 
     def read(self) -> dict[str, object]:
-        rate = self._tokens / (time.perf_counter() - self._start)
-        self._start, self._tokens = time.perf_counter(), 0
-        return {"tokens_per_s": round(rate, 1)}
+        """What the time since the last reading was like."""
+        now = time.perf_counter()
+        seconds = now - self._start
+        values: dict[str, object] = {"tokens_per_s": round(self._tokens / (seconds - self._paused), 1)}
+        values["seconds"] = round(seconds, 3)
+        if (peak := peak_memory(self._device)) is not None:
+            values["peak_memory_gb"] = round(peak / 1e9, 4)
+        self._start, self._paused, self._tokens = now, 0.0, 0
+        return values
 
     def paused(self, work: Callable[[], Outcome]) -> Outcome:
         paused_at = time.perf_counter()
         outcome = work()
-        self._start += time.perf_counter() - paused_at
+        self._paused += time.perf_counter() - paused_at
         return outcome
 
 

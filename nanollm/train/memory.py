@@ -5,8 +5,12 @@ pass, and the logits of a chunk. A test holds the kept part to what autograd rea
 whole to what a process really takes.
 """
 
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
+
+import torch
 
 from nanollm.model.config import ModelConfig
 from nanollm.train.loss import chunk_rows
@@ -28,11 +32,14 @@ class TrainingMemory:
     logits: int
     gradients: int
     idle: int
+    kept_gradients: int = 0
+    """Those of the micro-batches before, which stay while this one's activations come."""
 
     @property
     def total(self) -> int:
         """The peak: each block's gradients come while its activations go, so both are never there at once."""
-        return self.weights + self.optimizer + max(self.activations + self.logits, self.gradients) + self.idle
+        passing = max(self.activations + self.logits + self.kept_gradients, self.gradients)
+        return self.weights + self.optimizer + passing + self.idle
 
 
 def training_memory(
@@ -43,52 +50,83 @@ def training_memory(
     optimizer: Literal["muon", "adamw"],
     recompute: bool = False,
     is_fused: bool = False,
+    accumulates: bool = False,
+    on_gpu: bool = False,
+    parts: int = 1,
 ) -> TrainingMemory:
     """Peak of one micro-batch of full-length sequences; compute_bytes is 2 for bfloat16 and float16.
 
-    `recompute` and `is_fused` as in kept_bytes_per_token.
+    `recompute` and `is_fused` as in kept_bytes_per_token. `accumulates`: a step has several micro-batches. `on_gpu`:
+    blocks and loss are compiled, and what the allocator holds beside what is used is not counted, as PyTorch's own
+    count of a GPU does not. `parts`: processes that hold one copy of the model together (fsdp, hsdp).
     """
     parameters, tokens = c.total_parameters, sequences * c.context_length
     has_masters = compute_bytes == 2
     head = c.vocab_size * c.d_model
     in_adamw = 2 * head if optimizer == "muon" else parameters  # norms and routers are crumbs
-    rows = chunk_rows(c.vocab_size, "cpu")  # GPUs hold chunks four times as large
+    rows = chunk_rows(c.vocab_size, "cuda" if on_gpu else "cpu")
     # The head's gradient is made from the first chunk on; that of several chunks is added up in float32.
     head_gradient = head * (compute_bytes + (4 if has_masters and tokens > rows else 0))
     in_backward = 4 * compute_bytes * max(c.d_ff, (c.n_shared_experts + c.experts_per_token) * c.d_expert)
-    activations = tokens * (kept_bytes_per_token(c, compute_bytes, recompute, is_fused) + in_backward)
+    activations = tokens * (kept_bytes_per_token(c, compute_bytes, recompute, is_fused, on_gpu) + in_backward)
     # Muon turns a stack of gradients into directions: float32 twice, and three times in the compute type.
     stack = min(parameters - in_adamw, MAX_STACK) * (8 + 3 * compute_bytes)
+    idle = IDLE + round(IDLE_PER_ACTIVATION[compute_bytes] * activations + IDLE_PER_GRADIENT * 4 * parameters)
+    seen = compute_bytes * parameters if has_masters or parts > 1 else 0  # in parts it is whole block by block: at most
     return TrainingMemory(
-        weights=parameters * (4 + (2 if has_masters else 0)),
-        optimizer=8 * in_adamw + 4 * (parameters - in_adamw),
+        weights=4 * parameters // parts + seen,
+        optimizer=(8 * in_adamw + 4 * (parameters - in_adamw)) // parts,
         activations=activations,
         logits=min(tokens, rows) * c.vocab_size * compute_bytes + head_gradient,
-        gradients=4 * parameters + stack,
-        idle=IDLE + round(IDLE_PER_ACTIVATION[compute_bytes] * activations + IDLE_PER_GRADIENT * 4 * parameters),
+        gradients=4 * parameters // (1 if accumulates else parts) + stack,
+        idle=0 if on_gpu else idle,
+        kept_gradients=4 * parameters if accumulates else 0,  # FSDP2 adds them up before it cuts them
     )
 
 
 def kept_bytes_per_token(
-    c: ModelConfig, compute_bytes: Literal[2, 4], recompute: bool = False, is_fused: bool = False
+    c: ModelConfig,
+    compute_bytes: Literal[2, 4],
+    recompute: bool = False,
+    is_fused: bool = False,
+    is_compiled: bool = False,
 ) -> int:
     """What the trunk keeps of one token from the forward to the backward pass.
 
     With `recompute` that is what enters each block, and all of the block whose turn it is. `is_fused`: attention.cpp
-    serves, so the keys of every head are never written out.
+    serves, so the keys of every head are never written out. `is_compiled`: torch.compile keeps what enters each gated
+    network's last product, too.
     """
     attention = 2 * c.d_model + 2 * c.q_lora_rank + c.cache_width + c.kv_lora_rank  # what norms and matrices are given
     attention += c.n_heads * c.qk_head_dim * (1 if is_fused else 2)  # queries and keys
     attention += c.n_heads * (c.qk_nope_head_dim + 2 * c.v_head_dim)  # expanded latents, answers
     attention += c.qk_rope_head_dim if is_fused else 0
     floats = c.n_heads + 4  # a sum of exponentials per head, a factor per norm
-    experts = 2 * (c.n_shared_experts + c.experts_per_token) * c.d_expert
+    widths = 3 if is_compiled else 2  # of a gated network
+    experts = widths * (c.n_shared_experts + c.experts_per_token) * c.d_expert
     gathered = 2 * c.experts_per_token * c.d_model  # tokens gathered, answers to be weighted
     router = c.d_model if compute_bytes == 2 else 0  # float32 copy of the tokens
     ffn = 2 * c.d_model
-    dense = (attention + ffn + 2 * c.d_ff) * compute_bytes + 4 * floats
+    dense = (attention + ffn + widths * c.d_ff) * compute_bytes + 4 * floats
     moe = (attention + ffn + experts + gathered) * compute_bytes + 4 * (floats + router)
     last_norm = c.d_model * compute_bytes + 4
     if recompute:
         return c.n_blocks * c.d_model * compute_bytes + max(dense, moe) + last_norm
     return (c.n_blocks - c.n_moe_blocks) * dense + c.n_moe_blocks * moe + last_norm
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Bytes that this process has held at most, of the GPU's memory or else of the machine's; None: nobody tells."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if (
+        status.exists()
+    ):  # not getrusage there: what that tells a process begins with the size of the one that started it
+        line = next(line for line in status.read_text(encoding="ascii").splitlines() if line.startswith("VmHWM:"))
+        return 1024 * int(line.split()[1])
+    if sys.platform == "darwin":
+        import resource
+
+        return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    return None

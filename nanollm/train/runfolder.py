@@ -1,16 +1,26 @@
 """Whose folder is it: does the run that starts here go on with the one that was begun?
 
-A run keeps its resolved settings (config.yaml) and the fingerprints of what it reads (inputs.json) in its folder. Of
-several processes the main one writes all this; all of them read the checkpoints, so the folder must be one they share.
+A run keeps its resolved settings (config.yaml), the fingerprints of what it reads (inputs.json) and when and where it
+was started (starts.jsonl) in its folder. Of several processes the main one writes all this; all of them read the
+checkpoints, so the folder must be one they share.
 """
 
+import json
+import platform
+import shlex
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from datetime import UTC, datetime
 from pathlib import Path
 
+import torch
+
+from nanollm import __version__
 from nanollm.bundle import save_bundle
 from nanollm.durable import check_writable, lock_folder, read_json, write_file, write_json
 from nanollm.model.config import ModelConfig
+from nanollm.origin import commit, hardware
 from nanollm.progress import say
 from nanollm.settings import read_mapping, to_yaml
 from nanollm.text.tokenizer import Tokenizer
@@ -18,6 +28,8 @@ from nanollm.train.checkpoint import checkpoints, load_newest
 from nanollm.train.runlog import RunLog, TrackerName, start_tracker
 from nanollm.train.state import TrainState
 from nanollm.world import World
+
+STARTS = "starts.jsonl"
 
 
 @contextmanager
@@ -46,8 +58,27 @@ def open_run(
         say(f"going on from step {state.step:,} in {out}")
     if not world.is_main:
         return state, RunLog.mute()
+    note_start(out, state.step, world)
     started = [start_tracker(name, out, settings, resume_from=state.step) for name in trackers]
     return state, RunLog(out, started, resume_from=state.step)
+
+
+def note_start(out: Path, step: int, world: World) -> None:
+    """One more line of starts.jsonl: when, from which step, and with which code on which machine."""
+    start = {
+        "at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "step": step,
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "nanollm": __version__,
+        "commit": commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "processes": world.size,
+        **hardware(),
+    }
+    path = out / STARTS
+    before = path.read_bytes() if path.exists() else b""
+    write_file(path, before + json.dumps(start).encode() + b"\n")
 
 
 def save_run_bundle(

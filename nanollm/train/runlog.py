@@ -14,6 +14,9 @@ from typing import Any, Literal
 from nanollm.durable import sync, write_file
 
 TrackerName = Literal["tensorboard", "wandb", "trackio"]
+TIMED = ("tokens_per_s", "seconds", "peak_memory_gb", "rollout_s", "train_s")
+"""Values of a line that no two runs share; all others are the same for the same settings on the same kind of CPU."""
+
 Tracker = Callable[[int, Mapping[str, float]], None]
 
 

@@ -14,12 +14,11 @@ from nanollm.bundle import save_bundle
 from nanollm.model.transformer import Transformer
 from nanollm.stages import preprocess
 from nanollm.text.tokenizer import Tokenizer
-from nanollm.train.runlog import read_metrics
+from nanollm.train.runlog import TIMED, read_metrics
 from tests.conftest import STORY
 from tests.faults.processes import Nursery, nursery
 from tests.stages.conftest import MODEL
 
-TIMED = ("tokens_per_s", "rollout_s", "train_s")
 SAVE_EVERY = {"preprocess": 1500, "pretrain": 3, "sft": 3, "grpo": 2}
 """Steps; tokens for preprocess."""
 

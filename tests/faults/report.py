@@ -14,7 +14,7 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.run import commit, hardware
+from nanollm.origin import commit, hardware
 
 HERE = Path(__file__).parent
 FIGURES = HERE / "figures"
@@ -47,7 +47,7 @@ def battery_of(junit: Sequence[Path]) -> dict[str, object]:
         area["figures"] += [each.attrib["value"] for each in case.iter("property") if each.attrib["name"] == "figure"]
     return {
         "date": datetime.date.today().isoformat(),
-        "commit": commit(),
+        "commit": commit() or "unknown",
         "hardware": hardware() | {"torch": torch.__version__},
         "areas": {name: areas[name] for name in sorted(areas)},
     }

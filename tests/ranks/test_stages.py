@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from nanollm.bundle import save_bundle
 from nanollm.model.transformer import Transformer
-from nanollm.train.runlog import read_metrics
+from nanollm.train.runlog import TIMED, read_metrics
 from tests.ranks.launch import ROOT, running
 from tests.stages.conftest import MODEL
 
@@ -55,9 +55,8 @@ def by_two(arguments, log, parallel):
 
 def numbers(folder):
     """Those of the metrics that do not tell the time."""
-    timed = ("tokens_per_s", "rollout_s", "train_s")
     return [
-        {key: value for key, value in line.items() if isinstance(value, int | float) and key not in timed}
+        {key: value for key, value in line.items() if isinstance(value, int | float) and key not in TIMED}
         for line in read_metrics(folder)
     ]
 

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import time
 from dataclasses import replace
 
@@ -12,13 +11,6 @@ from nanollm.generate.engine import Engine
 from tests.serve.conftest import CONTEXT
 from tests.serve.running import serving, wait_until
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
-
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-FLAGS = [
-    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
-    *("--disable-component-update", "--disable-sync"),
-]
 STEP_S = 0.02
 HOSTILE = "<img src=x onerror=\"document.title='hacked'\"><script>document.title='hacked'</script>"
 CHAT = "**/v1/chat/completions"
@@ -41,17 +33,6 @@ class SlowEngine(Engine):
 def slow_server(bundle, serve_extra):
     with serving(bundle, make_engine=lambda: SlowEngine(bundle.model, rows=4), max_tokens=CONTEXT) as running:
         yield running
-
-
-@pytest.fixture(scope="module")
-def browser():
-    program = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if program is None:
-        pytest.skip("there is no Chromium on this machine: apt-get install chromium")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=program, args=FLAGS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

@@ -66,9 +66,8 @@ def digest(c):
 
 
 def lines_of(c):
-    timed = ("tokens_per_s", "rollout_s", "train_s")
     lines = [json.loads(line) for line in (c.out / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name not in timed} for line in lines]
+    return [{name: value for name, value in line.items() if name not in TIMED} for line in lines]
 
 
 def test_a_run_leaves_metrics_rollouts_checkpoints_and_a_bundle(run_config):

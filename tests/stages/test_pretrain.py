@@ -21,7 +21,7 @@ from nanollm.stages import pretrain
 from nanollm.stages.pretrain import Config
 from nanollm.train.checkpoint import checkpoints
 from nanollm.train.optim import OptimConfig
-from nanollm.train.runlog import read_metrics
+from nanollm.train.runlog import TIMED, read_metrics
 
 
 def weights_of(run: Path) -> str:
@@ -30,7 +30,7 @@ def weights_of(run: Path) -> str:
 
 def told(run: Path) -> list[dict[str, object]]:
     """The metrics without those that tell the time."""
-    return [{k: v for k, v in line.items() if k != "tokens_per_s"} for line in read_metrics(run)]
+    return [{k: v for k, v in line.items() if k not in TIMED} for line in read_metrics(run)]
 
 
 def launch(config: Config, folder: Path) -> subprocess.Popen[str]:

@@ -18,7 +18,7 @@ from nanollm.stages.sft import ChatTrainConfig, Config
 from nanollm.text.learn import train as train_tokenizer
 from nanollm.train.checkpoint import checkpoints
 from nanollm.train.optim import OptimConfig
-from nanollm.train.runlog import read_metrics
+from nanollm.train.runlog import TIMED, read_metrics
 from nanollm.world import World
 from tests.stages.conftest import MODEL
 
@@ -87,7 +87,7 @@ def weights_of(run: Path) -> str:
 
 def told(run: Path) -> list[dict[str, object]]:
     """The metrics without those that tell the time."""
-    return [{k: v for k, v in line.items() if k != "tokens_per_s"} for line in read_metrics(run)]
+    return [{k: v for k, v in line.items() if k not in TIMED} for line in read_metrics(run)]
 
 
 # A run.

@@ -1,0 +1,159 @@
+"""What does the folder of a run tell about it?
+
+Everything is read as it lies there, also while the run is writing: a last line that is not complete yet is left out.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Literal
+
+from nanollm.data.shards import read_manifest
+from nanollm.durable import read_json
+from nanollm.model.config import ModelConfig
+from nanollm.settings import read_mapping
+from nanollm.train.runfolder import STARTS
+
+Line = Mapping[str, Any]
+Stage = Literal["pretrain", "sft", "grpo"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """An eval.json beside the run's bundle, and the name of its folder."""
+
+    name: str
+    figures: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run, as far as it has come."""
+
+    name: str
+    settings: Mapping[str, Any]
+    inputs: Mapping[str, Any]
+    starts: Sequence[Line]
+    """When and where it was started, see runfolder.note_start; runs begun before that was written have none."""
+    lines: Sequence[Line]
+    """metrics.jsonl."""
+    model: ModelConfig | None
+    """None: it is written into the bundle, which is not there yet."""
+    evaluations: Sequence[Evaluation] = ()
+    rollouts: Sequence[Line] = ()
+    """Replies of the newest step that was kept, of grpo."""
+    data: Mapping[str, Mapping[str, Any]]
+    """Folders of token files that are still at their place, and their manifests."""
+
+    @property
+    def stage(self) -> Stage:
+        return "grpo" if "rollout" in self.settings else "sft" if "bundle" in self.settings else "pretrain"
+
+    @property
+    def steps(self) -> int:
+        """Steps in all, as the settings say."""
+        return int(self.settings["train"]["steps"])
+
+    @property
+    def step(self) -> int:
+        """The newest step that is told of."""
+        return int(self.lines[-1]["step"]) if self.lines else 0
+
+    @property
+    def is_done(self) -> bool:
+        return self.step >= self.steps
+
+    @property
+    def seconds(self) -> float | None:
+        """How long it has trained, evaluations and saving included, waiting between two starts left out."""
+        return sum(line["seconds"] for line in self.lines if "seconds" in line) or None
+
+    @property
+    def tokens_per_step(self) -> int | None:
+        """Tokens of an optimizer step, where every step has as many."""
+        if self.stage != "pretrain" or self.model is None:
+            return None
+        return int(self.settings["train"]["batch_size"]) * self.model.context_length
+
+    @cached_property
+    def numbers(self) -> Mapping[str, list[tuple[int, float]]]:
+        """Every number of the log by its name, as (step, value)."""
+        found: dict[str, list[tuple[int, float]]] = {}
+        for line in self.lines:
+            for name, value in line.items():
+                if name != "step" and isinstance(value, int | float) and not isinstance(value, bool):
+                    found.setdefault(name, []).append((line["step"], value))
+        return found
+
+    @property
+    def loads(self) -> list[tuple[int, list[list[float]]]]:
+        """Step, and of each Mixture of Experts the share of the tokens that each expert got."""
+        return [(line["step"], line["expert_load"]) for line in self.lines if "expert_load" in line]
+
+    @property
+    def skipped(self) -> list[int]:
+        """Steps whose update was left out."""
+        return [line["step"] for line in self.lines if line.get("skipped")]
+
+    @property
+    def hours(self) -> list[tuple[int, float]]:
+        """Step, and hours of training until then."""
+        timed = [line for line in self.lines if "seconds" in line]
+        spent = accumulate(line["seconds"] for line in timed)
+        return [(line["step"], seconds / 3600) for line, seconds in zip(timed, spent, strict=True)]
+
+
+def read_run(folder: Path) -> Run:
+    """The run in a folder. ValueError where there is none."""
+    for name in ("config.yaml", "metrics.jsonl"):
+        if not (folder / name).is_file():
+            run = folder.parent if (folder / "provenance.json").exists() else Path("runs/NAME")
+            raise ValueError(f"{folder} is not the folder of a run: it has no {name}; give one such as {run}")
+    settings = read_mapping(folder / "config.yaml")
+    inputs = folder / "inputs.json"
+    return Run(
+        name=folder.resolve().name,
+        settings=settings,
+        inputs=read_json(inputs) if inputs.exists() else {},
+        starts=_lines(folder / STARTS) if (folder / STARTS).exists() else [],
+        lines=_lines(folder / "metrics.jsonl"),
+        model=_model(folder, settings),
+        evaluations=[Evaluation(file.parent.name, read_json(file)) for file in sorted(folder.glob("eval/*/eval.json"))],
+        rollouts=_newest_rollouts(folder / "rollouts"),
+        data=_manifests(settings.get("data")),
+    )
+
+
+def _lines(path: Path) -> list[Line]:
+    """The complete lines of a file that somebody may be writing."""
+    lines = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        try:
+            parsed = json.loads(line)
+            parsed["step"] += 0
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}, line {number} is damaged ({error!r}); remove that line") from error
+        lines.append(parsed)
+    return lines
+
+
+def _model(folder: Path, settings: Mapping[str, Any]) -> ModelConfig | None:
+    """Of its settings if it makes a model, of its bundle if it trains one on."""
+    config = folder / "bundle" / "config.json"
+    if "model" in settings:
+        return ModelConfig(**settings["model"])
+    return ModelConfig(**read_json(config)["model"]) if config.exists() else None
+
+
+def _newest_rollouts(folder: Path) -> list[Line]:
+    files = sorted(folder.glob("step-*.jsonl"))
+    return [json.loads(line) for line in files[-1].read_text("utf-8").splitlines()] if files else []
+
+
+def _manifests(data: object) -> dict[str, Mapping[str, Any]]:
+    """Manifests of the folders that a run names and that are still there: `data` is one, or several with weights."""
+    names = list(data) if isinstance(data, Mapping) else [str(data)] if data else []
+    return {name: read_manifest(Path(name))[0] for name in names if (Path(name) / "manifest.json").exists()}

@@ -1,0 +1,378 @@
+"""How does the page of a run look, or of several runs side by side?
+
+What is shown is chosen here, as plain values; `page.html` says where it stands. Everything is in the one file: no
+script, no font, no picture from elsewhere.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from nanollm import __version__
+from nanollm.durable import write_file
+from nanollm.progress import duration, say
+from nanollm.report.charts import Series, heat_map, key, line_chart, short
+from nanollm.report.folder import Run, read_run
+from nanollm.report.scores import differences_of, notes_of, scores_of, with_bars
+from nanollm.settings import to_yaml
+from nanollm.world import World
+
+HERE = Path(__file__).parent
+PAGE = "report.html"
+MOST_COLUMNS = 80  # of a heat map
+MOST_TOLD = 12  # rows of the table below a chart
+DEAD = 0.01  # of its fair share of the tokens
+REPLIES_SHOWN = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantity:
+    """A number of metrics.jsonl and how it is drawn."""
+
+    name: str
+    title: str
+    unit: str
+    about: str = ""
+    low: str = ""
+    high: str = ""
+    log: bool = False
+    smooth: bool = False
+    from_zero: bool = False
+
+
+QUANTITIES = {
+    "Learning": [
+        Quantity(name="loss", title="Training loss", unit="nats per trained token", log=True, smooth=True),
+        Quantity(
+            name="val_bpb",
+            title="Validation",
+            unit="bits per byte",
+            about="Of text that is never trained on; comparable between tokenizers.",
+            log=True,
+        ),
+        Quantity(name="val_loss", title="Validation loss", unit="nats per token", log=True),
+        Quantity(name="lr", title="Learning rate", unit="step size"),
+        Quantity(
+            name="grad_norm",
+            title="Gradient norm",
+            unit="L2 norm before clipping",
+            log=True,
+            smooth=True,
+        ),
+    ],
+    "Learning from its own replies": [
+        Quantity(name="reward", title="Reward", unit="mean per reply", smooth=True),
+        Quantity(
+            name="val_accuracy",
+            title="Problems solved",
+            unit="share of test problems, greedily",
+            about="With 95 % intervals; none of these problems is trained on.",
+            low="val_accuracy_low",
+            high="val_accuracy_high",
+        ),
+        Quantity(name="reply_tokens", title="Length of replies", unit="tokens", smooth=True),
+        Quantity(name="finished", title="Replies that ended by themselves", unit="share of all replies", smooth=True),
+        Quantity(name="entropy", title="Entropy", unit="nats per token", smooth=True),
+        Quantity(
+            name="kl",
+            title="Distance to the reference",
+            unit="KL divergence, nats per token",
+            about="0 throughout where the objective has no reference.",
+            smooth=True,
+        ),
+        Quantity(
+            name="groups_dropped",
+            title="Groups that taught nothing",
+            unit="groups per step",
+            about="All replies of such a group earned the same.",
+            smooth=True,
+        ),
+        Quantity(name="clip_fraction", title="Clipped", unit="share of tokens", smooth=True),
+        Quantity(
+            name="engine_logprob_difference",
+            title="Engine against trainer",
+            unit="mean difference of log-probabilities",
+            smooth=True,
+        ),
+    ],
+    "Speed and memory": [
+        Quantity(name="tokens_per_s", title="Speed", unit="tokens/s", from_zero=True),
+        Quantity(name="peak_memory_gb", title="Peak memory", unit="GB", from_zero=True),
+    ],
+}
+PART = "reward_"  # of names: the parts of a reward; reward_std is none
+
+
+def write_report(out: Path, world: World) -> None:
+    """report.html of a run that has just ended, by the main one of its processes."""
+    if world.is_main:
+        write_page(out / PAGE, [read_run(out)])
+        say(f"what happened, as a page: {out / PAGE}")
+
+
+def write_page(page: Path, runs: Sequence[Run], price: float | None = None, refresh_s: float | None = None) -> None:
+    """See render."""
+    write_file(page, render(runs, price, refresh_s).encode())
+
+
+def render(runs: Sequence[Run], price: float | None = None, refresh_s: float | None = None) -> str:
+    """The page as HTML: of one run, or of several with the first in front.
+
+    `price` is money per hour; with `refresh_s` the browser reads the page again after so many seconds.
+    """
+    folder = FileSystemLoader(HERE)
+    world = Environment(loader=folder, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    first = runs[0]
+    return world.get_template("page.html").render(
+        style=Markup((HERE / "style.css").read_text("utf-8")),
+        title=" and ".join(run.name for run in runs),
+        refresh_s=refresh_s,
+        runs=runs,
+        first=first,
+        legend=keys([run.name for run in runs]),
+        facts=list(facts(runs, price)),
+        changed=differing_settings(runs) if runs[1:] else [],
+        charts={title: list(charts(runs, chosen)) for title, chosen in QUANTITIES.items()},
+        parts=list(reward_parts(runs)),
+        experts=[(run, *experts(run)) for run in runs if run.loads],
+        samples=[(run, samples(run)) for run in runs if samples(run)],
+        replies=[(run, replies(run)) for run in runs if run.rollouts],
+        scores=with_bars([score for run in runs for score in scores_of(run)]),
+        differences=[difference for run in runs for difference in differences_of(run)],
+        notes=[note for run in runs for note in notes_of(run)],
+        settings=[(run.name, to_yaml(run.settings)) for run in runs],
+        made_by=f"nanollm {__version__}",
+    )
+
+
+# --- what was run ---
+
+
+def facts(runs: Sequence[Run], price: float | None) -> Iterator[tuple[str, list[str]]]:
+    """Rows of the table at the top: what is told, and of each run what it says."""
+    rows: list[dict[str, str]] = [dict(facts_of(run, price)) for run in runs]
+    for name in dict.fromkeys(name for row in rows for name in row):
+        yield name, [row.get(name, "") for row in rows]
+
+
+def facts_of(run: Run, price: float | None) -> Iterator[tuple[str, str]]:
+    """What one run says of itself, as far as it has come."""
+    yield "stage", run.stage
+    state = "done" if run.is_done else f"{run.step / run.steps:.0%}"
+    yield "steps", f"{run.step:,} of {run.steps:,} ({state})"
+    if run.model:
+        total, active = run.model.total_parameters, run.model.active_parameters
+        yield "parameters", f"{total:,}, {active:,} active per token"
+    if run.tokens_per_step:
+        yield "tokens", f"{run.step * run.tokens_per_step:,} ({run.tokens_per_step:,} per step)"
+    yield from outcomes(run)
+    if run.seconds:
+        yield "time", f"{duration(run.seconds)}, evaluations and saving included"
+        if price is not None:
+            yield "cost", f"{run.seconds / 3600 * price:,.2f} at {price:g} per hour"
+    if rates := run.numbers.get("tokens_per_s"):
+        yield "speed", f"{median(rate for _, rate in rates):,.0f} tokens/s (median)"
+    if peaks := run.numbers.get("peak_memory_gb"):
+        yield "peak memory", f"{max(peak for _, peak in peaks):.2f} GB"
+    if run.skipped:
+        steps = ", ".join(f"{step:,}" for step in run.skipped[:10])
+        yield "skipped updates", f"{len(run.skipped):,} (steps {steps}{', ...' if run.skipped[10:] else ''})"
+    yield from origin(run)
+
+
+def outcomes(run: Run) -> Iterator[tuple[str, str]]:
+    """Before and after."""
+    for name, title, form in (
+        ("val_bpb", "bits per byte", "{:.4f}"),
+        ("val_loss", "validation loss", "{:.4f}"),
+        ("val_accuracy", "problems solved", "{:.1%}"),
+        ("reward", "reward", "{:.3f}"),
+    ):
+        if name in run.numbers and not (name == "val_loss" and "val_bpb" in run.numbers):
+            (_, before), (_, after) = run.numbers[name][0], run.numbers[name][-1]
+            yield title, f"{form.format(before)} → {form.format(after)}"
+
+
+def origin(run: Run) -> Iterator[tuple[str, str]]:
+    """Which code, machine and data."""
+    if run.starts:
+        last = run.starts[-1]
+        device = last["gpu"] if run.settings.get("device") == "cuda" else last["processor"]
+        yield "machine", f"{device}, {last['cores']} cores, {last['threads']} threads, {last['processes']} process(es)"
+        yield "computed in", str(run.settings.get("dtype", ""))
+        commit = last["commit"] or "unknown: an installed package"
+        yield "code", f"nanollm {last['nanollm']}, commit {commit}, torch {last['torch']}, Python {last['python']}"
+    for folder, manifest in run.data.items():
+        train = manifest["splits"]["train"]
+        yield f"data in {folder}", f"{train['tokens']:,} tokens of {manifest['source'].get('dataset', 'files')}"
+    for name, digest in sorted(run.inputs.items()):
+        yield f"sha256 of {name}", str(digest)[:16]
+
+
+def differing_settings(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+    """Dotted names of the settings in which runs differ, and what each has."""
+    flat = [dict(_flat(run.settings)) for run in runs]
+    names = dict.fromkeys(name for each in flat for name in each)
+    return [
+        (name, cells)
+        for name in names
+        if len(set(cells := [each.get(name, "(not there)") for each in flat])) > 1 and name != "out"
+    ]
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", str(value)
+
+
+# --- curves ---
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A picture, its words, and its numbers as a table."""
+
+    title: str
+    unit: str
+    about: str
+    picture: Markup
+    keys: list[tuple[str, Markup]]
+    """Lines by name, where the head of the page does not tell them apart."""
+    columns: list[str]
+    rows: list[list[str]]
+
+
+def charts(runs: Sequence[Run], quantities: Sequence[Quantity]) -> Iterator[Chart]:
+    """One for each quantity that some run has."""
+    x_unit, stretch = x_axis(runs)
+    for quantity in quantities:
+        lines = [
+            series_of(run, quantity, stretch[look], look)
+            for look, run in enumerate(runs)
+            if quantity.name in run.numbers
+        ]
+        if lines:
+            yield chart_of(quantity, lines, x_unit)
+
+
+def reward_parts(runs: Sequence[Run]) -> Iterator[Chart]:
+    """What the rewards are made of, one chart for each run."""
+    for run in runs:
+        names = [name for name in run.numbers if name.startswith(PART) and name != "reward_std"]
+        lines = [
+            series_of(run, Quantity(name=name, title="", unit=""), 1.0, look, name.removeprefix(PART).replace("_", " "))
+            for look, name in enumerate(names)
+        ]
+        if lines:
+            title = "Parts of the reward" + (f", {run.name}" if runs[1:] else "")
+            yield chart_of(Quantity(name=PART, title=title, unit="mean per reply", smooth=True), lines, "steps")
+
+
+def series_of(run: Run, quantity: Quantity, stretch: float, look: int, name: str = "") -> Series:
+    """The points of a number, with its interval if it has one; `stretch` turns steps into the unit of the axis."""
+    points = run.numbers[quantity.name]
+    lows, highs = ([y for _, y in run.numbers.get(each, [])] for each in (quantity.low, quantity.high))
+    has_interval = len(lows) == len(highs) == len(points)
+    return Series(
+        name=name or run.name,
+        xs=[step * stretch for step, _ in points],
+        ys=[y for _, y in points],
+        look=look,
+        lows=lows if has_interval else (),
+        highs=highs if has_interval else (),
+    )
+
+
+def x_axis(runs: Sequence[Run]) -> tuple[str, list[float]]:
+    """Steps, but tokens where the steps of the runs are of different size; and what makes these of steps."""
+    sizes = [run.tokens_per_step for run in runs]
+    if len(set(sizes)) > 1 and None not in sizes:
+        return "tokens", [float(size or 0) for size in sizes]
+    return "steps", [1.0] * len(runs)
+
+
+def keys(names: Sequence[str]) -> list[tuple[str, Markup]]:
+    """Each name with a piece of its line."""
+    return [(name, Markup(key(look))) for look, name in enumerate(names)]
+
+
+def chart_of(quantity: Quantity, lines: Sequence[Series], x_unit: str) -> Chart:
+    q = quantity
+    picture = line_chart(
+        q.title, q.unit, lines, x_unit=x_unit, log=q.log, smooth=q.smooth, least=0.0 if q.from_zero else None
+    )
+    return Chart(
+        title=q.title,
+        unit=q.unit + (", logarithmic" if q.log else ""),
+        about=q.about,
+        picture=Markup(picture),
+        keys=keys([line.name for line in lines]) if q.name == PART else [],
+        columns=[x_unit, *(line.name for line in lines)],
+        rows=table_of(lines),
+    )
+
+
+def table_of(lines: Sequence[Series]) -> list[list[str]]:
+    """Some of the points, evenly spread, the first and the last among them."""
+    xs = sorted({x for line in lines for x in line.xs})
+    chosen = sorted({xs[round(place * (len(xs) - 1) / (MOST_TOLD - 1))] for place in range(MOST_TOLD)})
+    known = [dict(zip(line.xs, line.ys, strict=True)) for line in lines]
+    return [[f"{x:,.0f}", *(short(of[x]) if x in of else "" for of in known)] for x in chosen]
+
+
+# --- experts, samples, replies ---
+
+
+def experts(run: Run) -> tuple[Markup, list[str]]:
+    """The share of each expert over time, and the experts that get next to nothing at the end."""
+    size = -(-len(run.loads) // MOST_COLUMNS)
+    kept = run.loads[size - 1 :: size] or run.loads[-1:]
+    blocks = range(len(kept[-1][1]))
+    places = [(block, expert) for block in blocks for expert in range(len(kept[-1][1][block]))]
+    names = moe_blocks(run, len(blocks))
+    rows = [f"block {names[block]} · {expert + 1}" for block, expert in places]
+    values = [[loads[block][expert] for _, loads in kept] for block, expert in places]
+    dead = [
+        row
+        for row, (block, expert) in zip(rows, places, strict=True)
+        if run.loads[-1][1][block][expert] * len(run.loads[-1][1][block]) < DEAD
+    ]
+    picture = heat_map("Share of the tokens", rows, [step for step, _ in kept], values, "steps")
+    return Markup(picture), dead
+
+
+def moe_blocks(run: Run, count: int) -> list[int]:
+    """Numbers, from 1, of the blocks with a Mixture of Experts."""
+    every = run.model.moe_every if run.model else 1
+    return [every * number for number in range(1, count + 1)]
+
+
+def samples(run: Run) -> list[tuple[str, list[tuple[int, str]]]]:
+    """Each prompt with what the model wrote, step by step."""
+    told = [(line["step"], line["samples"]) for line in run.lines if "samples" in line]
+    prompts = run.settings.get("sample_prompts") or []
+    return [
+        (prompt, [(step, texts[place]) for step, texts in told if place < len(texts)])
+        for place, prompt in enumerate(prompts)
+        if told
+    ]
+
+
+def replies(run: Run) -> list[list[Mapping[str, Any]]]:
+    """Of the newest kept step the first groups that taught something: the best and the worst reply of each."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for record in run.rollouts:
+        groups.setdefault(record["question"], []).append(record)
+    taught = [group for group in groups.values() if group[0]["trained"]]
+    chosen = (taught or list(groups.values()))[:REPLIES_SHOWN]
+    return [
+        [max(group, key=lambda each: each["reward"]), min(group, key=lambda each: each["reward"])] for group in chosen
+    ]

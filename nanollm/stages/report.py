@@ -1,0 +1,58 @@
+"""A run's folder becomes one page to look at."""
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from nanollm.durable import check_writable
+from nanollm.progress import say
+from nanollm.report.folder import read_run
+from nanollm.report.page import PAGE, write_page
+
+POSITIONAL = ("run",)
+COMPARED = "compared.html"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Write one self-contained HTML page of a run: what was run, curves, experts, samples, scores, time and cost.
+
+    Every run writes it at its end; this is for one that goes on, for scores that came later, and for comparing.
+    """
+
+    run: Path
+    """Folder of a run, such as runs/demo/pretrain."""
+    compare: list[Path] = field(default_factory=list)
+    """Folders of other runs, whose curves are drawn over those of the first."""
+    out: Path | None = None
+    """The page; null: report.html in the folder of the run, and with --compare compared.html there."""
+    watch: bool = False
+    """Write the page again and again until the run is done; a browser that shows it reads it again, too."""
+    every: float = 10.0
+    """Seconds between two writings of --watch."""
+    price: float | None = None
+    """Money for an hour of the machine, in any currency: the page then tells what the run has cost."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.every <= 86_400:
+            raise ValueError(f"every must be 1 to 86,400 seconds, got {self.every:g}")
+        if self.price is not None and not 0 <= self.price < 1e9:
+            raise ValueError(f"price must be at least 0 and below 1e9, got {self.price:g}")
+
+    @property
+    def page(self) -> Path:
+        return self.out or self.run / (COMPARED if self.compare else PAGE)
+
+
+def run(c: Config) -> Path:
+    """Write the page and return its path."""
+    folders = [c.run, *c.compare]
+    runs = [read_run(folder) for folder in folders]
+    check_writable(c.page.parent, "--out")
+    while c.watch and not runs[0].is_done:
+        write_page(c.page, runs, c.price, c.every)
+        say(f"step {runs[0].step:,} of {runs[0].steps:,}: {c.page}")
+        time.sleep(c.every)
+        runs = [read_run(folder) for folder in folders]
+    write_page(c.page, runs, c.price)
+    return c.page

@@ -1,0 +1,139 @@
+"""Does the page of a run say what was in its folder, and nothing else?"""
+
+import json
+import re
+
+import pytest
+
+from nanollm.cli import main
+from nanollm.report.folder import read_run
+from nanollm.report.page import render
+from nanollm.stages import pretrain, report
+from nanollm.train.runlog import read_metrics
+from tests.report.conftest import metrics
+
+
+def page_of(*folders, **options):
+    return render([read_run(folder) for folder in folders], **options)
+
+
+def words_of(html):
+    """The text of a page without its tags."""
+    return " ".join(re.sub(r"<[^>]+>", " ", html).split())
+
+
+def test_a_run_ends_with_its_page(run_config):
+    config = run_config(steps=4, sample_every=2)
+    pretrain.run(config)
+    text = words_of((config.out / "report.html").read_text("utf-8"))
+    lines = read_metrics(config.out)
+    assert "steps 4 of 4 (done)" in text
+    assert f"bits per byte {lines[0]['val_bpb']:.4f} → {lines[-1]['val_bpb']:.4f}" in text
+    assert json.loads((config.out / "inputs.json").read_bytes())["data"][:16] in text
+    start = json.loads((config.out / "starts.jsonl").read_bytes())
+    assert start["processor"] in text and f"torch {start['torch']}" in text
+    assert "Speed tokens/s" in text and "Peak memory GB" in text
+    assert "started 1 time(s)" in text
+
+
+def test_a_run_that_goes_on_adds_a_start(run_config):
+    config = run_config(steps=4)
+    pretrain.run(config)
+    pretrain.run(config)
+    starts = [json.loads(line) for line in (config.out / "starts.jsonl").read_bytes().splitlines()]
+    assert [start["step"] for start in starts] == [0, 4]
+
+
+def test_the_page_asks_for_nothing_and_runs_nothing(write_run, grpo_run):
+    for html in (page_of(write_run()), page_of(grpo_run)):
+        head = html[: html.index("</head>")]
+        assert "content=\"default-src 'none'; style-src 'unsafe-inline'; img-src data:\"" in head
+        assert re.findall(r"<(?:script|img|iframe|object|link rel=\"stylesheet\")\b", html) == []
+        assert re.findall(r"(?:src|href)=\"(?!#|data:)[^\"]*\"", html) == []
+        assert "&lt;script&gt;" in html
+
+
+def test_experts_that_get_nothing_are_named(write_run):
+    assert "Next to nothing at the end: block 8 · 2" in words_of(page_of(write_run()))
+
+
+def test_time_and_money_are_those_of_all_lines(write_run):
+    text = words_of(page_of(write_run(), price=2.5))
+    assert "time 1 h 00 min" in text
+    assert "cost 2.50 at 2.5 per hour" in text
+
+
+def test_updates_that_were_left_out_are_told(write_run):
+    lines = [line | ({"skipped": True} if line["step"] in (3, 7) else {}) for line in metrics(100)]
+    assert "skipped updates 2 (steps 3, 7)" in words_of(page_of(write_run(lines=lines)))
+
+
+def test_grpo_shows_rewards_replies_and_problems_solved_with_intervals(grpo_run):
+    html = page_of(grpo_run)
+    text = words_of(html)
+    assert "problems solved 50.0% → 83.3%" in text
+    for title in ("Reward mean per reply", "Parts of the reward", "Groups that taught nothing", "Entropy", "Distance"):
+        assert title in text
+    assert html.count('class="s0 band"') == 1
+    assert "What is 2 + 3?" in text and "What is dull?" not in text
+    assert "62.0 % (60.0 to 64.0)" in text and "50.0 % (60.0 to 64.0)" in text
+    assert "grpo minus runs/sft/bundle: words test, strict: +12.0 points (+8.0 to +16.0), p 0.0012" in text
+    assert "1 of 500 questions share 13 words in a row" in text
+
+
+def test_runs_are_compared_by_colour_dashes_and_settings(write_run):
+    first = write_run("first")
+    second = write_run("second", lines=list(metrics(100, loss=1)), train={"steps": 100, "batch_size": 8})
+    html = page_of(first, second)
+    assert "train.batch_size 4 8" in words_of(html)
+    assert "train.steps" not in words_of(html[: html.index('id="Learning"')])
+    assert html.count('class="s0 line d0"') == html.count('class="s1 line d1"') > 5
+    assert "over tokens" in html  # a step of the second has twice as many
+
+
+def test_a_line_that_is_being_written_is_left_out(write_run):
+    folder = write_run()
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 101, "lo')
+    assert read_run(folder).step == 100
+
+
+def test_watching_ends_when_the_run_does(write_run, monkeypatch):
+    folder, waits = write_run(lines=list(metrics(100))[:51]), []
+
+    def finish(seconds):
+        waits.append(seconds)
+        page = (folder / "report.html").read_text("utf-8")
+        assert '<meta http-equiv="refresh" content="3">' in page and "50 of 100 (50%)" in page
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics(100)))
+
+    monkeypatch.setattr("time.sleep", finish)
+    report.run(report.Config(run=folder, watch=True, every=3))
+    assert waits == [3]
+    assert 'http-equiv="refresh"' not in (folder / "report.html").read_text("utf-8")
+
+
+def test_stdout_has_the_path_alone(write_run, capsys):
+    folder = write_run()
+    assert main(["report", str(folder)]) == 0
+    assert capsys.readouterr().out == f"{folder / 'report.html'}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["{tmp}"], "is not the folder of a run: it has no config.yaml; give one such as runs/NAME"),
+        (["{run}/bundle"], "is not the folder of a run: it has no config.yaml; give one such as {run}"),
+        (["{run}", "--every", "0.1"], "every must be 1 to 86,400 seconds, got 0.1"),
+        (["{run}", "--price", "-1"], "price must be at least 0 and below 1e9, got -1"),
+        (["{run}", "--compare", "{tmp}/none"], "is not the folder of a run: it has no config.yaml"),
+        (["{damaged}"], "metrics.jsonl, line 2 is damaged (KeyError('step')); remove that line"),
+    ],
+)
+def test_a_mistake_is_one_line(words, message, write_run, tmp_path, capsys):
+    places = {"tmp": tmp_path, "run": write_run(), "damaged": write_run("damaged", lines=[{"step": 0}, {"loss": 1}])}
+    (places["run"] / "bundle").mkdir()
+    (places["run"] / "bundle" / "provenance.json").write_text("{}")
+    assert main(["report", *(word.format(**places) for word in words)]) == 2
+    told = capsys.readouterr().err
+    assert message.format(**places) in told and told.count("\n") == 1
