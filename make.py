@@ -1,4 +1,4 @@
-"""One set of commands for every operating system: `python make.py setup|demo|test|check|bench|faults|soak`.
+"""One set of commands for every operating system: `python make.py setup|demo|test|check|docs|...`.
 
 Needs nothing but the standard library. The environment is made in .venv beside this file when it is missing or when
 pyproject.toml or requirements.txt have changed; otherwise a command starts at once. Words after the command are handed
@@ -62,6 +62,16 @@ def check(words: list[str]) -> int:
     checks = [["ruff", "check"], ["ruff", "format", "--check"], ["mypy"], ["pytest", "-q", *house]]
     failed = [" ".join(command) for command in checks if run([str(PYTHON), "-m", *command, *words])]
     return fail(f"not clean: {'; '.join(failed)}") if failed else 0
+
+
+def docs(words: list[str]) -> int:
+    """The site of docs/ and of the reference that the code writes, in site/; a link that leads nowhere ends it."""
+    return setup([]) or run([str(PYTHON), "-m", "docs.build", *words])
+
+
+def figures(words: list[str]) -> int:
+    """Draw the pictures of README.md and docs/ anew."""
+    return setup([]) or run([str(PYTHON), "docs/figures/draw.py", *words])
 
 
 def bench(words: list[str]) -> int:
@@ -134,14 +144,14 @@ def fail(text: str) -> int:
     return 1
 
 
-COMMANDS = {"setup": setup, "demo": demo, "test": test, "check": check, "bench": bench, "faults": faults, "soak": soak}
+COMMANDS = {each.__name__: each for each in (setup, demo, test, check, docs, figures, bench, faults, soak)}
 
 
 def main(words: list[str]) -> int:
     if not words or words[0] not in COMMANDS:
         print(__doc__, file=sys.stderr)
         for name, command in COMMANDS.items():
-            print(f"  {name:<7}{command.__doc__}", file=sys.stderr)
+            print(f"  {name:<9}{command.__doc__}", file=sys.stderr)
         return 2
     try:
         return COMMANDS[words[0]](words[1:])

@@ -1,7 +1,8 @@
 """Small language models from raw text to replies: latent attention, mixture of experts, one command per step.
 
-The command line is the front door (`nanollm --help`). Notebooks find the five names they need here; each is imported
-when it is first used, so that `import nanollm` costs nothing.
+The command line is the front door (`nanollm --help`). Notebooks find the names they need here, each imported when it is
+first used, so that `import nanollm` costs nothing; every verb is a Config and a run(Config) in `nanollm.stages`. How both
+are used: examples/.
 """
 
 import importlib
@@ -14,8 +15,12 @@ _HOMES = {
     "ModelConfig": "nanollm.model.config",
     "Transformer": "nanollm.model.transformer",
     "load_bundle": "nanollm.bundle",
-    "generate": "nanollm.generate.engine",
+    "save_bundle": "nanollm.bundle",
+    "Engine": "nanollm.generate.engine",
+    "Request": "nanollm.generate.request",
+    "SamplingConfig": "nanollm.generate.sampling",
 }
+# Not `generate`: after the first import from it, nanollm.generate is the package of that name.
 
 
 def __getattr__(name: str) -> Any:

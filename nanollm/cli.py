@@ -38,6 +38,8 @@ VERBS = {
         "serve": "answer over HTTP like OpenAI, with a page to chat on",
         "bench": "how fast a model answers on this machine",
         "info": "parameters, memory and arithmetic of a model",
+        "plan": "what fits, how long it takes, what it costs, before anything is rented",
+        "report": "one page of a run: curves, samples, scores; or of several, side by side",
     },
     "Exchange": {
         "export": "write a model for transformers, vLLM, llama.cpp or Ollama, with proof",
@@ -47,6 +49,9 @@ VERBS = {
 
 MANY_PROCESSES = ("pretrain", "sft", "grpo")
 """Verbs that torchrun may start."""
+
+SHELLS = ("bash", "zsh", "fish", "powershell")
+"""That complete what is typed behind `nanollm`."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -92,7 +97,9 @@ def dispatch(arguments: list[str]) -> object:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         return overview()
     if arguments[0] == "--version":
-        return f"nanollm {__version__}"
+        return version()
+    if arguments[0] == "--completion":
+        return completion(arguments[1:])
     verb, *rest = arguments
     if verb not in all_verbs():
         raise ValueError(f"unknown verb {verb!r}; {suggestion(verb)}")
@@ -130,7 +137,31 @@ def overview() -> str:
     lines = ["nanollm: train, run and measure your own small language model", "", "usage: nanollm VERB [options]"]
     for title, verbs in VERBS.items():
         lines += ["", title, *(f"  {verb:{width}}{summary}" for verb, summary in verbs.items())]
-    return "\n".join([*lines, "", "`nanollm VERB --help` lists the options of a verb, with defaults and units."])
+    lines += ["", "`nanollm VERB --help` lists the options of a verb, with defaults and units."]
+    lines += [f"`nanollm --completion {'|'.join(SHELLS)}` prints what completes them in that shell."]
+    return "\n".join(lines)
+
+
+def version() -> str:
+    """This version, and what it runs on."""
+    import platform
+    from importlib import metadata
+
+    try:
+        torch = metadata.version("torch")  # to import it would take a second
+    except metadata.PackageNotFoundError:
+        torch = "missing"
+    return f"nanollm {__version__} (Python {platform.python_version()}, torch {torch}, {platform.platform(terse=True)})"
+
+
+def completion(words: Sequence[str]) -> str:
+    """The script that lets a shell complete what stands behind `nanollm`."""
+    if len(words) != 1 or words[0] not in SHELLS:
+        raise ValueError(f"--completion expects one of {', '.join(SHELLS)}, got {' '.join(words) or 'none'}")
+    from nanollm.completion import script
+
+    summaries = [pair for group in VERBS.values() for pair in group.items()]
+    return script(words[0], [(*pair, importlib.import_module(module_of(pair[0]))) for pair in summaries])
 
 
 def suggestion(verb: str) -> str:

@@ -1,10 +1,13 @@
 """What does a user get for the right words, and what do they learn from the wrong ones?"""
 
 import dataclasses
+import functools
 import importlib
 import json
 import os
+import platform
 import re
+import shutil
 import subprocess
 import sys
 import types
@@ -13,6 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+import torch
 
 import nanollm
 from nanollm import __version__, cli, options, settings
@@ -93,6 +97,12 @@ def toy(monkeypatch, tmp_path):
     return stage
 
 
+@pytest.fixture(scope="module")
+def completion():
+    """The script that completes commands in a shell."""
+    return functools.cache(lambda shell: cli.completion([shell]))
+
+
 @pytest.fixture
 def config_of(toy):
     """The Config that the words of a command line become."""
@@ -149,9 +159,97 @@ def test_every_verb_explains_every_option(verb, capsys):
         assert re.search(rf"  --{name}( .*)?\n? {{2,}}\S", text) or name == "help", f"{verb}: {name} has no docstring"
 
 
-def test_version(capsys):
-    assert cli.main(["--version"]) == 0
-    assert capsys.readouterr().out == f"nanollm {__version__}\n"
+def test_the_version_says_what_it_runs_on_and_imports_nothing_heavy():
+    code = "import sys; from nanollm.cli import main; main(['--version']); sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    python = ".".join(map(str, sys.version_info[:3]))
+    assert (
+        done.stdout
+        == f"nanollm {__version__} (Python {python}, torch {torch.__version__}, {platform.platform(terse=True)})\n"
+    )
+
+
+def test_the_version_is_told_without_torch(monkeypatch):
+    monkeypatch.setattr("importlib.metadata.version", raising(importlib.metadata.PackageNotFoundError("torch")))
+    assert ", torch missing, " in cli.version()
+
+
+# In a shell
+
+
+def test_a_shell_is_told_every_option_of_every_verb(completion):
+    told = dict(re.findall(r"^_shtab_nanollm_(\w+)_option_strings=\((.*)\)$", completion("bash"), re.MULTILINE))
+    options_of = {verb: options.kinds_of(importlib.import_module(cli.module_of(verb))) for verb in cli.all_verbs()}
+    assert {verb: set(words.split()) for verb, words in told.items()} == {
+        verb: {f"--{name}" for name in kinds} for verb, kinds in options_of.items()
+    }
+
+
+COMPLETED = {
+    "nanollm pre": ["preprocess", "pretrain"],
+    "nanollm preprocess ": ["owt", "sni", "gsm8k", "words", "text", "chat"],
+    "nanollm pretrain --optim.lr": ["--optim.lr"],
+    "nanollm pretrain --model nano-5m --parallel ": ["ddp", "fsdp", "hsdp"],
+    "nanollm sft --bundle a --trackers w": ["wandb"],
+    "nanollm info nano-327": ["nano-327m", "nano-327m-fine"],
+    "nanollm generate runs/a --quant": ["--quantize"],
+    "nanollm generate my_b": ["my_bundle"],
+    "nanollm pretrain --config my_c": ["my_config.yaml"],
+    "nanollm generate --chat ": ["true", "false"],
+    "nanollm --vers": ["--version"],
+}
+"""What is typed before TAB, and what the shell then offers."""
+
+ASK_BASH = """
+source ./completion
+while IFS= read -r line; do
+    read -ra COMP_WORDS <<< "$line"
+    [[ $line == *" " ]] && COMP_WORDS+=("")
+    COMP_CWORD=$((${#COMP_WORDS[@]} - 1))
+    _shtab_nanollm
+    echo "${COMPREPLY[*]}"
+done
+"""
+
+ASK_FISH = """
+source ./completion
+while read -l line
+    echo (complete -C $line | string replace -r '\\t.*' '')
+end
+"""
+
+
+@pytest.mark.parametrize(("shell", "script"), [("bash", ASK_BASH), ("fish", ASK_FISH)])
+def test_a_shell_completes_verbs_options_their_words_and_files(completion, tmp_path, shell, script):
+    (tmp_path / "my_bundle").mkdir()
+    (tmp_path / "my_config.yaml").touch()
+    answers = ask(shell, completion(shell), script, tmp_path).splitlines()
+    offered = [[word.rstrip("/") for word in answer.split()] for answer in answers]
+    assert dict(zip(COMPLETED, offered, strict=True)) == COMPLETED
+
+
+def test_zsh_can_read_its_script(completion, tmp_path):
+    assert "#compdef nanollm" in completion("zsh")
+    assert ask("zsh", completion("zsh"), "zsh -n ./completion && echo fine", tmp_path) == "fine\n"
+
+
+def ask(shell, text, script, folder):
+    """What a shell says in a folder that holds the completion script; it is told the lines of COMPLETED."""
+    if shutil.which(shell) is None or os.name == "nt":
+        pytest.skip(f"there is no {shell} here")
+    (folder / "completion").write_text(text)
+    lines = "".join(f"{line}\n" for line in COMPLETED)
+    done = subprocess.run([shell, "-c", script], input=lines, cwd=folder, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "got"), [([], "none"), (["tcsh"], "tcsh"), (["bash", "zsh"], "bash zsh"), (["--help"], "--help")]
+)
+def test_a_shell_that_is_not_offered_is_refused(capsys, words, got):
+    assert cli.main(["--completion", *words]) == 2
+    assert capsys.readouterr().err == (f"nanollm: --completion expects one of bash, zsh, fish, powershell, got {got}\n")
 
 
 def test_an_unknown_verb_gets_a_suggestion(capsys):

@@ -73,7 +73,9 @@ def test_every_dependency_is_pinned():
     pins = [line for line in lines if line and not line.startswith("#")]
     assert all(re.fullmatch(r"[\w.-]+==[\w.]+(; .+)?", pin) for pin in pins)
     extras = PROJECT["optional-dependencies"]
-    installed = [name for extra in ("data", "serve", "eval", "export", "bench", "dev") for name in extras[extra]]
+    installed = [
+        name for extra in ("data", "serve", "eval", "export", "bench", "docs", "dev") for name in extras[extra]
+    ]
     wanted = {canonical(name) for name in [*PROJECT["dependencies"], *installed, "hatchling"]}
     assert wanted <= {canonical(pin) for pin in pins}
 
@@ -118,14 +120,15 @@ def commands_in(text: str) -> list[list[str]]:
     return [match[1].split("#")[0].split() for line in lines if (match := re.search(r"\bnanollm ([a-z]\w*\b.*)", line))]
 
 
-@pytest.mark.parametrize(
-    "name", ["README.md", "docs/map.md", "docs/post-training.md", "docs/interoperability.md", "CONTRIBUTING.md"]
-)
+def documents() -> list[str]:
+    """README.md and its like, and every page of docs/, but for the log, which tells of commands as they were."""
+    pages = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+    return [page.relative_to(ROOT).as_posix() for page in pages if page != ROOT / "docs" / "log.md"]
+
+
+@pytest.mark.parametrize("name", documents())
 def test_commands_in_the_documents_exist(name):
-    file = ROOT / name
-    if not file.exists():
-        pytest.skip(f"{name} is not written yet")
-    for verb, *words in commands_in(file.read_text(encoding="utf-8")):
+    for verb, *words in commands_in((ROOT / name).read_text(encoding="utf-8")):
         assert verb in cli.all_verbs(), f"{name} names the verb {verb}"
         stage = importlib.import_module(cli.module_of(verb))
         named = {word[2:].partition("=")[0].replace("-", "_") for word in words if re.match(r"--\w", word)}

@@ -11,7 +11,8 @@ from statistics import fmean
 from typing import Any
 
 from nanollm.evals.figures import Figures
-from nanollm.evals.intervals import Z, mean_interval, paired
+from nanollm.evals.intervals import Z, mean_interval, paired, ratio
+from nanollm.evals.suite import Suite
 
 OF_DOCUMENT = ("doc_id", "doc", "target", "arguments", "filter")  # of a sample: the same for every model
 OF_MODEL = ("resps", "filtered_resps")
@@ -25,13 +26,15 @@ class Answers:
     """What lm_eval.simple_evaluate returns."""
     samples: Mapping[str, list[dict[str, Any]]]
     """By task, its record of each document and filter, as JSON has it."""
+    suites: Sequence[Suite] = ()
 
     @cached_property
     def figures(self) -> Figures:
-        """By task or group: n documents, shots, version, and per metric its value, stderr and 95 % interval."""
+        """By task or group: n documents, shots, version, chance, and per metric its value, stderr and 95 % interval."""
         return {
             task: {"n": sums["sample_len"], "shots": self.found["n-shot"].get(task)}
-            | {"version": self.found["versions"].get(task), "metrics": dict(self._metrics(task, sums))}
+            | {"version": self.found["versions"].get(task), "chance": self.chance(task)}
+            | {"metrics": dict(self._metrics(task, sums))}
             for task, sums in self.found["results"].items()
             if "sample_len" in sums  # a group may add nothing up
         }
@@ -47,6 +50,17 @@ class Answers:
             low, high = interval(float(value), stderr, self.values(task, metric))
             yield metric, {"value": float(value), "stderr": stderr, "low": low, "high": high}
 
+    @cached_property
+    def suite_figures(self) -> Figures:
+        """By suite: the mean of its centred tasks."""
+        return {suite.name: suite.score(self.figures) for suite in self.suites}
+
+    def chance(self, task: str) -> float | None:
+        """What a choice by chance scores: one over the number of choices, on average; None where nothing is chosen."""
+        if self.found["configs"].get(task, {}).get("output_type") != "multiple_choice":
+            return None
+        return fmean(1 / choices_of(sample["arguments"]) for sample in self.samples[task])
+
     def values(self, task: str, metric: str) -> list[Any]:
         """What each document gave, in their order; none for a group."""
         name, _, kind = metric.partition(",")
@@ -54,20 +68,41 @@ class Answers:
         return [sample[name] for sample in samples if name in sample]
 
     def minus(self, other: "Answers") -> Figures:
-        """By task and metric the difference on the same documents, where each of them is right or wrong."""
+        """By task and metric the difference on the same documents, where it is a mean over them."""
         found: Figures = {}
         for task, figures in self.figures.items():
-            for metric in figures["metrics"]:
+            for metric, figure in figures["metrics"].items():
                 mine, theirs = self.values(task, metric), other.values(task, metric)
-                if mine and all(value in (0, 1) for value in (*mine, *theirs)):
-                    pair = paired([bool(value) for value in mine], [bool(value) for value in theirs])
-                    found.setdefault(task, {})[metric] = {"difference": pair.difference} | asdict(pair)
+                if mine and are_numbers((*mine, *theirs)) and math.isclose(fmean(mine), figure["value"]):
+                    found.setdefault(task, {})[metric] = difference(mine, theirs)
         return found
+
+    def suites_minus(self, differences: Figures) -> Figures:
+        """By suite the same, from the differences of its tasks."""
+        return {suite.name: suite.difference(self.figures, differences) for suite in self.suites}
+
+
+def choices_of(arguments: Sequence[Sequence[str]]) -> int:
+    """How many texts are compared: several continuations of one context, or several contexts of one continuation."""
+    return max(len({pair[place] for pair in arguments}) for place in (0, 1))
+
+
+def difference(mine: Sequence[float], theirs: Sequence[float]) -> Figures:
+    """Of the means over the same documents; with McNemar's p where each of them is right or wrong."""
+    if all(value in (0, 1) for value in (*mine, *theirs)):
+        pair = paired([bool(value) for value in mine], [bool(value) for value in theirs])
+        return {"difference": pair.difference} | asdict(pair)
+    mean = ratio([ours - other for ours, other in zip(mine, theirs, strict=True)], [1.0] * len(mine))
+    return {"difference": mean.value, "n": len(mine), "low": mean.low, "high": mean.high}
+
+
+def are_numbers(values: Sequence[Any]) -> bool:
+    return all(isinstance(each, int | float) for each in values)
 
 
 def interval(value: float, stderr: float | None, values: Sequence[Any]) -> tuple[float | None, float | None]:
     """Of a mean of numbers from 0 to 1 that of evals/intervals.py, else the normal one; None where nothing is known."""
-    is_share = values and all(isinstance(each, int | float) and 0 <= each <= 1 for each in values)
+    is_share = values and are_numbers(values) and all(0 <= each <= 1 for each in values)
     if is_share and math.isclose(fmean(values), value):
         mean = mean_interval(values)
         return mean.low, mean.high

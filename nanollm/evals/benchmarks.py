@@ -1,7 +1,7 @@
 """Which tasks of lm-evaluation-harness is a model asked, and what does it answer?
 
 lm_eval writes the questions, judges and adds up; evals/harness.py is the model that it sees. Tasks are known by name;
-one's own are YAML files in a folder.
+one's own are YAML files in a folder. A suite (evals/suite.py) asks several tasks, each with its own shots.
 """
 
 import contextlib
@@ -24,6 +24,7 @@ from lm_eval.utils import handle_non_serializable
 from nanollm.bundle import Bundle
 from nanollm.evals.answers import Answers
 from nanollm.evals.harness import NanoLM
+from nanollm.evals.suite import Suite, is_suite, ours, read_suite
 
 RESAMPLES = 1000
 """Behind lm_eval's standard error of what is no mean; its default of 100,000 takes minutes."""
@@ -40,7 +41,8 @@ class Benchmarks:
     limit: int | None
     """Documents per task, the first ones; None: all."""
     shots: int | None
-    """Examples before each question; None: as the task says."""
+    """Examples before each question; None: as the task or the suite says."""
+    suites: list[Suite]
 
     @property
     def tasks(self) -> list[Any]:
@@ -63,7 +65,8 @@ class Benchmarks:
                 limit=self.limit,
                 bootstrap_iters=RESAMPLES,
             )
-        return Answers(found, json.loads(json.dumps(found["samples"], default=handle_non_serializable)))
+        samples = json.loads(json.dumps(found["samples"], default=handle_non_serializable))
+        return Answers(found, samples, self.suites)
 
 
 def open_benchmarks(names: Sequence[str], folder: Path | None, limit: int | None, shots: int | None) -> Benchmarks:
@@ -74,10 +77,17 @@ def open_benchmarks(names: Sequence[str], folder: Path | None, limit: int | None
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings are for those who write tasks
     if folder and not folder.is_dir():
         raise ValueError(f"--harness_tasks {folder} is not a folder; it should hold the YAML files of your tasks")
+    suites, single = [read_suite(name) for name in names if is_suite(name)], [n for n in names if not is_suite(n)]
+    if suites and shots is not None:
+        raise ValueError(
+            f"--harness_shots is not for {suites[0].name}, whose tasks have shots of their own; leave it out"
+        )
     manager = TaskManager(include_path=folder)
-    for name in names:
+    for name in [*single, *(member.task for suite in suites for member in suite.members.values())]:
         check_name(name, manager.all_tasks)
-    benchmarks = Benchmarks(manager, [item for name in names for item in load(name, manager)], limit, shots)
+    chosen = [item for name in single for item in load(name, manager)]
+    chosen += [task for suite in suites for task in load_suite(suite, manager)]
+    benchmarks = Benchmarks(manager, chosen, limit, shots, suites)
     for task, times in Counter(task.task_name for task in benchmarks.tasks).items():
         if times > 1:
             raise ValueError(f"--harness names the task {task} {times} times, perhaps within a group; name it once")
@@ -89,28 +99,46 @@ def open_benchmarks(names: Sequence[str], folder: Path | None, limit: int | None
 def check_name(name: str, known: Sequence[str]) -> None:
     """Refuse a task that nobody knows."""
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
+        near = difflib.get_close_matches(name, [*known, *ours()], n=1)
         hint = f"did you mean {near[0]}?" if near else "`lm_eval ls tasks` lists them, --harness_tasks adds your own"
         raise ValueError(f"lm-evaluation-harness has no task {name!r}; {hint}")
 
 
 def check_task(task: Any, shots: int | None) -> None:
-    """Refuse a task that is not for us, or has too few examples."""
+    """Refuse a task that is not for us, or has too few examples for these shots, or else for its own."""
     for trait, why in REFUSED.items():
         if getattr(task, trait, False):
             raise ValueError(f"the task {task.task_name} {why}, which nanollm eval does not do; leave it out")
-    if shots and (found := len(task.fewshot_docs() or [])) < shots:
-        raise ValueError(f"--harness_shots must be at most the {found:,} examples of {task.task_name}, got {shots}")
+    wanted = task.config.num_fewshot if shots is None else shots
+    if wanted and (found := len(task.fewshot_docs() or [])) < wanted:
+        raise ValueError(f"the shots must be at most the {found:,} examples of {task.task_name}, got {wanted}")
 
 
-def load(name: str, manager: Any) -> list[Any]:
-    """The task or the group of this name, or the tasks of this tag."""
+def load_suite(suite: Suite, manager: Any) -> list[Any]:
+    """Its tasks, under names of their own: one task can be in it twice, with other shots."""
+    loaded = []
+    for key, member in suite.members.items():
+        if member.task not in manager.all_subtasks:
+            raise ValueError(f"{member.task} of the suite {suite.name} is a group of tasks; name each of them")
+        settings = {"task": member.task, "num_fewshot": member.shots, **member.settings}
+        (group,) = load(member.task, manager, {"group": suite.key(key), "task": [settings]})
+        (task,) = group.get_all_tasks()
+        means = [metric for metric, how in task.aggregation().items() if how.__name__ == "mean"]
+        if member.metric.partition(",")[0] not in means:
+            raise ValueError(f"{suite.name} asks {member.task} for {member.metric}; its means are {', '.join(means)}")
+        task.set_config("task", suite.key(key))
+        loaded.append(task)
+    return loaded
+
+
+def load(name: str, manager: Any, spec: Any = None) -> list[Any]:
+    """The task or the group of this name, or the tasks of this tag; what is loaded is `spec`, if given."""
     try:
-        found = manager.load(name)
+        found = manager.load(spec or name)
     except Exception as error:  # no network, no such dataset, a package that this task needs, a broken YAML file, ...
         why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise ValueError(
             f"the task {name} cannot be opened: {why}; check its YAML file and the network, or leave it out"
         ) from error
-    groups = found.get("groups", {})
-    return [groups[name]] if name in groups else list(found["tasks"].values())
+    groups, wanted = found.get("groups", {}), spec["group"] if spec else name
+    return [groups[wanted]] if wanted in groups else list(found["tasks"].values())

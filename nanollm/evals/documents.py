@@ -14,7 +14,7 @@ import torch
 from nanollm.bundle import Bundle
 from nanollm.data.batches import IGNORE, Batch, ChatShards, sequential_batches
 from nanollm.data.shards import MANIFEST, PROGRESS, Shards
-from nanollm.evals.bits_per_byte import BitsPerByte, bits_per_byte
+from nanollm.evals.bits_per_byte import Documents, Numbered, by_document
 from nanollm.progress import Progress, say
 from nanollm.sources.files import BadRecord, OnBad, find_files, read_texts
 from nanollm.text.chat import Marks
@@ -75,13 +75,13 @@ def _read_prepared(folder: Path, tokenizer: Tokenizer, split: str) -> Iterator[t
         yield f"{folder}, {split} document {number:,}", text
 
 
-def bits_of_texts(bundle: Bundle, texts: Iterable[str]) -> BitsPerByte:
+def bits_of_texts(bundle: Bundle, texts: Iterable[str]) -> Documents:
     """Bits per byte of texts, each by itself."""
-    rows = batches(texts, bundle.tokenizer, bundle.model.config.context_length)
-    return bits_per_byte(bundle.model, rows, bundle.tokenizer.token_bytes)
+    rows = numbered_batches(texts, bundle.tokenizer, bundle.model.config.context_length)
+    return by_document(bundle.model, rows, bundle.tokenizer.token_bytes)
 
 
-def bits_of_prepared(bundle: Bundle, folder: Path) -> BitsPerByte:
+def bits_of_prepared(bundle: Bundle, folder: Path) -> Documents:
     """Bits per byte of the split val: windows as in pretraining, or conversations as in fine-tuning."""
     shards = Shards.open(folder, "val", tokenizer_fingerprint=bundle.tokenizer.fingerprint)
     context = bundle.model.config.context_length
@@ -90,27 +90,37 @@ def bits_of_prepared(bundle: Bundle, folder: Path) -> BitsPerByte:
         found = sequential_batches(shards, context, rows)
     else:
         found = ChatShards(shards, context, Marks.of(bundle.tokenizer)).batches(rows)
-    return bits_per_byte(bundle.model, found, bundle.tokenizer.token_bytes)
+    return by_document(bundle.model, numbered(found, bundle.tokenizer.bos_id), bundle.tokenizer.token_bytes)
 
 
-def batches(texts: Iterable[str], tokenizer: Tokenizer, context_length: int) -> Iterator[Batch]:
+def numbered(found: Iterable[Batch], bos_id: int) -> Numbered:
+    """Batches that follow each other, with the number of the document at each place: one begins at each <s>."""
+    before = 0
+    for batch in found:
+        numbers = before + (batch.tokens == bos_id).flatten().cumsum(0).view_as(batch.tokens)
+        before = int(numbers[-1, -1])
+        yield batch, numbers
+
+
+def numbered_batches(texts: Iterable[str], tokenizer: Tokenizer, context_length: int) -> Numbered:
     """Batches in which each document stands by itself and each of its tokens but the first is predicted once.
 
     A document is <s> text </s>; a long one is cut into consecutive windows of `context_length` predictions, each of
-    which sees only its own window.
+    which sees only its own window. With each row comes the number of its document.
     """
     rows = max(1, BATCH_TOKENS // context_length)
     windows = _windows(texts, tokenizer, context_length)
-    while some := sorted(islice(windows, rows * BATCHES_AT_ONCE), key=len):
+    while some := sorted(islice(windows, rows * BATCHES_AT_ONCE), key=lambda window: len(window[1])):
         for first in range(0, len(some), rows):
-            yield _batch(some[first : first + rows])
+            numbers, ids = zip(*some[first : first + rows], strict=True)
+            yield _batch(ids), torch.tensor(numbers)[:, None]
 
 
-def _windows(texts: Iterable[str], tokenizer: Tokenizer, context_length: int) -> Iterator[list[int]]:
-    for text in texts:
+def _windows(texts: Iterable[str], tokenizer: Tokenizer, context_length: int) -> Iterator[tuple[int, list[int]]]:
+    for number, text in enumerate(texts):
         ids = tokenizer.encode_document(text)
         for start in range(0, len(ids) - 1, context_length):
-            yield ids[start : start + context_length + 1]
+            yield number, ids[start : start + context_length + 1]
 
 
 def _batch(windows: Sequence[list[int]]) -> Batch:

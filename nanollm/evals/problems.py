@@ -2,12 +2,15 @@
 
 The model gets each question as a user's message and replies, greedily or several times by chance; the task's grade,
 the same function that gives rewards, says which replies are right. Where answers are written as GSM8K writes them,
-two graders speak at once: strict (the number behind "####") and flexible (the last number), because the way of reading
-an answer decides a score as much as the model does.
+three graders speak at once, because the way of reading an answer decides a score as much as the model does: strict (the
+number behind "####"), flexible (the last number), checked (strict, and every calculator note in the reply is true).
+There the answers of several replies can also vote (maj@k, arXiv:2203.11171).
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from statistics import fmean
 from typing import Literal
 
@@ -18,7 +21,7 @@ from nanollm.generate.request import Completion, Request
 from nanollm.generate.sampling import SamplingConfig
 from nanollm.model.transformer import Transformer
 from nanollm.progress import Progress, say
-from nanollm.sources import gsm8k
+from nanollm.sources import calculator, gsm8k
 from nanollm.sources.gsm8k import Problem
 from nanollm.sources.tasks import Gsm8k, Task
 from nanollm.sources.word_problems import WordProblems
@@ -31,6 +34,8 @@ ROWS = 256
 
 Finish = Literal["end", "length", "no room"]
 Grader = Callable[[Problem, str], bool]
+HOW: Mapping[str, gsm8k.How] = {"strict": "strict", "flexible": "flexible"}
+"""Graders that take a number out of a reply, and how."""
 
 
 @dataclass(frozen=True)
@@ -161,10 +166,42 @@ def _attempt(problem: Problem, completions: Sequence[Completion] | None, samples
 
 
 def graders(task: Task) -> dict[str, Grader]:
-    """Who judges the replies to a task's problems, by name: strict and flexible, or the task's own grade alone."""
+    """Who judges the replies to a task's problems, by name: strict, flexible and checked, or its own grade alone."""
     if isinstance(task, WordProblems | Gsm8k):
-        return {"strict": task.grade, "flexible": lambda problem, reply: gsm8k.grade(reply, problem.answer, "flexible")}
+        return {
+            "strict": task.grade,
+            "flexible": lambda problem, reply: gsm8k.grade(reply, problem.answer, "flexible"),
+            "checked": lambda problem, reply: task.grade(problem, reply) and holds_true_notes(reply),
+        }
     return {"correct": task.grade}
+
+
+def holds_true_notes(reply: str) -> bool:
+    """Whether a reply has calculator notes, and all of them are true."""
+    notes = calculator.NOTE.findall(reply)
+    return 0 < len(notes) and all(calculator.is_true(*note) for note in notes)
+
+
+def majority(judged: Judged, grader: str) -> list[bool] | None:
+    """For each problem, whether the commonest answer of its replies is right; None for a grader that reads no answer.
+
+    The first of equally common ones. A reply without a number has no vote.
+    """
+    how = HOW.get(grader)
+    if how is None:
+        return None
+    verdicts = []
+    for attempt, right in zip(judged.attempts, judged.verdicts[grader], strict=True):
+        answers = [number_in(reply, how) for reply in attempt.replies]
+        votes = Counter(answer for answer in answers if answer is not None)
+        verdicts.append(bool(votes) and right[answers.index(votes.most_common(1)[0][0])])
+    return verdicts
+
+
+def number_in(reply: str, how: gsm8k.How) -> Fraction | None:
+    """The answer of a reply as a number."""
+    answer = gsm8k.extract_answer(reply, how)
+    return None if answer is None else gsm8k.number_of(answer)
 
 
 def judge(attempts: Sequence[Attempt], by: Mapping[str, Grader]) -> Judged:

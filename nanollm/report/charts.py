@@ -63,10 +63,10 @@ def line_chart(
     `log` makes y logarithmic where all values are above 0; `smooth` draws noise thinly and its mean on top of it;
     `least` is where y begins, if that is not the lowest value.
     """
-    log = log and all(y > 0 for each in series for y in each.ys)
+    log = log and all(y > 0 for each in series for y in (*each.ys, *each.lows))
     x_scale, y_scale = _scales(series, log, least)
     svg = _canvas(WIDTH, HEIGHT, f"{title} in {unit} over {x_unit}: " + "; ".join(map(_told, series)))
-    for tick in ticks(y_scale.low, y_scale.high):
+    for tick in (log_ticks if log else ticks)(y_scale.low, y_scale.high):
         y = y_scale.place(tick)
         _add(svg, "path", {"class": "grid", "d": f"M{LEFT} {y:.1f}H{WIDTH - RIGHT}"})
         _text(svg, LEFT - 8, y + 4, short(tick), "end")
@@ -123,6 +123,17 @@ def ticks(low: float, high: float, most: int = 6) -> list[float]:
     step = next(times * power for times in (1, 2, 5, 10) if times * power >= rough * 0.999)
     first = math.ceil(low / step - 1e-9)
     return [number * step for number in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def log_ticks(low: float, high: float, most: int = 6) -> list[float]:
+    """Round numbers for a logarithmic axis, both ends above 0: powers of ten where it spans several of them."""
+    first, last = math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9)
+    if last - first >= 2:
+        return [10.0**power for power in range(first, last + 1, -(-(last - first + 1) // most))]
+    if high / low < 10:
+        return ticks(low, high, most)
+    ladder = [times * 10.0**power for power in range(first - 1, last + 1) for times in (1, 2, 5)]
+    return [tick for tick in ladder if low <= tick <= high]
 
 
 def short(value: float) -> str:

@@ -16,6 +16,7 @@ from nanollm.evals.intervals import paired
 from nanollm.evals.problems import Accuracy, Judged, judge, solve
 from nanollm.model.config import ModelConfig
 from nanollm.progress import duration, say
+from nanollm.report.page import PAGE
 from nanollm.rl.rollout import RolloutConfig
 from nanollm.sources.builtin import BUILTIN
 from nanollm.sources.tasks import TaskConfig
@@ -295,6 +296,7 @@ def farewell(c: Config, summary: dict[str, Any]) -> str:
         f"stories it never met {_percent(reinforced['heldout'], 'before')} and then "
         f"{_percent(reinforced['heldout'], 'after')}).",
         f"All in {duration(sum(summary['seconds'].values()))}.",
+        f"Look: {', '.join(str(c.out / name / PAGE) for name in MODELS)}",
         f'Next:  {command()} generate {c.out / "pretrain" / "bundle"} --prompt "The function returns"',
         f"       {command()} chat {c.out / 'grpo' / 'bundle'}      and ask it: {QUESTION}",
         f"       {command()} serve {c.out / 'grpo' / 'bundle'}     and ask it in the browser",

@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from nanollm import __version__
-from nanollm.bundle import PROVENANCE, Bundle, load_bundle, read_config
+from nanollm.bundle import PROVENANCE, load_bundle, read_config
 from nanollm.data.shards import Shards
-from nanollm.durable import check_writable, sha256_of, write_json
+from nanollm.durable import check_writable, sha256_of, write_file, write_json
 from nanollm.evals import documents, figures
 from nanollm.evals.contamination import NGRAM_WORDS, search
 from nanollm.evals.figures import Figures
-from nanollm.evals.measured import Measured, save_replies
+from nanollm.evals.measured import Bits, Measured, save_replies
 from nanollm.evals.problems import GREEDY, ROWS, Judged, graders, judge, solve
 from nanollm.generate.sampling import SamplingConfig
 from nanollm.progress import say
@@ -70,7 +70,7 @@ class Config(SamplingConfig):
     """Measure a model: problems solved, with a 95 % interval, bits per byte, and against another model.
 
     Ask for --task.name, --text, --data or --harness, in one call for several. Figures go to eval.json, every reply to
-    samples.jsonl and harness-TASK.jsonl, all in --out.
+    samples.jsonl and harness-TASK.jsonl, copied questions to contamination.md, all in --out.
     """
 
     bundle: Path
@@ -96,13 +96,13 @@ class Config(SamplingConfig):
     data: Path | None = None
     """Folder of token files: bits per byte of its split val; of conversations, those of the assistant's words."""
     harness: list[str] = field(default_factory=list)
-    """Tasks of lm-evaluation-harness, such as hellaswag,arc_easy."""
+    """Tasks of lm-evaluation-harness, such as hellaswag,arc_easy, or suites of them: core, small, or FILE.yaml."""
     harness_tasks: Path | None = None
     """Folder with the YAML files of your own tasks for --harness."""
     harness_limit: int | None = None
     """Documents of each task of --harness, the first ones; null: all."""
     harness_shots: int | None = None
-    """Examples before each question of --harness; null: as the task says."""
+    """Examples before each question of --harness; null: as the task or the suite says."""
     contamination: list[Path] = field(default_factory=list)
     """What the model was trained on (files, folders, folders of token files): which of the questions stand in it?"""
     ngram: int = NGRAM_WORDS
@@ -207,6 +207,9 @@ def run(c: Config) -> str:
     evaluation["made_by"] = f"nanollm {__version__} eval, torch {torch.__version__}"
     evaluation |= seconds_since(began)
     write_json(c.folder / "eval.json", evaluation)
+    if c.contamination:
+        page = figures.contamination_page(evaluation, [problem.question for problem in inputs.problems])
+        write_file(c.folder / "contamination.md", page.encode())
     say(f"written to {c.folder}")
     return json.dumps(evaluation) if c.json else "\n".join(figures.lines(evaluation))
 
@@ -274,26 +277,17 @@ def measure(c: Config, inputs: Inputs, world: World) -> Measured:
         began = time.monotonic()
         replies["samples"] = judge(attempt(c, max_tokens=c.max_tokens, samples=c.samples), graders(inputs.task))
         found["samples"] = figures.of_samples(replies["samples"], c.samples, c.tries) | seconds_since(began)
-    if c.text:
-        found["text"] = [measure_text(c, path, bundle) for path in c.text]
-    if c.data:
-        began = time.monotonic()
-        bits = documents.bits_of_prepared(bundle, c.data)
-        found["data"] = [{"path": str(c.data)} | figures.of_bits(bits) | seconds_since(began)]
+    texts = [Bits.of_text(path, c.text_column, bundle) for path in c.text]
+    prepared = [Bits.of_prepared(c.data, bundle)] if c.data else []
+    for name, bits in (("text", texts), ("data", prepared)):
+        if bits:
+            found[name] = [each.figures for each in bits]
     answered = None
     if inputs.benchmarks:
         began = time.monotonic()
         answered = inputs.benchmarks.ask(bundle, c.rows)
-        found["harness"] = {"tasks": answered.figures} | seconds_since(began)
-    return Measured(found, replies, answered)
-
-
-def measure_text(c: Config, path: Path, bundle: Bundle) -> Figures:
-    """Bits per byte of files."""
-    began = time.monotonic()
-    read = documents.read_all(path, c.text_column, bundle.tokenizer)
-    bits = documents.bits_of_texts(bundle, (text for _, text in read))
-    return {"path": str(path)} | figures.of_bits(bits) | seconds_since(began)
+        found["harness"] = {"tasks": answered.figures, "suites": answered.suite_figures} | seconds_since(began)
+    return Measured(found, replies, answered, [*texts, *prepared])
 
 
 def look_for_copies(c: Config, problems: Sequence[Problem], greedy: Judged) -> Figures:

@@ -8,6 +8,7 @@ import torch
 
 from nanollm.model import fused
 from nanollm.model.config import ModelConfig
+from nanollm.train.forecast import cache_bytes_per_token
 from nanollm.train.memory import training_memory
 from nanollm.world import World
 
@@ -64,9 +65,9 @@ def describe(c: Config) -> dict[str, Any]:
         },
         "cache": {
             "numbers_per_token_and_block": m.cache_width,
-            "bytes_per_token": m.cache_width * m.n_blocks * width,
+            "bytes_per_token": cache_bytes_per_token(m, width),
             "bytes_per_token_if_keys_and_values_were_kept": expanded * m.n_blocks * width,
-            "bytes_at_full_context": m.cache_width * m.n_blocks * width * m.context_length,
+            "bytes_at_full_context": cache_bytes_per_token(m, width) * m.context_length,
         },
         "flops_per_token": {
             "decode_at_full_context": m.decoding_flops_per_token(m.context_length),
@@ -87,7 +88,7 @@ def table(facts: dict[str, Any]) -> str:
     """The facts that people compare, one per line."""
     parameters, cache, flops = facts["parameters"], facts["cache"], facts["flops_per_token"]
     step, model = facts["training_step"], facts["model"]
-    parts = ", ".join(f"{name} {size(count)}" for name, count in step["bytes"].items() if name != "total")
+    parts = ", ".join(f"{name} {size(count)}" for name, count in step["bytes"].items() if count and name != "total")
     saving = cache["bytes_per_token_if_keys_and_values_were_kept"] / cache["bytes_per_token"]
     rows = {
         "parameters": f"{parameters['total']:,} in all, {parameters['active']:,} active per token",

@@ -20,6 +20,8 @@ IDLE, IDLE_PER_ACTIVATION, IDLE_PER_GRADIENT = 25_000_000, {2: 0.4, 4: 0.06}, 0.
 """Memory that an allocator holds but cannot hand out, because what was freed lies between what was not; in the smaller
 types also their float32 copies that come and go. Fitted to the presets on a CPU (docs/log.md, "Where is the peak of a
 step?")."""
+IDLE_IF_ACCUMULATING = 2
+"""Times as much for each activation where gradients of earlier micro-batches lie between them; fitted to nano-5m."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +73,8 @@ def training_memory(
     activations = tokens * (kept_bytes_per_token(c, compute_bytes, recompute, is_fused, on_gpu) + in_backward)
     # Muon turns a stack of gradients into directions: float32 twice, and three times in the compute type.
     stack = min(parameters - in_adamw, MAX_STACK) * (8 + 3 * compute_bytes)
-    idle = IDLE + round(IDLE_PER_ACTIVATION[compute_bytes] * activations + IDLE_PER_GRADIENT * 4 * parameters)
+    per_activation = IDLE_PER_ACTIVATION[compute_bytes] * (IDLE_IF_ACCUMULATING if accumulates else 1)
+    idle = IDLE + round(per_activation * activations + IDLE_PER_GRADIENT * 4 * parameters)
     seen = compute_bytes * parameters if has_masters or parts > 1 else 0  # in parts it is whole block by block: at most
     return TrainingMemory(
         weights=4 * parameters // parts + seen,

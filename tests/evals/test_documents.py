@@ -6,9 +6,10 @@ from itertools import pairwise
 import pytest
 import torch
 
+from nanollm.bundle import Bundle
 from nanollm.data.batches import IGNORE
 from nanollm.evals import documents
-from nanollm.evals.bits_per_byte import bits_per_byte
+from nanollm.evals.bits_per_byte import bits_per_byte, by_document
 from nanollm.model.transformer import Transformer
 from nanollm.stages import preprocess
 from tests.stages.conftest import MODEL
@@ -17,15 +18,30 @@ TEXTS = ["The king rode out.", "No one knew why", "x", "Once upon a time " * 30,
 T = MODEL.context_length
 
 
+def batches(tokenizer, texts=TEXTS):
+    return [batch for batch, _ in documents.numbered_batches(texts, tokenizer, T)]
+
+
+def bits_alone(model, tokenizer, text):
+    """Bits of one document, window by window, from rows of logits."""
+    ids = tokenizer.encode_document(text)
+    nats = 0.0
+    for start in range(0, len(ids) - 1, T):
+        window = torch.tensor(ids[start : start + T + 1])
+        logprobs = model(window[None, :-1])[0].log_softmax(-1)
+        nats -= sum(logprobs[i, t].item() for i, t in enumerate(window[1:]) if tokenizer.token_bytes[t])
+    return nats / math.log(2)
+
+
 def test_every_token_but_the_first_is_predicted_once(tokenizer):
-    targets = torch.cat([batch.targets.flatten() for batch in documents.batches(TEXTS, tokenizer, T)])
+    targets = torch.cat([batch.targets.flatten() for batch in batches(tokenizer)])
     expected = [token for text in TEXTS for token in tokenizer.encode_document(text)[1:]]
     assert sorted(targets[targets != IGNORE].tolist()) == sorted(expected)
 
 
 def test_each_target_follows_its_token_in_the_document(tokenizer):
     pairs = set()
-    for batch in documents.batches(TEXTS, tokenizer, T):
+    for batch in batches(tokenizer):
         assert batch.tokens.shape[1] <= T
         there = batch.targets != IGNORE
         pairs |= set(zip(batch.tokens[there].tolist(), batch.targets[there].tolist(), strict=True))
@@ -38,24 +54,43 @@ def test_each_target_follows_its_token_in_the_document(tokenizer):
 
 def test_bits_per_byte_are_those_of_the_documents_one_by_one(tokenizer):
     model = Transformer(MODEL).init(0)
-    score = bits_per_byte(model, documents.batches(TEXTS, tokenizer, T), tokenizer.token_bytes)
-    nats = 0.0
-    for text in TEXTS:
-        ids = tokenizer.encode_document(text)
-        for start in range(0, len(ids) - 1, T):
-            window = torch.tensor(ids[start : start + T + 1])
-            logprobs = model(window[None, :-1])[0].log_softmax(-1)
-            nats -= sum(logprobs[i, t].item() for i, t in enumerate(window[1:]) if tokenizer.token_bytes[t])
+    score = bits_per_byte(model, batches(tokenizer), tokenizer.token_bytes)
     assert score.bytes == sum(len(text.encode()) for text in TEXTS)
-    assert score.value == pytest.approx(nats / math.log(2) / score.bytes, rel=1e-5)
+    bits = sum(bits_alone(model, tokenizer, text) for text in TEXTS)
+    assert score.value == pytest.approx(bits / score.bytes, rel=1e-5)
+
+
+def test_each_document_has_its_own_sums_in_the_order_of_the_documents(tokenizer, monkeypatch):
+    monkeypatch.setattr(documents, "BATCH_TOKENS", 2 * T)
+    monkeypatch.setattr(documents, "BATCHES_AT_ONCE", 2)  # the windows of a long one lie in several batches
+    model = Transformer(MODEL).init(0)
+    texts = [*TEXTS, "", "Once upon a time " * 20]
+    rows = documents.numbered_batches(texts, tokenizer, T)
+    found = by_document(model, rows, tokenizer.token_bytes)
+    told = [text for text in texts if text]
+    assert found.bytes.tolist() == [len(text.encode()) for text in told]
+    expected = [bits_alone(model, tokenizer, text) for text in told]
+    assert (found.nats / math.log(2)).tolist() == pytest.approx(expected, rel=1e-5)
+    assert found.total.value == found.ratio.value == pytest.approx(sum(expected) / found.bytes.sum())
+    assert found.tokens == sum(len(tokenizer.encode(text)) for text in told)
+    assert found.ratio.low < found.ratio.value < found.ratio.high
+
+
+def test_prepared_documents_are_told_apart_where_each_begins(tmp_path, tokenizer, tokenizer_path):
+    for number, text in enumerate(TEXTS):
+        (tmp_path / f"{number}.txt").write_text(text, encoding="utf-8")
+    inputs = {"input": [tmp_path], "val_input": [tmp_path]}
+    config = preprocess.Config(kind="text", tokenizer_path=tokenizer_path, save_dir=tmp_path / "tokens", **inputs)
+    found = documents.bits_of_prepared(Bundle(Transformer(MODEL).init(0), tokenizer, {}), preprocess.run(config))
+    assert found.bytes.tolist() == [len(text.encode()) for text in TEXTS]
 
 
 def test_windows_that_need_more_than_one_round_are_all_there(tokenizer, monkeypatch):
     monkeypatch.setattr(documents, "BATCH_TOKENS", 2 * T)
     monkeypatch.setattr(documents, "BATCHES_AT_ONCE", 2)
-    batches = list(documents.batches(TEXTS * 5, tokenizer, T))
-    assert max(len(batch.tokens) for batch in batches) == 2
-    assert sum(batch.count for batch in batches) == 5 * sum(len(tokenizer.encode_document(t)) - 1 for t in TEXTS)
+    found = batches(tokenizer, TEXTS * 5)
+    assert max(len(batch.tokens) for batch in found) == 2
+    assert sum(batch.count for batch in found) == 5 * sum(len(tokenizer.encode_document(t)) - 1 for t in TEXTS)
 
 
 def test_files_give_their_records_with_their_numbers(tmp_path, tokenizer):

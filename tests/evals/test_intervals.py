@@ -6,7 +6,19 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from nanollm.evals.intervals import difference_interval, mcnemar, mean_interval, paired, pass_at_k, wilson
+from nanollm.evals.intervals import (
+    Mean,
+    apart,
+    average,
+    difference_interval,
+    mcnemar,
+    mean_interval,
+    paired,
+    pass_at_k,
+    ratio,
+    student,
+    wilson,
+)
 
 
 def binomial(n: int, p: float) -> list[float]:
@@ -192,3 +204,100 @@ def test_more_tries_than_samples_are_refused(samples, k):
 def test_a_mean_of_nothing_is_refused():
     with pytest.raises(ValueError, match="at least one problem, got none"):
         pass_at_k([], 8, 1)
+
+
+# --- a ratio of sums over documents ---
+
+
+def test_a_ratio_has_the_interval_of_the_jackknife():
+    bits, sizes = [30.0, 50.0, 8.0], [20.0, 40.0, 10.0]
+    value = 88 / 70
+    without = [(58 / 50), (38 / 30), (80 / 60)]
+    stderr = math.sqrt(2 / 3 * sum((each - value) ** 2 for each in without))
+    found = ratio(bits, sizes)
+    assert found.value == pytest.approx(value)
+    assert (found.low, found.high) == pytest.approx((value - 4.3027 * stderr, value + 4.3027 * stderr))
+
+
+def test_of_documents_of_one_size_it_is_the_t_interval_of_their_mean():
+    values = [1.0, 2.0, 4.0, 3.0, 2.5, 0.5]
+    half = 2.5706 * np.std(values, ddof=1) / math.sqrt(6)
+    found = ratio(values, [1.0] * 6)
+    assert (found.low, found.high) == pytest.approx((np.mean(values) - half, np.mean(values) + half), rel=2e-3)
+
+
+def test_one_document_has_a_ratio_and_no_interval():
+    found = ratio([3.0], [2.0])
+    assert (found.value, found.low, found.high) == (1.5, None, None)
+
+
+@pytest.mark.parametrize(("tops", "bottoms"), [([], []), ([1.0], [0.0]), ([1.0, 2.0], [1.0])])
+def test_a_ratio_of_nothing_is_refused(tops, bottoms):
+    with pytest.raises(ValueError, match=rf"a top and a bottom above 0 .*, got {len(tops)} and {len(bottoms)}"):
+        ratio(tops, bottoms)
+
+
+@pytest.mark.parametrize(("freedom", "expected"), [(1, 12.7062), (2, 4.3027), (4, 2.7764), (9, 2.2622), (49, 2.0096)])
+def test_students_t_is_that_of_the_tables(freedom, expected):
+    assert student(freedom) == pytest.approx(expected, rel=4e-3)
+
+
+@pytest.mark.parametrize("n", [10, 50, 200])
+@pytest.mark.parametrize("spread", [0.5, 1.0])
+def test_the_interval_of_a_ratio_holds_the_truth_in_88_to_97_of_100(n, spread):
+    rng = np.random.default_rng(0)
+    truth, held = 1.2 * math.exp(0.25**2 / 2), 0
+    for _ in range(500):
+        sizes = rng.lognormal(7, spread, n)  # with 1, a twentieth of the documents is a quarter of the text
+        found = ratio((sizes * 1.2 * np.exp(0.25 * rng.standard_normal(n))).tolist(), sizes.tolist())
+        held += found.low <= truth <= found.high
+    assert 0.88 <= held / 500 <= 0.97
+
+
+# --- a mean of several figures ---
+
+
+def share(correct, n):
+    return Mean(correct / n, *wilson(correct, n))
+
+
+def test_a_mean_of_independent_figures_adds_up_squares_and_one_of_the_same_documents_adds_up_lengths():
+    a, b = Mean(0.5, 0.2, 0.9), Mean(0.1, 0.0, 0.4)
+    alone = average([[a], [b]])
+    assert (alone.value, alone.low, alone.high) == pytest.approx(
+        (0.3, 0.3 - math.hypot(0.3, 0.1) / 2, 0.3 + math.hypot(0.4, 0.3) / 2)
+    )
+    together = average([[a, b]])
+    assert (together.value, together.low, together.high) == pytest.approx((0.3, 0.1, 0.65))
+
+
+def test_a_scale_has_its_0_and_its_1_where_it_is_told():
+    assert Mean(0.4, 0.25, 1.0).scaled(0.25, 1) == Mean(pytest.approx(0.2), 0.0, 1.0)
+
+
+def test_the_mean_of_tasks_holds_the_truth_in_93_to_98_of_100():
+    rng = np.random.default_rng(0)
+    sizes, chances = [500, 1319, 32, 100, 2000, 210], [0.25, 0.5, 0.0, 0.5, 0.0, 0.2]
+    shares = [0.3, 0.52, 0.02, 0.55, 0.004, 0.2]
+    truth = np.mean([(p - c) / (1 - c) for p, c in zip(shares, chances, strict=True)])
+    held = 0
+    for _ in range(500):
+        correct = rng.binomial(sizes, shares)
+        found = average([[share(k, n).scaled(c, 1)] for k, n, c in zip(correct, sizes, chances, strict=True)])
+        held += found.low <= truth <= found.high
+    assert 0.93 <= held / 500 <= 0.98
+
+
+def test_the_difference_of_two_groups_holds_the_truth_in_93_to_97_of_100():
+    held = sum(
+        p * q
+        for a, p in enumerate(binomial(200, 0.3))
+        for b, q in enumerate(binomial(20, 0.5))
+        if (found := apart(share(a, 200), share(b, 20))).low <= -0.2 <= found.high
+    )
+    assert 0.93 <= held <= 0.97
+
+
+def test_a_mean_of_no_figures_is_refused():
+    with pytest.raises(ValueError, match="at least one figure, got none"):
+        average([])

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from nanollm.evals.intervals import wilson
-from nanollm.evals.problems import Accuracy, Attempt, accuracy, graders, judge, solve
+from nanollm.evals.problems import Accuracy, Attempt, accuracy, graders, judge, majority, solve
 from nanollm.generate.engine import generate
 from nanollm.generate.sampling import SamplingConfig
 from nanollm.model.transformer import Transformer
@@ -96,13 +96,36 @@ def attempt(*replies, finish="end"):
     return Attempt(Problem("How many?", "#### 12"), list(replies), [finish] * len(replies), [3] * len(replies))
 
 
+NOTED = "6*2=<<6*2=12>>12\n#### 12"
+ODD_NOTE = "6*2=<<6*2=13>>13\n#### 12"
+
+
 @pytest.mark.parametrize("task", [WordProblems(), Gsm8k()])
-def test_our_tasks_are_read_strictly_and_flexibly_at_once(task):
-    judged = judge([attempt("#### 12", "It is 12", "#### 13", "#### 12 of 14")], graders(task))
-    assert judged.verdicts == {
-        "strict": [[True, False, False, False]],
-        "flexible": [[True, True, False, False]],
+def test_our_tasks_are_read_in_three_ways_at_once(task):
+    replies = ["#### 12", "It is 12", "#### 13", "#### 12 of 14", NOTED, ODD_NOTE, "<<6*2=12>>\n<<?\n#### 12"]
+    assert judge([attempt(*replies)], graders(task)).verdicts == {
+        "strict": [[True, False, False, False, True, True, True]],
+        "flexible": [[True, True, False, False, True, True, True]],
+        "checked": [[False, False, False, False, True, False, False]],
     }
+
+
+@pytest.mark.parametrize(
+    ("replies", "strict", "flexible"),
+    [
+        (["#### 13", "#### 12", "so #### 12.0"], True, True),
+        (["#### 12", "#### 13", "#### 13"], False, False),
+        (["#### 12", "#### 13"], True, True),  # equally common: the first
+        (["#### 13", "#### 12"], False, False),
+        (["it is 12", "it is 12", "#### 13"], False, True),
+        (["", "#### 12", ""], True, True),  # no number, no vote
+        (["", "no idea"], False, False),
+    ],
+)
+def test_the_commonest_answer_is_elected(replies, strict, flexible):
+    judged = judge([attempt(*replies)], graders(Gsm8k()))
+    assert (majority(judged, "strict"), majority(judged, "flexible")) == ([strict], [flexible])
+    assert majority(judged, "checked") is None
 
 
 def test_a_task_of_your_own_is_asked_alone():
@@ -126,3 +149,12 @@ def test_a_grader_that_raises_counts_as_wrong_and_is_told_once(capsys):
 def test_what_replies_are_like_is_told():
     judged = judge([attempt("a", "b"), attempt("c", "d", finish="length")], {})
     assert (judged.ended, judged.mean_tokens, judged.no_room) == (0.5, 3.0, 0)
+
+
+@pytest.mark.realdata
+def test_how_many_worked_solutions_of_gsm8k_pass_each_of_its_graders(shared_data):
+    task = Gsm8k((shared_data / "gsm8k",))
+    attempts = [Attempt(problem, [problem.answer], ["end"], [1]) for problem in task.problems("test")]
+    judged = judge(attempts, graders(task))
+    passed = {name: sum(judged.first(name)) for name in judged.verdicts}
+    assert (len(attempts), passed) == (1319, {"strict": 1319, "flexible": 1319, "checked": 1237})

@@ -51,11 +51,8 @@ def write_run(tmp_path):
 
 def grpo_metrics(steps):
     for step in range(steps + 1):
-        solved = {
-            "val_accuracy": 0.5 + step / 100,
-            "val_accuracy_low": 0.4 + step / 100,
-            "val_accuracy_high": 0.6 + step / 100,
-        }
+        value = 0.5 + step / 300
+        solved = {"val_accuracy": value, "val_accuracy_low": value - 0.1, "val_accuracy_high": value + 0.1}
         numbers = {"reward": step / steps, "reward_std": 0.1, "reward_grade": 0.5, "reward_length": -0.1, "kl": 0.01}
         numbers |= {"entropy": 1.0, "groups_dropped": 3, "groups": 8, "reply_tokens": 40.0, "finished": 0.9}
         yield {"step": step} | (numbers if step else {}) | (solved if step % 10 == 0 else {})

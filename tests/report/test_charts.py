@@ -20,6 +20,7 @@ from nanollm.report.charts import (
     heat_map,
     interval_bar,
     line_chart,
+    log_ticks,
     short,
     thinned,
     ticks,
@@ -75,7 +76,16 @@ def test_ticks_are_few_round_and_within_the_axis(one, other):
 
 
 @UNHURRIED
-@given(st.lists(NUMBERS, min_size=1, max_size=3000))
+@given(st.floats(1e-12, 1e12), st.floats(1, 1e9))
+def test_ticks_of_a_logarithmic_axis_are_few_and_within_it(low, times):
+    found = log_ticks(low, low * times)
+    assert len(found) <= 9
+    assert all(low * (1 - 1e-6) <= tick <= low * times * (1 + 1e-6) for tick in found)
+    assert times < 2.5 or found
+
+
+@UNHURRIED
+@given(st.lists(NUMBERS, min_size=1, max_size=1000))
 def test_a_thinned_line_is_short_ends_where_the_line_ends_and_never_leaves_its_range(ys):
     line = thinned(Series(name="run", xs=list(range(len(ys))), ys=ys), most=100)
     assert len(line.xs) == len(line.ys) <= 101

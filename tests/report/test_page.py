@@ -23,7 +23,7 @@ def words_of(html):
 
 
 def test_a_run_ends_with_its_page(run_config):
-    config = run_config(steps=4, sample_every=2)
+    config = run_config(steps=4)
     pretrain.run(config)
     text = words_of((config.out / "report.html").read_text("utf-8"))
     lines = read_metrics(config.out)

@@ -8,6 +8,7 @@ import pytest
 
 from nanollm import cli
 from nanollm.bundle import load_bundle, save_bundle
+from nanollm.data.shards import Shards
 from nanollm.durable import sha256_of
 from nanollm.evals.intervals import paired, pass_at_k, wilson
 from nanollm.model.transformer import Transformer
@@ -103,7 +104,7 @@ def test_pass_at_k_is_that_of_the_saved_samples(measure, tmp_path):
     assert list(scores) == ["pass@1", "pass@2", "pass@4"]
     for k in (1, 2, 4):
         expected = pass_at_k(counts, 4, k)
-        assert scores[f"pass@{k}"] == {"value": expected.value, "low": expected.low, "high": expected.high}
+        assert scores[f"pass@{k}"] == {"value": expected.value, "low": expected.low, "high": expected.high, "n": 12}
     assert all(len(record["greedy"]["replies"]) == 1 for record in saved(tmp_path))
 
 
@@ -148,12 +149,19 @@ def test_each_bundle_reads_with_its_own_tokenizer(measure, bundles, tmp_path, to
     assert "another tokenizer" in capsys.readouterr().err
 
 
-def test_word_problems_are_graded_in_both_ways(measure, bundles, tmp_path):
+def test_word_problems_are_graded_in_three_ways_and_their_answers_can_vote(measure, bundles, tmp_path):
     wide = replace(SHAPE, context_length=256)
     tokenizer = load_bundle(bundles["first"]).tokenizer
     bundle = save_bundle(tmp_path / "wide", wide, Transformer(wide).init(0).state_dict(), tokenizer, {})
-    scores = measure(bundle=bundle, task=EvalTask(name="words", split="heldout"), n=3)["bundle"]["greedy"]["scores"]
-    assert {name: score["n"] for name, score in scores.items()} == {"strict": 3, "flexible": 3}
+    found = measure(bundle=bundle, task=EvalTask(name="words", split="heldout"), n=3, samples=2)["bundle"]
+    scores = found["greedy"]["scores"]
+    assert {name: score["n"] for name, score in scores.items()} == {"strict": 3, "flexible": 3, "checked": 3}
+    assert {name: list(scores) for name, scores in found["samples"]["scores"].items()} == {
+        "strict": ["pass@1", "pass@2", "maj@2"],
+        "flexible": ["pass@1", "pass@2", "maj@2"],
+        "checked": ["pass@1", "pass@2"],
+    }
+    assert found["samples"]["scores"]["strict"]["maj@2"]["n"] == 3
 
 
 def test_fewer_problems_than_asked_for_are_all_taken(measure, capsys):
@@ -170,7 +178,7 @@ def test_a_broken_grader_costs_no_evaluation(measure, capsys):
 # --- text ---
 
 
-def test_text_and_token_files_are_measured_in_one_call(measure, tmp_path, token_files):
+def test_text_and_token_files_are_measured_in_one_call(measure, tmp_path, token_files, tokenizer):
     (tmp_path / "folder").mkdir()
     for name in ("a.txt", "folder/b.txt", "folder/c.txt"):
         (tmp_path / name).write_text("The king rode out. " * 20)
@@ -178,8 +186,30 @@ def test_text_and_token_files_are_measured_in_one_call(measure, tmp_path, token_
     a, folder = evaluation["text"]
     assert (folder["bytes"], folder["tokens"]) == (2 * a["bytes"], 2 * a["tokens"])
     assert folder["bits_per_byte"] == pytest.approx(a["bits_per_byte"], rel=1e-4)
-    assert 0 < evaluation["data"][0]["bits_per_byte"] < 20
+    assert (a["n"], a["low"], a["high"]) == (1, None, None)
+    val = Shards.open(token_files, "val", tokenizer_fingerprint=tokenizer.fingerprint)
+    assert (folder["n"], evaluation["data"][0]["n"]) == (2, len(val.document_offsets()))
+    assert 0 < evaluation["data"][0]["low"] < evaluation["data"][0]["bits_per_byte"] < evaluation["data"][0]["high"]
     assert not (tmp_path / "out" / "samples.jsonl").exists()
+
+
+def test_two_bundles_are_compared_document_by_document(measure, bundles, tmp_path, token_files):
+    words = STORY.read_text("utf-8").split()
+    lines = [{"text": " ".join(words[start : start + 9 + start % 7])} for start in range(0, 200, 10)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    texts = {"text": [tmp_path / "a.jsonl"], "data": token_files}
+    evaluation = measure(**texts, against=bundles["second"])
+    for difference, ours, theirs in zip(
+        evaluation["bits_difference"],
+        [*evaluation["bundle"]["text"], *evaluation["bundle"]["data"]],
+        [*evaluation["against"]["text"], *evaluation["against"]["data"]],
+        strict=True,
+    ):
+        assert difference["path"] == ours["path"]
+        assert difference["difference"] == pytest.approx(ours["bits_per_byte"] - theirs["bits_per_byte"])
+        assert difference["high"] - difference["low"] < ours["high"] - ours["low"]  # what is hard is so for both
+    assert evaluation["bits_difference"][0]["n"] == 20
+    assert [each["difference"] for each in measure(**texts, against=bundles["first"])["bits_difference"]] == [0, 0]
 
 
 def test_conversations_are_measured_by_their_replies(measure, tmp_path, tokenizer_path):
@@ -216,7 +246,40 @@ def test_a_question_in_the_training_text_is_named_and_left_out_of_a_second_score
     (overlap,) = evaluation["overlaps"]
     assert (overlap["question"], overlap["share"]) == (6, 1.0)
     assert overlap["where"] == f"{training}, document 2"
-    assert evaluation["clean_scores"]["correct"]["n"] == 11
+    clean, copied = evaluation["clean_scores"]["correct"], evaluation["copied_scores"]["correct"]
+    right = [record["greedy"]["verdicts"]["correct"][0] for record in saved(tmp_path)]
+    assert (copied["n"], copied["correct"]) == (1, int(right[5]))
+    assert (clean["n"], clean["correct"]) == (11, sum(right) - right[5])
+    apart = evaluation["copied_minus_clean"]["correct"]
+    assert apart["difference"] == copied["value"] - clean["value"]
+    assert apart["low"] < apart["difference"] < apart["high"]
+
+
+def test_the_copies_are_told_on_one_page(measure, tmp_path):
+    (tmp_path / "mine_for_eval.py").write_text(
+        TASK.replace('f"{split} {n}"', 'f"{n} | " + "a b c d e f g h i " + f"{n}"')
+    )
+    training = tmp_path / "training.jsonl"
+    training.write_text('{"text": "nothing"}\n{"text": "x 5: A, B, C, D, E, F, G, H, I - 5!"}\n')
+    greedy = measure(task=EVEN, contamination=[training])["bundle"]["greedy"]["scores"]["correct"]
+    page = (tmp_path / "out" / "contamination.md").read_text("utf-8").splitlines()
+    assert page[0] == f"# mine_for_eval:Even dev in {training}"
+    assert page[2].startswith("1 of 12 questions share 13 words in a row with the training text (documents: 2, ")
+    assert page[4].startswith(f"- all of them, greedy: {100 * greedy['value']:.1f} % correct (")
+    assert [line.split(":")[0] for line in page[5:8]] == [
+        "- without them, greedy",
+        "- on them alone",
+        "- on them minus without them",
+    ]
+    assert page[-1] == (f"| 6 | 100 % | {training}, document 2 | 5 a b c d e f g h i 5 | 5 \\| a b c d e f g h i 5 |")
+
+
+def test_a_page_without_a_copy_says_so(measure, tmp_path):
+    (tmp_path / "a.txt").write_text("nothing")
+    measure(task=EVEN, contamination=[tmp_path / "a.txt"])
+    page = (tmp_path / "out" / "contamination.md").read_text("utf-8").splitlines()
+    assert page[2].startswith("0 of 12 questions share")
+    assert len(page) == 5
 
 
 def test_token_files_are_searched_too(measure, token_files):
@@ -254,11 +317,18 @@ def test_the_lines_say_what_was_measured(bundles, tmp_path):
     assert printed[3].startswith(f"{task}, 2 samples at temperature 1, pass@2: ")
     assert printed[4].startswith(f"{bundles['second']}, greedy: ")
     assert printed[6].startswith(f"{bundles['first']} minus {bundles['second']}: ")
-    assert "18 bytes" in printed[7]
+    (ours,), (theirs,) = evaluation["bundle"]["text"], evaluation["against"]["text"]
+    assert printed[7] == (
+        f"{tmp_path / 'a.txt'}: {ours['bits_per_byte']:.4f} bits per byte of 18 bytes, n 1; "
+        f"{theirs['bits_per_byte']:.4f} of {bundles['second']}, "
+        f"difference {ours['bits_per_byte'] - theirs['bits_per_byte']:+.4f}"
+    )
     assert printed[8].startswith("1 of 12 questions share 2 words in a row with the training text (documents: 1,")
     assert printed[9] == f"  question 4, 100 % of it, in {tmp_path / 'b.jsonl'}, document 1: 'dev 3'"
     assert printed[10].startswith("without them, greedy: ")
-    assert len(printed) == 11
+    assert printed[11].startswith("on them alone: ")
+    assert printed[12].startswith("on them minus without them: ")
+    assert len(printed) == 13
 
 
 def test_without_out_the_files_lie_beside_the_bundle(bundles):

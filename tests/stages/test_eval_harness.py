@@ -1,6 +1,7 @@
 """Tasks of lm-evaluation-harness are asked, written down with intervals and compared, or refused in one line."""
 
 import json
+import statistics
 import sys
 from dataclasses import replace
 from functools import partial
@@ -20,7 +21,7 @@ pytest.importorskip("lm_eval", reason='lm-evaluation-harness is not installed: p
 from lm_eval.tasks import TaskManager
 
 from nanollm.evals import benchmarks
-from nanollm.evals.answers import interval
+from nanollm.evals.answers import choices_of, difference, interval
 
 NAMES = ["nano_choice", "nano_reply", "nano_whole"]
 
@@ -92,7 +93,7 @@ def test_two_bundles_are_compared_on_the_same_documents(compared):
     assert expected.only_first + expected.only_second > 0
     assert (difference["difference"], difference["p"]) == (expected.difference, expected.p)
     assert (difference["low"], difference["high"]) == (expected.low, expected.high)
-    assert "nano_whole" not in evaluation["harness_difference"]  # no document of it is right or wrong
+    assert "nano_whole" not in evaluation["harness_difference"]  # its figures are no means over documents
 
 
 def test_every_answer_is_saved(compared):
@@ -110,7 +111,7 @@ def test_the_lines_say_what_was_measured(compared, bundles):
     assert lines[0].startswith(
         f"nano_choice, 0 shots: acc {acc['value']:.4g} ({acc['low']:.4g} to {acc['high']:.4g}), acc_norm "
     )
-    assert lines[0].endswith(", n 12")
+    assert lines[0].endswith(", chance 0.25, n 12")
     assert lines[2].startswith("nano_whole, 0 shots: word_perplexity ")
     assert lines[3].startswith(f"{bundles[1]}, nano_choice, 0 shots: acc ")
     assert lines[6].startswith(f"{bundles[0]} minus {bundles[1]}, nano_choice: ")
@@ -173,6 +174,94 @@ def test_the_interval_fits_the_metric(value, stderr, values, expected):
     assert interval(value, stderr, values) == pytest.approx(expected)
 
 
+# --- suites ---
+
+SUITE = """
+tasks:
+  plain: {task: nano_choice, metric: acc, shots: 0}
+  shown: {task: nano_choice, metric: acc_norm, shots: 2}
+  reply: {task: nano_reply, metric: exact_match, settings: {generation_kwargs: {until: [e], max_gen_toks: 4}}}
+missing: {lost: nobody has it}
+"""
+
+
+@pytest.fixture(scope="module")
+def suite_of_both(bundles, tasks, tmp_path_factory):
+    """The folder of an evaluation of a suite, and what it printed."""
+    out = tmp_path_factory.mktemp("suite")
+    (out / "ours.yaml").write_text(SUITE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(benchmarks, "TaskManager", partial(TaskManager, include_defaults=False))
+        config = Config(
+            bundle=bundles[0],
+            against=bundles[1],
+            harness=[str(out / "ours.yaml")],
+            harness_tasks=tasks,
+            out=out,
+            dtype="float32",
+        )
+        return out, run(config).splitlines()
+
+
+def test_a_suite_is_the_mean_of_its_tasks_above_chance(suite_of_both):
+    evaluation = json.loads((suite_of_both[0] / "eval.json").read_text())
+    for who in ("bundle", "against"):
+        found = evaluation[who]["harness"]
+        shots = {task: of_task["shots"] for task, of_task in found["tasks"].items()}
+        assert shots == {"ours:plain": 0, "ours:shown": 2, "ours:reply": 0}
+        plain = [sample[who]["acc"] for sample in samples(suite_of_both[0], "ours-plain")]
+        shown = [sample[who]["acc_norm"] for sample in samples(suite_of_both[0], "ours-shown")]
+        reply = [sample[who]["exact_match"] for sample in samples(suite_of_both[0], "ours-reply")]
+        centred = [(sum(plain) / 12 - 0.25) / 0.75, (sum(shown) / 12 - 0.25) / 0.75, sum(reply) / 6]
+        of_suite = found["suites"]["ours"]
+        assert [each["centred"] for each in of_suite["tasks"].values()] == pytest.approx(centred)
+        assert of_suite["value"] == pytest.approx(sum(centred) / 3)
+        assert of_suite["low"] < of_suite["value"] < of_suite["high"]
+        assert of_suite["n"] == 30
+    difference = evaluation["suite_difference"]["ours"]
+    ours, theirs = (evaluation[who]["harness"]["suites"]["ours"]["value"] for who in ("bundle", "against"))
+    assert difference["difference"] == pytest.approx(ours - theirs)
+
+
+def test_each_task_of_a_suite_is_asked_in_the_way_that_it_says(suite_of_both):
+    (plain, *_), (shown, *_) = (samples(suite_of_both[0], name) for name in ("ours-plain", "ours-shown"))
+    assert [each["arguments"][0][0].count("\n\n") for each in (plain, shown)] == [0, 2]
+    (reply, *_) = samples(suite_of_both[0], "ours-reply")
+    assert reply["arguments"][0][1]["max_gen_toks"] == 4
+
+
+def test_a_part_of_a_suite_is_called_a_part(suite_of_both, bundles):
+    suite = json.loads((suite_of_both[0] / "eval.json").read_text())["bundle"]["harness"]["suites"]["ours"]
+    assert suite_of_both[1][3] == (
+        f"ours (3 of its 4 tasks, without lost): {suite['value']:.4f} ({suite['low']:.4f} to {suite['high']:.4f}) "
+        "above chance (1: all right), n 30"
+    )
+    assert suite_of_both[1][-1].startswith(f"{bundles[0]} minus {bundles[1]}, ours: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "count"),
+    [
+        ([["a question", " one"], ["a question", " two"], ["a question", " three"]], 3),
+        ([["he", " ran"], ["she", " ran"]], 2),  # winogrande: the beginnings differ, the end is one
+        ([["a question", " one"], ["a question", " two"], ["", " one"], ["", " two"]], 2),  # acc_mutual_info asks twice
+    ],
+)
+def test_choices_are_counted_however_they_are_asked(arguments, count):
+    assert choices_of(arguments) == count
+
+
+def test_a_mean_that_is_neither_right_nor_wrong_is_compared_document_by_document():
+    found = difference([0.5, 1.0, 0.25], [0.0, 1.0, 0.5])
+    half = 4.3027 * statistics.stdev([0.5, 0.0, -0.25]) / 3**0.5
+    assert found == {
+        "difference": pytest.approx(1 / 12),
+        "n": 3,
+        "low": pytest.approx(1 / 12 - half),
+        "high": pytest.approx(1 / 12 + half),
+    }
+
+
 # --- mistakes ---
 
 
@@ -188,6 +277,14 @@ def test_the_interval_fits_the_metric(value, stderr, values, expected):
         ),
         (["--harness", "nano_code"], "the task nano_code runs what a model wrote"),
         (["--harness", "nano_choice", "--harness_shots", "99"], "at most the 12 examples of nano_choice, got 99"),
+        (
+            ["--harness", "core", "--harness_shots", "1"],
+            "--harness_shots is not for core, whose tasks have shots",
+        ),
+        (["--harness", "cores"], "has no task 'cores'; did you mean core?"),
+        (["--harness", "wrong.yaml"], "wrong asks nano_choice for f1; its means are acc, acc_norm"),
+        (["--harness", "many.yaml"], "at most the 12 examples of many:a, got 99"),
+        (["--harness", "group.yaml"], "nano_both of the suite group is a group of tasks; name"),
         (["--harness", "nano_choice", "--harness_limit", "0"], "--harness_limit must be at least 1, got 0"),
         (["--harness", "nano_choice", "--harness_shots", "-1"], "--harness_shots must be at least 0, got -1"),
         (["--text", "a.txt"], "the other --harness options say nothing without --harness TASKS"),
@@ -197,6 +294,14 @@ def test_a_mistake_is_told_in_one_line_before_a_model_is_loaded(bundles, tmp_pat
     monkeypatch.setattr("nanollm.stages.eval.load_bundle", pytest.fail)
     write_tasks(tmp_path)
     write_task(tmp_path, "nano_code", REPLY | {"unsafe_code": True}, [question(0)])
+    (tmp_path / "nano_both.yaml").write_text('{"group": "nano_both", "task": ["nano_choice", "nano_reply"]}')
+    monkeypatch.chdir(tmp_path.parent)
+    for name, row in (
+        ("wrong", "task: nano_choice, metric: f1"),
+        ("many", "task: nano_choice, metric: acc, shots: 99"),
+        ("group", "task: nano_both, metric: acc"),
+    ):
+        (tmp_path.parent / f"{name}.yaml").write_text(f"tasks: {{a: {{{row}}}}}")
     write_task(tmp_path, "nano_hub", CHOICE | {"dataset_path": "nobody/none", "dataset_kwargs": {}}, [])
     assert cli.main(["eval", str(bundles[0]), *words, "--harness_tasks", str(tmp_path)]) == 2
     said = capsys.readouterr()

@@ -1,0 +1,173 @@
+"""What does each verb take? One page per verb and one for all, written by the code; no word of them is written by hand.
+
+The options, their types, defaults and words are those of `nanollm VERB --help`: the fields of the frozen Config of each
+stage, read by nanollm/options.py. The same names, nested at their dots, are the keys of the YAML files.
+"""
+
+import html
+import importlib
+import inspect
+import io
+import json
+import re
+import types
+from argparse import Action
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from dataclasses import is_dataclass
+from pathlib import Path
+
+from jsonargparse import SUPPRESS, Unset
+
+import nanollm
+from nanollm import cli, options, settings
+
+ALSO = ("help", "config", "print_config", "dry_run")  # options that have no key in a YAML file
+CODE = re.compile(r"(`[^`]+`)")
+SPECIAL = re.compile(r"([\\*_|{}\[\]#])")
+
+
+def pages() -> dict[str, str]:
+    """File name -> Markdown, of index.md and of each verb."""
+    return {"index.md": index()} | {f"{verb}.md": page_of(verb) for verb in cli.all_verbs()}
+
+
+def index() -> str:
+    lines = ["# Reference", "", "Written by the code, at every build of these pages.", "", "## Verbs", ""]
+    for title, verbs in cli.VERBS.items():
+        lines += [f"**{title}**", ""]
+        lines += [f"- [`nanollm {verb}`]({verb}.md): {cell(summary)}" for verb, summary in verbs.items()]
+        lines.append("")
+    lines += ["## Options of every verb", "", *table(common_options())]
+    lines += ["", "## Exit codes", "", exit_codes(), "", "## Python", "", cell(paragraphs(nanollm)[1]), ""]
+    for name, home in sorted(nanollm._HOMES.items()):
+        lines += described(name, getattr(importlib.import_module(home), name))
+    return "\n".join(lines)
+
+
+def page_of(verb: str) -> str:
+    """A verb: what it is, its options by their groups, all of them as YAML, and the runs that come with it."""
+    stage = importlib.import_module(cli.module_of(verb))
+    kinds = options.kinds_of(stage)
+    parser = options.parser_of(verb, stage, kinds)
+    lines = [f"# nanollm {verb}", "", *map(cell, blank_between(paragraphs(stage.Config)))]
+    lines += ["", "```", parser.usage or "", "```", ""]
+    if positional := getattr(stage, "POSITIONAL", ()):
+        lines += [" ".join(f"`{name.upper()}` is `--{name}` without its name." for name in positional), ""]
+    if "dry_run" in kinds:
+        lines += ["With `--dry_run` it says what it would do, and stops.", ""]
+    for group in parser._action_groups:
+        actions = [action for action in group._group_actions if action.dest not in ALSO]
+        if actions and is_dataclass(kinds[actions[0].dest]):
+            lines += [f"## {actions[0].dest}", "", f"{cell(group.title or '')}.", ""]
+        elif actions:
+            lines += ["## Options", ""]
+        lines += [*table(actions, kinds), ""] if actions else []
+    lines += ["## As YAML", "", "For `--config FILE`; what has no default is left out.", ""]
+    lines += ["```yaml", defaults(verb, stage).rstrip(), "```", "", *runs_of(verb)]
+    return "\n".join(lines)
+
+
+def table(actions: list[Action], kinds: options.Kinds | None = None) -> list[str]:
+    rows = [
+        f"| `--{each.dest}` | {value_of(each)} | {default_of(each)} | {meaning_of(each, kinds)} |" for each in actions
+    ]
+    return ["| option | value | default | |", "|---|---|---|---|", *rows]
+
+
+def value_of(action: Action) -> str:
+    """What to type, each choice for itself so that a narrow column can break between them."""
+    if not action.metavar or action.nargs == 0:
+        return ""
+    return r" \| ".join(f"`{choice}`" for choice in str(action.metavar).strip("[]").split("|"))
+
+
+def default_of(action: Action) -> str:
+    if action.required:
+        return "of the preset" if settings.preset_names(action.dest.partition(".")[0]) else "required"
+    if action.default in (SUPPRESS, Unset):
+        return ""
+    value = action.default
+    return f"`{value if isinstance(value, str | Path) else json.dumps(value)}`"
+
+
+def meaning_of(action: Action, kinds: options.Kinds | None) -> str:
+    if kinds and is_dataclass(kinds[action.dest]):
+        return "all of the settings below at once, from a YAML file" + (
+            " or by a preset's name" if settings.preset_names(action.dest) else ""
+        )
+    return cell(action.help or "")
+
+
+def common_options() -> list[Action]:
+    """The options of ALSO, as the parser of a verb that has them all describes them."""
+    stage = importlib.import_module(cli.module_of("pretrain"))
+    parser = options.parser_of("pretrain", stage, options.kinds_of(stage))
+    return [action for action in parser._actions if action.dest in ALSO]
+
+
+def defaults(verb: str, stage: types.ModuleType) -> str:
+    """What --print_config prints."""
+    printed = io.StringIO()
+    with redirect_stdout(printed):
+        try:
+            options.read(verb, stage, ["--print_config"])
+        except SystemExit:
+            return printed.getvalue()
+    raise AssertionError("--print_config did not end")
+
+
+def runs_of(verb: str) -> Iterator[str]:
+    """The files of configs/VERB with the comments at their tops."""
+    files = sorted((settings.CONFIGS / verb).glob("*.yaml"))
+    if files:
+        yield from ("## Runs that come with it", "")
+    for file in files:
+        yield from (f"`configs/{verb}/{file.name}`", "", "```", *head_of(file), "```", "")
+
+
+def head_of(file: Path) -> Iterator[str]:
+    for line in file.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            return
+        yield line.removeprefix("#").removeprefix(" ")
+
+
+def exit_codes() -> str:
+    """What nanollm/cli.py says of them."""
+    told = next(part for part in paragraphs(cli) if "Exit codes: " in part)
+    return cell(told.partition("Exit codes: ")[2])
+
+
+def described(name: str, thing: object) -> Iterator[str]:
+    """A name of `import nanollm`: how it is called, what it says of itself, and its public methods."""
+    yield from (f"### nanollm.{name}", "", "```python", f"{name}{signature(thing)}", "```", "")
+    yield from map(cell, blank_between(paragraphs(thing)))
+    yield ""
+    if isinstance(thing, type):
+        for method, function in vars(thing).items():
+            function = getattr(function, "__func__", function)  # of a classmethod
+            if not method.startswith("_") and inspect.isfunction(function) and function.__doc__:
+                yield f"- `{method}{signature(function)}`: {cell(paragraphs(function)[0])}"
+        yield ""
+
+
+def signature(thing: object) -> str:
+    """Parameters and what comes back, types without their modules."""
+    text = re.sub(r"\b(?:[A-Za-z_]\w*\.)+", "", str(inspect.signature(thing)))  # type: ignore[arg-type]
+    return re.sub(r"(-> |: )'(\w+)'", r"\1\2", text)
+
+
+def paragraphs(thing: object) -> list[str]:
+    """Those of a docstring, each on one line."""
+    return [" ".join(part.split()) for part in inspect.cleandoc(thing.__doc__ or "").split("\n\n")]
+
+
+def blank_between(parts: list[str]) -> list[str]:
+    return [line for part in parts for line in (part, "")][:-1]
+
+
+def cell(text: str) -> str:
+    """Words of the code as Markdown shows them, also in a table: only `code` keeps its meaning."""
+    parts = CODE.split(" ".join(text.split()))
+    return "".join(part if part[:1] == "`" else SPECIAL.sub(r"\\\1", html.escape(part, quote=False)) for part in parts)

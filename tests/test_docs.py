@@ -1,0 +1,237 @@
+"""Do the pages say what is true, does the reference say all of it, and does a site come out?"""
+
+import importlib
+import re
+import shutil
+import threading
+import tomllib
+from collections.abc import Iterator, Mapping
+from functools import partial
+from html.parser import HTMLParser
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+
+from docs import build, reference
+from nanollm import cli, options, settings
+from nanollm.stages import pretrain
+from nanollm.train.runlog import read_metrics
+from tests.stages.conftest import run_config, token_files, tokenizer_path
+
+__all__ = ["run_config", "token_files", "tokenizer_path"]
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+
+
+def page(name: str) -> str:
+    return (build.DOCS / name).read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def pages():
+    return reference.pages()
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """All of it, built as `make docs` builds it, but elsewhere."""
+    return build.build(tmp_path_factory.mktemp("site"))
+
+
+# --- the reference ---
+
+
+def test_the_reference_has_a_row_for_every_option_of_every_verb(pages):
+    missing = {}
+    for verb in cli.all_verbs():
+        kinds = options.kinds_of(importlib.import_module(cli.module_of(verb)))
+        rows = re.findall(r"^\| `--([\w.]+)` \|", pages[f"{verb}.md"] + pages["index.md"], re.MULTILINE)
+        missing[verb] = kinds.keys() - set(rows)
+    assert {verb: names for verb, names in missing.items() if names} == {}
+
+
+def keys(mapping: Mapping, prefix: str = "") -> Iterator[str]:
+    for key, value in mapping.items():
+        yield prefix + key
+        if isinstance(value, dict):
+            yield from keys(value, f"{prefix}{key}.")
+
+
+def test_the_reference_has_every_key_of_the_yaml_files(pages):
+    unknown = []
+    for file in sorted(settings.CONFIGS.rglob("*.yaml")):
+        is_model = file.parent.name == "model"
+        rows = pages["pretrain.md" if is_model else f"{file.parent.name}.md"]
+        named = keys(settings.read_mapping(file), "model." if is_model else "")
+        unknown += [f"{file.name}: {key}" for key in named if f"| `--{key}` |" not in rows and not is_free(key)]
+    assert unknown == []
+
+
+def is_free(key: str) -> bool:
+    """Names that a user gives: of folders to mix, of rewards."""
+    return key.startswith(("data.", "reward.weights."))
+
+
+def test_a_row_says_what_to_type_what_holds_without_it_and_what_it_means():
+    rows = reference.page_of("eval").splitlines()
+    assert "| `--bundle` | `path` | required | Folder of a bundle, such as runs/demo/pretrain/bundle. |" in rows
+    assert "| `--n` | `int` | `500` | Problems, the first of the split; with fewer in it, all of them. |" in rows
+    assert "| `--temperature` | `float` | `1.0` | Of --samples; divides the logits. |" in rows
+    rows = reference.page_of("info").splitlines()
+    assert "| `--model.n_heads` | `int` | of the preset | Attention heads per block. |" in rows
+    assert "| `--optimizer` | `muon` \\| `adamw` | `muon` | Optimizer of that step. |" in rows
+
+
+def test_the_reference_shows_yaml_that_the_verb_takes(tmp_path):
+    shown = re.search(r"## As YAML\n.*?```yaml\n(.*?)```", reference.page_of("generate"), re.DOTALL)[1]
+    (tmp_path / "all.yaml").write_text(shown, encoding="utf-8")
+    stage = importlib.import_module(cli.module_of("generate"))
+    words = ["a-bundle", "--prompt", "Once", "--config", str(tmp_path / "all.yaml")]
+    assert options.read("generate", stage, words)[0] == stage.Config(bundle=Path("a-bundle"), prompt=["Once"])
+
+
+def test_the_reference_shows_the_runs_that_come_with_a_verb_and_what_their_files_say():
+    text = reference.page_of("sft")
+    for file in (settings.CONFIGS / "sft").glob("*.yaml"):
+        assert f"`configs/sft/{file.name}`\n\n```\nnanollm sft --config configs/sft/{file.name}\n" in text
+
+
+# --- the site ---
+
+
+def test_links_are_turned_to_where_their_targets_are_shown():
+    text, linked = build.relink(build.DOCS / "security.md")
+    assert "[SECURITY.md](repository/SECURITY.md)" in text
+    assert "[reliability](reliability.md)" in text
+    assert build.ROOT / "SECURITY.md" in linked
+    assert build.place_of(build.DOCS / "decisions").as_posix() == "decisions/index.md"
+    assert build.place_of(build.ROOT / "tests" / "faults" / "disk.c").as_posix() == "repository/tests/faults/disk.c.md"
+
+
+def test_links_in_code_are_left_alone_and_one_that_leads_nowhere_is_refused_by_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "ROOT", tmp_path)
+    monkeypatch.setattr(build, "DOCS", tmp_path / "docs")
+    (tmp_path / "docs").mkdir()
+    source = tmp_path / "docs" / "page.md"
+    source.write_text("`a[1](nowhere.md)`\n\n```\na[1](nowhere.md)\n```\n\n[web](https://nowhere.example/)\n")
+    assert build.relink(source) == (source.read_text(), [])
+    source.write_text("![picture](figures/none.svg)\n")
+    with pytest.raises(ValueError, match=re.escape("page.md links to figures/none.svg, which is not there")):
+        build.relink(source)
+
+
+def named_in(nav: list) -> Iterator[str]:
+    for entry in nav:
+        if isinstance(entry, str):
+            yield entry
+        else:
+            yield from named_in(
+                [each for value in entry.values() for each in ([value] if isinstance(value, str) else value)]
+            )
+
+
+def test_every_page_of_docs_is_in_the_navigation_once_and_nothing_else_is():
+    nav = list(named_in(tomllib.loads((build.ROOT / build.CONFIG).read_text(encoding="utf-8"))["project"]["nav"]))
+    written = {path.relative_to(build.DOCS).as_posix() for path in build.DOCS.rglob("*.md")}
+    made = {"reference/index.md", "reference/*.md", "decisions/index.md", "decisions/*.md"}
+    assert len(nav) == len(set(nav))
+    assert set(nav) - made == {name for name in written if not name.startswith("decisions/")}
+
+
+class Links(HTMLParser):
+    """What a page loads by itself, and where its links lead."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.loaded, self.linked = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        for name, value in attributes:
+            if name in ("src", "srcset") or (name == "href" and tag == "link"):
+                self.loaded.append(value)
+            elif name == "href":
+                self.linked.append(value)
+
+
+def test_the_site_is_whole_and_loads_nothing_from_elsewhere(site):
+    html = {file: Links(file.read_text(encoding="utf-8")) for file in site.rglob("*.html") if file.name != "404.html"}
+    assert [each for links in html.values() for each in links.loaded if "://" in each] == []
+    broken = []
+    for file, links in html.items():
+        for target in (unquote(each.partition("#")[0]) for each in links.loaded + links.linked if "://" not in each):
+            if not (file.parent / target).exists():
+                broken.append(f"{file.relative_to(site)}: {target}")
+    assert broken == []
+    start = html[site / "index.html"].linked
+    assert {f"./reference/{verb}.html" for verb in cli.all_verbs()} <= set(start)
+    assert "./decisions/0001-progress-on-floor-0.html" in start
+
+
+@pytest.mark.slow
+def test_a_browser_shows_the_site_in_both_colours_finds_options_and_asks_nobody_else(site):
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
+    program = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if program is None:
+        pytest.skip("there is no Chromium on this machine: apt-get install chromium")
+    complaints, backgrounds = [], {}
+    handler = type("Quiet", (SimpleHTTPRequestHandler,), {"log_message": lambda *_: None})
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=str(site))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        home = f"http://127.0.0.1:{server.server_port}/"
+        with sync_api.sync_playwright() as playwright:
+            browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox", "--disable-gpu"])
+            for scheme in ("light", "dark"):
+                tab = browser.new_page(color_scheme=scheme)
+                tab.on("pageerror", lambda error: complaints.append(str(error)))
+                tab.on("console", lambda e: complaints.append(e.text) if e.type in ("error", "warning") else None)
+                tab.on("request", lambda r: None if r.url.startswith(home) else complaints.append(r.url))
+                for name in ("index.html", "reference/grpo.html", "map.html"):
+                    tab.goto(f"{home}{name}", wait_until="networkidle")
+                backgrounds[scheme] = tab.evaluate("getComputedStyle(document.body).backgroundColor")
+            tab.goto(home, wait_until="networkidle")
+            tab.keyboard.press("/")
+            tab.keyboard.type("importance_cap")
+            tab.get_by_text("nanollm grpo").first.wait_for()
+            browser.close()
+        server.shutdown()
+    assert complaints == []
+    assert backgrounds["light"] != backgrounds["dark"]
+
+
+# --- what is written by hand ---
+
+
+def test_files_md_names_every_file_of_a_run_and_every_key_of_its_metrics(run_config):
+    told, config = page("files.md"), run_config(steps=3)
+    pretrain.run(config)
+    for file in config.out.iterdir():
+        name = f"{file.name}/" if file.is_dir() else file.name
+        assert f"| `{name}" in told, f"{name} is not on the page"
+    named = {key for line in read_metrics(config.out) for key in line}
+    assert {key for key in named if f"`{key}`" not in told} == set()
+
+
+def test_files_md_names_every_variable_that_the_code_reads():
+    read = set()
+    for file in (build.ROOT / "nanollm").rglob("*.py"):
+        text = file.read_text(encoding="utf-8")
+        read.update(re.findall(r'"(\w+)" in os\.environ', text))
+        for name in re.findall(r'os\.environ(?:\.get|\.setdefault)?[\[(]("?\w+)', text):
+            is_word = name.startswith('"')  # else a constant of the module
+            read.add(name[1:] if is_word else re.search(rf'^{name} = "(\w+)"$', text, re.MULTILINE)[1])
+    assert {"NANOLLM_API_KEY", "WORLD_SIZE"} <= read
+    assert {name for name in read if f"`{name}`" not in page("files.md")} == set()
+
+
+def test_the_glossary_points_to_modules_that_are_there():
+    places = re.findall(r"`([a-z]+(?:/\w+)?\.(?:py|cpp))`", page("glossary.md"))
+    assert len(places) > 50
+    assert [place for place in places if not (build.ROOT / "nanollm" / place).exists()] == []
+
+
+def test_the_glossary_tells_each_word_once():
+    words = re.findall(r"^\| \*\*(.+?)\*\*", page("glossary.md"), re.MULTILINE)
+    assert len(words) == len(set(words)) > 60
