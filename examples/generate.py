@@ -1,9 +1,11 @@
 """A bundle continues texts: several at once, and one as it is being written.
 
-command   python examples/generate.py runs/example/pretrain/bundle
-before    python examples/train.py (or any other bundle)
-hardware  one CPU core
-time      seconds (the first time half a minute: C++ is compiled for this processor)
+  command   python examples/generate.py runs/example/pretrain/bundle
+  before    python examples/train.py (or any other bundle)
+  hardware  one CPU core
+  time      seconds; the first time half a minute, because C++ is compiled for this processor
+
+The engine works with ids, and so with any tokenizer; text becomes ids before it and ids become text after it.
 """
 
 import argparse

@@ -179,7 +179,7 @@ def graders(task: Task) -> dict[str, Grader]:
 def holds_true_notes(reply: str) -> bool:
     """Whether a reply has calculator notes, and all of them are true."""
     notes = calculator.NOTE.findall(reply)
-    return 0 < len(notes) and all(calculator.is_true(*note) for note in notes)
+    return 0 < len(notes) == reply.count(calculator.MARK) and all(calculator.is_true(*note) for note in notes)
 
 
 def majority(judged: Judged, grader: str) -> list[bool] | None:

@@ -76,7 +76,8 @@ def test_each_document_has_its_own_sums_in_the_order_of_the_documents(tokenizer,
     assert found.ratio.low < found.ratio.value < found.ratio.high
 
 
-def test_prepared_documents_are_told_apart_where_each_begins(tmp_path, tokenizer, tokenizer_path):
+def test_prepared_documents_are_told_apart_where_each_begins(tmp_path, tokenizer, tokenizer_path, monkeypatch):
+    monkeypatch.setattr(documents, "BATCH_TOKENS", 2 * T)  # a long one lies in several batches
     for number, text in enumerate(TEXTS):
         (tmp_path / f"{number}.txt").write_text(text, encoding="utf-8")
     inputs = {"input": [tmp_path], "val_input": [tmp_path]}

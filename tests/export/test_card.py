@@ -206,7 +206,7 @@ def test_results_are_the_lines_of_nanollm_eval_without_the_other_model(about, ru
     assert [f"- {line}" for line in figures.lines(alone)] == [
         line for line in told if "words test" in line or "replies:" in line
     ]
-    assert any(re.fullmatch(r"- story.txt: \d\.\d{4} bits per byte of 171 bytes", line) for line in told)
+    assert any(re.fullmatch(r"- story.txt: \d\.\d{4} bits per byte of 171 bytes, n 1", line) for line in told)
     assert "sft" not in " ".join(told)
     assert any(line.endswith("in float32, at most 4 tokens a reply") for line in told)
 
@@ -243,7 +243,7 @@ def test_the_hub_reads_the_metadata_as_it_was_meant(about, runs, evaluations, tm
     assert (scores[0].dataset_name, scores[0].dataset_split, scores[0].metric_type) == ("words", "test", "accuracy")
     assert scores[0].metric_value == strict["value"]
     assert scores[0].metric_name == f"strict, greedy, 95 % interval 0.0000 to {strict['high']:.4f}, n 3"
-    assert {score.metric_type for score in scores} == {"accuracy", "pass@1", "pass@2"}
+    assert {score.metric_type for score in scores} == {"accuracy", "pass@1", "pass@2", "maj@2"}
 
 
 def test_figures_of_the_harness_come_with_their_interval_where_there_is_one(about):

@@ -17,6 +17,7 @@ from nanollm.stages import grpo
 from nanollm.text.learn import train
 from nanollm.train.checkpoint import checkpoints
 from nanollm.train.optim import OptimConfig
+from nanollm.train.runlog import TIMED
 from tests.conftest import STORY
 from tests.stages.conftest import MODEL
 

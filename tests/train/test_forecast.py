@@ -215,14 +215,20 @@ def test_tokens_of_the_cache_fill_what_the_weights_leave():
 
 
 @pytest.mark.slow
-def test_what_compiled_blocks_keep_is_predicted_within_5_percent(monkeypatch, tmp_path):
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+@pytest.mark.filterwarnings("default")  # of torch's own compiler
+def test_what_compiled_blocks_keep_is_predicted_within_5_percent(monkeypatch):
+    torch.compiler.reset()
     monkeypatch.setattr(fused, "serves", lambda *_: False)  # as on a GPU
-    values = load_preset("model", "nano-327m") | {"vocab_size": 512, "n_blocks": 4, "context_length": 128}
+    values = load_preset("model", "nano-327m") | {
+        "vocab_size": 512,
+        "n_blocks": 2,
+        "moe_every": 2,
+        "context_length": 128,
+    }
     c = ModelConfig(**values)
     model = Transformer(c).init(0).to(torch.bfloat16)
     for block in model.trunk.blocks:
-        block.compile(dynamic=False)
+        block.compile(backend="aot_eager_decomp_partition", dynamic=False)
     tokens = torch.randint(c.vocab_size, (1, 128), generator=torch.Generator().manual_seed(0))
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, torch.Tensor] = {}
@@ -234,6 +240,7 @@ def test_what_compiled_blocks_keep_is_predicted_within_5_percent(monkeypatch, tm
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model.trunk(tokens)
+    torch.compiler.reset()
     measured = sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / 128
     # On a CPU the routed experts are not compiled, and keep two of the three widths.
     expected = kept_bytes_per_token(c, 2, is_compiled=True) - 2 * c.n_moe_blocks * c.experts_per_token * c.d_expert
