@@ -1,8 +1,8 @@
 """Small language models from raw text to replies: latent attention, mixture of experts, one command per step.
 
-The command line is the front door (`nanollm --help`). Notebooks find the names they need here, each imported when it is
-first used, so that `import nanollm` costs nothing; every verb is a Config and a run(Config) in `nanollm.stages`. How both
-are used: examples/.
+The command line is the front door (`nanollm --help`). Notebooks find the names they need here, each imported when it
+is first used, so that `import nanollm` costs nothing; every verb is a Config and a run(Config) in `nanollm.stages`. How
+both are used: examples/.
 """
 
 import importlib

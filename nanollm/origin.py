@@ -18,8 +18,8 @@ def commit(root: Path = ROOT) -> str | None:
         return None  # an installed package: a checkout around it would be somebody else's
     describe = ["git", "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
     try:
-        done = subprocess.run(describe, check=False, capture_output=True, text=True, cwd=root)
-    except OSError:  # there is no git
+        done = subprocess.run(describe, check=False, capture_output=True, text=True, cwd=root, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):  # there is no git, or a disk that does not answer
         return None
     return done.stdout.strip() or None
 

@@ -547,6 +547,11 @@ def test_notebooks_find_the_names_that_the_package_offers(name):
     assert getattr(nanollm, name) is not None
 
 
+def test_no_name_that_the_package_offers_is_that_of_a_module_which_would_take_its_place():
+    modules = {path.stem for path in Path(nanollm.__file__).parent.iterdir()} - {"__init__"}
+    assert modules & set(dir(nanollm)) == set()
+
+
 def test_a_name_that_the_package_does_not_offer_is_an_attribute_error():
     with pytest.raises(AttributeError, match="it offers Tokenizer"):
         nanollm.__getattr__("Trainer")

@@ -63,7 +63,7 @@ def line_chart(
     `log` makes y logarithmic where all values are above 0; `smooth` draws noise thinly and its mean on top of it;
     `least` is where y begins, if that is not the lowest value.
     """
-    log = log and all(y > 0 for each in series for y in (*each.ys, *each.lows))
+    log = log and all_positive(series)
     x_scale, y_scale = _scales(series, log, least)
     svg = _canvas(WIDTH, HEIGHT, f"{title} in {unit} over {x_unit}: " + "; ".join(map(_told, series)))
     for tick in (log_ticks if log else ticks)(y_scale.low, y_scale.high):
@@ -80,10 +80,15 @@ def line_chart(
     return ElementTree.tostring(svg, encoding="unicode")
 
 
+def all_positive(series: Sequence[Series]) -> bool:
+    """Whether a logarithmic axis can show them."""
+    return all(y > 0 for each in series for y in (*each.ys, *each.lows))
+
+
 def heat_map(
-    title: str, rows: Sequence[str], xs: Sequence[float], values: Sequence[Sequence[float]], x_unit: str
+    title: str, rows: Sequence[str], xs: Sequence[float], values: Sequence[Sequence[float]], x_unit: str, full: float
 ) -> str:
-    """Rows of cells, values (rows, columns) from 0; a cell of 1 or more is as dark as can be, one of 0 is empty."""
+    """Rows of cells, values (rows, columns) from 0, which is empty; one of `full` or more is as dark as can be."""
     height = TOP + 18 * len(rows) + BOTTOM
     svg = _canvas(WIDTH, height, f"{title} over {x_unit}; rows: {', '.join(rows)}")
     left, width = LEFT + 56, (WIDTH - RIGHT - LEFT - 56) / max(1, len(xs))
@@ -92,7 +97,7 @@ def heat_map(
         _text(svg, left - 8, y + 12, row, "end")
         for column, value in enumerate(cells):
             place = {"x": f"{left + column * width:.1f}", "y": str(y), "width": f"{width + 0.3:.1f}", "height": "16"}
-            cell = _add(svg, "rect", {"class": "cell", "fill-opacity": f"{min(1.0, value):.2f}", **place})
+            cell = _add(svg, "rect", {"class": "cell", "fill-opacity": f"{min(1.0, value / full):.2f}", **place})
             _add(cell, "title", {}).text = f"{row}, {x_unit} {short(xs[column])}: {value:.0%}"
     scale = Scale(0, max(1, len(xs) - 1), left + width / 2, WIDTH - RIGHT - width / 2)
     for column in dict.fromkeys(round(share * (len(xs) - 1)) for share in (0, 0.25, 0.5, 0.75, 1)):

@@ -4,10 +4,10 @@ Everything is read as it lies there, also while the run is writing: a last line 
 """
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,6 +45,8 @@ class Run:
     evaluations: Sequence[Evaluation] = ()
     rollouts: Sequence[Line] = ()
     """Replies of the newest step that was kept, of grpo."""
+    quiet_s: float = 0.0
+    """Seconds since the last line was written."""
     data: Mapping[str, Mapping[str, Any]]
     """Folders of token files that are still at their place, and their manifests."""
 
@@ -68,7 +70,7 @@ class Run:
 
     @property
     def seconds(self) -> float | None:
-        """How long it has trained, evaluations and saving included, waiting between two starts left out."""
+        """How long it has trained, evaluations and saving included, until its last line; what a kill lost is not there."""
         return sum(line["seconds"] for line in self.lines if "seconds" in line) or None
 
     @property
@@ -98,13 +100,6 @@ class Run:
         """Steps whose update was left out."""
         return [line["step"] for line in self.lines if line.get("skipped")]
 
-    @property
-    def hours(self) -> list[tuple[int, float]]:
-        """Step, and hours of training until then."""
-        timed = [line for line in self.lines if "seconds" in line]
-        spent = accumulate(line["seconds"] for line in timed)
-        return [(line["step"], seconds / 3600) for line, seconds in zip(timed, spent, strict=True)]
-
 
 def read_run(folder: Path) -> Run:
     """The run in a folder. ValueError where there is none."""
@@ -123,17 +118,18 @@ def read_run(folder: Path) -> Run:
         model=_model(folder, settings),
         evaluations=[Evaluation(file.parent.name, read_json(file)) for file in sorted(folder.glob("eval/*/eval.json"))],
         rollouts=_newest_rollouts(folder / "rollouts"),
+        quiet_s=max(0.0, time.time() - (folder / "metrics.jsonl").stat().st_mtime),
         data=_manifests(settings.get("data")),
     )
 
 
-def _lines(path: Path) -> list[Line]:
-    """The complete lines of a file that somebody may be writing."""
+def _lines(path: Path, needs: str = "step") -> list[Line]:
+    """The complete lines of a file that somebody may be writing; each has the key `needs`."""
     lines = []
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
         try:
             parsed = json.loads(line)
-            parsed["step"] += 0
+            parsed[needs]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}, line {number} is damaged ({error!r}); remove that line") from error
         lines.append(parsed)
@@ -141,16 +137,21 @@ def _lines(path: Path) -> list[Line]:
 
 
 def _model(folder: Path, settings: Mapping[str, Any]) -> ModelConfig | None:
-    """Of its settings if it makes a model, of its bundle if it trains one on."""
-    config = folder / "bundle" / "config.json"
-    if "model" in settings:
-        return ModelConfig(**settings["model"])
-    return ModelConfig(**read_json(config)["model"]) if config.exists() else None
+    """Of its settings if it makes a model; else of its bundle, or until that is there of the one it started from."""
+    bundles = [folder / "bundle", *([Path(settings["bundle"])] if "bundle" in settings else [])]
+    files = [bundle / "config.json" for bundle in bundles if (bundle / "config.json").exists()]
+    shape = settings.get("model") or (read_json(files[0])["model"] if files else None)
+    try:
+        return ModelConfig(**shape) if shape else None
+    except TypeError as error:
+        raise ValueError(
+            f"the model of {folder} is not one of this version ({error}); use that which trained it"
+        ) from error
 
 
 def _newest_rollouts(folder: Path) -> list[Line]:
     files = sorted(folder.glob("step-*.jsonl"))
-    return [json.loads(line) for line in files[-1].read_text("utf-8").splitlines()] if files else []
+    return _lines(files[-1], "question") if files else []
 
 
 def _manifests(data: object) -> dict[str, Mapping[str, Any]]:

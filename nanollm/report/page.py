@@ -4,10 +4,11 @@ What is shown is chosen here, as plain values; `page.html` says where it stands.
 script, no font, no picture from elsewhere.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -16,7 +17,7 @@ from markupsafe import Markup
 from nanollm import __version__
 from nanollm.durable import write_file
 from nanollm.progress import duration, say
-from nanollm.report.charts import Series, heat_map, key, line_chart, short
+from nanollm.report.charts import Series, all_positive, heat_map, key, line_chart, short
 from nanollm.report.folder import Run, read_run
 from nanollm.report.scores import differences_of, notes_of, scores_of, with_bars
 from nanollm.settings import to_yaml
@@ -43,11 +44,15 @@ class Quantity:
     log: bool = False
     smooth: bool = False
     from_zero: bool = False
+    not_of: tuple[str, ...] = ()
+    """Stages in which this number means something else."""
 
 
 QUANTITIES = {
     "Learning": [
-        Quantity(name="loss", title="Training loss", unit="nats per trained token", log=True, smooth=True),
+        Quantity(
+            name="loss", title="Training loss", unit="nats per trained token", log=True, smooth=True, not_of=("grpo",)
+        ),
         Quantity(
             name="val_bpb",
             title="Validation",
@@ -110,9 +115,13 @@ PART = "reward_"  # of names: the parts of a reward; reward_std is none
 
 def write_report(out: Path, world: World) -> None:
     """report.html of a run that has just ended, by the main one of its processes."""
-    if world.is_main:
+    if not world.is_main:
+        return
+    try:
         write_page(out / PAGE, [read_run(out)])
         say(f"what happened, as a page: {out / PAGE}")
+    except Exception as error:  # a run that has saved all it made must not fail because of its page
+        say(f"the page could not be written ({error!r}); mend that, and ask again: nanollm report {out}")
 
 
 def write_page(page: Path, runs: Sequence[Run], price: float | None = None, refresh_s: float | None = None) -> None:
@@ -127,13 +136,12 @@ def render(runs: Sequence[Run], price: float | None = None, refresh_s: float | N
     """
     folder = FileSystemLoader(HERE)
     world = Environment(loader=folder, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    first = runs[0]
     return world.get_template("page.html").render(
         style=Markup((HERE / "style.css").read_text("utf-8")),
         title=" and ".join(run.name for run in runs),
         refresh_s=refresh_s,
         runs=runs,
-        first=first,
+        quiet=duration(runs[0].quiet_s),
         legend=keys([run.name for run in runs]),
         facts=list(facts(runs, price)),
         changed=differing_settings(runs) if runs[1:] else [],
@@ -172,7 +180,7 @@ def facts_of(run: Run, price: float | None) -> Iterator[tuple[str, str]]:
         yield "tokens", f"{run.step * run.tokens_per_step:,} ({run.tokens_per_step:,} per step)"
     yield from outcomes(run)
     if run.seconds:
-        yield "time", f"{duration(run.seconds)}, evaluations and saving included"
+        yield "time", f"{duration(run.seconds)}, until the last line, evaluations included"
         if price is not None:
             yield "cost", f"{run.seconds / 3600 * price:,.2f} at {price:g} per hour"
     if rates := run.numbers.get("tokens_per_s"):
@@ -205,7 +213,7 @@ def origin(run: Run) -> Iterator[tuple[str, str]]:
         device = last["gpu"] if run.settings.get("device") == "cuda" else last["processor"]
         yield "machine", f"{device}, {last['cores']} cores, {last['threads']} threads, {last['processes']} process(es)"
         yield "computed in", str(run.settings.get("dtype", ""))
-        commit = last["commit"] or "unknown: an installed package"
+        commit = last["commit"] or "unknown"
         yield "code", f"nanollm {last['nanollm']}, commit {commit}, torch {last['torch']}, Python {last['python']}"
     for folder, manifest in run.data.items():
         train = manifest["splits"]["train"]
@@ -257,7 +265,7 @@ def charts(runs: Sequence[Run], quantities: Sequence[Quantity]) -> Iterator[Char
         lines = [
             series_of(run, quantity, stretch[look], look)
             for look, run in enumerate(runs)
-            if quantity.name in run.numbers
+            if quantity.name in run.numbers and run.stage not in quantity.not_of
         ]
         if lines:
             yield chart_of(quantity, lines, x_unit)
@@ -305,13 +313,13 @@ def keys(names: Sequence[str]) -> list[tuple[str, Markup]]:
 
 
 def chart_of(quantity: Quantity, lines: Sequence[Series], x_unit: str) -> Chart:
-    q = quantity
+    q, log = quantity, quantity.log and all_positive(lines)
     picture = line_chart(
-        q.title, q.unit, lines, x_unit=x_unit, log=q.log, smooth=q.smooth, least=0.0 if q.from_zero else None
+        q.title, q.unit, lines, x_unit=x_unit, log=log, smooth=q.smooth, least=0.0 if q.from_zero else None
     )
     return Chart(
         title=q.title,
-        unit=q.unit + (", logarithmic" if q.log else ""),
+        unit=q.unit + (", logarithmic" if log else ""),
         about=q.about,
         picture=Markup(picture),
         keys=keys([line.name for line in lines]) if q.name == PART else [],
@@ -334,30 +342,31 @@ def table_of(lines: Sequence[Series]) -> list[list[str]]:
 def experts(run: Run) -> tuple[Markup, list[str]]:
     """The share of each expert over time, and the experts that get next to nothing at the end."""
     size = -(-len(run.loads) // MOST_COLUMNS)
-    kept = run.loads[size - 1 :: size] or run.loads[-1:]
-    blocks = range(len(kept[-1][1]))
-    places = [(block, expert) for block in blocks for expert in range(len(kept[-1][1][block]))]
-    names = moe_blocks(run, len(blocks))
-    rows = [f"block {names[block]} · {expert + 1}" for block, expert in places]
-    values = [[loads[block][expert] for _, loads in kept] for block, expert in places]
+    parts = [run.loads[max(0, end - size) : end] for end in range(len(run.loads), 0, -size)][::-1]
+    shapes = [len(shares) for shares in run.loads[-1][1]]
+    places = [(block, expert) for block, experts in enumerate(shapes) for expert in range(experts)]
+    names = moe_blocks(run, len(shapes))
+    rows = [f"{names[block]} · {expert + 1}" for block, expert in places]
+    values = [[fmean(loads[block][expert] for _, loads in part) for part in parts] for block, expert in places]
     dead = [
-        row
-        for row, (block, expert) in zip(rows, places, strict=True)
-        if run.loads[-1][1][block][expert] * len(run.loads[-1][1][block]) < DEAD
+        row for row, shares, (block, _) in zip(rows, values, places, strict=True) if shares[-1] * shapes[block] < DEAD
     ]
-    picture = heat_map("Share of the tokens", rows, [step for step, _ in kept], values, "steps")
+    steps = [part[-1][0] for part in parts]
+    picture = heat_map("Share of the tokens", rows, steps, values, "steps", full=2 / max(shapes))
     return Markup(picture), dead
 
 
-def moe_blocks(run: Run, count: int) -> list[int]:
-    """Numbers, from 1, of the blocks with a Mixture of Experts."""
-    every = run.model.moe_every if run.model else 1
-    return [every * number for number in range(1, count + 1)]
+def moe_blocks(run: Run, count: int) -> list[str]:
+    """The blocks with a Mixture of Experts, numbered from 1; without a model only the mixtures can be numbered."""
+    m = run.model
+    if m is None:
+        return [f"mixture {number}" for number in range(1, count + 1)]
+    return [f"block {block + 1}" for block in range(m.n_blocks) if m.is_moe(block)]
 
 
 def samples(run: Run) -> list[tuple[str, list[tuple[int, str]]]]:
     """Each prompt with what the model wrote, step by step."""
-    told = [(line["step"], line["samples"]) for line in run.lines if "samples" in line]
+    told = [(line["step"], line["samples"]) for line in run.lines if line.get("samples")]
     prompts = run.settings.get("sample_prompts") or []
     return [
         (prompt, [(step, texts[place]) for step, texts in told if place < len(texts)])
@@ -373,6 +382,8 @@ def replies(run: Run) -> list[list[Mapping[str, Any]]]:
         groups.setdefault(record["question"], []).append(record)
     taught = [group for group in groups.values() if group[0]["trained"]]
     chosen = (taught or list(groups.values()))[:REPLIES_SHOWN]
-    return [
-        [max(group, key=lambda each: each["reward"]), min(group, key=lambda each: each["reward"])] for group in chosen
-    ]
+
+    def worth(record: Mapping[str, Any]) -> float:
+        return -math.inf if record["reward"] is None else float(record["reward"])  # null: it was not finite
+
+    return [[max(group, key=worth), min(group, key=worth)] for group in chosen]

@@ -1,5 +1,6 @@
 """What do the evaluations beside a run say, as rows with n and interval?"""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,8 @@ class Score:
 
     model: str
     what: str
-    value: float
+    value: float | None
+    """None: it was no number."""
     low: float | None = None
     high: float | None = None
     n: int | None = None
@@ -26,6 +28,8 @@ class Score:
     @property
     def shown(self) -> str:
         """Value and interval as people read them."""
+        if self.value is None:
+            return "–"
         if self.unit == "%":
             form, scale = "{:.1f}", 100.0
         else:
@@ -59,37 +63,53 @@ def _of_model(model: str, evaluation: Evaluation, measured: Mapping[str, Any]) -
         )
     for name, of_task in measured.get("harness", {}).get("tasks", {}).items():
         for metric, score in of_task["metrics"].items():
-            what = f"{name}, {metric}, {of_task['shots']} shots"
+            what = f"{name}, {metric}, {of_task['shots']} shots, as lm_eval tells it"
             yield _score(model, what, {"n": of_task["n"]} | score, "")
+    for name, suite in measured.get("harness", {}).get("suites", {}).items():
+        yield _score(model, f"{name}, mean above chance (1: all right)", suite, "")
 
 
 def _score(model: str, what: str, figures: Mapping[str, Any], unit: str = "%") -> Score:
-    low, high = figures.get("low"), figures.get("high")
-    return Score(model=model, what=what, value=figures["value"], low=low, high=high, n=figures.get("n"), unit=unit)
+    value, low, high = (
+        number if number is not None and math.isfinite(number) else None
+        for number in (figures.get(name) for name in ("value", "low", "high"))
+    )
+    return Score(model=model, what=what, value=value, low=low, high=high, n=figures.get("n"), unit=unit)
 
 
 def with_bars(scores: Sequence[Score]) -> list[tuple[Score, Markup]]:
     """Each score with its interval as a picture; all shares on one scale, from 0 to the highest end."""
     most = max([score.high for score in scores if score.unit == "%" and score.high is not None], default=1.0)
-    return [
-        (
-            score,
-            Markup(interval_bar(score.value, score.low, score.high, 0, most))
-            if score.unit == "%" and score.low is not None and score.high is not None
-            else Markup(""),
-        )
-        for score in scores
-    ]
+
+    def bar(score: Score) -> Markup:
+        if score.unit != "%" or score.value is None or score.low is None or score.high is None:
+            return Markup("")
+        return Markup(interval_bar(score.value, score.low, score.high, 0, most))
+
+    return [(score, bar(score)) for score in scores]
 
 
-def differences_of(run: Run) -> Iterator[tuple[str, str, float]]:
-    """Of each comparison on the same problems: what, the difference with its interval in points, and p."""
+def differences_of(run: Run) -> Iterator[tuple[str, str, float | None]]:
+    """Of each comparison on the same problems or texts: what, the difference with its interval, and p if known."""
     for evaluation in run.evaluations:
-        for grader, pair in evaluation.figures.get("difference", {}).items():
-            low, high = 100 * pair["low"], 100 * pair["high"]
-            other = evaluation.figures["against"]["path"]
-            what = f"{run.name} minus {other}: {_task(evaluation)}, {grader}"
-            yield what, f"{100 * pair['difference']:+.1f} points ({low:+.1f} to {high:+.1f})", pair["p"]
+        found = evaluation.figures
+        versus = f"{run.name} minus {found['against']['path']}" if "against" in found else run.name
+        for grader, pair in found.get("difference", {}).items():
+            yield f"{versus}: {_task(evaluation)}, {grader}", _apart(pair, 100, "{:+.1f}", "points"), pair["p"]
+        for text in found.get("bits_difference", []):
+            yield f"{versus}: {text['path']}", _apart(text, 1, "{:+.4f}", "bits per byte"), None
+        for task, metrics in found.get("harness_difference", {}).items():
+            for metric, pair in metrics.items():
+                yield f"{versus}: {task}, {metric}", _apart(pair, 1, "{:+.4f}", ""), pair["p"]
+        for suite, each in found.get("suite_difference", {}).items():
+            yield f"{versus}: {suite}, mean above chance", _apart(each, 1, "{:+.4f}", ""), None
+
+
+def _apart(pair: Mapping[str, Any], scale: float, form: str, unit: str) -> str:
+    told = f"{form.format(scale * pair['difference'])} {unit}".strip()
+    if pair["low"] is None or pair["high"] is None:
+        return told
+    return f"{told} ({form.format(scale * pair['low'])} to {form.format(scale * pair['high'])})"
 
 
 def notes_of(run: Run) -> Iterator[str]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nanollm.durable import check_writable
-from nanollm.progress import say
+from nanollm.progress import duration, say
 from nanollm.report.folder import read_run
 from nanollm.report.page import PAGE, write_page
 
@@ -27,7 +27,7 @@ class Config:
     out: Path | None = None
     """The page; null: report.html in the folder of the run, and with --compare compared.html there."""
     watch: bool = False
-    """Write the page again and again until the run is done; a browser that shows it reads it again, too."""
+    """Write the page again and again until all its runs are done; a browser that shows it reads it again, too."""
     every: float = 10.0
     """Seconds between two writings of --watch."""
     price: float | None = None
@@ -47,11 +47,17 @@ class Config:
 def run(c: Config) -> Path:
     """Write the page and return its path."""
     folders = [c.run, *c.compare]
+    while c.watch and not (c.run / "metrics.jsonl").exists():
+        say(f"{c.run} has no metrics.jsonl yet; waiting for the run to begin")
+        time.sleep(c.every)
     runs = [read_run(folder) for folder in folders]
     check_writable(c.page.parent, "--out")
-    while c.watch and not runs[0].is_done:
-        write_page(c.page, runs, c.price, c.every)
-        say(f"step {runs[0].step:,} of {runs[0].steps:,}: {c.page}")
+    while c.watch and not all(run.is_done for run in runs):
+        try:
+            write_page(c.page, runs, c.price, c.every)
+            say(f"step {runs[0].step:,} of {runs[0].steps:,}, {duration(runs[0].quiet_s)} ago: {c.page}")
+        except PermissionError:  # Windows: a browser is reading it just now
+            say(f"{c.page} is in use; the next time")
         time.sleep(c.every)
         runs = [read_run(folder) for folder in folders]
     write_page(c.page, runs, c.price)

@@ -122,14 +122,10 @@ def peak_memory(device: torch.device) -> int | None:
     """Bytes that this process has held at most, of the GPU's memory or else of the machine's; None: nobody tells."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    if (
-        status.exists()
-    ):  # not getrusage there: what that tells a process begins with the size of the one that started it
-        line = next(line for line in status.read_text(encoding="ascii").splitlines() if line.startswith("VmHWM:"))
-        return 1024 * int(line.split()[1])
     if sys.platform == "darwin":
         import resource
 
         return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-    return None
+    status = Path("/proc/self/status")  # on Linux getrusage begins with the size of the process that started this one
+    lines = status.read_text(encoding="ascii").splitlines() if status.exists() else []
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), None)

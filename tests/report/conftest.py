@@ -1,5 +1,6 @@
 """Folders of runs as the stages write them, with numbers made for looking at."""
 
+import dataclasses
 import json
 import math
 
@@ -39,7 +40,15 @@ def write_run(tmp_path):
         folder.mkdir()
         train = {"steps": 100, "batch_size": 4} | settings.pop("train", {})
         (folder / "config.yaml").write_text(
-            to_yaml({"model": MODEL, "train": train, "sample_prompts": ["Once & upon"], "data": "gone"} | settings)
+            to_yaml(
+                {
+                    "model": dataclasses.replace(MODEL, n_blocks=8),
+                    "train": train,
+                    "sample_prompts": ["Once & upon"],
+                    "data": "gone",
+                }
+                | settings
+            )
         )
         (folder / "inputs.json").write_text(json.dumps({"data": "d" * 64, "tokenizer": "e" * 64}))
         lines = list(metrics(train["steps"])) if lines is None else lines

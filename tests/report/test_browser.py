@@ -5,8 +5,6 @@ import pytest
 from nanollm.report.folder import read_run
 from nanollm.report.page import render
 
-axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed")
-
 RULES = {"runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "best-practice"]}
 
 
@@ -35,6 +33,7 @@ def open_page(browser, tmp_path):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_everybody_can_read_it(scheme, open_page, write_run, grpo_run):
     """WCAG 2.1 AA, contrast among it, as axe-core checks it."""
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed")
     page = open_page(write_run(), grpo_run, color_scheme=scheme)
     page.evaluate("document.querySelectorAll('details').forEach(each => each.open = true)")
     found = axe.Axe().run(page, options=RULES)

@@ -99,9 +99,10 @@ def test_a_thinned_line_is_made_of_means():
 
 
 def test_a_cell_is_as_dark_as_its_value():
-    svg = ElementTree.fromstring(heat_map("Share", ["block 4 · 1"], [10, 20, 30], [[0.0, 0.25, 2.0]], "steps"))
+    values = [[0.0, 0.25, 2.0]]
+    svg = ElementTree.fromstring(heat_map("Share", ["block 4 · 1"], [10, 20, 30], values, "steps", full=0.5))
     cells = [each for each in svg.iter(f"{TAG}rect") if each.get("class") == "cell"]
-    assert [float(cell.get("fill-opacity")) for cell in cells] == [0.0, 0.25, 1.0]
+    assert [float(cell.get("fill-opacity")) for cell in cells] == [0.0, 0.5, 1.0]
     assert cells[1].find(f"{TAG}title").text == "block 4 · 1, steps 20: 25%"
 
 

@@ -1,5 +1,6 @@
 """Does the page of a run say what was in its folder, and nothing else?"""
 
+import dataclasses
 import json
 import re
 
@@ -7,10 +8,12 @@ import pytest
 
 from nanollm.cli import main
 from nanollm.report.folder import read_run
-from nanollm.report.page import render
+from nanollm.report.page import moe_blocks, render, write_report
 from nanollm.stages import pretrain, report
 from nanollm.train.runlog import read_metrics
+from nanollm.world import World
 from tests.report.conftest import metrics
+from tests.stages.conftest import MODEL
 
 
 def page_of(*folders, **options):
@@ -59,7 +62,7 @@ def test_experts_that_get_nothing_are_named(write_run):
 
 def test_time_and_money_are_those_of_all_lines(write_run):
     text = words_of(page_of(write_run(), price=2.5))
-    assert "time 1 h 00 min" in text
+    assert "time 1 h 00 min, until the last line" in text
     assert "cost 2.50 at 2.5 per hour" in text
 
 
@@ -111,6 +114,37 @@ def test_watching_ends_when_the_run_does(write_run, monkeypatch):
     report.run(report.Config(run=folder, watch=True, every=3))
     assert waits == [3]
     assert 'http-equiv="refresh"' not in (folder / "report.html").read_text("utf-8")
+
+
+def test_watching_waits_for_a_run_to_begin(write_run, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("time.sleep", lambda seconds: write_run())
+    report.run(report.Config(run=tmp_path / "run", watch=True))
+    assert "waiting for the run to begin" in capsys.readouterr().err
+    assert (tmp_path / "run" / "report.html").exists()
+
+
+def test_a_run_does_not_fail_because_of_its_page(write_run, capsys):
+    folder = write_run()
+    (folder / "eval" / "mine").mkdir(parents=True)
+    (folder / "eval" / "mine" / "eval.json").write_text("{")
+    write_report(folder, World.start("cpu"))
+    assert "the page could not be written (ValueError" in capsys.readouterr().err
+
+
+def test_numbers_that_were_not_finite_and_runs_of_few_lines_have_a_page(write_run, grpo_run):
+    rollouts = grpo_run / "rollouts" / "step-00000100.jsonl"
+    rollouts.write_text(rollouts.read_text().replace('"reward": 0.0', '"reward": null'))
+    assert "reward –" in words_of(page_of(grpo_run))
+    lines = [{"step": 0, "val_bpb": None, "samples": None}, {"step": 1, "loss": None, "grad_norm": 0.0}]
+    text = words_of(page_of(write_run("short", lines=lines)))
+    assert "1 of 100 (1%)" in text and "Gradient norm L2 norm before clipping steps" not in text
+    assert "logarithmic" not in text  # 0 has no logarithm
+
+
+def test_blocks_are_numbered_as_the_model_has_them(write_run):
+    model = dataclasses.replace(MODEL, n_blocks=8, n_dense_first=4)
+    run = read_run(write_run(model=model, lines=[{"step": 1, "expert_load": [[0.5, 0.5]]}]))
+    assert moe_blocks(run, 1) == ["block 8"]
 
 
 def test_stdout_has_the_path_alone(write_run, capsys):
