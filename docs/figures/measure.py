@@ -35,13 +35,14 @@ from nanollm.model.cache import LatentCache  # noqa: E402
 from nanollm.model.config import ModelConfig  # noqa: E402
 from nanollm.origin import commit, hardware  # noqa: E402
 from nanollm.settings import load_preset, preset_names, read_mapping  # noqa: E402
+from nanollm.sources.gsm8k import extract_answer  # noqa: E402
 from nanollm.train.runlog import read_metrics  # noqa: E402
 
 MEASURED = HERE / "measured"
 WINDOWS, WINDOWS_AT_ONCE = 32, 4
 DOCUMENTS, DOCUMENT_TOKENS, DOCUMENTS_AT_ONCE = 24, 256, 6
 SENTENCE = "Anna has a red book and Tom has a blue pen. Tom gave Anna the blue"
-GRPO_SHOWN = ("reward", "reply_tokens", "entropy", "finished", "groups", "groups_dropped")
+GRPO_SHOWN = ("reward", "reply_tokens", "entropy", "groups", "groups_dropped")
 VALIDATED = ("val_accuracy", "val_accuracy_low", "val_accuracy_high")
 
 Facts = dict[str, Any]
@@ -202,27 +203,44 @@ def grpo(run: Path) -> Facts:
         "steps": [line["step"] for line in steps],
         **{name: [line.get(name) for line in steps] for name in GRPO_SHOWN},
         "checks": [{"step": line["step"]} | {name: line[name] for name in VALIDATED} for line in checks],
+        "evaluations": list(evaluations(run)),
         "group": telling_group(run),
     }
 
 
 def telling_group(run: Path) -> Facts:
-    """A group of the first steps with about as many good replies as bad ones, the shortest that there is."""
-    found = []
+    """A group of the first steps whose replies differ most, with both good ones and bad ones among them."""
+    size, found = read_mapping(run / "config.yaml")["rollout"]["group_size"], []
     for file in sorted(run.glob("rollouts/step-*.jsonl"))[:5]:
         records = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
-        size = read_mapping(run / "config.yaml")["rollout"]["group_size"]
         for first in range(0, len(records), size):
             group = records[first : first + size]
-            good = sum(record["parts"].get("correct", 0) for record in group)
+            good = sum(record["advantage"] > 0 for record in group)
+            is_even = min(good, size - good) >= size // 4
             length = sum(len(record["reply"]) for record in group)
-            found.append((abs(2 * good - size), length, int(file.stem[5:]), first // size, group))
+            found.append((-is_even, -len({record["reply"] for record in group}), length, int(file.stem[5:]), group))
     if not found:
         raise ValueError(f"{run / 'rollouts'} has no replies; is it the folder of a run of nanollm grpo?")
-    _, _, step, _, group = min(found, key=lambda each: each[:4])
+    *_, step, group = min(found, key=lambda each: each[:4])
     kept = ("reply", "reward", "advantage", "tokens")
     replies = [{name: record[name] for name in kept} for record in group]
-    return {"step": step, "question": group[0]["question"], "answer": group[0]["answer"], "replies": replies}
+    answer = extract_answer(group[0]["answer"]) or group[0]["answer"]
+    return {"step": step, "question": group[0]["question"], "answer": answer, "replies": replies}
+
+
+def evaluations(run: Path) -> Iterator[Facts]:
+    """Greedy scores of the run's bundle and of the one it began with, where `nanollm eval --against` compared them."""
+    for file in sorted(run.glob("eval/*/eval.json"), reverse=True):
+        figures = json.loads(file.read_text("utf-8"))
+        if "against" not in figures:
+            continue
+        grader = next(iter(figures["difference"]))  # the strictest
+        yield {
+            "split": figures["settings"]["task"]["split"],
+            "before": figures["against"]["greedy"]["scores"][grader],
+            "after": figures["bundle"]["greedy"]["scores"][grader],
+            "difference": figures["difference"][grader],
+        }
 
 
 # --- files ---

@@ -1,6 +1,7 @@
 """Pictures of docs/concepts/grpo.md: one group, the clip, and a run step by step."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -91,51 +92,74 @@ def pulls(ratios: Sequence[float], advantage: float, c: ObjectiveConfig) -> list
 
 
 def grpo_steps() -> Picture:
-    """Six panels over the steps of a run."""
+    """Five panels over the steps of a run, and one of the models before and after it."""
     facts = measured("grpo")
-    steps, checks = facts["steps"], facts["checks"]
-    picture = Picture(720, 590, "A run of GRPO step by step: reward, problems solved, length, entropy, groups, endings")
+    steps = facts["steps"]
+    picture = Picture(720, 590, "A run of GRPO: reward, problems solved, groups, entropy and length, before and after")
     dropped = [100 * a / b for a, b in zip(facts["groups_dropped"], facts["groups"], strict=True)]
     entropy = [(step, value) for step, value in zip(steps, facts["entropy"], strict=True) if value is not None]
     columns = (
-        ("Reward", "mean of all replies of a step", steps, facts["reward"]),
-        ("Solved", f"percent of {facts['validation_problems']} others, greedy", [], []),
-        ("Length of the replies", "tokens, mean", steps, facts["reply_tokens"]),
-        ("Entropy", "nats per token", *map(list, zip(*entropy, strict=True))),
-        ("Groups that teach nothing", "percent of the step's groups", steps, dropped),
-        ("Replies that end", "percent", steps, [100 * share for share in facts["finished"]]),
+        (0, "Reward", "mean of all replies of a step", steps, facts["reward"]),
+        (3, "Groups that teach nothing", "percent of the step's groups", steps, dropped),
+        (4, "Entropy", "nats per token", *map(list, zip(*entropy, strict=True))),
+        (5, "Length of the replies", "tokens, mean", steps, facts["reply_tokens"]),
     )
-    for number, (title, unit, xs, ys) in enumerate(columns):
-        place = (52 + 238 * (number % 3), 66 + 268 * (number // 3), 176, 150)
-        if title == "Solved":
-            solved(picture, place, unit, steps[-1], checks)
-            continue
+    for place, title, unit, xs, ys in columns:
         reach = (0.0, 100.0) if "percent" in unit else up_to(ys, 4)
-        panel = Panel.draw(picture, place, (0, steps[-1]), reach, title=title, x_unit="step", y_unit=unit, most=4)
+        panel = Panel.draw(
+            picture, place_of(place), (0, steps[-1]), reach, title=title, x_unit="step", y_unit=unit, most=4
+        )
         panel.curve(xs, ys, 0, thin=True)
         panel.curve(xs, smoothed(ys, max(1, len(ys) // 12)), 0)
-    told = (
-        f"{source(facts)}; {facts['rollout']['prompts']} problems × {facts['rollout']['group_size']} replies per step"
-    )
-    picture.text(360, 572, f"{told}; thick: moving mean", "soft small")
+    solved(picture, facts)
+    compared(picture, facts)
+    told = f"{facts['rollout']['prompts']} problems × {facts['rollout']['group_size']} replies per step"
+    picture.text(360, 572, f"{source(facts)}; {told}; thick: moving mean", "soft small")
     return picture
 
 
-def solved(
-    picture: Picture, place: tuple[float, float, float, float], unit: str, last: int, checks: list[dict[str, float]]
-) -> None:
-    """The panel of the problems solved, with 95 % intervals."""
-    panel = Panel.draw(picture, place, (0, last), (0, 100), title="Solved", x_unit="step", y_unit=unit, most=4)
+def place_of(number: int) -> tuple[float, float, float, float]:
+    """Left, top, width and height of one of six panels."""
+    return 52 + 238 * (number % 3), 66 + 268 * (number // 3), 176, 150
+
+
+def solved(picture: Picture, facts: Any) -> None:
+    """The problems solved on the way, with 95 % intervals."""
+    unit, last = f"percent of {facts['validation_problems']} others", facts["steps"][-1]
+    panel = Panel.draw(
+        picture, place_of(1), (0, last), (0, 100), title="Solved on the way", x_unit="step", y_unit=unit, most=4
+    )
+    checks = facts["checks"]
     shares = [100 * each["val_accuracy"] for each in checks]
     panel.curve([each["step"] for each in checks], shares, 3)
     for each, share in zip(checks, shares, strict=True):
         panel.whisker(each["step"], 100 * each["val_accuracy_low"], 100 * each["val_accuracy_high"], 3)
         panel.dots([each["step"]], [share], 3)
-    for each, share, anchor in ((checks[0], shares[0], "start"), (checks[-1], shares[-1], "end")):
-        picture.text(
-            panel.x.place(each["step"]),
-            panel.y.place(100 * each["val_accuracy_high"]) - 10,
-            f"{share:.0f} %",
-            "ink strong",
-            anchor,
-        )
+
+
+def compared(picture: Picture, facts: Any) -> None:
+    """The problems that the models before and after the run solve, by split, with 95 % intervals."""
+    splits = facts["evaluations"]
+    unit = f"percent of {splits[0]['after']['n']:,}, 95 % intervals" if splits else "not measured"
+    panel = Panel.draw(
+        picture,
+        place_of(2),
+        (-0.5, max(1, len(splits)) - 0.5),
+        (0, 100),
+        title="Before and after",
+        x_unit="split of the problems",
+        y_unit=unit,
+        x_names=[each["split"] for each in splits],
+        most=4,
+    )
+    for at, each in enumerate(splits):
+        for series, (x, name, anchor) in enumerate(((at - 0.1, "before", "end"), (at + 0.1, "after", "start"))):
+            score = each[name]
+            panel.whisker(x, 100 * score["low"], 100 * score["high"], (4, 3)[series])
+            panel.dots([x], [100 * score["value"]], (4, 3)[series])
+            beside = panel.x.place(x) + (-7, 7)[series]
+            picture.text(
+                beside, panel.y.place(100 * score["value"]), f"{100 * score['value']:.1f}", "ink small", anchor
+            )
+            if at == 0:
+                picture.text(beside, panel.y.place(100 * score["value"]) + 16, name, "soft small", anchor)

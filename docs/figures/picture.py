@@ -110,7 +110,7 @@ def style() -> str:
         ".line, .grid { fill: none; stroke-width: 1.5 }",
         ".grid { stroke-width: 1 }",
         ".curve { fill: none; stroke-width: 2; stroke-linejoin: round }",
-        ".thin { stroke-width: 1; stroke-opacity: .45 }",
+        ".thin { stroke-width: 1; stroke-opacity: .35 }",
         ".dashed { stroke-dasharray: 6 4 }",
         ".dotted { stroke-dasharray: 2 3 }",
         ".band { stroke: none; fill-opacity: .18 }",
