@@ -3,7 +3,8 @@
   command   python examples/grpo_own_task.py runs/example/pretrain/bundle
   before    python examples/train.py (or any other base model)
   hardware  two CPU cores
-  time      about a minute
+  time      about a minute and a half
+  expected  6 % of the test questions answered rightly before GRPO, 75 % after it
 
 The question is "Name a number between 23 and 43."; any such number is right. The lessons teach only how a reply looks:
 their numbers are drawn blindly, one in five is right. Which ones are, the model finds out from grades of its replies.
@@ -69,6 +70,6 @@ if __name__ == "__main__":
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--out", type=Path, default=Path("runs/example-grpo"))
     parser.add_argument("--lessons", type=int, default=40, help="steps of instruction tuning")
-    parser.add_argument("--steps", type=int, default=80, help="steps of reinforcement learning")
+    parser.add_argument("--steps", type=int, default=100, help="steps of reinforcement learning")
     given = parser.parse_args()
     print(reinforce(imitate(given.bundle, given.out, given.lessons), given.out, given.steps))

@@ -135,5 +135,5 @@ def test_the_scripts_as_they_stand_make_a_model_that_names_a_number_in_between(r
     run_script("grpo_own_task.py", base)
     lines = read_metrics(tmp_path / "runs" / "example-grpo" / "grpo")
     accuracies = [line["val_accuracy"] for line in lines if "val_accuracy" in line]
-    assert accuracies[0] < 0.3
-    assert accuracies[-1] > 0.7
+    assert accuracies[0] < 0.25
+    assert accuracies[-1] > 0.5

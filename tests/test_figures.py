@@ -15,6 +15,7 @@ from nanollm.rl.loss import ObjectiveConfig
 from nanollm.rl.rollout import RolloutConfig
 from nanollm.settings import preset_names
 from nanollm.sources.tasks import TaskConfig
+from nanollm.stages import eval as evaluate
 from nanollm.stages import grpo, pretrain
 from nanollm.train.optim import OptimConfig
 from tests.model.conftest import TINY, rng, tiny_model
@@ -293,9 +294,17 @@ def test_reinforcement_can_be_measured_and_what_comes_out_can_be_drawn(bundle, t
             dtype="float32",
         )
     )
+    task = evaluate.EvalTask(name="even:Even")
+    evaluate.run(
+        evaluate.Config(
+            bundle=tmp_path / "run" / "bundle", task=task, n=5, max_tokens=10, against=bundle, dtype="float32"
+        )
+    )
     assert measure.main(["--grpo", str(tmp_path / "run"), "--out", str(tmp_path)]) == 0
     facts = json.loads((tmp_path / "grpo.json").read_text(encoding="utf-8"))
     assert facts["steps"] == [1, 2, 3] and [check["step"] for check in facts["checks"]] == [0, 3]
+    (compared,) = facts["evaluations"]
+    assert compared["split"] == "test" and compared["before"]["n"] == compared["after"]["n"] == 5
     replies = facts["group"]["replies"]
     assert len(replies) == 4 and len({reply["reward"] for reply in replies}) == 2
     assert sum(reply["advantage"] for reply in replies) == pytest.approx(0)

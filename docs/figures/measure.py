@@ -234,7 +234,7 @@ def evaluations(run: Path) -> Iterator[Facts]:
         figures = json.loads(file.read_text("utf-8"))
         if "against" not in figures:
             continue
-        grader = next(iter(figures["difference"]))  # the strictest
+        grader = next(iter(figures["difference"]))  # strict; correct, for a task of one's own
         yield {
             "split": figures["settings"]["task"]["split"],
             "before": figures["against"]["greedy"]["scores"][grader],

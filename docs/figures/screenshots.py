@@ -22,10 +22,11 @@ HERE = Path(__file__).resolve().parent
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 FLAGS = ("--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--hide-scrollbars")
 SIZE = {"width": 1100, "height": 800}
+# Stories of the word problems, with numbers of their split `test`, which no model has trained on.
 QUESTIONS = (
-    "Jane walks 4 miles each day. How many miles does she walk in 2 days?",
-    "Mia sells 3 shells on Monday and twice as many on Tuesday. How many shells does she sell on both days together?",
-    "Mia is 4 years old. Lucy is twice as old as Mia. How old will Lucy be in 3 years?",
+    "Sam finds 3 stamps and Emma finds 5. They share them equally among 2 friends. How many does each friend get?",
+    "Jane runs 2 miles a day for 2 days and then 5 miles on Sunday. How many miles does Jane run in all?",
+    "Tom reads 4 pages a day for 4 days. The book has 22 pages. How many pages are left to read?",
 )
 REPLIED = ".exchange:nth-child({}):not([data-status=waiting]):not([data-status=streaming])"
 
@@ -106,9 +107,11 @@ def serving(bundle: Path, name: str) -> Iterator[str]:
 def chat(chromium: Any, address: str, questions: Sequence[str], out: Path) -> None:
     """All questions but the last in the light, and the last in the dark, with a look inside its least likely token."""
     with opened(chromium, address, "light") as page:
+        prepare(page)
         ask(page, questions[:-1] or questions)
         save(page, out / "chat-light.png")
     with opened(chromium, address, "dark") as page:
+        prepare(page)
         page.click("#inside")
         ask(page, questions[-1:])
         tokens = page.locator(".token")
@@ -121,12 +124,16 @@ def chat(chromium: Any, address: str, questions: Sequence[str], out: Path) -> No
         save(page, out / "chat-dark.png")
 
 
-def ask(page: Any, questions: Sequence[str]) -> None:
-    """One after the other, with a fixed seed, so that the pictures can be taken again."""
+def prepare(page: Any) -> None:
+    """A fixed seed, so that the pictures can be taken again."""
     kept = json.dumps({"seed": 5, "temperature": 0.8, "max_tokens": 100})
     page.evaluate("kept => localStorage.setItem('nanollm.settings', kept)", kept)
     page.reload()
     page.locator("#model-name", has_text=re.compile(".")).wait_for()
+
+
+def ask(page: Any, questions: Sequence[str]) -> None:
+    """One after the other, each when the one before is answered."""
     for number, question in enumerate(questions, start=1):
         page.fill("#message", question)
         page.keyboard.press("Enter")

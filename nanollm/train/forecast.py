@@ -43,7 +43,7 @@ class Rates:
 
 
 RATES: dict[Kind, Rates] = {
-    "cpu": Rates(products=0.8, traffic=7.0, call_s=8e-3, source="fitted to nano-5m and nano-60m on two CPU cores"),
+    "cpu": Rates(products=0.733, traffic=12.2, call_s=2.0e-3, source="fitted to nano-5m and nano-60m on two CPU cores"),
     "cuda": Rates(
         products=0.589,
         traffic=6.5,
