@@ -19,15 +19,15 @@ from nanollm import options
 from nanollm.settings import preset_names
 
 
-def script(shell: str, verbs: Iterable[tuple[str, str, ModuleType]]) -> str:
-    """The script for a shell that shtab knows; verbs: name, summary and stage of each."""
+def script(target: str, verbs: Iterable[tuple[str, str, ModuleType]]) -> str:
+    """The script for `target`, a shell that shtab knows; verbs: name, summary and stage of each."""
     parser = ArgumentParser("nanollm", description="Train, run and measure your own small language model.")
     parser.add_argument("--version", action="store_true", help="Say which version this is, and stop.")
-    parser.add_argument("--completion", choices=[shell], help="Print what completes commands in this shell, and stop.")
+    parser.add_argument("--completion", choices=[target], help="Print what completes commands in this shell, and stop.")
     below = parser.add_subparsers()
     for verb, summary, stage in verbs:
         describe(verb, stage, below.add_parser(verb, help=summary, add_help=False))
-    return shtab.complete(parser, shell)
+    return shtab.complete(parser, target)
 
 
 def describe(verb: str, stage: ModuleType, parser: ArgumentParser) -> None:

@@ -15,7 +15,8 @@ def parts_of(c: ModelConfig) -> tuple[int, ...]:
     attention = c.n_blocks * (c.attention_parameters + 2 * c.d_model) + c.d_model
     dense = (c.n_blocks - c.n_moe_blocks) * 3 * c.d_model * c.d_ff
     ends = 2 * c.vocab_size * c.d_model
-    return ends, attention, dense, c.total_parameters - ends - attention - dense - idle, idle
+    used = (c.experts_per_token + c.n_shared_experts) * c.expert_parameters + c.n_routed_experts * c.d_model
+    return ends, attention, dense, c.n_moe_blocks * used, idle
 
 
 def parameters() -> Picture:

@@ -70,7 +70,7 @@ class Run:
 
     @property
     def seconds(self) -> float | None:
-        """How long it has trained, evaluations and saving included, until its last line; what a kill lost is not there."""
+        """How long it has trained until its last line, evaluations and saving included."""
         return sum(line["seconds"] for line in self.lines if "seconds" in line) or None
 
     @property

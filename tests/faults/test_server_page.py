@@ -1,16 +1,13 @@
 """Whatever a model or a user writes, the chat page shows as the text that it is: nothing runs, nothing is fetched."""
 
 import json
-import shutil
 
 import pytest
 
 from nanollm.bundle import load_bundle
 from tests.faults.served import write_bundle
 from tests.serve.running import serving
-from tests.serve.test_page import BROWSERS, CHAT, FLAGS, REPLY, answer_with, ask, events
-
-sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
+from tests.serve.test_page import CHAT, REPLY, answer_with, ask, events
 
 RUN = "window.ran=1"
 HOSTILE = [
@@ -44,18 +41,14 @@ HOSTILE = [
 
 
 @pytest.fixture
-def page(tmp_path):
+def page(browser, tmp_path):
     """The page of a server, opened in a browser; it keeps what was asked for, and dialogs."""
-    program = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if program is None:
-        pytest.skip("there is no Chromium on this machine: apt-get install chromium")
-    with serving(load_bundle(write_bundle(tmp_path / "bundle"))) as running, sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=program, args=FLAGS)
+    with serving(load_bundle(write_bundle(tmp_path / "bundle"))) as running:
         page = browser.new_page()
         page.goto(running.url)
         page.locator("#model-name", has_text="tiny").wait_for()
         yield page
-        browser.close()
+        page.close()
 
 
 def tags_of(page):

@@ -50,6 +50,8 @@ def test_a_run_leaves_config_metrics_checkpoints_and_a_bundle_that_speaks(run_co
         "config.yaml",
         "inputs.json",
         ".lock",
+        "report.html",
+        "starts.jsonl",
         "metrics.jsonl",
         "checkpoints",
         "bundle",

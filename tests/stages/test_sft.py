@@ -100,6 +100,8 @@ def test_a_run_leaves_a_bundle_that_knows_where_it_comes_from(run_config, bundle
         "config.yaml",
         "inputs.json",
         ".lock",
+        "report.html",
+        "starts.jsonl",
         "metrics.jsonl",
         "checkpoints",
         "bundle",
