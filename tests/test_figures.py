@@ -3,7 +3,6 @@
 import itertools
 import json
 import re
-import shutil
 
 import pytest
 import torch
@@ -125,15 +124,6 @@ def test_words_in_a_cell_can_be_read_whatever_its_value():
                 assert (high + 0.05) / (low + 0.05) >= 4.5
 
 
-@pytest.fixture(scope="module")
-def chromium():
-    pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
-    if not any(map(shutil.which, screenshots.BROWSERS)):
-        pytest.skip("there is no Chromium on this machine: apt-get install chromium")
-    with screenshots.browser() as browser:
-        yield browser
-
-
 BOXES_OF_TEXT = """texts => texts.map(text => {
     const box = text.getBoundingClientRect();
     return [text.textContent, box.left, box.top, box.right, box.bottom, parseFloat(getComputedStyle(text).fontSize)];
@@ -141,8 +131,8 @@ BOXES_OF_TEXT = """texts => texts.map(text => {
 
 
 @pytest.mark.parametrize("name", draw.PICTURES)
-def test_words_stay_inside_their_picture_apart_from_each_other_and_large_enough(name, chromium):
-    page = chromium.new_page()
+def test_words_stay_inside_their_picture_apart_from_each_other_and_large_enough(name, browser):
+    page = browser.new_page()
     drawn = draw.PICTURES[name]()
     page.set_content(f"<body style='margin:0'>{drawn.svg()}</body>")
     texts = page.locator("svg text").evaluate_all(BOXES_OF_TEXT)
@@ -334,14 +324,14 @@ def test_a_stale_picture_is_named(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err == "flow.svg: not what the script draws; run python docs/figures/draw.py\n"
 
 
-def test_a_report_is_taken_in_both_schemes_and_one_that_asks_the_network_is_refused(tmp_path, chromium):
+def test_a_report_is_taken_in_both_schemes_and_one_that_asks_the_network_is_refused(tmp_path, browser):
     page = tmp_path / "report.html"
     page.write_text("<!doctype html><meta name=color-scheme content='light dark'><h1>A run</h1>", encoding="utf-8")
-    screenshots.report(chromium, page, tmp_path)
+    screenshots.report(browser, page, tmp_path)
     assert (tmp_path / "report-light.png").read_bytes() != (tmp_path / "report-dark.png").read_bytes()
     page.write_text("<!doctype html><img src='https://nowhere.invalid/a.png'>", encoding="utf-8")
     with pytest.raises(ValueError, match=r"report\.html complained: .*https://nowhere\.invalid/a\.png"):
-        screenshots.report(chromium, page, tmp_path)
+        screenshots.report(browser, page, tmp_path)
 
 
 def test_pictures_of_what_is_not_there_are_refused_in_a_line(tmp_path, capsys):

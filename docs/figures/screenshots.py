@@ -25,7 +25,6 @@ SIZE = {"width": 1100, "height": 800}
 # Stories of the word problems, with numbers of their split `test`, which no model has trained on.
 QUESTIONS = (
     "Sam finds 3 stamps and Emma finds 5. They share them equally among 2 friends. How many does each friend get?",
-    "Jane runs 2 miles a day for 2 days and then 5 miles on Sunday. How many miles does Jane run in all?",
     "Tom reads 4 pages a day for 4 days. The book has 22 pages. How many pages are left to read?",
 )
 REPLIED = ".exchange:nth-child({}):not([data-status=waiting]):not([data-status=streaming])"
