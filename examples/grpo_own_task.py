@@ -3,7 +3,7 @@
   command   python examples/grpo_own_task.py runs/example/pretrain/bundle
   before    python examples/train.py (or any other base model)
   hardware  two CPU cores
-  time      about a minute and a half
+  time      under a minute
   expected  6 % of the test questions answered rightly before GRPO, 75 % after it
 
 The question is "Name a number between 23 and 43."; any such number is right. The lessons teach only how a reply looks:

@@ -2,7 +2,7 @@
 
   command   python examples/train.py --out runs/example
   hardware  two CPU cores
-  time      about a minute
+  time      about half a minute
   then      python examples/generate.py runs/example/pretrain/bundle
 
 Your own text: --text my_texts/ (.txt, .jsonl, .csv, .parquet). Every verb is a Config, which refuses nonsense, and
