@@ -168,10 +168,3 @@ def test_the_page_has_the_figures_that_the_battery_measured():
     from tests.faults.report import PAGE, section
 
     assert section() in PAGE.read_text(encoding="utf-8")
-
-
-def test_the_pictures_are_what_the_script_draws():
-    done = subprocess.run(
-        [sys.executable, "docs/figures/draw.py", "--check"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -18,6 +18,7 @@ from nanollm import __version__
 from nanollm.durable import write_file
 from nanollm.progress import duration, say
 from nanollm.report.charts import Series, all_positive, heat_map, key, line_chart, short
+from nanollm.report.facts import differing_settings, facts
 from nanollm.report.folder import Run, read_run
 from nanollm.report.scores import differences_of, notes_of, scores_of, with_bars
 from nanollm.settings import to_yaml
@@ -134,9 +135,10 @@ def render(runs: Sequence[Run], price: float | None = None, refresh_s: float | N
 
     `price` is money per hour; with `refresh_s` the browser reads the page again after so many seconds.
     """
-    folder = FileSystemLoader(HERE)
-    world = Environment(loader=folder, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return world.get_template("page.html").render(
+    templates = Environment(
+        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return templates.get_template("page.html").render(
         style=Markup((HERE / "style.css").read_text("utf-8")),
         title=" and ".join(run.name for run in runs),
         refresh_s=refresh_s,
@@ -148,7 +150,7 @@ def render(runs: Sequence[Run], price: float | None = None, refresh_s: float | N
         charts={title: list(charts(runs, chosen)) for title, chosen in QUANTITIES.items()},
         parts=list(reward_parts(runs)),
         experts=[(run, *experts(run)) for run in runs if run.loads],
-        samples=[(run, samples(run)) for run in runs if samples(run)],
+        samples=[(run, written) for run in runs if (written := samples(run))],
         replies=[(run, replies(run)) for run in runs if run.rollouts],
         scores=with_bars([score for run in runs for score in scores_of(run)]),
         differences=[difference for run in runs for difference in differences_of(run)],
@@ -156,89 +158,6 @@ def render(runs: Sequence[Run], price: float | None = None, refresh_s: float | N
         settings=[(run.name, to_yaml(run.settings)) for run in runs],
         made_by=f"nanollm {__version__}",
     )
-
-
-# --- what was run ---
-
-
-def facts(runs: Sequence[Run], price: float | None) -> Iterator[tuple[str, list[str]]]:
-    """Rows of the table at the top: what is told, and of each run what it says."""
-    rows: list[dict[str, str]] = [dict(facts_of(run, price)) for run in runs]
-    for name in dict.fromkeys(name for row in rows for name in row):
-        yield name, [row.get(name, "") for row in rows]
-
-
-def facts_of(run: Run, price: float | None) -> Iterator[tuple[str, str]]:
-    """What one run says of itself, as far as it has come."""
-    yield "stage", run.stage
-    state = "done" if run.is_done else f"{run.step / run.steps:.0%}"
-    yield "steps", f"{run.step:,} of {run.steps:,} ({state})"
-    if run.model:
-        total, active = run.model.total_parameters, run.model.active_parameters
-        yield "parameters", f"{total:,}, {active:,} active per token"
-    if run.tokens_per_step:
-        yield "tokens", f"{run.step * run.tokens_per_step:,} ({run.tokens_per_step:,} per step)"
-    yield from outcomes(run)
-    if run.seconds:
-        yield "time", f"{duration(run.seconds)}, until the last line, evaluations included"
-        if price is not None:
-            yield "cost", f"{run.seconds / 3600 * price:,.2f} at {price:g} per hour"
-    if rates := run.numbers.get("tokens_per_s"):
-        yield "speed", f"{median(rate for _, rate in rates):,.0f} tokens/s (median)"
-    if peaks := run.numbers.get("peak_memory_gb"):
-        yield "peak memory", f"{max(peak for _, peak in peaks):.2f} GB"
-    if run.skipped:
-        steps = ", ".join(f"{step:,}" for step in run.skipped[:10])
-        yield "skipped updates", f"{len(run.skipped):,} (steps {steps}{', ...' if run.skipped[10:] else ''})"
-    yield from origin(run)
-
-
-def outcomes(run: Run) -> Iterator[tuple[str, str]]:
-    """Before and after."""
-    for name, title, form in (
-        ("val_bpb", "bits per byte", "{:.4f}"),
-        ("val_loss", "validation loss", "{:.4f}"),
-        ("val_accuracy", "problems solved", "{:.1%}"),
-        ("reward", "reward", "{:.3f}"),
-    ):
-        if name in run.numbers and not (name == "val_loss" and "val_bpb" in run.numbers):
-            (_, before), (_, after) = run.numbers[name][0], run.numbers[name][-1]
-            yield title, f"{form.format(before)} → {form.format(after)}"
-
-
-def origin(run: Run) -> Iterator[tuple[str, str]]:
-    """Which code, machine and data."""
-    if run.starts:
-        last = run.starts[-1]
-        device = last["gpu"] if run.settings.get("device") == "cuda" else last["processor"]
-        yield "machine", f"{device}, {last['cores']} cores, {last['threads']} threads, {last['processes']} process(es)"
-        yield "computed in", str(run.settings.get("dtype", ""))
-        commit = last["commit"] or "unknown"
-        yield "code", f"nanollm {last['nanollm']}, commit {commit}, torch {last['torch']}, Python {last['python']}"
-    for folder, manifest in run.data.items():
-        train = manifest["splits"]["train"]
-        yield f"data in {folder}", f"{train['tokens']:,} tokens of {manifest['source'].get('dataset', 'files')}"
-    for name, digest in sorted(run.inputs.items()):
-        yield f"sha256 of {name}", str(digest)[:16]
-
-
-def differing_settings(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
-    """Dotted names of the settings in which runs differ, and what each has."""
-    flat = [dict(_flat(run.settings)) for run in runs]
-    names = dict.fromkeys(name for each in flat for name in each)
-    return [
-        (name, cells)
-        for name in names
-        if len(set(cells := [each.get(name, "(not there)") for each in flat])) > 1 and name != "out"
-    ]
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    for name, value in settings.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", str(value)
 
 
 # --- curves ---
@@ -252,7 +171,7 @@ class Chart:
     unit: str
     about: str
     picture: Markup
-    keys: list[tuple[str, Markup]]
+    keys: Sequence[tuple[str, Markup]]
     """Lines by name, where the head of the page does not tell them apart."""
     columns: list[str]
     rows: list[list[str]]
@@ -281,7 +200,8 @@ def reward_parts(runs: Sequence[Run]) -> Iterator[Chart]:
         ]
         if lines:
             title = "Parts of the reward" + (f", {run.name}" if runs[1:] else "")
-            yield chart_of(Quantity(name=PART, title=title, unit="mean per reply", smooth=True), lines, "steps")
+            quantity = Quantity(name=PART, title=title, unit="mean per reply", smooth=True)
+            yield chart_of(quantity, lines, "steps", keys([line.name for line in lines]))
 
 
 def series_of(run: Run, quantity: Quantity, stretch: float, look: int, name: str = "") -> Series:
@@ -312,7 +232,10 @@ def keys(names: Sequence[str]) -> list[tuple[str, Markup]]:
     return [(name, Markup(key(look))) for look, name in enumerate(names)]
 
 
-def chart_of(quantity: Quantity, lines: Sequence[Series], x_unit: str) -> Chart:
+def chart_of(
+    quantity: Quantity, lines: Sequence[Series], x_unit: str, names: Sequence[tuple[str, Markup]] = ()
+) -> Chart:
+    """`names`: keys of the lines, where these are not the runs."""
     q, log = quantity, quantity.log and all_positive(lines)
     picture = line_chart(
         q.title, q.unit, lines, x_unit=x_unit, log=log, smooth=q.smooth, least=0.0 if q.from_zero else None
@@ -322,7 +245,7 @@ def chart_of(quantity: Quantity, lines: Sequence[Series], x_unit: str) -> Chart:
         unit=q.unit + (", logarithmic" if log else ""),
         about=q.about,
         picture=Markup(picture),
-        keys=keys([line.name for line in lines]) if q.name == PART else [],
+        keys=names,
         columns=[x_unit, *(line.name for line in lines)],
         rows=table_of(lines),
     )

@@ -6,7 +6,7 @@ import math
 import os
 import shlex
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from nanollm import machine as looking
 from nanollm.model.config import ModelConfig
@@ -153,7 +153,7 @@ def describe(c: Config, machine: Machine) -> dict[str, Any]:
         "context_length": m.context_length,
         "tokens": steps * batch_size * m.context_length,
         "steps": steps,
-        "machine": asdict(machine) | {"count": c.gpus, "is_measured": c.gpu is None},
+        "machine": asdict(machine) | {"count": c.gpus, "rates": rates_of(c)},
         "layout": asdict(layout) | {"batch_size": batch_size, "optimizer": c.optimizer},
         "memory_bytes": asdict(memory)
         | {"beside": BESIDE[machine.kind], "total": memory.total + BESIDE[machine.kind], "of": machine.memory},
@@ -162,6 +162,11 @@ def describe(c: Config, machine: Machine) -> dict[str, Any]:
         "serving": serving_facts(m, machine),
         "command": command(c, machine, layout, steps, words),
     }
+
+
+def rates_of(c: Config) -> Literal["given", "measured", "data sheet"]:
+    """Where the machine's rates come from."""
+    return "given" if c.tflops is not None else "measured" if c.gpu is None else "data sheet"
 
 
 def time_facts(c: Config, machine: Machine, layout: Layout, steps: int) -> dict[str, Any]:
@@ -268,7 +273,7 @@ def table(facts: dict[str, Any]) -> str:
         f"sequences with {facts['layout']['optimizer']}",
         "machine": machine_line(facts["machine"]),
         "fits": fits_line(facts["layout"]),
-        "memory": memory_line(facts["memory_bytes"], facts["machine"]["count"]),
+        "memory": memory_line(facts["memory_bytes"], facts["machine"]),
         **time_lines(facts["time"], facts["machine"]),
     }
     if cost := facts["cost"]:
@@ -285,7 +290,9 @@ def machine_line(machine: dict[str, Any]) -> str:
     rate = "rate unknown"
     if machine["tflops"] is not None:
         rate = f"{machine['tflops']:,.4g} TFLOP/s, {machine['gb_per_s']:,.4g} GB/s"
-        rate += ", measured just now" if machine["is_measured"] else ""
+        # Of a GPU one product is measured, and taken for the share of the data sheet that an H200 reached with it.
+        how = "measured just now" if machine["kind"] == "cpu" else "reckoned from a product measured just now"
+        rate += f", {how}" if machine["rates"] == "measured" else ""
     return f"{count}{machine['name']}: {size(machine['memory'])}, {rate}"
 
 
@@ -297,10 +304,11 @@ def fits_line(layout: dict[str, Any]) -> str:
     return said + (", blocks computed again (--speed.recompute)" if layout["recompute"] else "")
 
 
-def memory_line(memory: dict[str, int], count: int) -> str:
-    named = {"kept_gradients": "gradients of earlier micro-batches", "beside": "PyTorch itself"}
+def memory_line(memory: dict[str, int], machine: dict[str, Any]) -> str:
+    beside = "PyTorch itself" if machine["kind"] == "cpu" else "CUDA's own, assumed"
+    named = {"kept_gradients": "gradients of earlier micro-batches", "beside": beside}
     parts = [f"{named.get(name, name)} {size(n)}" for name, n in memory.items() if n and name not in ("total", "of")]
-    each = " of each" if count > 1 else ""
+    each = " of each" if machine["count"] > 1 else ""
     return (
         f"{size(memory['total'])} of {size(memory['of'])}{each} at the peak ({', '.join(parts)}; gradients come while "
         f"activations go)"
@@ -310,11 +318,11 @@ def memory_line(memory: dict[str, int], count: int) -> str:
 def time_lines(timed: dict[str, Any] | None, machine: dict[str, Any]) -> dict[str, str]:
     if timed is None:
         return {"time": "unknown: say how fast it is, such as --tflops 40"}
-    what = "what is measured here" if machine["is_measured"] else "its data sheet"
+    what = {"given": "what was given", "measured": "what it can do here", "data sheet": "its data sheet"}
     wires = "; wires as docs/scaling.md computes them" if machine["count"] > 1 else ""
     return {
         "time": f"{duration(timed['hours'])} at {timed['tokens_per_s']:,.0f} tokens/s, {timed['share_of_peak']:.0%} of "
-        f"{what}; validation and saving not counted",
+        f"{what[machine['rates']]}; validation and saving not counted",
         "by": timed["source"] + wires,
     }
 

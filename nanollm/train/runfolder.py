@@ -98,7 +98,7 @@ def save_run_bundle(
 
 def check_same_everywhere(settings: Mapping[str, object], inputs: Mapping[str, object], world: World) -> None:
     """Raises ValueError where processes, perhaps on different hosts, were started to do different things."""
-    first, *others = world.gather(_flat({**settings, "inputs": inputs}))
+    first, *others = world.gather(flat({**settings, "inputs": inputs}))
     for rank, other in enumerate(others, start=1):
         for key in sorted(first.keys() | other.keys()):
             if (ours := first.get(key)) != (theirs := other.get(key)):
@@ -125,8 +125,8 @@ def claim_folder(
         raise ValueError(f"{out} has checkpoints but not both config.yaml and inputs.json; choose another --out")
     if config_file.exists() and inputs_file.exists():
         known = read_json(inputs_file, "bring back a copy, or choose another --out")
-        before = _flat(read_mapping(config_file) | {"inputs": known})
-        now = _flat({**settings, "inputs": inputs})
+        before = flat(read_mapping(config_file) | {"inputs": known})
+        now = flat({**settings, "inputs": inputs})
         added = {key: value for key, value in ADDED.items() if key in now}
         _check_same_run(out, added | before, now, fixed)
     write_json(inputs_file, inputs)
@@ -146,10 +146,10 @@ def _check_same_run(folder: Path, old: dict[str, str], new: dict[str, str], fixe
         say(f"{folder} goes on with {key} = {new.get(key)} instead of {old.get(key)}")
 
 
-def _flat(mapping: object, prefix: str = "") -> dict[str, str]:
+def flat(mapping: object, prefix: str = "") -> dict[str, str]:
     """Nested settings as dotted keys, and values as text that is the same from YAML and from a dataclass."""
     if isinstance(mapping, Mapping):
-        return {k: v for key, inner in mapping.items() for k, v in _flat(inner, f"{prefix}{key}.").items()}
+        return {k: v for key, inner in mapping.items() for k, v in flat(inner, f"{prefix}{key}.").items()}
     return {prefix.removesuffix("."): str(_plain(mapping))}
 
 

@@ -98,6 +98,13 @@ def test_a_gpu_of_which_only_the_memory_is_known_is_told_what_fits_and_hours_wit
     assert planned("nano-60m", gpu="8GB", tflops=40)["time"]["hours"] > 0
 
 
+def test_a_plan_says_where_its_rates_come_from():
+    given = run(Config(model=preset("nano-60m"), gpu="8GB", tflops=40))
+    assert "% of what was given;" in given and "data sheet;" not in given and "measured just now" not in given
+    assert "% of its data sheet;" in run(Config(model=preset("nano-60m"), gpu="h100"))
+    assert "CUDA's own, assumed 600.0 MB" in given
+
+
 def test_memory_that_is_given_takes_the_place_of_what_is_known():
     whole, half = (planned(gpu="h100", memory=memory)["memory_bytes"] for memory in (None, "40GB"))
     assert (whole["of"], half["of"]) == (80_000_000_000, 40_000_000_000)
@@ -143,7 +150,7 @@ def test_a_cpu_is_measured_and_planned_for_by_its_own_memory():
     assert known is None or here.memory == known[1]
     assert here.kind == "cpu" and here.tflops and here.gb_per_s
     facts = planned("nano-1m", cpu=True, tokens=1e6, memory="4GB")
-    assert facts["machine"]["is_measured"]
+    assert facts["machine"]["rates"] == "measured"
     assert facts["memory_bytes"]["of"] == 4_000_000_000
     assert facts["serving"]["fits"].keys() >= {"int8"}
     assert facts["time"]["hours"] > 0
