@@ -127,11 +127,12 @@ def plan(c: Config) -> str:
     bundle, task, problems, validation = _open(c)
     _open_reference(c, bundle, world)
     Rewards(c.reward, task, c.rollout.max_tokens)  # finds a path that leads nowhere
-    replies = c.rollout.prompts * c.rollout.group_size
+    prompts = min(c.rollout.prompts, len(problems))
+    replies = c.train.steps * prompts * c.rollout.group_size
     return (
         f"{bundle.model.config.total_parameters:,} parameters of {c.bundle} on {world.device} in "
-        f"{world.names['dtype']}, {c.train.steps:,} steps x {c.rollout.prompts} of {len(problems):,} problems x "
-        f"{c.rollout.group_size} replies of at most {c.rollout.max_tokens} tokens = {c.train.steps * replies:,} "
+        f"{world.names['dtype']}, {c.train.steps:,} steps x {prompts} of {len(problems):,} problems x "
+        f"{c.rollout.group_size} replies of at most {c.rollout.max_tokens} tokens = {replies:,} "
         f"replies; {len(validation):,} problems for validation"
     )
 
@@ -196,7 +197,7 @@ def train(c: Config, world: World) -> Path:
             "made_by": f"nanollm {__version__} grpo, torch {torch.__version__}",
             "config": read_mapping(c.out / "config.yaml"),
             "inputs": inputs,
-            "replies_seen": state.step * c.rollout.prompts * c.rollout.group_size,
+            "replies_seen": state.step * min(c.rollout.prompts, len(problems)) * c.rollout.group_size,
             "parent": bundle.provenance,
         }
         folder = save_run_bundle(c.out, bundle.model.config, state, bundle.tokenizer, provenance, world)

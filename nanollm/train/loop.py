@@ -131,13 +131,14 @@ def fit(
     """
     checkpoints = Checkpoints(folder / "checkpoints", c.keep_last, world)
     checkpoints.delete_older()
-    clock, watch = _Clock(world.device), _Watch()
+    watch, first = _Watch(), state.step
 
     def save() -> None:
         log.sync()
         checkpoints.save(state)
 
     with _signals(world) as received, Progress("train", c.steps, "steps", done=state.step) as bar:
+        clock = _Clock(world.device, bar)
         if state.step == 0:
             log.write(0, **clock.paused(validate), **clock.paused(sample))
         while state.step < c.steps:
@@ -156,7 +157,7 @@ def fit(
             batch = batch_of(state.step) if stats.skipped else {}
             state.step += 1
             clock.count(stats.tokens)
-            bar.advance()
+            bar.advance(restarts=state.step == first + 1)  # that step compiled, and filled every cache
             bar.note(stats.note)
 
             at_end = state.step == c.steps
@@ -207,8 +208,8 @@ class _Watch:
 class _Clock:
     """Tokens per second of training alone: validation, samples and saving stop the clock; `seconds` has them in it."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, bar: Progress) -> None:
+        self._device, self._bar = device, bar
         self._start, self._paused, self._tokens = time.perf_counter(), 0.0, 0
 
     def count(self, tokens: int) -> None:
@@ -227,7 +228,8 @@ class _Clock:
 
     def paused(self, work: Callable[[], Outcome]) -> Outcome:
         paused_at = time.perf_counter()
-        outcome = work()
+        with self._bar.paused():
+            outcome = work()
         self._paused += time.perf_counter() - paused_at
         return outcome
 

@@ -170,3 +170,9 @@ def test_a_plan_says_what_a_run_would_do_and_does_nothing(run_config):
     c = run_config()
     assert "6 steps x 3 of 20 problems x 4 replies of at most 10 tokens = 72 replies" in grpo.plan(c)
     assert not c.out.exists()
+
+
+def test_a_plan_counts_no_more_problems_for_a_step_than_there_are(run_config):
+    c = run_config()
+    more = dataclasses.replace(c, rollout=dataclasses.replace(c.rollout, prompts=32))
+    assert "6 steps x 20 of 20 problems x 4 replies of at most 10 tokens = 480 replies" in grpo.plan(more)
