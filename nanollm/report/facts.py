@@ -5,7 +5,7 @@ from statistics import median
 
 from nanollm.progress import duration
 from nanollm.report.folder import Run
-from nanollm.train.runfolder import flat
+from nanollm.train.run import flat
 
 
 def facts(runs: Sequence[Run], price: float | None) -> Iterator[tuple[str, list[str]]]:

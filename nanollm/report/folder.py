@@ -15,7 +15,7 @@ from nanollm.data.shards import read_manifest
 from nanollm.durable import read_json
 from nanollm.model.config import ModelConfig
 from nanollm.settings import read_mapping
-from nanollm.train.runfolder import STARTS
+from nanollm.train.run import STARTS
 
 Line = Mapping[str, Any]
 Stage = Literal["pretrain", "sft", "grpo"]

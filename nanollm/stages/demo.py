@@ -23,9 +23,9 @@ from nanollm.sources.tasks import TaskConfig
 from nanollm.sources.word_problems import WordProblems
 from nanollm.stages import grpo, preprocess, pretrain, sft, tokenizer
 from nanollm.stages.preprocess import WordsConfig
-from nanollm.train.loop import TrainConfig
+from nanollm.train.metrics import read_metrics
 from nanollm.train.optim import OptimConfig
-from nanollm.train.runlog import read_metrics
+from nanollm.train.run import TrainConfig
 from nanollm.train.spikes import SIGMAS
 from nanollm.world import World
 

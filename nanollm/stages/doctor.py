@@ -38,10 +38,10 @@ from nanollm.sources import builtin
 from nanollm.stages import preprocess, pretrain, tokenizer
 from nanollm.text import words
 from nanollm.train.checkpoint import WEIGHTS, checkpoints
-from nanollm.train.loop import TrainConfig
 from nanollm.train.memory import training_memory
+from nanollm.train.metrics import read_metrics
 from nanollm.train.optim import OptimConfig
-from nanollm.train.runlog import read_metrics
+from nanollm.train.run import TrainConfig
 from nanollm.train.speed import SpeedConfig
 from nanollm.world import World
 

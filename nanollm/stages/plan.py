@@ -25,7 +25,6 @@ from nanollm.train.forecast import (
     tokens_beside_weights,
     tokens_per_s,
 )
-from nanollm.train.loop import MOST
 from nanollm.train.machines import (
     BESIDE,
     BYTES_PER_FLOP,
@@ -43,7 +42,7 @@ from nanollm.world import World
 POSITIONAL = ("model",)
 
 TOKENS_PER_PARAMETER = 20
-MOST_TOKENS, MOST_GPUS = 1e16, 65_536
+MOST, MOST_TOKENS, MOST_GPUS = 10**9, 1e16, 65_536
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from nanollm.bundle import save_bundle
 from nanollm.model.transformer import Transformer
 from nanollm.stages import preprocess
 from nanollm.text.tokenizer import Tokenizer
-from nanollm.train.runlog import TIMED, read_metrics
+from nanollm.train.metrics import TIMED, read_metrics
 from tests.conftest import STORY
 from tests.faults.processes import Nursery, nursery
 from tests.stages.conftest import MODEL

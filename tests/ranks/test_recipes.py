@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nanollm.train.runlog import read_metrics
+from nanollm.train.metrics import read_metrics
 from tests.ranks.launch import ROOT
 
 pytestmark = pytest.mark.dist

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from nanollm.train.loop import TrainConfig
+from nanollm.train.run import TrainConfig
 from tests.ranks.launch import running, wait_until
 from tests.ranks.traced import read_rows
 

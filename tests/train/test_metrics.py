@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from nanollm.train.runlog import RunLog, read_metrics, start_tracker
+from nanollm.train.metrics import RunLog, read_metrics, start_tracker
 
 
 def test_each_line_is_one_json_object_and_is_there_at_once(tmp_path):
