@@ -93,6 +93,8 @@ class Config:
     def __post_init__(self) -> None:
         object.__setattr__(self, "data", sources_of(self.data))
         check_seed(self.seed)
+        if self.sample_prompts == ["none"]:
+            object.__setattr__(self, "sample_prompts", [])
         if self.validation_conversations < 0:
             raise ValueError(f"validation_conversations must be at least 0, got {self.validation_conversations}")
 
