@@ -1,8 +1,11 @@
 """Token files become a base model."""
 
+import dataclasses
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+
+import numpy as np
 
 from nanollm.data.batches import Windows, sequential_batches
 from nanollm.data.shards import Shards, Verification, read_manifest
@@ -23,6 +26,9 @@ from nanollm.train.step import train_step
 from nanollm.world import World
 
 SAMPLE_TOKENS = 48
+AUTO = ["auto"]
+PROMPTS, PROMPT_WORDS, PROMPT_CHARS, PROMPT_TOKENS = 3, 4, 40, 4096
+"""So many beginnings of lines, so long, from so many tokens of the text."""
 UNIT_ROWS: dict[StartName, list[str]] = {"gpt2": [], "fast": ["trunk.embed.weight"]}
 
 # What decides which numbers come out at which step; the rest (intervals, length, rates) may change on the way.
@@ -49,11 +55,14 @@ class Config(RunConfig):
     text (docs/ablations.md)."""
     validation_windows: int = 64
     """Windows that bits per byte are measured on, spread evenly over the validation split (0: all)."""
-    sample_prompts: list[str] = field(default_factory=lambda: ["The", "In the beginning", "def main():"])
-    """Prompts that are continued during training, with seed 0; none: no samples."""
+    sample_prompts: list[str] = field(default_factory=AUTO.copy)
+    """Prompts that are continued during training, with seed 0. auto: first words of lines of the validation text, or
+    without any of the training text; none: no samples."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.sample_prompts == ["none"]:
+            object.__setattr__(self, "sample_prompts", [])
         if self.validation_windows < 0:
             raise ValueError(f"validation_windows must be at least 0, got {self.validation_windows}")
 
@@ -61,7 +70,8 @@ class Config(RunConfig):
 def plan(c: Config) -> str:
     """What a run would do."""
     world = World.start(c.device, c.dtype)
-    tokenizer, shards, _ = _open(c, world)
+    tokenizer, shards, validation = _open(c, world)
+    sample_prompts(c, tokenizer, validation or shards)  # finds one that does not fit
     tokens = c.train.steps * c.train.batch_size * c.model.context_length
     return (
         f"{c.model.total_parameters:,} parameters on {world.device} in {world.names['dtype']}, "
@@ -74,6 +84,7 @@ def run(c: Config) -> Path:
     """Train, and return the folder of the bundle."""
     with World.join(c.device, c.dtype, c.parallel) as world:
         tokenizer, shards, validation = _open(c, world)
+        c = dataclasses.replace(c, sample_prompts=sample_prompts(c, tokenizer, validation or shards))
         windows = Windows(shards, c.model.context_length, c.seed)
         windows.check(c.train.batch_size, c.train.micro_batch_size, world.size)
         loss_of = partial(next_token_loss, balance_weight=c.optim.balance_weight)
@@ -117,6 +128,26 @@ def validate(
     return {"val_bpb": score.value, "val_loss": score.nats / score.tokens}
 
 
+def sample_prompts(c: Config, tokenizer: Tokenizer, shards: Shards) -> list[str]:
+    """The prompts that were given, or those that the text itself gives; each leaves room in the context."""
+
+    def fits(prompt: str) -> bool:
+        return len(tokenizer.encode(prompt)) + 1 < c.model.context_length
+
+    if c.sample_prompts != AUTO:
+        if too_long := [prompt for prompt in c.sample_prompts if not fits(prompt)]:
+            raise ValueError(
+                f"sample prompt {too_long[0][:40]!r} does not fit the context of {c.model.context_length} tokens"
+            )
+        return c.sample_prompts
+    ids = shards.read(0, min(PROMPT_TOKENS, shards.tokens_total))
+    documents = np.split(ids, np.flatnonzero(tokenizer.token_bytes[ids] == 0))  # at their marks
+    lines = [line.split() for document in documents for line in tokenizer.decode(document).splitlines()]
+    begun = dict.fromkeys(" ".join(words[:PROMPT_WORDS])[:PROMPT_CHARS] for words in lines if words)
+    found = [prompt for prompt in begun if fits(prompt)]
+    return found[:: max(1, len(found) // PROMPTS)][:PROMPTS]
+
+
 def sample(c: Config, state: TrainState, tokenizer: Tokenizer, world: World) -> dict[str, object]:
     """A short continuation of each sample prompt, always drawn with the same seeds; on the main rank."""
     if not c.sample_prompts:
@@ -145,11 +176,6 @@ def _open(c: Config, world: World) -> tuple[Tokenizer, Shards, Shards | None]:
             f"the tokenizer has {tokenizer.vocab_size:,} pieces, model.vocab_size is {c.model.vocab_size:,}; "
             f"set --model.vocab_size {tokenizer.vocab_size} or train a smaller tokenizer"
         )
-    for prompt in c.sample_prompts:
-        if len(tokenizer.encode(prompt)) + 1 >= c.model.context_length:
-            raise ValueError(
-                f"sample prompt {prompt[:40]!r} does not fit the context of {c.model.context_length} tokens"
-            )
     train = _open_split(c, tokenizer, "train", world)
     if read_manifest(c.data)[0]["splits"].get("val", {}).get("tokens"):
         return tokenizer, train, _open_split(c, tokenizer, "val", world)

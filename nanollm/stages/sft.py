@@ -71,6 +71,8 @@ class Config(RunConfig):
     def __post_init__(self) -> None:
         object.__setattr__(self, "data", sources_of(self.data))
         super().__post_init__()
+        if self.sample_prompts == ["none"]:
+            object.__setattr__(self, "sample_prompts", [])
         if self.validation_conversations < 0:
             raise ValueError(f"validation_conversations must be at least 0, got {self.validation_conversations}")
 

@@ -267,6 +267,10 @@ def test_a_sample_prompt_must_fit_the_context(run_config):
         sft.run(run_config(sample_prompts=["why " * 100]))
 
 
+def test_no_sample_prompts_are_said_by_the_word_none(run_config):
+    assert run_config(sample_prompts=["none"]).sample_prompts == []
+
+
 def test_without_a_validation_split_a_run_trains_and_says_so(run_config, tokenizer_path, tmp_path, capsys):
     folder = prepare(tokenizer_path, tmp_path / "chats", [("Who?", "Me.")] * 3, val_fraction=0.0)
     c = run_config(steps=2, data=folder)  # and an epoch of three is shorter than a step
