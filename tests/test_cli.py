@@ -236,7 +236,7 @@ def test_zsh_can_read_its_script(completion, tmp_path):
 def ask(shell, text, script, folder):
     """What a shell says in a folder that holds the completion script; it is told the lines of COMPLETED."""
     if shutil.which(shell) is None or os.name == "nt":
-        pytest.skip(f"there is no {shell} here")
+        pytest.skip(f"there is no {shell} here: apt-get install {shell}")
     (folder / "completion").write_text(text)
     lines = "".join(f"{line}\n" for line in COMPLETED)
     done = subprocess.run([shell, "-c", script], input=lines, cwd=folder, capture_output=True, text=True, check=True)

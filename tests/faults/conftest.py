@@ -62,7 +62,7 @@ class Job:
 def children(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
     """Starts the processes that are killed."""
     if shutil.which("cc") is None or not Path("/proc/self/fd").exists():
-        pytest.skip("needs Linux and a C compiler (cc)")
+        pytest.skip("needs Linux and a C compiler: apt-get install gcc")
     with nursery(tmp_path_factory.mktemp("nursery")) as started:
         yield started
 

@@ -255,7 +255,7 @@ def test_a_compute_type_that_computes_something_else_is_seen(made, monkeypatch):
         doctor.round_off(bundle, corpus)
 
 
-@pytest.mark.skipif(not native.can_draw(), reason="needs a compiler")
+@pytest.mark.skipif(not native.can_draw(), reason="needs a compiler: apt-get install g++")
 def test_compiled_code_that_answers_otherwise_is_seen(made, monkeypatch):
     bundle, corpus = made / "run" / "bundle", made / "corpus.jsonl"
     assert doctor.ask_compiled(bundle, corpus) == "compiled code = PyTorch"

@@ -45,7 +45,7 @@ def test_trackers_receive_the_numbers(tmp_path):
 
 
 def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path):
-    pytest.importorskip("tensorboard")
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed: pip install tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     first = start_tracker("tensorboard", tmp_path, {})
