@@ -17,18 +17,7 @@ FLOORS = {
     3: ["data", "bundle"],
     2: ["sources"],
     1: ["text", "model"],
-    0: [
-        "__init__",
-        "world",
-        "heartbeat",
-        "progress",
-        "settings",
-        "durable",
-        "compiled",
-        "hardware",
-        "machine",
-        "origin",
-    ],
+    0: ["__init__", "world", "heartbeat", "progress", "settings", "durable", "compiled", "hardware", "origin"],
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 WITHOUT_TORCH = ("text", "sources")
