@@ -10,7 +10,7 @@ from nanollm import cli
 from nanollm.bundle import load_bundle, save_bundle
 from nanollm.data.shards import Shards
 from nanollm.durable import sha256_of
-from nanollm.evals.intervals import paired, pass_at_k, wilson
+from nanollm.evals.stats import paired, pass_at_k, wilson
 from nanollm.model.transformer import Transformer
 from nanollm.stages.eval import Config, EvalTask, plan, run
 from nanollm.text.learn import train

@@ -10,7 +10,7 @@ import pytest
 
 from nanollm import cli
 from nanollm.bundle import save_bundle
-from nanollm.evals.intervals import Z, paired, wilson
+from nanollm.evals.stats import Z, paired, wilson
 from nanollm.model.transformer import Transformer
 from nanollm.stages.eval import Config, plan, run
 from tests.evals.harness_tasks import CHOICE, REPLY, question, write_task, write_tasks
@@ -21,7 +21,7 @@ pytest.importorskip("lm_eval", reason='lm-evaluation-harness is not installed: p
 from lm_eval.tasks import TaskManager
 
 from nanollm.evals import benchmarks
-from nanollm.evals.answers import choices_of, difference, interval
+from nanollm.evals.benchmarks import choices_of, difference, interval
 
 NAMES = ["nano_choice", "nano_reply", "nano_whole"]
 
