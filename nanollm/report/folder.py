@@ -1,6 +1,6 @@
-"""What does the folder of a run tell about it?
+"""The folder of a run, read as values.
 
-Everything is read as it lies there, also while the run is writing: a last line that is not complete yet is left out.
+A run may be writing meanwhile: an incomplete last line is left out.
 """
 
 import json
