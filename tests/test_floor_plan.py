@@ -17,7 +17,18 @@ FLOORS = {
     3: ["data", "bundle"],
     2: ["sources"],
     1: ["text", "model"],
-    0: ["__init__", "world", "heartbeat", "progress", "settings", "durable", "compiled", "hardware", "origin", "threads"],
+    0: [
+        "__init__",
+        "world",
+        "heartbeat",
+        "progress",
+        "settings",
+        "durable",
+        "compiled",
+        "hardware",
+        "origin",
+        "threads",
+    ],
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 WITHOUT_TORCH = ("text", "sources")

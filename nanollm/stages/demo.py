@@ -12,8 +12,8 @@ from typing import Any
 from nanollm import settings
 from nanollm.bundle import load_bundle
 from nanollm.durable import write_file, write_json
-from nanollm.evals.intervals import paired
 from nanollm.evals.problems import Accuracy, Judged, judge, solve
+from nanollm.evals.stats import paired
 from nanollm.model.config import ModelConfig
 from nanollm.progress import duration, say
 from nanollm.report.page import PAGE
