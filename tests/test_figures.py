@@ -182,13 +182,11 @@ def test_what_could_be_said_after_the_last_block_is_what_the_model_says(tiny_mod
 
 @torch.inference_mode()
 def test_experts_that_are_counted_are_those_that_the_model_chooses(tiny_model, tokens, tokenizer):
-    layers = list(tiny_model.moe_layers())
-    for layer in layers:
-        layer.wants_choices = True
+    _, routings = tiny_model.trunk.routed(tokens)
     routing = probes.Routing(tiny_model, tokenizer).read(tiny_model, [Batch(tokens, tokens)])
-    for layer, counts in zip(layers, routing.counts, strict=True):
-        assert counts.sum(0).tolist() == layer.choices.flatten().bincount(minlength=TINY.n_routed_experts).tolist()
-        chosen = layer.choices[tokens == tokens[0, 0]].flatten()
+    for chosen_by, counts in zip(routings, routing.counts, strict=True):
+        assert counts.sum(0).tolist() == chosen_by.experts.flatten().bincount(minlength=TINY.n_routed_experts).tolist()
+        chosen = chosen_by.experts[tokens == tokens[0, 0]].flatten()
         assert counts[tokens[0, 0]].tolist() == chosen.bincount(minlength=TINY.n_routed_experts).tolist()
     assert not torch.equal(routing.counts, routing.unsteered)
 

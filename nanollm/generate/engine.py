@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanollm.generate import native
+from nanollm.generate import cpu_runner as native
 from nanollm.generate.request import Completion, Drawn, Request, Scored
 from nanollm.generate.runner import open_runner
 from nanollm.generate.sampling import SamplingConfig, sample, uniforms

@@ -117,6 +117,11 @@ class ModelConfig:
         return self.n_blocks // self.moe_every - self.n_dense_first // self.moe_every
 
     @property
+    def head_widths(self) -> tuple[int, int, int]:
+        """Of each head: without position, rotary, value."""
+        return self.qk_nope_head_dim, self.qk_rope_head_dim, self.v_head_dim
+
+    @property
     def qk_head_dim(self) -> int:
         return self.qk_nope_head_dim + self.qk_rope_head_dim
 

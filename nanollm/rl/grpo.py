@@ -166,6 +166,8 @@ def update_policy(
     optim: OptimConfig,
     world: World,
     reference: Transformer | None = None,
+    *,
+    recompute: bool = False,
 ) -> tuple[StepStats | None, list[Seen]]:
     """Move the weights `updates` times by a step's rollouts. batches: this rank's; none: there is nothing to learn.
 
@@ -182,7 +184,7 @@ def update_policy(
         batches = [replace(b, old_logprobs=state.run(frozen_logprobs, b.to(device), temperature)) for b in batches]
 
     def loss_of(model: Transformer, batch: RolloutBatch) -> tuple[Tensor, Tensor]:
-        loss, report, shown = grpo_loss(model, batch, c, temperature)
+        loss, report, shown = grpo_loss(model, batch, c, temperature, recompute=recompute)
         seen.append(shown)
         return loss, report
 

@@ -131,20 +131,23 @@ TRUNCATION = 2.0
 """The cap where none is set: then trainer / engine is only watched, because one model object samples and trains."""
 
 
-def policy_logprobs(model: Transformer, batch: RolloutBatch, temperature: float) -> tuple[Tensor, Tensor]:
+def policy_logprobs(
+    model: Transformer, batch: RolloutBatch, temperature: float, *, recompute: bool = False
+) -> tuple[Tensor, Tensor]:
     """Log-probability of every trained token and the entropy where it was drawn: (M,), (M,) without gradient.
 
     The temperature is the one of sampling, so that the distribution that is trained is the one that was sampled.
     """
-    hidden = model.trunk(batch.tokens, positions=batch.positions).flatten(0, 1)  # (B*T, D)
+    hidden, _ = model.trunk.routed(batch.tokens, positions=batch.positions, recompute=recompute)
+    hidden = hidden.flatten(0, 1)  # (B*T, D)
     return token_logprobs(model.head, hidden.index_select(0, batch.places), batch.targets, temperature)
 
 
 def grpo_loss(
-    model: Transformer, batch: RolloutBatch, c: ObjectiveConfig, temperature: float
+    model: Transformer, batch: RolloutBatch, c: ObjectiveConfig, temperature: float, *, recompute: bool = False
 ) -> tuple[Tensor, Tensor, Seen]:
     """Loss of a micro-batch to train on, the same detached, and what was seen on the way."""
-    logprobs, entropy = policy_logprobs(model, batch, temperature)
+    logprobs, entropy = policy_logprobs(model, batch, temperature, recompute=recompute)
     old = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
     terms, clipped = surrogate(logprobs, old, batch.advantages, batch.reply, c)
     kl = torch.zeros_like(terms)

@@ -13,7 +13,7 @@ import torch
 from nanollm.bundle import WEIGHTS, Bundle, load_bundle
 from nanollm.evals.problems import accuracy
 from nanollm.export.dense import STORED
-from nanollm.model import fused
+from nanollm.kernels import attention as fused
 from nanollm.progress import say
 from nanollm.report.page import write_report
 from nanollm.rl.advantage import group_advantages
@@ -172,7 +172,7 @@ def run(c: Config) -> Path:
                 c.objective,
                 c.rollout.max_tokens,
                 c.train.micro_batch_size * model.context_length,
-                is_masked=not fused.serves(model, world.dtype, world.device),
+                is_masked=not fused.serves(*model.head_widths, world.dtype, world.device),
                 ranks=world.size,
             )
             stats, seen = update_policy(
@@ -184,6 +184,7 @@ def run(c: Config) -> Path:
                 c.optim,
                 world,
                 None if reference is None else reference.model,
+                recompute=c.speed.recompute,
             )
             reward = rewards_of_groups.mean().item()
             metrics = {"reward": reward} | rollout_metrics(graded) | counts | {"faults": faults.total()}

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 
-from nanollm.model import fused
+from nanollm.kernels import attention as fused
 from nanollm.model.config import ModelConfig
 from nanollm.train.memory import training_memory
 from nanollm.world import World
@@ -51,7 +51,7 @@ def describe(c: Config) -> dict[str, Any]:
         compute_bytes=width,
         optimizer=c.optimizer,
         recompute=c.recompute,
-        is_fused=fused.fits(m, getattr(torch, c.dtype), World.start().device),
+        is_fused=fused.fits(*m.head_widths, getattr(torch, c.dtype), World.start().device),
     )
     cache_bytes = m.cache_width * m.n_blocks * width  # of one token
     expanded = m.n_heads * (m.qk_head_dim + m.v_head_dim)

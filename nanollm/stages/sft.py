@@ -118,7 +118,6 @@ def run(c: Config) -> Path:
     with World.join(c.device, c.dtype, c.parallel) as world:
         bundle, splits, validation = _open(c, world)
         conversations = _mix(c, splits)
-        loss_of = partial(next_token_loss, balance_weight=c.optim.balance_weight)
         inputs = {
             "bundle": bundle.provenance["files"][WEIGHTS],
             "tokenizer": bundle.tokenizer.fingerprint,
@@ -130,6 +129,12 @@ def run(c: Config) -> Path:
 
         with Run.open(c, c.train, world, inputs=inputs, fixed=FIXED, make_state=make_state) as run:
             state = run.state
+            loss_of = partial(
+                next_token_loss,
+                balance_weight=c.optim.balance_weight,
+                recompute=c.speed.recompute,
+                is_compiled=run.is_compiled,
+            )
             for line in describe(c, splits):
                 say(line)
             if run.is_new:

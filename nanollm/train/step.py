@@ -123,7 +123,6 @@ def train_step(
     _adjust_loss_scale(state, finite)
     for layer in state.model.moe_layers():
         layer.balance(c.balance_rate if moves else 0.0)
-        layer.balance_losses = None  # a block that is computed again leaves its own
     return StepStats(
         loss=reported,
         grad_norm=grad_norm,
