@@ -8,8 +8,6 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -69,13 +67,9 @@ class Progress:
         self._mark()
         self._show()
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """What happens inside is work of another kind: its time changes neither rate nor time left."""
-        began = time.monotonic()
-        yield
-        pause = time.monotonic() - began
-        self._marks = deque((moment + pause, done) for moment, done in self._marks)
+    def leave_out(self, seconds: float) -> None:
+        """The last seconds were work of another kind: they change neither rate nor time left."""
+        self._marks = deque((moment + seconds, done) for moment, done in self._marks)
 
     def note(self, text: str) -> None:
         """Show a few words behind the numbers, until the next note."""

@@ -36,7 +36,7 @@ from nanollm.model.config import ModelConfig  # noqa: E402
 from nanollm.origin import commit, hardware  # noqa: E402
 from nanollm.settings import load_preset, preset_names, read_mapping  # noqa: E402
 from nanollm.sources.gsm8k import extract_answer  # noqa: E402
-from nanollm.train.runlog import read_metrics  # noqa: E402
+from nanollm.train.metrics import read_metrics  # noqa: E402
 
 MEASURED = HERE / "measured"
 WINDOWS, WINDOWS_AT_ONCE = 32, 4

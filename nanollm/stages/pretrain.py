@@ -6,9 +6,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from nanollm import __version__
 from nanollm.data.batches import Windows, sequential_batches
 from nanollm.data.shards import Shards, Verification, read_manifest
 from nanollm.evals.bits_per_byte import bits_per_byte
@@ -18,18 +16,14 @@ from nanollm.model.config import ModelConfig
 from nanollm.model.transformer import StartName, Transformer
 from nanollm.progress import say
 from nanollm.report.page import write_report
-from nanollm.settings import check_seed, read_mapping
 from nanollm.text.tokenizer import Tokenizer
-from nanollm.train.loop import TrainConfig, fit
 from nanollm.train.loss import next_token_loss
 from nanollm.train.optim import OptimConfig, lr_at
-from nanollm.train.runfolder import hold_folder, open_run, save_run_bundle
-from nanollm.train.runlog import TrackerName
-from nanollm.train.speed import SpeedConfig, speed_up
+from nanollm.train.run import Run, RunConfig, TrainConfig
 from nanollm.train.spikes import SIGMAS
 from nanollm.train.state import TrainState
-from nanollm.train.step import StepStats, train_step
-from nanollm.world import DeviceName, DtypeName, ParallelName, World
+from nanollm.train.step import train_step
+from nanollm.world import World
 
 SAMPLE_TOKENS = 48
 AUTO = ["auto"]
@@ -42,7 +36,7 @@ FIXED = ("model", "start", "seed", "train.batch_size", "optim.name", "inputs")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(RunConfig):
     """Train a base model on token files; the same command goes on where an interrupted run stopped."""
 
     model: ModelConfig
@@ -51,8 +45,6 @@ class Config:
     """The tokenizer the token files were written with: a .model file or its folder."""
     data: Path
     """Folder of token files, as nanollm preprocess makes it."""
-    out: Path
-    """Folder of the run: config.yaml, metrics.jsonl, checkpoints/, bundle/."""
     train: TrainConfig
     """Length, portions and intervals."""
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(spike_sigmas=SIGMAS))
@@ -61,27 +53,14 @@ class Config:
     """How the weights begin. gpt2: small everywhere; fast: what writes to the residual stream and the head at 0, and
     rows of the embedding that always have a root mean square of 1, with which a short run learns more from the same
     text (docs/ablations.md)."""
-    seed: int = 0
-    """Starts the weights and the order of the data."""
-    speed: SpeedConfig = field(default_factory=SpeedConfig)
-    """What makes training fast, or small."""
-    device: DeviceName = "auto"
-    """Where to compute."""
-    dtype: DtypeName = "auto"
-    """What to compute in; auto: bfloat16 where the hardware multiplies it fast. Master weights are always float32."""
-    parallel: ParallelName = "ddp"
-    """How several processes (torchrun) hold the model. ddp: each all of it; fsdp: each a part; hsdp: each host all of
-    it, its processes a part."""
     validation_windows: int = 64
     """Windows that bits per byte are measured on, spread evenly over the validation split (0: all)."""
     sample_prompts: list[str] = field(default_factory=AUTO.copy)
     """Prompts that are continued during training, with seed 0. auto: first words of lines of the validation text, or
     without any of the training text; none: no samples."""
-    trackers: list[TrackerName] = field(default_factory=list)
-    """Where metrics go beside metrics.jsonl: tensorboard, wandb, trackio."""
 
     def __post_init__(self) -> None:
-        check_seed(self.seed)
+        super().__post_init__()
         if self.sample_prompts == ["none"]:
             object.__setattr__(self, "sample_prompts", [])
         if self.validation_windows < 0:
@@ -104,58 +83,36 @@ def plan(c: Config) -> str:
 def run(c: Config) -> Path:
     """Train, and return the folder of the bundle."""
     with World.join(c.device, c.dtype, c.parallel) as world:
-        return train(c, world)
-
-
-def train(c: Config, world: World) -> Path:
-    """What each process of a run does."""
-    tokenizer, shards, validation = _open(c, world)
-    c = dataclasses.replace(c, sample_prompts=sample_prompts(c, tokenizer, validation or shards))
-    windows = Windows(shards, c.model.context_length, c.seed)
-    windows.check(c.train.batch_size, c.train.micro_batch_size, world.size)
-    with hold_folder(c.out, world):
-        inputs = {"data": shards.fingerprint, "tokenizer": tokenizer.fingerprint}
-        settings = dataclasses.asdict(c) | world.names  # what is really used instead of auto
-        state, log = open_run(
-            c.out,
-            settings,
-            inputs,
-            FIXED,
-            lambda: TrainState.start(
-                Transformer(c.model).init(c.seed, c.start).to(world.device), c.optim, world, UNIT_ROWS[c.start]
-            ),
-            c.trackers,
-            world,
-        )
-        speed_up(state.model, c.speed, world.device)
+        tokenizer, shards, validation = _open(c, world)
+        c = dataclasses.replace(c, sample_prompts=sample_prompts(c, tokenizer, validation or shards))
+        windows = Windows(shards, c.model.context_length, c.seed)
+        windows.check(c.train.batch_size, c.train.micro_batch_size, world.size)
         loss_of = partial(next_token_loss, balance_weight=c.optim.balance_weight)
 
-        def take_step(step: int) -> StepStats:
-            batches = windows.micro_batches(
-                step, c.train.batch_size, c.train.micro_batch_size, rank=world.rank, world=world.size
-            )
-            return train_step(state, batches, loss_of, lr_at(step, c.train.steps, c.optim), c.optim, world)
+        def make_state() -> TrainState:
+            model = Transformer(c.model).init(c.seed, c.start).to(world.device)
+            return TrainState.start(model, c.optim, world, UNIT_ROWS[c.start])
 
-        fit(
-            state,
-            take_step,
-            c.train,
-            c.out,
-            log,
-            validate=lambda: validate(c, state, tokenizer, validation, world),
-            sample=lambda: sample(c, state, tokenizer, world),
-            batch_of=lambda step: windows.names(step, c.train.batch_size),
-            world=world,
-        )
-        provenance = {
-            "made_by": f"nanollm {__version__} pretrain, torch {torch.__version__}",
-            "config": read_mapping(c.out / "config.yaml"),
-            "inputs": inputs,
-            "tokens_seen": state.step * c.train.batch_size * c.model.context_length,
-        }
-        folder = save_run_bundle(c.out, c.model, state, tokenizer, provenance, world)
-        write_report(c.out, world)
-        return folder
+        inputs = {"data": shards.fingerprint, "tokenizer": tokenizer.fingerprint}
+        with Run.open(c, c.train, world, inputs=inputs, fixed=FIXED, make_state=make_state) as run:
+            state = run.state
+            if run.is_new:
+                run.log(validate(c, state, tokenizer, validation, world))
+                run.log(sample(c, state, tokenizer, world))
+            for step in run.steps():
+                batches = windows.micro_batches(
+                    step, c.train.batch_size, c.train.micro_batch_size, rank=world.rank, world=world.size
+                )
+                stats = train_step(state, batches, loss_of, lr_at(step, c.train.steps, c.optim), c.optim, world)
+                run.record(stats, windows.names(step, c.train.batch_size))
+                if run.validation_is_due():
+                    run.log(validate(c, state, tokenizer, validation, world))
+                if run.sample_is_due():
+                    run.log(sample(c, state, tokenizer, world))
+            tokens_seen = state.step * c.train.batch_size * c.model.context_length
+            folder = run.save_bundle("pretrain", c.model, tokenizer, tokens_seen=tokens_seen)
+            write_report(c.out, world)
+            return folder
 
 
 def validate(

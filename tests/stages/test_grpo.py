@@ -16,8 +16,8 @@ from nanollm.sources.tasks import TaskConfig
 from nanollm.stages import grpo
 from nanollm.text.learn import train
 from nanollm.train.checkpoint import checkpoints
+from nanollm.train.metrics import TIMED
 from nanollm.train.optim import OptimConfig
-from nanollm.train.runlog import TIMED
 from tests.conftest import STORY
 from tests.stages.conftest import MODEL
 
@@ -94,15 +94,15 @@ def test_resumed_is_uninterrupted(run_config, changes, monkeypatch):
     whole = run_config("whole", **changes)
     grpo.run(whole)
     parts = run_config("parts", **changes)
-    step = grpo.Learner.step
+    collect = grpo.Collector.collect
 
-    def stops_at_three(self, number):
-        if number == 3:
+    def stops_at_three(self, step, sample):
+        if step == 3:
             raise KeyboardInterrupt
-        return step(self, number)
+        return collect(self, step, sample)
 
     with monkeypatch.context() as patch:
-        patch.setattr(grpo.Learner, "step", stops_at_three)
+        patch.setattr(grpo.Collector, "collect", stops_at_three)
         with pytest.raises(KeyboardInterrupt):
             grpo.run(parts)
     assert checkpoints(parts.out / "checkpoints")[0].name == "step-00000002"

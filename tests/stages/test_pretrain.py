@@ -21,8 +21,8 @@ from nanollm.settings import read_mapping, to_yaml
 from nanollm.stages import pretrain
 from nanollm.stages.pretrain import Config
 from nanollm.train.checkpoint import checkpoints
+from nanollm.train.metrics import TIMED, read_metrics
 from nanollm.train.optim import OptimConfig
-from nanollm.train.runlog import TIMED, read_metrics
 
 
 def weights_of(run: Path) -> str:

@@ -17,8 +17,8 @@ from nanollm.stages import preprocess, sft
 from nanollm.stages.sft import ChatTrainConfig, Config
 from nanollm.text.learn import train as train_tokenizer
 from nanollm.train.checkpoint import checkpoints
+from nanollm.train.metrics import TIMED, read_metrics
 from nanollm.train.optim import OptimConfig
-from nanollm.train.runlog import TIMED, read_metrics
 from nanollm.world import World
 from tests.stages.conftest import MODEL
 
