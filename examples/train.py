@@ -17,8 +17,8 @@ from pathlib import Path
 from nanollm import ModelConfig, settings
 from nanollm.sources import builtin
 from nanollm.stages import preprocess, pretrain, tokenizer
-from nanollm.train.loop import TrainConfig
 from nanollm.train.optim import OptimConfig
+from nanollm.train.run import TrainConfig
 
 
 def main(text: Path | None, out: Path, steps: int) -> Path:

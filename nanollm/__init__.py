@@ -8,7 +8,11 @@ both are used: examples/.
 import importlib
 from typing import Any
 
+from nanollm.threads import choose_waiting
+
 __version__ = "0.1.0"
+
+choose_waiting()  # before torch is imported
 
 _HOMES = {
     "Tokenizer": "nanollm.text.tokenizer",

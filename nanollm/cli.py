@@ -155,13 +155,21 @@ def version() -> str:
 
 
 def completion(words: Sequence[str]) -> str:
-    """The script that lets a shell complete what stands behind `nanollm`."""
+    """The script, written by jsonargparse and shtab, that lets a shell complete what stands behind `nanollm`."""
     if len(words) != 1 or words[0] not in SHELLS:
         raise ValueError(f"--completion expects one of {', '.join(SHELLS)}, got {' '.join(words) or 'none'}")
-    from nanollm.completion import script
+    from jsonargparse import ArgumentParser
 
-    summaries = [pair for group in VERBS.values() for pair in group.items()]
-    return script(words[0], [(*pair, importlib.import_module(module_of(pair[0]))) for pair in summaries])
+    from nanollm import options
+
+    parser = ArgumentParser("nanollm", add_help=False)
+    parser.add_argument("--version", action="store_true", help="Say which version this is, and stop.")
+    parser.add_argument("--completion", choices=words, help="Print what completes commands in this shell, and stop.")
+    below = parser.add_subcommands(required=False)
+    for verb in all_verbs():
+        stage = importlib.import_module(module_of(verb))
+        below.add_subcommand(verb, options.parser_of(verb, stage, options.kinds_of(stage)))
+    return parser.get_completion_script(f"shtab-{words[0]}")
 
 
 def suggestion(verb: str) -> str:

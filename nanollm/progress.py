@@ -59,11 +59,17 @@ class Progress:
             self._open_bar()
         return self
 
-    def advance(self, n: int = 1) -> None:
-        """Count n more units."""
+    def advance(self, n: int = 1, *, restarts: bool = False) -> None:
+        """Count n more units. `restarts`: they bore the costs of starting, so rate and time left begin behind them."""
         self.done += n
+        if restarts:
+            self._marks.clear()
         self._mark()
         self._show()
+
+    def leave_out(self, seconds: float) -> None:
+        """The last seconds were work of another kind: they change neither rate nor time left."""
+        self._marks = deque((moment + seconds, done) for moment, done in self._marks)
 
     def note(self, text: str) -> None:
         """Show a few words behind the numbers, until the next note."""
@@ -94,7 +100,7 @@ class Progress:
     def _mark(self) -> None:
         """Remember this moment, once a second, and forget those of which the next one is old enough."""
         now = time.monotonic()
-        if now - self._marks[-1][0] >= 1:
+        if not self._marks or now - self._marks[-1][0] >= 1:
             self._marks.append((now, self.done))
         while len(self._marks) > 1 and now - self._marks[1][0] >= RECENT_S:
             self._marks.popleft()

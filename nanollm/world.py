@@ -27,6 +27,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from nanollm.heartbeat import FAR_S, MEETING_AGAIN_S, MEETING_S, Heartbeat, meet
 from nanollm.progress import set_quiet
+from nanollm.threads import watch_cores
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import Shard
@@ -63,6 +64,7 @@ class World:
             raise ValueError(
                 f"this works in one process, got {processes} from torchrun; run the command without torchrun"
             )
+        watch_cores()
         chosen = _choose_device(device)
         return cls(device=chosen, dtype=_choose_dtype(dtype, chosen))
 

@@ -1,15 +1,53 @@
 """Fixtures that every test may ask for."""
 
 import os
+import random
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Generator, Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 from nanollm.text.learn import train
 from nanollm.text.tokenizer import Tokenizer
+
+if "CI" not in os.environ:  # where hypothesis has a profile of its own, which draws the same examples each time
+    is_slow = [hypothesis.HealthCheck.too_slow]  # a busy machine is no fault of the code
+    hypothesis.settings.register_profile("any machine", deadline=None, suppress_health_check=is_slow)
+    hypothesis.settings.load_profile("any machine")
+
+
+# --- the order ---
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--order-seed", type=int, help="shuffle the modules, and the tests within each, by this seed")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    seed = config.getoption("--order-seed")
+    if seed is not None:
+        draw = random.Random(seed)
+        modules = [list(tests) for _, tests in groupby(items, lambda item: item.path)]
+        draw.shuffle(modules)
+        items[:] = [test for tests in modules for test in draw.sample(tests, len(tests))]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With -n: half of the list for each worker, or what is made once for a module would be made in each of them."""
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log) if config.getoption("dist") == "load" else None
+
+
+# --- end of the order ---
+
 
 # --- text and data: a small real tokenizer, and the real data beside the project ---
 
@@ -42,6 +80,38 @@ def shared_data() -> Path:
 
 
 # --- end of text and data ---
+
+
+# --- skips ---
+
+CANNOT_BE_HAD = (  # of a machine: no package brings it
+    *("needs a CUDA device", "there is no real data", "this processor has no AVX-512", "multiplies bfloat16"),
+    *("this user cannot mount a tmpfs", "network namespaces need root"),
+)
+
+
+def judge(report: Any) -> Any:
+    """The same report; under CI a skip is a failure, unless what the test needs cannot be had there."""
+    is_strict = "CI" in os.environ and sys.platform == "linux"  # elsewhere much is missing for good
+    if is_strict and report.skipped and not hasattr(report, "wasxfail"):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        if not any(each in reason for each in CANNOT_BE_HAD):
+            report.outcome = "failed"
+            report.longrepr = f"skipped under CI, which must install what is missing ({reason}); see .ci/run"
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, Any, Any]:
+    return judge((yield))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, Any, Any]:
+    return judge((yield))
+
+
+# --- end of skips ---
 
 
 # --- a browser ---

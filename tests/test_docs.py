@@ -17,7 +17,7 @@ import pytest
 from docs import build, reference
 from nanollm import cli, options, settings
 from nanollm.stages import pretrain
-from nanollm.train.runlog import read_metrics
+from nanollm.train.metrics import read_metrics
 from tests.stages.conftest import run_config, token_files, tokenizer_path
 
 __all__ = ["run_config", "token_files", "tokenizer_path"]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from nanollm.train.runlog import read_metrics
+from nanollm.train.metrics import read_metrics
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 NOTEBOOK = json.loads((EXAMPLES / "first_model.ipynb").read_text(encoding="utf-8"))

@@ -10,14 +10,25 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "nanollm"
 
 FLOORS = {
-    7: ["__main__", "cli", "options", "completion"],
+    7: ["__main__", "cli", "options"],
     6: ["stages"],
     5: ["serve", "export", "evals", "rl", "report"],
     4: ["generate", "train"],
     3: ["data", "bundle"],
     2: ["sources"],
     1: ["text", "model"],
-    0: ["__init__", "world", "heartbeat", "progress", "settings", "durable", "compiled", "machine", "origin"],
+    0: [
+        "__init__",
+        "world",
+        "heartbeat",
+        "progress",
+        "settings",
+        "durable",
+        "compiled",
+        "hardware",
+        "origin",
+        "threads",
+    ],
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 WITHOUT_TORCH = ("text", "sources")

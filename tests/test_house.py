@@ -12,19 +12,21 @@ import pytest
 
 from nanollm import cli, options, settings
 from nanollm.model.config import ModelConfig
+from tests.conftest import judge
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 LARGEST_FILE_BYTES = 500_000
 
 
-def tracked_files() -> list[Path]:
-    """Files under version control, and new ones that are not ignored."""
-    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    done = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        pytest.skip("not a git checkout")
+def under_version_control() -> list[Path]:
+    """None outside a git checkout. What else people keep in their checkout is their own."""
+    done = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
     return [ROOT / name for name in done.stdout.split("\0") if name and (ROOT / name).is_file()]
+
+
+def tracked_files() -> list[Path]:
+    return under_version_control() or pytest.skip("not a git checkout")
 
 
 def texts() -> dict[Path, str]:
@@ -122,8 +124,8 @@ def commands_in(text: str) -> list[list[str]]:
 
 def documents() -> list[str]:
     """README.md and its like, and every page of docs/, but for the log, which tells of commands as they were."""
-    pages = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
-    return [page.relative_to(ROOT).as_posix() for page in pages if page != ROOT / "docs" / "log.md"]
+    pages = {*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")} - {ROOT / "docs" / "log.md"}
+    return sorted(page.relative_to(ROOT).as_posix() for page in pages & set(under_version_control() or pages))
 
 
 @pytest.mark.parametrize("name", documents())
@@ -162,6 +164,32 @@ def test_nothing_waits_to_be_filled_in():
     assert [
         f"{file.relative_to(ROOT)}: {hit[0]}" for file, text in files.items() if (hit := waiting.search(text))
     ] == []
+
+
+# --- the tests themselves ---
+
+
+def test_a_test_that_wants_a_package_says_how_to_install_it():
+    silent = []
+    for file in sorted((ROOT / "tests").rglob("*.py")):
+        for call in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(call, ast.Call) and ast.unparse(call.func) == "pytest.importorskip":
+                reason = "".join(ast.unparse(word.value) for word in call.keywords if word.arg == "reason")
+                if not re.search(r"pip install|this (system|Python) has no", reason):
+                    silent.append(f"{file.relative_to(ROOT)}:{call.lineno}")
+    assert silent == []
+
+
+@pytest.mark.parametrize("reason, outcome", [("there is no go here", "failed"), ("needs a CUDA device", "skipped")])
+@pytest.mark.skipif(sys.platform != "linux", reason="skips are judged where CI installs all that tests need")
+def test_under_ci_a_skip_is_a_failure_unless_what_it_needs_cannot_be_had(monkeypatch, reason, outcome):
+    def skipped() -> pytest.CollectReport:
+        return pytest.CollectReport("a test", "skipped", ("a file", 1, f"Skipped: {reason}"), None)
+
+    monkeypatch.setenv("CI", "true")
+    assert judge(skipped()).outcome == outcome
+    monkeypatch.delenv("CI")
+    assert judge(skipped()).outcome == "skipped"
 
 
 def test_the_page_has_the_figures_that_the_battery_measured():

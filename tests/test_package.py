@@ -211,7 +211,7 @@ NOTES = """# Changelog
 @pytest.mark.parametrize(
     ("tag", "code", "notes"), [("v1.2.0", 0, "\n### Added\n\n- A thing of today.\n\n"), ("v1.3.0", 1, "")]
 )
-@pytest.mark.skipif(shutil.which("awk") is None, reason="there is no awk here")
+@pytest.mark.skipif(shutil.which("awk") is None, reason="there is no awk here: apt-get install mawk")
 def test_the_notes_of_a_release_are_its_section_of_the_change_log(tmp_path, tag, code, notes):
     (tmp_path / "CHANGELOG.md").write_text(NOTES)
     step = next(step for step in workflow("release")["jobs"]["build"]["steps"] if step.get("name") == "notes")

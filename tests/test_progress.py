@@ -83,6 +83,22 @@ def test_the_rate_is_that_of_the_last_minutes_and_at_the_end_that_of_all(clock, 
     assert capsys.readouterr().err.splitlines()[-1].startswith("train: 800 of 2,000 steps, 0.40 steps/s")
 
 
+def test_the_time_left_counts_neither_the_costs_of_starting_nor_pauses(clock, capsys):
+    with Progress("train", total=70, unit="steps") as bar:
+        clock.now += 85  # validation at step 0, and compiling in the first step
+        bar.advance(restarts=True)
+        for _ in range(19):
+            clock.now += 2
+            bar.advance()
+        clock.now += 30  # validation
+        bar.leave_out(30)
+        assert bar.status() == "20 of 70 steps, 0.50 steps/s, 1 min 40 s left"
+    told = capsys.readouterr().err.splitlines()
+    assert told[0] == "train: 1 of 70 steps"
+    assert told[1] == "train: 6 of 70 steps, 0.50 steps/s, 2 min 08 s left"
+    assert told[-1].startswith("train: 20 of 70 steps, 0.13 steps/s")  # of all the time
+
+
 def test_a_note_stands_behind_the_numbers(clock, capsys):
     with Progress("train", total=2) as bar:
         bar.note("loss 3.21")

@@ -1,4 +1,4 @@
-"""How many bits does the model need per byte of text it has not seen?
+"""Bits per byte of held-out text, as a whole and document by document.
 
 Bits per byte compares models with different tokenizers, which loss per token does not. Tokens that stand for no text
 (<s>, </s>) carry no bytes and are left out of both sums.
@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 
 from nanollm.data.batches import IGNORE, Batch
-from nanollm.evals.intervals import Ratio, ratio
+from nanollm.evals.stats import Ratio, ratio
 from nanollm.model.transformer import Transformer
 from nanollm.train.loss import cross_entropy_sum, token_logprobs
 from nanollm.world import World

@@ -1,4 +1,4 @@
-"""Which test questions stand, in whole or in part, in the text that a model was trained on?
+"""Test questions that stand, in whole or in part, in the text that a model was trained on.
 
 Source: GPT-3, arXiv:2005.14165, appendix C: a question that has any n-gram of words in common with a training document
 is dirty; n is 13 at most, and 8 at least, because shorter ones meet by chance. A word is a run of letters and digits

@@ -1,7 +1,7 @@
-"""Which documents hold a part of an evaluation's question, and are therefore not to be trained on?
+"""A block of datatrove that drops documents with a part of an evaluation's question.
 
-A block of datatrove around the search of contamination.py: a document with one n-gram of a question is left out as a
-whole. What is listed of it says which questions, how much of each, and the first n-gram of each that was found.
+It uses the search of contamination.py: a document with one n-gram of a question is left out as a whole. Its metadata
+then lists the questions, how much of each was found, and the first n-gram of each.
 """
 
 import json

@@ -1,8 +1,8 @@
-"""How many problems of a task does a model solve?
+"""Problems of a task, the replies of a model to them, and the verdicts of graders.
 
 The model gets each question as a user's message and replies, greedily or several times by chance; the task's grade,
 the same function that gives rewards, says which replies are right. Where answers are written as GSM8K writes them,
-three graders speak at once, because the way of reading an answer decides a score as much as the model does: strict (the
+three graders judge at once, because the way of reading an answer decides a score as much as the model does: strict (the
 number behind "####"), flexible (the last number), checked (strict, and every calculator note in the reply is true).
 There the answers of several replies can also vote (maj@k, arXiv:2203.11171).
 """
@@ -15,7 +15,7 @@ from statistics import fmean
 from typing import Literal
 
 from nanollm.data.order import epoch_seed
-from nanollm.evals.intervals import wilson
+from nanollm.evals.stats import wilson
 from nanollm.generate.engine import Engine
 from nanollm.generate.request import Completion, Request
 from nanollm.generate.sampling import SamplingConfig
@@ -40,7 +40,7 @@ HOW: Mapping[str, gsm8k.How] = {"strict": "strict", "flexible": "flexible"}
 
 @dataclass(frozen=True)
 class Attempt:
-    """What a model made of one problem: one entry per sample."""
+    """The replies of a model to one problem: one entry per sample."""
 
     problem: Problem
     replies: list[str]
@@ -72,7 +72,7 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class Judged:
-    """Attempts and what the graders said."""
+    """Attempts and the verdicts on them."""
 
     attempts: list[Attempt]
     verdicts: dict[str, list[list[bool]]]
@@ -154,7 +154,7 @@ def solve(
 
 
 def _attempt(problem: Problem, completions: Sequence[Completion] | None, samples: int, tokenizer: Tokenizer) -> Attempt:
-    """What came of a problem; None: its prompt was too long to be read."""
+    """The replies to a problem; None: its prompt was too long to be read."""
     if completions is None:
         return Attempt(problem, [""] * samples, ["no room"] * samples, [0] * samples)
     return Attempt(
@@ -166,7 +166,7 @@ def _attempt(problem: Problem, completions: Sequence[Completion] | None, samples
 
 
 def graders(task: Task) -> dict[str, Grader]:
-    """Who judges the replies to a task's problems, by name: strict, flexible and checked, or its own grade alone."""
+    """The graders of a task's problems, by name: strict, flexible and checked, or its own grade alone."""
     if isinstance(task, WordProblems | Gsm8k):
         return {
             "strict": task.grade,

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 from nanollm.bundle import PROVENANCE
 from nanollm.durable import read_json, sha256_of, write_file
-from nanollm.evals import figures
-from nanollm.evals.figures import Figures
+from nanollm.evals import results as measured
+from nanollm.evals.stats import Figures
 from nanollm.export.dense import Format, exported_shape
 from nanollm.export.history import Record, folders, name_of, public, stages
 from nanollm.export.usage import FORMAT, how_to_run
@@ -270,7 +270,7 @@ def results(evaluations: Sequence[Figures]) -> Iterator[str]:
         how = f"measured by {evaluation['made_by']} in {settings['dtype']}"
         if settings["task"]["name"] != "none":
             how += f", at most {settings['max_tokens']:,} tokens a reply"
-        yield "\n".join(f"- {line}" for line in [*figures.lines(public(mine)), how])
+        yield "\n".join(f"- {line}" for line in [*measured.lines(public(mine)), how])
 
 
 def code(value: object) -> str:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nanollm.bundle import Bundle
-from nanollm.evals.intervals import wilson
+from nanollm.evals.stats import wilson
 from nanollm.generate.engine import generate
 from nanollm.generate.sampling import SamplingConfig
 from nanollm.sources import builtin

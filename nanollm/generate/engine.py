@@ -20,6 +20,7 @@ from nanollm.generate.runner import open_runner
 from nanollm.generate.sampling import SamplingConfig, sample, uniforms
 from nanollm.generate.work import Ints, Kernels, Piece, Quantize, Seen, Work
 from nanollm.model.transformer import Transformer
+from nanollm.threads import watch_cores
 
 CHUNK = 512
 """Prompt tokens read in one pass, so that long prompts do not hold up the replies that are running."""
@@ -72,6 +73,7 @@ class Engine:
         if length is not None and not 1 < length <= limit:
             raise ValueError(f"the engine's length must be from 2 to the model's context of {limit:,}, got {length:,}")
         self.vocab_size, self.length, self.chunk = model.config.vocab_size, length or limit, chunk
+        watch_cores()
         self.runner = open_runner(model, rows, self.length, chunk, quantize, kernels)
         self.rows = [Row(number) for number in range(rows)]
         self.prompts = np.full((rows, self.length), -1, dtype=np.int64)  # what each row read or is about to read

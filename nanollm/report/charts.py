@@ -1,6 +1,6 @@
-"""How do numbers become pictures that need nothing but a browser?
+"""Charts as inline SVG.
 
-Inline SVG. Colours are classes (`s0`, `s1`, ...; `ink`, `grid`), so that the page around it decides what they are in
+Colours are classes (`s0`, `s1`, ...; `ink`, `grid`), so that the page around it decides what they are in
 the light, in the dark and on paper. Series differ in their dashes, too, for readers who see no difference in colour.
 """
 
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 
-MOST_POINTS = 400  # of a line; more cannot be told apart in this width
+MAX_POINTS = 400  # of a line; more cannot be told apart in this width
 SMOOTHED_FROM = 40  # points from which a noisy line gets a smooth one on top of it
 LOOKS = 8  # classes s0 to s7 and d0 to d7
 WIDTH, HEIGHT = 640, 280
@@ -106,16 +106,6 @@ def heat_map(
     return ElementTree.tostring(svg, encoding="unicode")
 
 
-def interval_bar(value: float, low: float, high: float, least: float, most: float) -> str:
-    """A dot with its interval, between two ends that are the same for all rows of a table."""
-    svg = _canvas(160, 18, f"{short(value)}, interval {short(low)} to {short(high)}")
-    scale = Scale(least, most, 6, 154)
-    _add(svg, "path", {"class": "grid", "d": "M6 9H154"})
-    _add(svg, "path", {"class": "s0 whisker", "d": f"M{scale.place(low):.1f} 9H{scale.place(high):.1f}"})
-    _add(svg, "circle", {"class": "dot", "cx": f"{scale.place(value):.1f}", "cy": "9", "r": "4.5"})
-    return ElementTree.tostring(svg, encoding="unicode")
-
-
 # --- numbers ---
 
 
@@ -152,7 +142,7 @@ def short(value: float) -> str:
     return f"{value:.4g}" if size >= 1e-3 or value == 0 else f"{value:.1e}"
 
 
-def thinned(series: Series, most: int = MOST_POINTS) -> Series:
+def thinned(series: Series, most: int = MAX_POINTS) -> Series:
     """The same line with fewer points, each the mean of its neighbours; the last one stays as it is."""
     size = -(-len(series.xs) // most)
     if size <= 1:

@@ -1,6 +1,6 @@
-"""What does the folder of a run tell about it?
+"""The folder of a run, read as values.
 
-Everything is read as it lies there, also while the run is writing: a last line that is not complete yet is left out.
+A run may be writing meanwhile: an incomplete last line is left out.
 """
 
 import json
@@ -15,7 +15,7 @@ from nanollm.data.shards import read_manifest
 from nanollm.durable import read_json
 from nanollm.model.config import ModelConfig
 from nanollm.settings import read_mapping
-from nanollm.train.runfolder import STARTS
+from nanollm.train.run import STARTS
 
 Line = Mapping[str, Any]
 Stage = Literal["pretrain", "sft", "grpo"]
@@ -37,7 +37,7 @@ class Run:
     settings: Mapping[str, Any]
     inputs: Mapping[str, Any]
     starts: Sequence[Line]
-    """When and where it was started, see runfolder.note_start; runs begun before that was written have none."""
+    """When and where it was started, see train.run.note_start; runs begun before that was written have none."""
     lines: Sequence[Line]
     """metrics.jsonl."""
     model: ModelConfig | None

@@ -1,7 +1,6 @@
-"""How does the page of a run look, or of several runs side by side?
+"""The page of a run, or of several side by side: one HTML file without scripts, fonts or pictures from elsewhere.
 
-What is shown is chosen here, as plain values; `page.html` says where it stands. Everything is in the one file: no
-script, no font, no picture from elsewhere.
+The content is chosen here, as plain values; `page.html` lays it out.
 """
 
 import math
@@ -18,21 +17,26 @@ from nanollm import __version__
 from nanollm.durable import write_file
 from nanollm.progress import duration, say
 from nanollm.report.charts import Series, all_positive, heat_map, key, line_chart, short
-from nanollm.report.facts import differing_settings, facts
 from nanollm.report.folder import Run, read_run
-from nanollm.report.scores import differences_of, notes_of, scores_of, with_bars
+from nanollm.report.tables import differences_of, differing_settings, facts, notes_of, scores_of
 from nanollm.settings import to_yaml
 from nanollm.world import World
 
 HERE = Path(__file__).parent
 PAGE = "report.html"
-MOST_COLUMNS = 80  # of a heat map
-MOST_TOLD = 12  # rows of the table below a chart
+MAX_COLUMNS = 80  # of a heat map
+MAX_ROWS = 12  # rows of the table below a chart
 DEAD = 0.01  # of its fair share of the tokens
 REPLIES_SHOWN = 4
+BPB = "Of text that is never trained on; comparable between tokenizers."
+SOLVED = "With 95 % intervals; none of these problems is trained on."
+SOLVED_INTERVAL = ("val_accuracy_low", "val_accuracy_high")
+KL = "0 throughout where the objective has no reference."
+DROPPED = "All replies of such a group earned the same."
+LOGPROBS = "mean difference of log-probabilities"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Quantity:
     """A number of metrics.jsonl and how it is drawn."""
 
@@ -40,8 +44,8 @@ class Quantity:
     title: str
     unit: str
     about: str = ""
-    low: str = ""
-    high: str = ""
+    interval: tuple[str, str] = ("", "")
+    """Names of its ends, if it has one."""
     log: bool = False
     smooth: bool = False
     from_zero: bool = False
@@ -51,64 +55,26 @@ class Quantity:
 
 QUANTITIES = {
     "Learning": [
-        Quantity(
-            name="loss", title="Training loss", unit="nats per trained token", log=True, smooth=True, not_of=("grpo",)
-        ),
-        Quantity(
-            name="val_bpb",
-            title="Validation",
-            unit="bits per byte",
-            about="Of text that is never trained on; comparable between tokenizers.",
-            log=True,
-        ),
-        Quantity(name="val_loss", title="Validation loss", unit="nats per token", log=True),
-        Quantity(name="lr", title="Learning rate", unit="step size"),
-        Quantity(
-            name="grad_norm",
-            title="Gradient norm",
-            unit="L2 norm before clipping",
-            log=True,
-            smooth=True,
-        ),
+        Quantity("loss", "Training loss", "nats per trained token", log=True, smooth=True, not_of=("grpo",)),
+        Quantity("val_bpb", "Validation", "bits per byte", about=BPB, log=True),
+        Quantity("val_loss", "Validation loss", "nats per token", log=True),
+        Quantity("lr", "Learning rate", "step size"),
+        Quantity("grad_norm", "Gradient norm", "L2 norm before clipping", log=True, smooth=True),
     ],
     "Learning from its own replies": [
-        Quantity(name="reward", title="Reward", unit="mean per reply", smooth=True),
-        Quantity(
-            name="val_accuracy",
-            title="Problems solved",
-            unit="share of test problems, greedily",
-            about="With 95 % intervals; none of these problems is trained on.",
-            low="val_accuracy_low",
-            high="val_accuracy_high",
-        ),
-        Quantity(name="reply_tokens", title="Length of replies", unit="tokens", smooth=True),
-        Quantity(name="finished", title="Replies that ended by themselves", unit="share of all replies", smooth=True),
-        Quantity(name="entropy", title="Entropy", unit="nats per token", smooth=True),
-        Quantity(
-            name="kl",
-            title="Distance to the reference",
-            unit="KL divergence, nats per token",
-            about="0 throughout where the objective has no reference.",
-            smooth=True,
-        ),
-        Quantity(
-            name="groups_dropped",
-            title="Groups that taught nothing",
-            unit="groups per step",
-            about="All replies of such a group earned the same.",
-            smooth=True,
-        ),
-        Quantity(name="clip_fraction", title="Clipped", unit="share of tokens", smooth=True),
-        Quantity(
-            name="engine_logprob_difference",
-            title="Engine against trainer",
-            unit="mean difference of log-probabilities",
-            smooth=True,
-        ),
+        Quantity("reward", "Reward", "mean per reply", smooth=True),
+        Quantity("val_accuracy", "Problems solved", "share of test problems, greedily", SOLVED, SOLVED_INTERVAL),
+        Quantity("reply_tokens", "Length of replies", "tokens", smooth=True),
+        Quantity("finished", "Replies that ended by themselves", "share of all replies", smooth=True),
+        Quantity("entropy", "Entropy", "nats per token", smooth=True),
+        Quantity("kl", "Distance to the reference", "KL divergence, nats per token", KL, smooth=True),
+        Quantity("groups_dropped", "Groups that taught nothing", "groups per step", DROPPED, smooth=True),
+        Quantity("clip_fraction", "Clipped", "share of tokens", smooth=True),
+        Quantity("engine_logprob_difference", "Engine against trainer", LOGPROBS, smooth=True),
     ],
     "Speed and memory": [
-        Quantity(name="tokens_per_s", title="Speed", unit="tokens/s", from_zero=True),
-        Quantity(name="peak_memory_gb", title="Peak memory", unit="GB", from_zero=True),
+        Quantity("tokens_per_s", "Speed", "tokens/s", from_zero=True),
+        Quantity("peak_memory_gb", "Peak memory", "GB", from_zero=True),
     ],
 }
 PART = "reward_"  # of names: the parts of a reward; reward_std is none
@@ -152,7 +118,7 @@ def render(runs: Sequence[Run], price: float | None = None, refresh_s: float | N
         experts=[(run, *experts(run)) for run in runs if run.loads],
         samples=[(run, written) for run in runs if (written := samples(run))],
         replies=[(run, replies(run)) for run in runs if run.rollouts],
-        scores=with_bars([score for run in runs for score in scores_of(run)]),
+        scores=[score for run in runs for score in scores_of(run)],
         differences=[difference for run in runs for difference in differences_of(run)],
         notes=[note for run in runs for note in notes_of(run)],
         settings=[(run.name, to_yaml(run.settings)) for run in runs],
@@ -195,19 +161,19 @@ def reward_parts(runs: Sequence[Run]) -> Iterator[Chart]:
     for run in runs:
         names = [name for name in run.numbers if name.startswith(PART) and name != "reward_std"]
         lines = [
-            series_of(run, Quantity(name=name, title="", unit=""), 1.0, look, name.removeprefix(PART).replace("_", " "))
+            series_of(run, Quantity(name, "", ""), 1.0, look, name.removeprefix(PART).replace("_", " "))
             for look, name in enumerate(names)
         ]
         if lines:
             title = "Parts of the reward" + (f", {run.name}" if runs[1:] else "")
-            quantity = Quantity(name=PART, title=title, unit="mean per reply", smooth=True)
+            quantity = Quantity(PART, title, "mean per reply", smooth=True)
             yield chart_of(quantity, lines, "steps", keys([line.name for line in lines]))
 
 
 def series_of(run: Run, quantity: Quantity, stretch: float, look: int, name: str = "") -> Series:
     """The points of a number, with its interval if it has one; `stretch` turns steps into the unit of the axis."""
     points = run.numbers[quantity.name]
-    lows, highs = ([y for _, y in run.numbers.get(each, [])] for each in (quantity.low, quantity.high))
+    lows, highs = ([y for _, y in run.numbers.get(each, [])] for each in quantity.interval)
     has_interval = len(lows) == len(highs) == len(points)
     return Series(
         name=name or run.name,
@@ -254,7 +220,7 @@ def chart_of(
 def table_of(lines: Sequence[Series]) -> list[list[str]]:
     """Some of the points, evenly spread, the first and the last among them."""
     xs = sorted({x for line in lines for x in line.xs})
-    chosen = sorted({xs[round(place * (len(xs) - 1) / (MOST_TOLD - 1))] for place in range(MOST_TOLD)})
+    chosen = sorted({xs[round(place * (len(xs) - 1) / (MAX_ROWS - 1))] for place in range(MAX_ROWS)})
     known = [dict(zip(line.xs, line.ys, strict=True)) for line in lines]
     return [[f"{x:,.0f}", *(short(of[x]) if x in of else "" for of in known)] for x in chosen]
 
@@ -264,7 +230,7 @@ def table_of(lines: Sequence[Series]) -> list[list[str]]:
 
 def experts(run: Run) -> tuple[Markup, list[str]]:
     """The share of each expert over time, and the experts that get next to nothing at the end."""
-    size = -(-len(run.loads) // MOST_COLUMNS)
+    size = -(-len(run.loads) // MAX_COLUMNS)
     parts = [run.loads[max(0, end - size) : end] for end in range(len(run.loads), 0, -size)][::-1]
     shapes = [len(shares) for shares in run.loads[-1][1]]
     places = [(block, expert) for block, experts in enumerate(shapes) for expert in range(experts)]

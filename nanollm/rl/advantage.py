@@ -13,7 +13,7 @@ AdvantageName = Literal["mean_only", "std", "batch_std"]
 EPSILON = 1e-6  # keeps a division finite; a group whose rewards are all equal is never divided, it is left out
 
 
-def advantages(rewards: Tensor, kind: AdvantageName) -> Tensor:
+def group_advantages(rewards: Tensor, kind: AdvantageName) -> Tensor:
     """rewards (P, G) to advantages (P, G); each group's sum to zero.
 
     mean_only: reward - mean of the group; dividing by its deviation would favour very easy and very hard problems

@@ -1,31 +1,26 @@
-"""What happens in one step of group-relative policy optimization?
+"""One step of group-relative policy optimization in pieces: problems, rollouts, rewards, micro-batches, updates.
 
-Straight down the page: problems, replies, rewards, advantages, rows, updates, numbers (DeepSeekMath, arXiv:2402.03300,
-algorithm 1). A step depends on the weights, the seed and its number alone, so a resumed run goes on exactly, and so
-does one on another number of ranks. These share the asking and grading and tell each other all of it; then they share
-the training.
-Letters: P prompts, G replies per prompt.
+Source: DeepSeekMath, arXiv:2402.03300, algorithm 1; stages/grpo.py has the step as a whole. A step depends on the
+weights, the seed and its number alone, so a resumed run takes the same steps, and so does one on another number of
+ranks: they share the asking and grading, tell each other all of it, and then share the training.
+Letters: P prompts, G rollouts per prompt, B rows, T tokens, M trained tokens.
 """
 
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from itertools import islice
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from nanollm.data.order import epoch_seed, sample_indices
 from nanollm.data.packing import Layout, best_width, even_rows, pack
-from nanollm.model import fused
 from nanollm.model.transformer import Transformer
 from nanollm.progress import say
-from nanollm.rl.advantage import advantages
 from nanollm.rl.loss import ObjectiveConfig, RolloutBatch, Seen, count_of, grpo_loss, policy_logprobs, token_weights
-from nanollm.rl.record import Graded, reply_numbers, save_rollouts, trust_numbers
+from nanollm.rl.record import Graded
 from nanollm.rl.reward import Reply, Rewards
 from nanollm.rl.rollout import Group, Rollout, RolloutConfig, prompt_of, roll_out
 from nanollm.rl.vllm import VllmServer
@@ -37,152 +32,47 @@ from nanollm.train.state import TrainState
 from nanollm.train.step import StepStats, train_step
 from nanollm.world import World
 
-MAX_BARREN_STEPS, MAX_BARREN_GROUPS = 10, 200
+MAX_ZERO_VARIANCE_STEPS, MAX_ZERO_VARIANCE_GROUPS = 10, 200
 """Steps in a row, and groups in them, without one to learn from, after which a run ends with advice."""
 REPLACEMENTS = 4
 """How often as many problems as a step needs are drawn to replace those that do not fit."""
 
+Sampler = Callable[[Sequence[Problem], int], list[Group]]
+"""Problems and the seed of the first reply to a group of rollouts for each; reply i draws from seed + i."""
+
 
 @dataclass(frozen=True, kw_only=True)
-class GrpoStats:
-    """What a step saw."""
+class Collector:
+    """Draws the problems of a step, has them answered, and grades the replies."""
 
-    step: StepStats | None  # of the last update; None: there was nothing to learn from
-    numbers: dict[str, float]
-    reward: float
-    tokens: int  # of all replies
-    skipped: bool
-
-    @property
-    def loss(self) -> float:
-        return self.step.loss if self.step else 0.0
-
-    @property
-    def grad_norm(self) -> float:
-        return self.step.grad_norm if self.step else 0.0
-
-    @property
-    def note(self) -> str:
-        return f"reward {self.reward:.3f}"
-
-    def values(self) -> dict[str, object]:
-        """Names and values for the log."""
-        return {"reward": self.reward} | self.numbers | (self.step.values() if self.step else {})
-
-
-@dataclass
-class Learner:
-    """Everything a step needs; `step` is called with the numbers 0, 1, 2, ..."""
-
-    state: TrainState
-    tokenizer: Tokenizer
     problems: Sequence[Problem]
+    tokenizer: Tokenizer
     rewards: Rewards
-    rollout: RolloutConfig
-    objective: ObjectiveConfig
-    optim: OptimConfig
-    rate: Callable[[int], float]
-    """Learning rate of each step."""
-    micro_batch_size: int
-    """Rows per forward pass if they were as wide as the context; of narrower ones as many more."""
-    folder: Path
-    """Where rollouts are saved."""
+    c: RolloutConfig
+    context_length: int
     seed: int
     world: World
-    reference: Transformer | None = None
-    """With objective.beta only."""
-    server: VllmServer | None = None
-    """Samples in the place of our own engine."""
-    barren_steps: int = 0
-    """Steps in a row without a group to learn from, and the groups in them."""
-    barren_groups: int = 0
 
-    def step(self, step: int) -> GrpoStats:
-        """Sample, grade, compare, learn."""
-        started = time.perf_counter()
-        graded, counts = self.sample(step)
-        sampled = time.perf_counter()
-        totals = torch.tensor([each.totals for each in graded])  # (P, G)
-        compared = advantages(totals, self.objective.advantage)
-        if self.world.is_main:
-            save_rollouts(self.record_of(step), graded, compared)
-        faults = sum(self.world.gather(self.rewards.faults), Counter[str]())
-        self.rewards.faults = Counter()
-        self.watch(step, graded, faults)
-        batches = portions(
-            graded,
-            compared,
-            self.objective,
-            self.rollout.max_tokens,
-            self.micro_batch_size * self.state.model.config.context_length,
-            is_masked=not self.is_fused,
-            ranks=self.world.size,
-        )
-        seen: list[Seen] = []
-        stats = self.update(step, list(self.world.own(batches)), seen) if batches else None
-        trust = trust_numbers(
-            [each for of_rank in self.world.gather([each.cpu() for each in seen]) for each in of_rank]
-        )
-        numbers = reply_numbers(graded) | counts | {"faults": faults.total()} | trust
-        numbers |= {"rollout_s": sampled - started, "train_s": time.perf_counter() - sampled}
-        return GrpoStats(
-            step=stats,
-            numbers=numbers,
-            reward=totals.mean().item(),
-            tokens=sum(len(rollout.reply_ids) for each in graded for rollout in each.group.rollouts),
-            skipped=stats is not None and stats.skipped,
-        )
+    def collect(self, step: int, sample: Sampler) -> tuple[list[Graded], dict[str, float]]:
+        """The graded groups of a step, and how many problems were too long or replaced.
 
-    def record_of(self, step: int) -> Path:
-        """The file with the replies of a step."""
-        return self.folder / f"step-{step + 1:08d}.jsonl"
-
-    @property
-    def is_fused(self) -> bool:
-        """Whether attention keeps packed texts apart without a mask."""
-        return fused.serves(self.state.model.config, self.world.dtype, self.world.device)
-
-    def sample(self, step: int) -> tuple[list[Graded], dict[str, float]]:
-        """The graded groups of a step; those that teach nothing are replaced as often as `resample` allows."""
+        Groups without a signal are replaced as often as `resample` allows (dynamic sampling, DAPO, arXiv:2503.14476).
+        """
         counts: Counter[str] = Counter(prompts_too_long=0, groups_replaced=0)
-        problems, roll_out = self.draw(step, counts), self.engine()
-        graded: list[Graded] = []
-        for attempt in range(self.rollout.resample + 1):
-            kept = [each for each in graded if each.teaches]
-            new = list(islice(problems, self.rollout.prompts - len(kept)))
+        problems, graded = self.draw(step, counts), list[Graded]()
+        for attempt in range(self.c.resample + 1):
+            kept = [each for each in graded if each.has_signal]
+            new = list(islice(problems, self.c.prompts - len(kept)))
             if not new:
                 break
             counts["groups_replaced"] += len(graded) - len(kept)
-            seed = reply_seed(self.seed, step, attempt)
-            graded = kept + self.ask(roll_out, new, seed)
+            graded = kept + self._ask(sample, new, reply_seed(self.seed, step, attempt))
         if not graded:
             raise ValueError(
-                f"none of the problems of step {step + 1} leaves room for a reply of {self.rollout.max_tokens} tokens "
-                f"in the context of {self.state.model.config.context_length}; take a smaller --rollout.max_tokens or "
-                f"shorter problems"
+                f"none of the problems of step {step + 1} leaves room for a reply of {self.c.max_tokens} tokens in the "
+                f"context of {self.context_length}; take a smaller --rollout.max_tokens or shorter problems"
             )
         return graded, dict(counts)
-
-    def engine(self) -> Callable[[Sequence[Problem], int], list[Group]]:
-        """What replies to problems from a seed on, with the weights as they stand."""
-        if self.server is None:
-            model = self.state.whole_model()
-            return lambda problems, seed: roll_out(model, self.tokenizer, problems, self.rollout, seed)
-        server, weights = self.server, self.state.bundle_weights(keep=self.world.is_main)
-        if self.world.is_main:
-            server.push(weights)
-        self.world.wait()  # nobody asks before the new weights are there
-        return lambda problems, seed: server.roll_out(problems, self.rollout, seed)
-
-    def ask(
-        self, roll_out: Callable[[Sequence[Problem], int], list[Group]], problems: Sequence[Problem], seed: int
-    ) -> list[Graded]:
-        """Groups of replies to problems, graded. Each rank asks a stretch of them; all get all, in their order."""
-        begin, end = (len(problems) * rank // self.world.size for rank in (self.world.rank, self.world.rank + 1))
-        # Every reply has the seed of its place among all.
-        seed += begin * self.rollout.group_size
-        own = self.grade(roll_out(problems[begin:end], seed))
-        return [each for of_rank in self.world.gather(own) for each in of_rank]
 
     def draw(self, step: int, counts: Counter[str]) -> Iterator[Problem]:
         """The problems of a step, in a fresh random order each epoch, and behind them others that may replace some.
@@ -190,91 +80,130 @@ class Learner:
         None comes twice, and none that does not fit; those are counted.
         """
         seen = set[int]()
-        for attempt in range(self.rollout.resample + REPLACEMENTS):
+        for attempt in range(self.c.resample + REPLACEMENTS):
             seed = epoch_seed(self.seed, -attempt) if attempt else self.seed
-            for number in sample_indices(step, self.rollout.prompts, len(self.problems), seed).tolist():
+            for number in sample_indices(step, self.c.prompts, len(self.problems), seed).tolist():
                 if number in seen:
                     continue
                 seen.add(number)
-                if self.fits(self.problems[number]):
+                if len(prompt_of(self.problems[number], self.tokenizer)) <= self.context_length - self.c.max_tokens:
                     yield self.problems[number]
                 else:
                     counts["prompts_too_long"] += 1
 
-    def fits(self, problem: Problem) -> bool:
-        """Whether the context holds the problem and the longest reply to it."""
-        room = self.state.model.config.context_length - self.rollout.max_tokens
-        return len(prompt_of(problem, self.tokenizer)) <= room
+    def _ask(self, sample: Sampler, problems: Sequence[Problem], seed: int) -> list[Graded]:
+        """Graded groups, in the order of the problems. Each rank asks a stretch of them; all get all."""
+        begin, end = (len(problems) * rank // self.world.size for rank in (self.world.rank, self.world.rank + 1))
+        # Every reply has the seed of its place among all, whichever rank samples it.
+        own = self._grade(sample(problems[begin:end], seed + begin * self.c.group_size))
+        return [each for of_rank in self.world.gather(own) for each in of_rank]
 
-    def grade(self, groups: Sequence[Group]) -> list[Graded]:
-        """What every reply says and earned."""
+    def _grade(self, groups: Sequence[Group]) -> list[Graded]:
         replies = [
             (group.problem, Reply(reply_text(each.reply_ids, self.tokenizer), len(each.reply_ids), each.stop == "end"))
             for group in groups
             for each in group.rollouts
         ]
-        rewards, size = self.rewards(replies), self.rollout.group_size
+        rewards, size = self.rewards(replies), self.c.group_size
         return [
             Graded(group, [reply.text for _, reply in replies[first : first + size]], rewards[first : first + size])
             for first, group in zip(range(0, len(replies), size), groups, strict=True)
         ]
 
-    def watch(self, step: int, graded: Sequence[Graded], faults: Counter[str]) -> None:
-        """Say what went wrong with rewards; end a run that has nothing to learn from."""
+    def take_faults(self) -> Counter[str]:
+        """What went wrong with rewards on any rank since this was last asked, and how often."""
+        faults = sum(self.world.gather(self.rewards.faults), Counter[str]())
+        self.rewards.faults = Counter()
+        return faults
+
+
+def open_sampler(
+    state: TrainState, tokenizer: Tokenizer, c: RolloutConfig, server: VllmServer | None, world: World
+) -> Sampler:
+    """What answers problems with the weights as they stand: our own engine, or the vLLM server."""
+    if server is None:
+        model = state.whole_model()
+        return lambda problems, seed: roll_out(model, tokenizer, problems, c, seed)
+    weights = state.bundle_weights(keep=world.is_main)
+    if world.is_main:
+        server.push(weights)
+    world.wait()  # nobody asks before the new weights are there
+    return lambda problems, seed: server.roll_out(problems, c, seed)
+
+
+class SignalWatch:
+    """Ends a run whose replies to each problem all earn the same, step after step."""
+
+    def __init__(self) -> None:
+        self.steps = self.groups = 0  # in a row
+
+    def see(self, step: int, graded: Sequence[Graded], faults: Counter[str]) -> None:
+        """Say what went wrong with rewards. ValueError with advice where there is nothing to learn from."""
         if faults:
             fault, times = faults.most_common(1)[0]
             say(f"step {step + 1}: {faults.total()} parts of rewards are missing, {times} because {fault}")
         is_solved = all(reward.parts.get("correct") == 1 for each in graded for reward in each.rewards)
-        if is_solved or any(each.teaches for each in graded):
-            self.barren_steps = self.barren_groups = 0
+        if is_solved or any(each.has_signal for each in graded):
+            self.steps = self.groups = 0
             return
-        self.barren_steps, self.barren_groups = self.barren_steps + 1, self.barren_groups + len(graded)
-        if self.barren_steps >= MAX_BARREN_STEPS and self.barren_groups >= MAX_BARREN_GROUPS:
+        self.steps, self.groups = self.steps + 1, self.groups + len(graded)
+        if self.steps >= MAX_ZERO_VARIANCE_STEPS and self.groups >= MAX_ZERO_VARIANCE_GROUPS:
             totals = [total for each in graded for total in each.totals]
             cause = f", and {faults.total()} parts were missing because {faults.most_common(1)[0][0]}" if faults else ""
             raise ValueError(
-                f"for {self.barren_steps} steps all replies to each problem earned the same (the last between "
+                f"for {self.steps} steps all replies to each problem earned the same (the last between "
                 f"{min(totals):.3g} and {max(totals):.3g}{cause}), so there is nothing to learn from: train longer "
                 f"with nanollm sft first, or take easier problems or a larger --rollout.group_size"
             )
 
-    def update(self, step: int, batches: list[RolloutBatch], seen: list[Seen]) -> StepStats:
-        """Move the weights `updates` times by the same rollouts."""
-        temperature = self.rollout.temperature
-        device = self.world.device
-        if self.reference is not None:
-            batches = [
-                replace(b, reference_logprobs=frozen_logprobs(self.reference, b.to(device), temperature))
-                for b in batches
-            ]
-        if self.objective.updates > 1:
-            batches = [
-                replace(b, old_logprobs=self.state.run(frozen_logprobs, b.to(device), temperature)) for b in batches
-            ]
 
-        def loss_of(model: Transformer, batch: RolloutBatch) -> tuple[Tensor, Tensor]:
-            loss, report, this = grpo_loss(model, batch, self.objective, temperature)
-            seen.append(this)
-            return loss, report
+def update_policy(
+    state: TrainState,
+    batches: Sequence[RolloutBatch],
+    c: ObjectiveConfig,
+    temperature: float,
+    lr: float,
+    optim: OptimConfig,
+    world: World,
+    reference: Transformer | None = None,
+) -> tuple[StepStats | None, list[Seen]]:
+    """Move the weights `updates` times by a step's rollouts. batches: this rank's; none: there is nothing to learn.
 
-        for _ in range(self.objective.updates):
-            stats = train_step(self.state, batches, loss_of, self.rate(step), self.optim, self.world)
-            if stats.skipped:
-                break
-        return stats
+    Returns the stats of the last update, and what every micro-batch of all ranks and updates showed.
+    """
+    if not batches:
+        return None, []
+    device, seen = world.device, list[Seen]()
+    if reference is not None:
+        batches = [
+            replace(b, reference_logprobs=frozen_logprobs(reference, b.to(device), temperature)) for b in batches
+        ]
+    if c.updates > 1:
+        batches = [replace(b, old_logprobs=state.run(frozen_logprobs, b.to(device), temperature)) for b in batches]
+
+    def loss_of(model: Transformer, batch: RolloutBatch) -> tuple[Tensor, Tensor]:
+        loss, report, shown = grpo_loss(model, batch, c, temperature)
+        seen.append(shown)
+        return loss, report
+
+    for _ in range(c.updates):
+        stats = train_step(state, batches, loss_of, lr, optim, world)
+        if stats.skipped:
+            break
+    return stats, [each for of_rank in world.gather([each.cpu() for each in seen]) for each in of_rank]
 
 
-def portions(
+def make_micro_batches(
     graded: Sequence[Graded],
     compared: Tensor,
     c: ObjectiveConfig,
     max_tokens: int,
-    places: int,
+    max_places: int,
     *,
     is_masked: bool,
     ranks: int = 1,
 ) -> list[RolloutBatch]:
-    """The replies that teach, packed into rows, in micro-batches that have no more than so many places.
+    """The groups that have a signal, packed into rows, in micro-batches of at most `max_places` places.
 
     Every rank can take as many of them as the others; some may be empty then.
 
@@ -285,7 +214,7 @@ def portions(
     kept = [
         (rollout, advantage)
         for each, row in zip(graded, compared.tolist(), strict=True)
-        if each.teaches
+        if each.has_signal
         for rollout, advantage in zip(each.group.rollouts, row, strict=True)
     ]
     if not kept:
@@ -293,8 +222,8 @@ def portions(
     lengths = [len(rollout.reply_ids) for each in graded for rollout in each.group.rollouts]
     count = count_of(len(lengths), sum(lengths), c.aggregation, max_tokens)
     taken = [len(rollout.prompt_ids) + len(rollout.reply_ids) - 1 for rollout, _ in kept]
-    width = best_width(taken, places, is_masked=is_masked)
-    rows = even_rows(-(-len(pack(taken, width)) // ranks), places // width)
+    width = best_width(taken, max_places, is_masked=is_masked)
+    rows = even_rows(-(-len(pack(taken, width)) // ranks), max_places // width)
     return in_rows(kept, width, rows * ranks, c.aggregation, count).portions(rows)
 
 

@@ -30,11 +30,11 @@ class Graded:
         return [reward.total for reward in self.rewards]
 
     @property
-    def teaches(self) -> bool:
+    def has_signal(self) -> bool:
         return len(set(self.totals)) > 1
 
 
-def reply_numbers(graded: Sequence[Graded]) -> dict[str, float]:
+def rollout_metrics(graded: Sequence[Graded]) -> dict[str, float]:
     """What the replies of a step were like."""
     rollouts = [rollout for each in graded for rollout in each.group.rollouts]
     rewards = [reward for each in graded for reward in each.rewards]
@@ -44,14 +44,14 @@ def reply_numbers(graded: Sequence[Graded]) -> dict[str, float]:
         "reward_std": pstdev(reward.total for reward in rewards),
         **parts,
         "groups": len(graded),
-        "groups_dropped": sum(not each.teaches for each in graded),
+        "groups_dropped": sum(not each.has_signal for each in graded),
         "reply_tokens": fmean(lengths),
         "reply_tokens_max": max(lengths),
         "finished": fmean(rollout.stop == "end" for rollout in rollouts),
     }
 
 
-def trust_numbers(seen: Sequence[Seen]) -> dict[str, float]:
+def policy_metrics(seen: Sequence[Seen]) -> dict[str, float]:
     """Whether the numbers can be trusted: means over all trained tokens of a step's updates."""
     if not seen:
         return {}
@@ -80,6 +80,6 @@ def save_rollouts(path: Path, graded: Sequence[Graded], compared: Tensor) -> Non
             problem = each.group.problem
             record: dict[str, object] = {"question": problem.question, "answer": problem.answer, "reply": text}
             record |= {"reward": reward.total, "parts": reward.parts, "advantage": advantage}
-            record |= {"tokens": len(rollout.reply_ids), "stop": rollout.stop, "trained": each.teaches}
+            record |= {"tokens": len(rollout.reply_ids), "stop": rollout.stop, "trained": each.has_signal}
             lines.append(json.dumps(record, ensure_ascii=False) + "\n")
     write_file(path, "".join(lines).encode())

@@ -12,8 +12,8 @@ from typing import Any
 from nanollm import settings
 from nanollm.bundle import load_bundle
 from nanollm.durable import write_file, write_json
-from nanollm.evals.intervals import paired
 from nanollm.evals.problems import Accuracy, Judged, judge, solve
+from nanollm.evals.stats import paired
 from nanollm.model.config import ModelConfig
 from nanollm.progress import duration, say
 from nanollm.report.page import PAGE
@@ -23,9 +23,9 @@ from nanollm.sources.tasks import TaskConfig
 from nanollm.sources.word_problems import WordProblems
 from nanollm.stages import grpo, preprocess, pretrain, sft, tokenizer
 from nanollm.stages.preprocess import WordsConfig
-from nanollm.train.loop import TrainConfig
+from nanollm.train.metrics import read_metrics
 from nanollm.train.optim import OptimConfig
-from nanollm.train.runlog import read_metrics
+from nanollm.train.run import TrainConfig
 from nanollm.train.spikes import SIGMAS
 from nanollm.world import World
 

@@ -1,4 +1,7 @@
-"""Is everything well on this machine? Checks, advice where something is wrong, and a run of seconds."""
+"""A check of this machine: versions, device and type, cores, memory, compiler, disk, and a small run that is resumed.
+
+A line says `ok`; `warn`: runs work, but slowly or not all of them; or `FAIL`: they do not work.
+"""
 
 import dataclasses
 import json
@@ -9,49 +12,55 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
+from typing import Literal
 
 import torch
-from rich.console import Console
-from rich.text import Text
-from safetensors.torch import load_file
-from torch import Tensor
 
-from nanollm import __version__, compiled, machine
-from nanollm.bundle import Bundle, load_bundle
+from nanollm import __version__, compiled, hardware
+from nanollm.bundle import load_bundle
 from nanollm.durable import sha256_of, write_file
 from nanollm.generate import native
 from nanollm.generate.engine import Engine
 from nanollm.generate.request import Request
 from nanollm.generate.sampling import SamplingConfig
 from nanollm.generate.work import Kernels
-from nanollm.machine import Finding
+from nanollm.hardware import GB
 from nanollm.model.config import ModelConfig
-from nanollm.model.transformer import Transformer
 from nanollm.progress import say, set_quiet
 from nanollm.settings import load_preset
 from nanollm.sources import builtin
 from nanollm.stages import preprocess, pretrain, tokenizer
 from nanollm.text import words
-from nanollm.train.checkpoint import WEIGHTS, checkpoints
-from nanollm.train.loop import TrainConfig
+from nanollm.train.checkpoint import checkpoints
 from nanollm.train.memory import training_memory
+from nanollm.train.metrics import read_metrics
 from nanollm.train.optim import OptimConfig
-from nanollm.train.runlog import read_metrics
+from nanollm.train.run import TrainConfig
 from nanollm.train.speed import SpeedConfig
 from nanollm.world import World
 
-COLOURS = {"ok": "green", "warn": "yellow", "FAIL": "bold red"}
 REPORT = "add the output of nanollm doctor --json to your report"
+EXTRAS = {"data": "datasets", "serve": "fastapi", "eval": "lm_eval", "export": "transformers"}
+"""A module that an extra brings."""
 DOCUMENTS, PIECES, STEPS, STOP_AT, REPLY_TOKENS = 40, 512, 30, 20, 32
-LIMIT_S = 20.0
-ROUGHLY = 0.05  # between losses in float32 and in a half type
-GREEDY = SamplingConfig(temperature=0)
-CLOSE = 1e-3  # between log-probabilities in float32 that were summed in another order
+USUAL_S = 20.0
+"""The small run takes less on two idle cores."""
+MAX_DIFFERENCE = 1e-3
+"""Between log-probabilities in float32 that were summed in another order."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one check found."""
+
+    name: str
+    level: Literal["ok", "warn", "FAIL"]
+    text: str
+    advice: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,9 +71,7 @@ class Config:
     """
 
     dir: Path = Path()
-    """Folder whose disk is checked, and where the self-test runs (it leaves nothing behind)."""
-    offline: bool = False
-    """Do not ask the hub; HF_HUB_OFFLINE=1 means the same."""
+    """Folder whose disk is checked, and where the small run lies (it leaves nothing behind)."""
     json: bool = False
     """Print one JSON object instead of lines."""
 
@@ -88,136 +95,108 @@ def run(c: Config) -> None:
 
 def show(finding: Finding) -> None:
     """`level  name  text`, and the advice below."""
-    console = Console(highlight=False)  # looks for a terminal, NO_COLOR and the like
-    line = Text.assemble((f"{finding.level:<6}", COLOURS[finding.level]), f"{finding.name:<12}{finding.text}")
-    console.print(line, soft_wrap=True)
+    print(f"{finding.level:<6}{finding.name:<12}{finding.text}", flush=True)
     if finding.advice:
-        console.print(Text(f"{'':18}advice: {finding.advice}"), soft_wrap=True)
+        print(f"{'':18}advice: {finding.advice}", flush=True)
 
 
 def examine(c: Config) -> Iterator[Finding]:
-    """One finding after the other; a check that breaks is one as well."""
-    checks: dict[str, Callable[[], Finding | None]] = {
-        "python": lambda: machine.judge_python(sys.version_info[:3]),
-        "nanollm": lambda: Finding("nanollm", "ok", f"{__version__} on {platform.platform()}"),
+    """One finding after the other. A check returns what it found, and advice if there is some; it FAILs by raising."""
+    checks: dict[str, Callable[[], tuple[str, str]]] = {
+        "versions": check_versions,
         "torch": check_torch,
         "device": check_device,
-        "gpu": check_gpus,
-        "threads": check_threads,
+        "cores": check_cores,
         "memory": check_memory,
-        "packages": lambda: machine.judge_packages(machine.installed_needs()),
         "compiler": check_compiler,
-        "open files": check_open_files,
-        "hub": partial(check_hub, c.offline),
+        "disk": lambda: check_disk(shutil.disk_usage(c.dir).free),
+        "small run": lambda: small_run(c.dir),
     }
-    yield from filter(None, (attempt(name, check) for name, check in checks.items()))
-    yield from check_folder(c.dir)
-
-
-def attempt(name: str, check: Callable[[], Finding | None]) -> Finding | None:
-    """What a check finds; None: it does not concern this machine."""
-    try:
-        return check()
-    except Exception as error:  # a machine that is broken may raise anything
-        return Finding(name, "FAIL", f"could not be checked: {told(error)}", REPORT)
-
-
-def told(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    for name, check in checks.items():
+        try:
+            text, advice = check()
+            yield Finding(name, "warn" if advice else "ok", text, advice)
+        except Exception as error:  # whatever is broken here is what the user wants to know
+            yield Finding(name, "FAIL", " ".join(f"{type(error).__name__}: {error}".split())[:300], REPORT)
 
 
 # --- the machine ---
 
 
-def check_torch() -> Finding:
-    return machine.judge_torch(
-        torch.__version__,
-        f"CUDA {torch.version.cuda}" if torch.version.cuda else torch.version.hip and f"ROCm {torch.version.hip}",
-        is_used=torch.cuda.is_available(),
-        has_gpu=machine.has_nvidia_gpu(),
-        hidden=os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1"),
-    )
+def check_versions() -> tuple[str, str]:
+    missing = ",".join(extra for extra, module in EXTRAS.items() if find_spec(module) is None)
+    said = f"nanollm {__version__}, Python {platform.python_version()}, {platform.platform()}"
+    return said + (f'; pip install "nanollm[{missing}]" adds more' if missing else ""), ""
 
 
-def check_device() -> Finding:
+def check_torch() -> tuple[str, str]:
+    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else torch.version.hip and f"ROCm {torch.version.hip}"
+    said = f"{torch.__version__}, for {build or 'CPUs'}"
+    is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1")
+    if torch.cuda.is_available() or is_hidden or shutil.which("nvidia-smi") is None:
+        return said, ""
+    advice = "compare nvidia-smi's driver with that build, or take another: https://pytorch.org/get-started/locally"
+    return f"{said}, cannot use the NVIDIA GPU that is here", advice
+
+
+def check_device() -> tuple[str, str]:
+    """The device and type that runs choose by themselves, and the rate of a matrix product in each type."""
     world = World.start()
-    types = dict.fromkeys([torch.float32, torch.bfloat16, world.dtype])
-    rates = {str(each).removeprefix("torch."): machine.measure_gemm(world.device, each) for each in types}
-    return machine.judge_device(world.names["device"], world.names["dtype"], rates)
+    dtype, types = world.names["dtype"], dict.fromkeys([torch.float32, torch.bfloat16, world.dtype])
+    rates = {str(each).removeprefix("torch."): hardware.measure_gemm(world.device, each) for each in types}
+    measured = ", ".join(f"{name} {rate:.3g} TFLOP/s" if rate else f"no {name}" for name, rate in rates.items())
+    said = f"{world.names['device']} in {dtype}; {measured}"
+    for number in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(number)
+        said += f"; {torch.cuda.get_device_name(number)} with {free / GB:.1f} of {total / GB:.1f} GB free"
+    is_slower = rates[dtype] < rates["float32"]
+    return said, f"take --dtype float32: {dtype} is slower here, or missing" if is_slower else ""
 
 
-def check_gpus() -> Finding | None:
-    if not torch.cuda.is_available():
-        return None
-    numbers = range(torch.cuda.device_count())
-    gpus = [(torch.cuda.get_device_name(number), *torch.cuda.mem_get_info(number)) for number in numbers]
-    shared = shutil.disk_usage("/dev/shm").total if Path("/dev/shm").is_dir() else None
-    return machine.judge_gpus(gpus, shared)
+def check_cores() -> tuple[str, str]:
+    threads, cores = torch.get_num_threads(), hardware.usable_cores()
+    said = f"{threads} thread{'s' * (threads != 1)} on {cores} core{'s' * (cores != 1)}, load {hardware.load():.1f}"
+    if threads > cores:
+        return said, f"set OMP_NUM_THREADS={cores}: threads that wait for a core cost more than they bring"
+    if 2 * threads < cores:
+        return said, f"set OMP_NUM_THREADS={cores} to use the other cores"
+    if hardware.is_shared():
+        return f"{said}: the machine is shared", "until the other programs end, all that is timed here takes longer"
+    return said, ""
 
 
-def check_threads() -> Finding:
-    return machine.judge_threads(
-        torch.get_num_threads(),
-        os.cpu_count() or 1,
-        machine.usable_cores(),
-        machine.cpu_quota(),
-        os.environ.get("OMP_NUM_THREADS"),
-    )
+def check_memory() -> tuple[str, str]:
+    if (known := hardware.memory()) is None:
+        return "unknown on this system", ""
+    advice = "end other programs; nanollm info MODEL says what a training step takes"
+    return f"{known[0] / GB:.1f} of {known[1] / GB:.1f} GB free", advice if known[0] < 2 * GB else ""
 
 
-def check_memory() -> Finding | None:
-    known = machine.memory()
-    return machine.judge_memory(*known) if known else None
-
-
-def check_compiler() -> Finding:
+def check_compiler() -> tuple[str, str]:
     started = time.monotonic()
+    if problem := compiler_problem():
+        return "C++ cannot be compiled: replies and tokenizing are several times slower on this CPU", problem
+    command = " ".join(compiled.find_compiler())
+    return f"{command} made and loaded our C++ in {time.monotonic() - started:.1f} s", ""
+
+
+def compiler_problem() -> str:
+    """Why C++ cannot be compiled or loaded; empty if it can."""
     try:
         words.library()
         native.library()
-        problem = ""
     except compiled.NoCompilerError as error:
-        problem = str(error)
-    return machine.judge_compiler(compiled.find_compiler(), problem, time.monotonic() - started)
+        return str(error)
+    return ""
 
 
-def check_open_files() -> Finding | None:
-    limit = machine.open_files_limit()
-    return None if limit is None else machine.judge_open_files(limit)
-
-
-def check_hub(offline: bool) -> Finding:
-    if offline or os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
-        return Finding("hub", "ok", "not asked: this is to be offline")
-    endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-    return machine.judge_hub(endpoint, machine.ask_hub(endpoint))
-
-
-# --- the folder, and the run in it ---
-
-
-def check_folder(folder: Path) -> Iterator[Finding]:
-    """What is checked by writing: in a folder of its own that is gone afterwards, however that comes."""
-    free = shutil.disk_usage(folder).free
-    checkpoint = checkpoint_bytes(ModelConfig(**load_preset("model", "nano-327m")))
-    disk = machine.judge_disk(free, 3 * checkpoint)  # two are kept while the next is written
-    yield disk
-    if disk.level == "FAIL":
-        return  # the rest would fail for the same reason, less clearly
-    try:
-        room = tempfile.TemporaryDirectory(prefix=".nanollm-doctor-", dir=folder)
-    except OSError as error:
-        yield Finding("writing", "FAIL", f"{folder} cannot be written: {error.strerror}", "choose another --dir")
-        return
-    with room as name:
-        here = Path(name)
-        checks: dict[str, Callable[[], Finding]] = {
-            "writing": lambda: machine.judge_writing(*machine.measure_writing(here, 256_000_000), checkpoint),
-            "files": lambda: machine.judge_files(machine.try_files(here)),
-            "clock": lambda: machine.judge_clock(*machine.read_clocks(here)),
-            "self-test": lambda: self_test(here / "self-test"),
-        }
-        yield from filter(None, (attempt(name, check) for name, check in checks.items()))
+def check_disk(free: int) -> tuple[str, str]:
+    needed = 3 * checkpoint_bytes(ModelConfig(**load_preset("model", "nano-327m")))  # two are kept, a third is written
+    said = f"{free / GB:,.1f} GB free; checkpoints of nano-327m take {needed / GB:.1f} GB"
+    advice = "make room, or take another disk: --out decides where a run is kept"
+    if free < 0.5 * GB:
+        raise OSError(f"{said}: {advice}")
+    return said, advice if free < 10 * GB else ""
 
 
 def checkpoint_bytes(model: ModelConfig) -> int:
@@ -226,56 +205,27 @@ def checkpoint_bytes(model: ModelConfig) -> int:
     return 4 * model.total_parameters + remembered
 
 
-class Wrong(Exception):
-    """What the self-test did is not what it should be."""
+# --- the small run ---
 
 
-def self_test(folder: Path) -> Finding:
-    """Text becomes tokens, a model learns them, is stopped, goes on, and is asked; each step has a name."""
-    say(f"self-test: a small run, at most about {LIMIT_S:.0f} s ...")
-    started, left, told_so_far = time.monotonic(), steps(folder), list[str]()
+def small_run(around: Path) -> tuple[str, str]:
+    """Text becomes tokens, a model learns them, is stopped, is resumed, and replies: by the stages that users call."""
+    say(f"small run: about {USUAL_S:.0f} s ...")
+    started, threads = time.monotonic(), torch.get_num_threads()
     set_quiet(True)
+    torch.set_num_threads(1)  # a tiny model gains nothing from more, and crawls where threads wait for cores
     try:
-        while left and time.monotonic() - started < LIMIT_S:
-            name = next(iter(left))
-            try:
-                told_so_far.append(left.pop(name)())
-            except Exception as error:  # whatever is broken here is what the user wants to know
-                reason = str(error) if isinstance(error, Wrong) else told(error)
-                return Finding("self-test", "FAIL", f"{name}: {reason}", REPORT)
+        with tempfile.TemporaryDirectory(prefix=".nanollm-doctor-", dir=around) as name:
+            c = training_config(Path(name))
+            prepare(c)
+            done = [train(c), resume(c), reply(c.out / "bundle", "torch")]
+            done += [reply(c.out / "bundle", "native")] * (not compiler_problem())
     finally:
+        torch.set_num_threads(threads)
         set_quiet(False)
-    return judge_self_test(time.monotonic() - started, list(filter(None, told_so_far)), list(left))
-
-
-def judge_self_test(seconds: float, done: list[str], left: list[str]) -> Finding:
-    """done: what the steps say of themselves; left: the steps that there was no time for."""
-    said = f"{seconds:.1f} s: {', '.join(done)}"
-    if seconds > LIMIT_S:
-        said += f"; not tried: {', '.join(left)}" if left else ""
-        advice = f"on two cores it takes under {LIMIT_S:.0f} s: is the machine busy, or its disk slow?"
-        return Finding("self-test", "warn", said, advice)
-    return Finding("self-test", "ok", said)
-
-
-def steps(folder: Path) -> dict[str, Callable[[], str]]:
-    """The self-test, by the stages that users call."""
-    corpus, training = folder / "corpus.jsonl", training_config(folder)
-    bundle = training.out / "bundle"
-    learn = tokenizer.Config(corpus=[str(corpus)], output_dir=folder, vocab_size=PIECES, held_out=0.0)
-    encode = preprocess.Config(
-        kind="text", input=[corpus], tokenizer_path=learn.model_path, save_dir=training.data, val_fraction=0.1
-    )
-    return {
-        "the tokenizer": lambda: make_tokenizer(corpus, learn),
-        "the token files": lambda: make_token_files(encode),
-        "training": lambda: train(training),
-        "going on after a stop": lambda: go_on(training),
-        "the bundle": lambda: reopen(training.out),
-        "a reply": lambda: reply(bundle),
-        "the compute type": lambda: round_off(bundle, corpus),
-        "compiled code": lambda: ask_compiled(bundle, corpus),
-    }
+    seconds = time.monotonic() - started
+    advice = f"on two idle cores it takes under {USUAL_S:.0f} s: is the machine busy, or its disk slow?"
+    return f"{seconds:.1f} s: {', '.join(done)}", advice if seconds > USUAL_S else ""
 
 
 def training_config(folder: Path) -> pretrain.Config:
@@ -293,112 +243,53 @@ def training_config(folder: Path) -> pretrain.Config:
     )
 
 
-def make_tokenizer(corpus: Path, c: tokenizer.Config) -> str:
-    corpus.parent.mkdir()
+def prepare(c: pretrain.Config) -> None:
+    """A tokenizer and token files."""
+    corpus = c.tokenizer_path / "corpus.jsonl"
     lines = [json.dumps({"text": text}) for text in islice(builtin.documents(), DOCUMENTS)]
     write_file(corpus, "\n".join(lines).encode())
-    tokenizer.run(c)  # refuses to make one that loses text
-    return ""
+    learn = tokenizer.Config(corpus=[str(corpus)], output_dir=c.tokenizer_path, vocab_size=PIECES, held_out=0.0)
+    tokenizer.run(learn)  # refuses to make one that loses text
+    preprocess.run(
+        preprocess.Config(
+            kind="text", input=[corpus], tokenizer_path=learn.model_path, save_dir=c.data, val_fraction=0.1
+        )
+    )
 
 
-def make_token_files(c: preprocess.Config) -> str:
-    preprocess.run(c)
-    return ""
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """A tiny model gains nothing from more, and crawls where threads wait for cores that they do not get."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@one_thread()
 def train(c: pretrain.Config) -> str:
     pretrain.run(c)
     losses = [line["loss"] for line in read_metrics(c.out) if "loss" in line]
     if not losses[-1] < losses[0] - 0.5:
-        raise Wrong(f"the loss was {losses[0]:.2f} in the first step and {losses[-1]:.2f} in step {len(losses)}")
+        raise ArithmeticError(f"the loss was {losses[0]:.2f} in step 1 and {losses[-1]:.2f} in step {len(losses)}")
     return f"loss {losses[0]:.1f} to {losses[-1]:.1f}"
 
 
-@one_thread()
-def go_on(c: pretrain.Config) -> str:
+def resume(c: pretrain.Config) -> str:
     """Take back what came after the checkpoint in the middle, and let the same command make it again."""
     whole = sha256_of(c.out / "bundle" / "model.safetensors")
     shutil.rmtree(checkpoints(c.out / "checkpoints")[0])
     shutil.rmtree(c.out / "bundle")
     pretrain.run(c)
     if sha256_of(c.out / "bundle" / "model.safetensors") != whole:
-        raise Wrong("the run that went on from a checkpoint has other weights than the one that was not stopped")
+        raise ArithmeticError("a run resumed from a checkpoint has other weights than one that was not stopped")
     return "resumed to the same bits"
 
 
-def reopen(run: Path) -> str:
-    opened = load_bundle(run / "bundle").model.state_dict()
-    kept = load_file(checkpoints(run / "checkpoints")[0] / WEIGHTS)
-    if opened.keys() != kept.keys() or not all(torch.equal(opened[name], kept[name]) for name in kept):
-        raise Wrong("it holds other weights than the last checkpoint")
-    return "bundle loaded as saved"
-
-
-def reply(folder: Path) -> str:
-    """Token by token with the cache (latents absorbed), and the same tokens in one pass (latents expanded)."""
+@torch.no_grad()
+def reply(folder: Path, kernels: Kernels) -> str:
+    """Token by token with the cache, by PyTorch or by our C++, and the same tokens in one pass."""
     bundle = load_bundle(folder, torch.float32, World.start().device)
-    if (gap := gap_to_one_pass(bundle, "torch")) > CLOSE:
-        raise Wrong(f"with the cache, log-probabilities differ by {gap:.3g} from those of one pass over all tokens")
-    return "reply with cache = one pass"
-
-
-def gap_to_one_pass(bundle: Bundle, kernels: Kernels) -> float:
-    """The largest difference between the log-probabilities of a reply's tokens, as drawn and in one pass."""
     model, prompt = bundle.model, [bundle.tokenizer.bos_id, *bundle.tokenizer.encode("The value of")]
     engine = Engine(model, rows=1, kernels=kernels)
-    completion = engine.submit(Request(prompt=prompt, max_tokens=REPLY_TOKENS, sampling=GREEDY))
+    greedy = SamplingConfig(temperature=0)
+    completion = engine.submit(Request(prompt=prompt, max_tokens=REPLY_TOKENS, sampling=greedy))
     while engine.has_work:
         engine.step()
     tokens = torch.tensor([[*prompt, *completion.ids]], device=model.head.weight.device)  # (1, T)
-    expected = log_probabilities(model, tokens)[len(prompt) - 1 :]
-    return (torch.tensor(completion.logprobs) - expected).abs().max().item()
-
-
-@torch.no_grad()
-def log_probabilities(model: Transformer, tokens: Tensor) -> Tensor:
-    """Of each token (1, T) but the first, after those before it: (T - 1,) on the CPU."""
     after = model(tokens[:, :-1]).float().log_softmax(-1)  # (1, T - 1, V)
-    return after.gather(-1, tokens[:, 1:, None]).flatten().cpu()
-
-
-def round_off(folder: Path, corpus: Path) -> str:
-    """The loss of a text in the type that runs compute in, and in float32."""
-    world, losses = World.start(), []
-    if world.dtype == torch.float32:
-        return ""
-    for dtype in (torch.float32, world.dtype):
-        bundle = load_bundle(folder, dtype, world.device)
-        ids = bundle.tokenizer.encode(corpus.read_text("utf-8")[:2000])[: bundle.model.config.context_length]
-        losses.append(-log_probabilities(bundle.model, torch.tensor([ids], device=world.device)).mean().item())
-    if not abs(losses[1] - losses[0]) < ROUGHLY * losses[0]:
-        raise Wrong(f"the loss of a text is {losses[1]:.3f} in {world.names['dtype']} and {losses[0]:.3f} in float32")
-    return f"{world.names['dtype']} = float32"
-
-
-def ask_compiled(folder: Path, corpus: Path) -> str:
-    """The C++ code, where it can be compiled, beside what it stands for: SentencePiece and PyTorch."""
-    try:
-        words.library()
-        native.library()
-    except compiled.NoCompilerError:
-        return ""  # check_compiler has said so
-    bundle, text = load_bundle(folder), corpus.read_text("utf-8")
-    plain = bundle.tokenizer.encode(text)
-    bundle.tokenizer.remember_words()
-    if bundle.tokenizer.encode(text) != plain:
-        raise Wrong("words.cpp spells a text in another way than SentencePiece")
-    if (gap := gap_to_one_pass(bundle, "native")) > CLOSE:
-        raise Wrong(f"forward.cpp gives log-probabilities that differ by {gap:.3g} from PyTorch's")
-    return "compiled code = PyTorch"
+    expected = after.gather(-1, tokens[:, 1:, None]).flatten().cpu()[len(prompt) - 1 :]
+    gap = (torch.tensor(completion.logprobs) - expected).abs().max().item()
+    if gap > MAX_DIFFERENCE:
+        raise ArithmeticError(f"a reply ({kernels}) has log-probabilities {gap:.3g} away from those of one pass")
+    return f"reply ({kernels}) = one pass"

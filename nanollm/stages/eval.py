@@ -1,4 +1,4 @@
-"""How good is a model, how sure is that, and is it better than another?
+"""Measures a model, with intervals, and compares it with another.
 
 Problems of a task, solved greedily and perhaps by chance; bits per byte of any text; tasks of lm-evaluation-harness;
 the same for another bundle, on the same problems; and whether the questions stand in the training text. Every reply
@@ -22,11 +22,11 @@ from nanollm import __version__
 from nanollm.bundle import PROVENANCE, load_bundle, read_config
 from nanollm.data.shards import Shards
 from nanollm.durable import check_writable, sha256_of, write_file, write_json
-from nanollm.evals import documents, figures
+from nanollm.evals import documents, results
 from nanollm.evals.contamination import NGRAM_WORDS, search
-from nanollm.evals.figures import Figures
-from nanollm.evals.measured import Bits, Measured, save_replies
 from nanollm.evals.problems import GREEDY, ROWS, Judged, graders, judge, solve
+from nanollm.evals.results import Bits, Measured, save_replies
+from nanollm.evals.stats import Figures
 from nanollm.generate.sampling import SamplingConfig
 from nanollm.progress import say
 from nanollm.sources.gsm8k import Problem
@@ -191,15 +191,15 @@ def run(c: Config) -> str:
     began = time.monotonic()
     world = World.start(c.device, c.dtype)
     inputs = open_inputs(c)
-    rival = other(c)
+    baseline = other(c)
     check_writable(c.folder, "--out")
     measured = {"bundle": measure(c, inputs, world)}
     save_replies(c.folder, measured)  # already now: what follows may take long
-    if rival:
-        measured["against"] = measure(rival, inputs, world)
+    if baseline:
+        measured["against"] = measure(baseline, inputs, world)
         save_replies(c.folder, measured)
     evaluation: Figures = {name: each.figures for name, each in measured.items()}
-    if rival:
+    if baseline:
         evaluation |= measured["bundle"].minus(measured["against"])
     if c.contamination:
         evaluation["contamination"] = look_for_copies(c, inputs.problems, measured["bundle"].replies["greedy"])
@@ -208,10 +208,10 @@ def run(c: Config) -> str:
     evaluation |= seconds_since(began)
     write_json(c.folder / "eval.json", evaluation)
     if c.contamination:
-        page = figures.contamination_page(evaluation, [problem.question for problem in inputs.problems])
+        page = results.contamination_page(evaluation, [problem.question for problem in inputs.problems])
         write_file(c.folder / "contamination.md", page.encode())
     say(f"written to {c.folder}")
-    return json.dumps(evaluation) if c.json else "\n".join(figures.lines(evaluation))
+    return json.dumps(evaluation) if c.json else "\n".join(results.lines(evaluation))
 
 
 def open_inputs(c: Config) -> Inputs:
@@ -272,11 +272,11 @@ def measure(c: Config, inputs: Inputs, world: World) -> Measured:
     if inputs.task is not None:
         began = time.monotonic()
         replies["greedy"] = judge(attempt(GREEDY, max_tokens=c.max_tokens), graders(inputs.task))
-        found["greedy"] = figures.of_greedy(replies["greedy"]) | seconds_since(began)
+        found["greedy"] = results.greedy_figures(replies["greedy"]) | seconds_since(began)
     if inputs.task is not None and c.samples:
         began = time.monotonic()
         replies["samples"] = judge(attempt(c, max_tokens=c.max_tokens, samples=c.samples), graders(inputs.task))
-        found["samples"] = figures.of_samples(replies["samples"], c.samples, c.tries) | seconds_since(began)
+        found["samples"] = results.sample_figures(replies["samples"], c.samples, c.tries) | seconds_since(began)
     texts = [Bits.of_text(path, c.text_column, bundle) for path in c.text]
     prepared = [Bits.of_prepared(c.data, bundle)] if c.data else []
     for name, bits in (("text", texts), ("data", prepared)):
@@ -296,7 +296,7 @@ def look_for_copies(c: Config, problems: Sequence[Problem], greedy: Judged) -> F
     tokenizer = Tokenizer.load(c.bundle)
     training = (document for path in c.contamination for document in documents.read_all(path, c.text_column, tokenizer))
     found = search([problem.question for problem in problems], training, c.ngram)
-    return figures.of_contamination(found, greedy) | seconds_since(began)
+    return results.contamination_figures(found, greedy) | seconds_since(began)
 
 
 def seconds_since(began: float) -> Figures:

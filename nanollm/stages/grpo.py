@@ -1,34 +1,35 @@
 """A model's own replies to problems teach it to solve them."""
 
 import dataclasses
+import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 
 import torch
 
-from nanollm import __version__
 from nanollm.bundle import WEIGHTS, Bundle, load_bundle
 from nanollm.evals.problems import accuracy
 from nanollm.export.dense import STORED
+from nanollm.model import fused
 from nanollm.progress import say
 from nanollm.report.page import write_report
-from nanollm.rl.grpo import Learner
+from nanollm.rl.advantage import group_advantages
+from nanollm.rl.grpo import Collector, SignalWatch, make_micro_batches, open_sampler, update_policy
 from nanollm.rl.loss import ObjectiveConfig
+from nanollm.rl.record import policy_metrics, rollout_metrics, save_rollouts
 from nanollm.rl.reward import RewardConfig, Rewards
 from nanollm.rl.rollout import RolloutConfig
 from nanollm.rl.vllm import VllmServer
-from nanollm.settings import check_seed, read_mapping
 from nanollm.sources.gsm8k import Problem
 from nanollm.sources.tasks import Task, TaskConfig, open_task
-from nanollm.train.loop import LoopConfig, fit
 from nanollm.train.optim import OptimConfig, lr_at
-from nanollm.train.runfolder import hold_folder, open_run, save_run_bundle
-from nanollm.train.runlog import TrackerName
-from nanollm.train.speed import SpeedConfig, speed_up
+from nanollm.train.run import LoopConfig, Run, RunConfig
+from nanollm.train.speed import SpeedConfig
 from nanollm.train.state import TrainState
-from nanollm.world import DeviceName, DtypeName, ParallelName, World
+from nanollm.world import World
 
 FINGERPRINTED = 100
 
@@ -53,20 +54,17 @@ class GrpoTrainConfig(LoopConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.micro_batch_size < 1:
-            raise ValueError(f"train.micro_batch_size must be at least 1, got {self.micro_batch_size}")
+        self.at_least("micro_batch_size", 1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(RunConfig):
     """Group-relative policy optimization (arXiv:2402.03300): sample replies to problems with known answers, and make
     those likelier that are better than others to the same problem. The same command goes on where an interrupted run
     stopped."""
 
     bundle: Path
     """The model to start from: a bundle that can already reply, such as runs/demo/sft/bundle."""
-    out: Path
-    """Folder of the run: config.yaml, metrics.jsonl, rollouts/, checkpoints/, bundle/."""
     train: GrpoTrainConfig
     """Length, portions and intervals; a step samples once and updates objective.updates times."""
     task: TaskConfig = field(default_factory=TaskConfig)
@@ -83,26 +81,15 @@ class Config:
     """Optimizer and schedule. The routers' balancing is off: it would change the model without being asked."""
     reference: Path | None = None
     """Bundle that the policy is kept near, with objective.beta only; null: the bundle the run starts from."""
-    parallel: ParallelName = "ddp"
-    """How several processes (torchrun) hold the model. ddp: each all of it; fsdp: each a part; hsdp: each host all of
-    it, its processes a part. Each samples from a whole copy."""
     validation_problems: int = 200
     """Problems of the split test that are solved greedily now and then, its last ones: nanollm eval begins with the
     first (0: none)."""
-    seed: int = 0
-    """Orders the problems and draws the replies."""
     speed: SpeedConfig = field(default_factory=lambda: SpeedConfig(compile="off"))
     """What makes training fast, or small. Compiling is off: the shape of a step follows its replies, and every new
     shape would be compiled anew."""
-    device: DeviceName = "auto"
-    """Where to compute."""
-    dtype: DtypeName = "auto"
-    """What to compute in; auto: bfloat16 where the hardware multiplies it fast. Master weights are always float32."""
-    trackers: list[TrackerName] = field(default_factory=list)
-    """Where metrics go beside metrics.jsonl: tensorboard, wandb, trackio."""
 
     def __post_init__(self) -> None:
-        check_seed(self.seed)
+        super().__post_init__()
         if "length" in self.reward.weights and self.reward.soft_tokens > self.rollout.max_tokens:
             raise ValueError(
                 f"reward.soft_tokens must be at most rollout.max_tokens ({self.rollout.max_tokens}), "
@@ -127,26 +114,22 @@ def plan(c: Config) -> str:
     bundle, task, problems, validation = _open(c)
     _open_reference(c, bundle, world)
     Rewards(c.reward, task, c.rollout.max_tokens)  # finds a path that leads nowhere
-    replies = c.rollout.prompts * c.rollout.group_size
+    prompts = min(c.rollout.prompts, len(problems))
+    replies = c.train.steps * prompts * c.rollout.group_size
     return (
         f"{bundle.model.config.total_parameters:,} parameters of {c.bundle} on {world.device} in "
-        f"{world.names['dtype']}, {c.train.steps:,} steps x {c.rollout.prompts} of {len(problems):,} problems x "
-        f"{c.rollout.group_size} replies of at most {c.rollout.max_tokens} tokens = {c.train.steps * replies:,} "
+        f"{world.names['dtype']}, {c.train.steps:,} steps x {prompts} of {len(problems):,} problems x "
+        f"{c.rollout.group_size} replies of at most {c.rollout.max_tokens} tokens = {replies:,} "
         f"replies; {len(validation):,} problems for validation"
     )
 
 
 def run(c: Config) -> Path:
     """Train, and return the folder of the bundle."""
-    with World.join(c.device, c.dtype, c.parallel) as world:
-        return train(c, world)
-
-
-def train(c: Config, world: World) -> Path:
-    """What each process of a run does."""
-    bundle, task, problems, validation = _open(c)
-    reference = _open_reference(c, bundle, world)
-    with hold_folder(c.out, world), Rewards(c.reward, task, c.rollout.max_tokens) as rewards:
+    with World.join(c.device, c.dtype, c.parallel) as world, ExitStack() as stack:
+        bundle, task, problems, validation = _open(c)
+        reference = _open_reference(c, bundle, world)
+        rewards = stack.enter_context(Rewards(c.reward, task, c.rollout.max_tokens))
         inputs = {
             "bundle": bundle.provenance["files"][WEIGHTS],
             "tokenizer": bundle.tokenizer.fingerprint,
@@ -154,52 +137,69 @@ def train(c: Config, world: World) -> Path:
         }
         if reference is not None:
             inputs["reference"] = reference.provenance["files"][WEIGHTS]
-        settings = dataclasses.asdict(c) | world.names  # what is really used instead of auto
-        state, log = open_run(
-            c.out,
-            settings,
-            inputs,
-            FIXED,
-            lambda: TrainState.start(bundle.model.to(world.device), c.optim, world),
-            c.trackers,
-            world,
-        )
-        speed_up(state.model, c.speed, world.device)
-        learner = Learner(
-            state=state,
-            tokenizer=bundle.tokenizer,
+
+        def make_state() -> TrainState:
+            return TrainState.start(bundle.model.to(world.device), c.optim, world)
+
+        run = stack.enter_context(Run.open(c, c.train, world, inputs=inputs, fixed=FIXED, make_state=make_state))
+        state, model, watch = run.state, bundle.model.config, SignalWatch()
+        server = _connect(c, bundle, state, world)
+        collector = Collector(
             problems=problems,
+            tokenizer=bundle.tokenizer,
             rewards=rewards,
-            rollout=c.rollout,
-            objective=c.objective,
-            optim=c.optim,
-            rate=lambda step: lr_at(step, c.train.steps, c.optim),
-            micro_batch_size=c.train.micro_batch_size,
-            folder=c.out / "rollouts",
+            c=c.rollout,
+            context_length=model.context_length,
             seed=c.seed,
             world=world,
-            reference=None if reference is None else reference.model,
-            server=_connect(c, bundle, state, world),
         )
-        fit(
-            state,
-            learner.step,
-            c.train,
-            c.out,
-            log,
-            validate=lambda: validate(c, state, bundle, task, validation, world),
-            sample=dict,
-            batch_of=lambda step: {"replies of": learner.record_of(step).as_posix()},
-            world=world,
-        )
-        provenance = {
-            "made_by": f"nanollm {__version__} grpo, torch {torch.__version__}",
-            "config": read_mapping(c.out / "config.yaml"),
-            "inputs": inputs,
-            "replies_seen": state.step * c.rollout.prompts * c.rollout.group_size,
-            "parent": bundle.provenance,
-        }
-        folder = save_run_bundle(c.out, bundle.model.config, state, bundle.tokenizer, provenance, world)
+        if run.is_new:
+            run.log(validate(c, state, bundle, task, validation, world))
+        for step in run.steps():
+            started = time.perf_counter()
+            graded, counts = collector.collect(step, open_sampler(state, bundle.tokenizer, c.rollout, server, world))
+            sampled = time.perf_counter()
+            rewards_of_groups = torch.tensor([group.totals for group in graded])  # (P, G)
+            advantages = group_advantages(rewards_of_groups, c.objective.advantage)  # (P, G)
+            record = c.out / "rollouts" / f"step-{step + 1:08d}.jsonl"
+            if world.is_main:
+                save_rollouts(record, graded, advantages)
+            faults = collector.take_faults()
+            watch.see(step, graded, faults)
+            batches = make_micro_batches(
+                graded,
+                advantages,
+                c.objective,
+                c.rollout.max_tokens,
+                c.train.micro_batch_size * model.context_length,
+                is_masked=not fused.serves(model, world.dtype, world.device),
+                ranks=world.size,
+            )
+            stats, seen = update_policy(
+                state,
+                list(world.own(batches)),
+                c.objective,
+                c.rollout.temperature,
+                lr_at(step, c.train.steps, c.optim),
+                c.optim,
+                world,
+                None if reference is None else reference.model,
+            )
+            reward = rewards_of_groups.mean().item()
+            metrics = {"reward": reward} | rollout_metrics(graded) | counts | {"faults": faults.total()}
+            metrics |= policy_metrics(seen)
+            metrics |= {"rollout_s": sampled - started, "train_s": time.perf_counter() - sampled}
+            run.record(
+                stats,
+                {"replies of": record.as_posix()},
+                metrics=metrics,
+                tokens=sum(len(rollout.reply_ids) for each in graded for rollout in each.group.rollouts),
+                note=f"reward {reward:.3f}",
+            )
+            if run.validation_is_due():
+                run.log(validate(c, state, bundle, task, validation, world))
+        replies = state.step * min(c.rollout.prompts, len(problems)) * c.rollout.group_size
+        folder = run.save_bundle("grpo", model, bundle.tokenizer, replies_seen=replies, parent=bundle.provenance)
         write_report(c.out, world)
         return folder
 

@@ -1,4 +1,4 @@
-"""What does a model cost: parameters, cache, arithmetic, memory?"""
+"""What a model costs: parameters, cache, arithmetic, memory."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -8,7 +8,6 @@ import torch
 
 from nanollm.model import fused
 from nanollm.model.config import ModelConfig
-from nanollm.train.forecast import cache_bytes_per_token
 from nanollm.train.memory import training_memory
 from nanollm.world import World
 
@@ -54,6 +53,7 @@ def describe(c: Config) -> dict[str, Any]:
         recompute=c.recompute,
         is_fused=fused.fits(m, getattr(torch, c.dtype), World.start().device),
     )
+    cache_bytes = m.cache_width * m.n_blocks * width  # of one token
     expanded = m.n_heads * (m.qk_head_dim + m.v_head_dim)
     return {
         "model": asdict(m),
@@ -65,9 +65,9 @@ def describe(c: Config) -> dict[str, Any]:
         },
         "cache": {
             "numbers_per_token_and_block": m.cache_width,
-            "bytes_per_token": cache_bytes_per_token(m, width),
+            "bytes_per_token": cache_bytes,
             "bytes_per_token_if_keys_and_values_were_kept": expanded * m.n_blocks * width,
-            "bytes_at_full_context": cache_bytes_per_token(m, width) * m.context_length,
+            "bytes_at_full_context": cache_bytes * m.context_length,
         },
         "flops_per_token": {
             "decode_at_full_context": m.decoding_flops_per_token(m.context_length),

@@ -1,56 +1,57 @@
-"""What fits, how long does it take, and what does it cost, before anything is rented?"""
+"""What training fits on which hardware, how long it takes and what it costs, before anything is rented.
 
-import dataclasses
+Memory is counted from the shapes (train/memory.py). Time is model FLOPs, 6 per weight and token and those of attention,
+divided by a share of the hardware's peak: the model FLOPs utilisation (MFU; PaLM, arXiv:2204.02311, appendix B) that
+training of a model of about that size was measured to reach.
+"""
+
 import json
 import math
-import os
 import shlex
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from nanollm import machine as looking
+import torch
+
+from nanollm import hardware
+from nanollm.hardware import GPUS, GPUS_PER_HOST, TERA, Hardware
+from nanollm.model import fused
 from nanollm.model.config import ModelConfig
 from nanollm.progress import say
 from nanollm.settings import load_preset, preset_names
 from nanollm.stages.info import size
-from nanollm.train.forecast import (
-    RATES,
-    Layout,
-    Optimizer,
-    cache_bytes_per_token,
-    choose,
-    good_batch_size,
-    least_memory,
-    memory_of,
-    tokens_beside_weights,
-    tokens_per_s,
-)
-from nanollm.train.loop import MOST
-from nanollm.train.machines import (
-    BESIDE,
-    BYTES_PER_FLOP,
-    GB,
-    GPUS,
-    PER_HOST,
-    TERA,
-    Machine,
-    known_gpu,
-    memory_in,
-    this_machine,
-)
+from nanollm.train.memory import TrainingMemory, training_memory
 from nanollm.world import World
 
 POSITIONAL = ("model",)
 
 TOKENS_PER_PARAMETER = 20
-MOST_TOKENS, MOST_GPUS = 1e16, 65_536
+MIN_STEPS = 1500
+"""Fewer are too few to learn by, whatever each of them sees."""
+
+MFU = {
+    "cpu": {"nano-1m": 0.28, "nano-5m": 0.40, "nano-20m": 0.52, "nano-60m": 0.46, "nano-327m": 0.50},
+    "cuda": {"nano-327m": 0.375},
+}
+"""Of a measured matrix product on two cores of an AMD EPYC (nano-20m: 1,926 tokens/s of 435 GFLOP/s); of the data sheet
+on one H200 (188,800 tokens/s with Muon). docs/planning.md has the measurements."""
+PRODUCT_SHARE = 735 / 989.4
+"""What an H200's best product of these shapes reached of its data sheet: what is measured here is a product, too."""
+
+MAX_MICRO_BATCH_TOKENS = {"cpu": 8_192, "cuda": 65_536}
+"""Larger micro-batches were not measured, and take memory for little speed."""
+RESERVED = {"cpu": 0.1, "cuda": 0.05}
+"""Share of the memory left to the system, or held by a GPU's allocator in pieces too small to use. A rule of thumb."""
+LIBRARIES = {"cpu": 390_000_000, "cuda": 600_000_000}
+"""Bytes of a process before it has a model: Python and PyTorch (measured), or a CUDA context (a rule of thumb)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Say what fits on a machine, how long training takes there and what it costs; ends with the command to type.
+    """Say what fits on a GPU or CPU, how long training takes there and what it costs; ends with the command to type.
 
-    Without --gpu and --cpu it plans for this machine, which is measured for a second.
+    Without --gpu it plans for this machine, which is measured for a quarter of a second. The optimizer is Muon.
     """
 
     model: ModelConfig
@@ -62,269 +63,264 @@ class Config:
     gpus: int = 1
     """GPUs, each with a process of its own; above 8: hosts of 8."""
     cpu: bool = False
-    """Plan for the cores of this machine."""
-    memory: str | None = None
-    """Memory of the machine or of each GPU, such as 16GB, instead of what is known of it."""
+    """Plan for the cores of this machine, though it has a GPU."""
     tflops: float | None = None
     """TFLOP/s of each GPU in bfloat16 without sparsity, instead of what is known of it."""
     batch_size: int | None = None
     """Sequences of an optimizer step, on all GPUs together; null: what suits the number of tokens."""
-    optimizer: Optimizer = "muon"
-    """Optimizer of training."""
     price: float | None = None
-    """Price of one GPU for an hour; with --cpu, of the machine."""
-    currency: str = ""
-    """What the price is in, such as EUR; it is only repeated."""
+    """Price of one GPU, or of this machine, for an hour."""
     json: bool = False
     """Print JSON instead of a table."""
 
     def __post_init__(self) -> None:
-        if self.tokens is not None and not 1 <= self.tokens <= MOST_TOKENS:
-            raise ValueError(f"tokens must be from 1 to {MOST_TOKENS:g}, got {self.tokens:g}")
-        if not 1 <= self.gpus <= MOST_GPUS:
-            raise ValueError(f"gpus must be from 1 to {MOST_GPUS:,}, got {self.gpus:,}")
-        if self.gpus > PER_HOST and self.gpus % PER_HOST:
-            raise ValueError(f"gpus above {PER_HOST} must be a multiple of {PER_HOST} (hosts of 8), got {self.gpus}")
         if self.cpu and (self.gpu is not None or self.gpus > 1 or self.tflops is not None):
-            raise ValueError(
-                "cpu plans for the cores of this machine; leave out gpu, gpus and tflops, or leave out cpu"
-            )
-        for name in ("tflops", "price"):
+            raise ValueError("cpu means the cores of this machine; leave out gpu, gpus and tflops, or leave out cpu")
+        for name in ("tokens", "tflops", "price"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name} must be a number above 0, got {value:g}")
-        if self.batch_size is not None and (not 1 <= self.batch_size <= MOST or self.batch_size % self.gpus):
-            raise ValueError(
-                f"batch_size must be a multiple of gpus ({self.gpus}), at most {MOST:,}, got {self.batch_size:,}"
-            )
+        if self.gpus < 1 or (self.gpus > GPUS_PER_HOST and self.gpus % GPUS_PER_HOST):
+            raise ValueError(f"gpus must be from 1 to 8, or a multiple of 8 (hosts of 8), got {self.gpus}")
+        if self.batch_size is not None and (self.batch_size < 1 or self.batch_size % self.gpus):
+            raise ValueError(f"batch_size must be a multiple of gpus ({self.gpus}), got {self.batch_size:,}")
 
 
 def run(c: Config) -> str:
-    facts = describe(c, machine_of(c))
+    facts = describe(c, hardware_of(c))
     return json.dumps(facts, indent=2) if c.json else table(facts)
 
 
-# --- the machine ---
+def hardware_of(c: Config) -> Hardware:
+    """What is planned for. ValueError where it is unknown."""
+    found = hardware.known_gpu(c.gpu) if c.gpu is not None else this_machine(c.cpu)
+    if found.kind == "cpu" and (c.gpus > 1 or c.tflops is not None):
+        raise ValueError("this machine has no GPU that PyTorch can use; say which is meant, such as --gpu h100")
+    return found if c.tflops is None else replace(found, tflops=c.tflops)
 
 
-def machine_of(c: Config) -> Machine:
-    """The machine that is planned for. ValueError for one that nobody knows."""
-    memory = None if c.memory is None else memory_in(c.memory, "memory")
-    found = known_gpu(c.gpu) if c.gpu is not None else here(c, memory)
-    if memory is not None:
-        found = dataclasses.replace(found, memory=memory)
-    if c.tflops is not None:
-        gb_per_s = found.gb_per_s or c.tflops * TERA * BYTES_PER_FLOP / GB
-        found = dataclasses.replace(found, tflops=c.tflops, gb_per_s=gb_per_s)
-    return found
+def this_machine(cpu: bool = False) -> Hardware:
+    """This machine, measured; all of its memory, whoever else uses it now."""
+    world = World.start("cpu" if cpu else "auto")
+    device, dtype = world.device, world.names["dtype"]
+    tflops = hardware.measure_gemm(device, world.dtype)
+    if device.type == "cuda":
+        total = torch.cuda.mem_get_info(device)[1]
+        name = torch.cuda.get_device_name(device)
+        return Hardware(name=name, kind="cuda", memory=total, tflops=tflops / PRODUCT_SHARE, dtype=dtype)
+    if device.type != "cpu":
+        raise ValueError(f"no training was timed on {device.type}; plan for --cpu, or a GPU such as --gpu h100")
+    if hardware.is_shared():
+        say(f"other programs are at work (load {hardware.load():.1f}): this machine is measured slower than it is")
+    known = hardware.memory()
+    name = f"{torch.get_num_threads()} CPU threads, here"
+    return Hardware(name=name, kind="cpu", memory=known and known[1], tflops=tflops, dtype=dtype)
 
 
-def here(c: Config, memory: int | None) -> Machine:
-    """This machine, measured."""
-    world = World.start("cpu" if c.cpu else "auto")
-    if world.device.type == "cpu":
-        if c.gpus > 1 or c.tflops is not None:
-            raise ValueError("this machine has no GPU that PyTorch can use; say which is meant, such as --gpu h100")
-        if hasattr(os, "getloadavg") and (load := os.getloadavg()[0]) > looking.usable_cores() / 2:
-            say(f"other programs are at work (load {load:.1f}): this machine is measured slower than it is")
-    return this_machine(c.model, world, memory)
+# --- how the sequences of a step lie ---
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How many sequences each process takes at once, how often, and whether the processes divide the model."""
+
+    micro_batch_size: int
+    micro_batches: int
+    """Of each process in a step."""
+    gpus: int
+    parallel: Literal["ddp", "fsdp", "hsdp"]
+    recompute: bool
+
+    @property
+    def batch_size(self) -> int:
+        return self.micro_batch_size * self.micro_batches * self.gpus
+
+
+def layouts(m: ModelConfig, kind: str, batch_size: int, gpus: int) -> Iterator[Layout]:
+    """Every way to divide a step, what is preferred first: plain before divided, and that before computed again."""
+    own, most = batch_size // gpus, max(1, MAX_MICRO_BATCH_TOKENS[kind] // m.context_length)
+    sizes = [n for n in range(min(own, most), 0, -1) if own % n == 0]
+    shards: list[Literal["ddp", "fsdp", "hsdp"]] = ["ddp"]
+    shards += [] if gpus == 1 else ["fsdp"] if gpus <= GPUS_PER_HOST else ["hsdp"]
+    for recompute in (False, True):
+        for parallel in shards:
+            for n in sizes:
+                yield Layout(
+                    micro_batch_size=n, micro_batches=own // n, gpus=gpus, parallel=parallel, recompute=recompute
+                )
+
+
+def memory_of(m: ModelConfig, h: Hardware, layout: Layout) -> TrainingMemory:
+    """Peak of one process, without its libraries."""
+    compute_bytes: Literal[2, 4] = 4 if h.dtype == "float32" else 2
+    return training_memory(
+        m,
+        sequences=layout.micro_batch_size,
+        compute_bytes=compute_bytes,
+        optimizer="muon",
+        recompute=layout.recompute,
+        is_fused=h.kind == "cpu" and fused.fits(m, getattr(torch, h.dtype), torch.device("cpu")),
+        accumulates=layout.micro_batches > 1,
+        on_gpu=h.kind == "cuda",
+        parts=1 if layout.parallel == "ddp" else min(layout.gpus, GPUS_PER_HOST),
+    )
+
+
+def machine_bytes(m: ModelConfig, h: Hardware, layout: Layout) -> int:
+    """Memory that a machine, or each GPU, must have for this layout to fit."""
+    return math.ceil((memory_of(m, h, layout).total + LIBRARIES[h.kind]) / (1 - RESERVED[h.kind]))
+
+
+def choose(m: ModelConfig, h: Hardware, batch_size: int, gpus: int) -> Layout | None:
+    """The first layout that fits; None: none does."""
+    every = layouts(m, h.kind, batch_size, gpus)
+    return next((one for one in every if h.memory is None or machine_bytes(m, h, one) <= h.memory), None)
+
+
+def good_batch_size(m: ModelConfig, tokens: float, gpus: int = 1) -> int:
+    """Sequences of a step to begin with: a power of two of them for each GPU.
+
+    The batch that DeepSeek LLM's fit gives a budget of compute (arXiv:2401.02954, section 3.1: 0.292 C^0.3271 tokens,
+    fitted from 1e17 to 2e19 FLOPs), unless that leaves fewer than MIN_STEPS steps.
+    """
+    wanted = min(0.292 * (tokens * m.training_flops_per_token()) ** 0.3271, tokens / MIN_STEPS)
+    return gpus * 2 ** max(0, round(math.log2(wanted / m.context_length / gpus)))
 
 
 # --- the plan ---
 
 
-def describe(c: Config, machine: Machine) -> dict[str, Any]:
+def describe(c: Config, h: Hardware) -> dict[str, Any]:
     """All facts, as plain numbers with their units in the names. ValueError where nothing fits."""
     m, words = c.model, model_words(c.model)
     tokens = c.tokens if c.tokens is not None else TOKENS_PER_PARAMETER * m.total_parameters
     batch_size = c.batch_size or good_batch_size(m, tokens, c.gpus)
-    layout = choose(m, machine, batch_size, c.gpus, c.optimizer)
+    layout = choose(m, h, batch_size, c.gpus)
     if layout is None:
-        raise ValueError(nothing_fits(c, machine, batch_size, words[1]))
-    if (steps := math.ceil(tokens / (batch_size * m.context_length))) > MOST:
-        raise ValueError(
-            f"{tokens:g} tokens are {steps:,} steps of batch_size {batch_size:,}; at most {MOST:,} are taken"
-        )
-    memory = memory_of(m, machine, layout, c.optimizer)
-    timed = None if machine.tflops is None else time_facts(c, machine, layout, steps)
+        raise ValueError(nothing_fits(m, h, batch_size, c.gpus, words[1]))
+    steps = math.ceil(tokens / (batch_size * m.context_length))
+    memory, libraries = memory_of(m, h, layout), LIBRARIES[h.kind]
+    time = time_facts(m, h, layout, steps)
     return {
         "model": " ".join(words[1:]),
         "parameters": {"total": m.total_parameters, "active": m.active_parameters},
         "context_length": m.context_length,
         "tokens": steps * batch_size * m.context_length,
         "steps": steps,
-        "machine": asdict(machine) | {"count": c.gpus, "rates": rates_of(c)},
-        "layout": asdict(layout) | {"batch_size": batch_size, "optimizer": c.optimizer},
-        "memory_bytes": asdict(memory)
-        | {"beside": BESIDE[machine.kind], "total": memory.total + BESIDE[machine.kind], "of": machine.memory},
-        "time": timed,
-        "cost": cost_facts(c, timed),
-        "serving": serving_facts(m, machine),
-        "command": command(c, machine, layout, steps, words),
+        "hardware": asdict(h) | {"count": c.gpus, "is_measured": c.gpu is None and c.tflops is None},
+        "layout": asdict(layout) | {"batch_size": batch_size},
+        "memory_bytes": asdict(memory) | {"libraries": libraries, "total": memory.total + libraries, "of": h.memory},
+        "time": time,
+        "cost": None if c.price is None or time is None else c.price * time["gpu_hours"],
+        "command": command(c, layout, steps, words),
     }
 
 
-def rates_of(c: Config) -> Literal["given", "measured", "data sheet"]:
-    """Where the machine's rates come from."""
-    return "given" if c.tflops is not None else "measured" if c.gpu is None else "data sheet"
-
-
-def time_facts(c: Config, machine: Machine, layout: Layout, steps: int) -> dict[str, Any]:
-    """Of training alone: validation, samples and checkpoints come on top."""
-    assert machine.tflops is not None
-    rate = tokens_per_s(c.model, machine, layout, c.optimizer)
-    hours = steps * layout.batch_size * c.model.context_length / rate / 3600
-    done = c.model.training_flops_per_token() * rate
+def time_facts(m: ModelConfig, h: Hardware, layout: Layout, steps: int) -> dict[str, Any] | None:
+    """Of training alone, messages between GPUs not counted; None where the hardware's peak is unknown."""
+    if h.tflops is None:
+        return None
+    measured = min(MFU[h.kind], key=lambda name: abs(math.log(preset(name).total_parameters / m.total_parameters)))
+    mfu = MFU[h.kind][measured]
+    again = 4 / 3 if layout.recompute else 1  # the forward pass, a third of the work, twice
+    rate = layout.gpus * mfu * h.tflops * TERA / (again * m.training_flops_per_token())
+    hours = steps * layout.batch_size * m.context_length / rate / 3600
     return {
         "tokens_per_s": rate,
         "hours": hours,
-        "gpu_hours": hours * layout.processes,
-        "share_of_peak": done / (layout.processes * machine.tflops * TERA),
-        "source": RATES[machine.kind].source,
+        "gpu_hours": hours * layout.gpus,
+        "mfu": mfu,
+        "mfu_measured_with": f"{measured} on {'two CPU cores' if h.kind == 'cpu' else 'one H200'}",
     }
 
 
-def cost_facts(c: Config, timed: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Nothing without a price, or where nobody knows how long it takes."""
-    if c.price is None or timed is None:
-        return None
-    return {"price": c.price, "currency": c.currency, "amount": c.price * timed["gpu_hours"]}
-
-
-def serving_facts(m: ModelConfig, machine: Machine) -> dict[str, Any]:
-    """Tokens and conversations of full context whose cache fits beside the weights; int8 is for CPUs alone."""
-    kinds: dict[str, int] = {machine.dtype: machine.compute_bytes}
-    kinds |= {"int8": 1} if machine.kind == "cpu" else {}
-    fits = {}
-    for kind, weight_bytes in kinds.items():
-        tokens = tokens_beside_weights(m, machine, weight_bytes)
-        weights = weight_bytes * m.total_parameters
-        fits[kind] = {"weight_bytes": weights, "tokens": tokens, "conversations": tokens // m.context_length}
-    return {"cache_bytes_per_token": cache_bytes_per_token(m, machine.compute_bytes), "fits": fits}
-
-
-def nothing_fits(c: Config, machine: Machine, batch_size: int, name: str) -> str:
+def nothing_fits(m: ModelConfig, h: Hardware, batch_size: int, gpus: int, name: str) -> str:
     """What would fit instead."""
-    least = least_memory(c.model, machine, batch_size, c.gpus, c.optimizer)
-    larger = sorted((gpu.memory, gpu.name) for gpu in GPUS.values() if gpu.memory >= least)
-    known = f", which {larger[0][1]} has" if larger else ", which no GPU has that is known"
-    smaller = [preset for preset in preset_names("model") if fits(preset, c, machine)]
-    instead = f"; {max(smaller, key=parameters_of)} is the largest preset that fits" if smaller else ""
+    assert h.memory is not None
+    least = min(machine_bytes(m, h, layout) for layout in layouts(m, h.kind, batch_size, gpus))
+    larger = sorted((gpu.memory, gpu.name) for gpu in GPUS.values() if gpu.memory and gpu.memory >= least)
+    known = f", which {larger[0][1]} has" if larger else ", which no known GPU has"
+    smaller = [one for one in preset_names("model") if choose(preset(one), h, gpus, gpus)]
+    largest = max(smaller, key=lambda one: preset(one).total_parameters, default=None)
     return (
-        f"{name} with {c.optimizer} does not fit into {size(machine.memory)}: its smallest step wants a machine of "
-        f"{size(math.ceil(least / 1e8) * 10**8)}{known if machine.kind == 'cuda' else ''}{instead}"
+        f"{name} does not fit into {size(h.memory)}: its smallest step takes a machine of "
+        f"{size(math.ceil(least / 1e8) * 10**8)}{known if h.kind == 'cuda' else ''}"
+        f"{f'; {largest} is the largest preset that fits' if largest else ''}"
     )
 
 
-def fits(preset: str, c: Config, machine: Machine) -> bool:
-    m = preset_of(preset)
-    return choose(m, machine, c.gpus, c.gpus, c.optimizer) is not None
-
-
-def parameters_of(preset: str) -> int:
-    return preset_of(preset).total_parameters
-
-
-def preset_of(name: str) -> ModelConfig:
+def preset(name: str) -> ModelConfig:
     return ModelConfig(**load_preset("model", name))
-
-
-# --- the command ---
 
 
 def model_words(m: ModelConfig) -> list[str]:
     """The options that make this model: the preset that is most like it, and where it differs from that."""
     differing = {
-        name: {key: value for key, value in asdict(m).items() if value != asdict(preset_of(name))[key]}
+        name: {key: value for key, value in asdict(m).items() if value != asdict(preset(name))[key]}
         for name in preset_names("model")
     }
     name = min(differing, key=lambda name: len(differing[name]))
-    return ["--model", name] + [
-        word for key, value in differing[name].items() for word in (f"--model.{key}", str(value).lower())
-    ]
+    changes = [word for key, value in differing[name].items() for word in (f"--model.{key}", str(value).lower())]
+    return ["--model", name, *changes]
 
 
-def command(c: Config, machine: Machine, layout: Layout, steps: int, words: list[str]) -> str:
-    """What to type; where tokenizer and token files are is taken from the README."""
+def command(c: Config, layout: Layout, steps: int, words: list[str]) -> str:
+    """What to type; TOKENIZER and TOKENS stand for the folders that tokenizer and preprocess made."""
     start = ["nanollm", "pretrain"]
-    if layout.processes > PER_HOST:
-        start = ["sbatch", f"--nodes={layout.processes // PER_HOST}", "recipes/pretrain.sbatch"]
-    elif layout.processes > 1:
-        start = ["torchrun", "--standalone", f"--nproc-per-node={layout.processes}", "-m", *start]
-    paths = ["--tokenizer_path", "checkpoints/tokenizer", "--data", "data/owt", "--out", f"runs/{words[1]}"]
-    numbers = {"steps": steps, "batch_size": layout.batch_size, "micro_batch_size": layout.sequences}
+    if layout.gpus > GPUS_PER_HOST:
+        start = ["sbatch", f"--nodes={layout.gpus // GPUS_PER_HOST}", "recipes/pretrain.sbatch"]
+    elif layout.gpus > 1:
+        start = ["torchrun", "--standalone", f"--nproc-per-node={layout.gpus}", "-m", *start]
+    paths = ["--tokenizer_path", "TOKENIZER", "--data", "TOKENS", "--out", f"runs/{words[1]}"]
+    numbers = {"steps": steps, "batch_size": layout.batch_size, "micro_batch_size": layout.micro_batch_size}
     train = [word for name, value in numbers.items() for word in (f"--train.{name}", str(value))]
-    more = [*["--parallel", layout.parallel] * (layout.processes > 1)]
-    more += ["--optim.name", c.optimizer] * (c.optimizer != "muon")
-    more += ["--speed.recompute"] * layout.recompute
+    more = ["--parallel", layout.parallel] * (layout.gpus > 1) + ["--speed.recompute"] * layout.recompute
     more += ["--device", "cpu"] * (c.cpu and World.start().device.type != "cpu")
     return shlex.join([*start, *words, *paths, *train, *more])
 
 
 # --- for people ---
 
+PART_NAMES = {"kept_gradients": "gradients of earlier micro-batches", "idle": "allocator overhead"}
+
 
 def table(facts: dict[str, Any]) -> str:
     """What people decide by, one line each, and the command."""
+    parameters, layout, memory, time = facts["parameters"], facts["layout"], facts["memory_bytes"], facts["time"]
+    parts = [
+        f"{PART_NAMES.get(name, name)} {size(n)}" for name, n in memory.items() if n and name not in ("total", "of")
+    ]
+    of = f" of {size(memory['of'])}" if memory["of"] else ""
     rows = {
-        "model": f"{facts['model']}: {facts['parameters']['total']:,} parameters, "
-        f"{facts['parameters']['active']:,} active per token, context {facts['context_length']:,}",
-        "training": f"{facts['tokens']:,} tokens in {facts['steps']:,} steps of {facts['layout']['batch_size']:,} "
-        f"sequences with {facts['layout']['optimizer']}",
-        "machine": machine_line(facts["machine"]),
-        "fits": fits_line(facts["layout"]),
-        "memory": memory_line(facts["memory_bytes"], facts["machine"]),
-        **time_lines(facts["time"], facts["machine"]),
+        "model": f"{facts['model']}: {parameters['total']:,} parameters, {parameters['active']:,} active per token, "
+        f"context {facts['context_length']:,}",
+        "training": f"{facts['tokens']:,} tokens in {facts['steps']:,} steps of {layout['batch_size']:,} sequences",
+        "hardware": hardware_line(facts["hardware"]),
+        "layout": f"micro-batches of {layout['micro_batch_size']} sequences, {layout['micro_batches']:,} a step"
+        + (f" on each of {layout['gpus']:,} GPUs, {layout['parallel']}" if layout["gpus"] > 1 else "")
+        + (", blocks computed again (--speed.recompute)" if layout["recompute"] else ""),
+        "memory": f"{size(memory['total'])}{of} at the peak ({', '.join(parts)}; gradients come while activations go)",
+        "time": "unknown: say how fast it is, such as --tflops 40" if time is None else time_line(time, layout["gpus"]),
     }
-    if cost := facts["cost"]:
-        hours = facts["time"]["gpu_hours"]
-        unit = f" {cost['currency']}" if cost["currency"] else ""
-        rows["cost"] = f"{cost['amount']:,.2f}{unit} ({hours:,.2f} hours at {cost['price']:g}{unit} each)"
-    rows["serving"] = serving_line(facts["serving"], facts["context_length"])
-    lines = [f"{name:<10}{text}" for name, text in rows.items()]
-    return "\n".join([*lines, "", facts["command"]])
+    if facts["cost"] is not None:
+        rows["cost"] = f"{facts['cost']:,.2f} ({time['gpu_hours']:,.2f} hours)"
+    return "\n".join([*(f"{name:<10}{text}" for name, text in rows.items()), "", facts["command"]])
 
 
-def machine_line(machine: dict[str, Any]) -> str:
-    count = f"{machine['count']} x " if machine["count"] > 1 else ""
-    rate = "rate unknown"
-    if machine["tflops"] is not None:
-        rate = f"{machine['tflops']:,.4g} TFLOP/s, {machine['gb_per_s']:,.4g} GB/s"
-        # Of a GPU one product is measured, and taken for the share of the data sheet that an H200 reached with it.
-        how = "measured just now" if machine["kind"] == "cpu" else "reckoned from a product measured just now"
-        rate += f", {how}" if machine["rates"] == "measured" else ""
-    return f"{count}{machine['name']}: {size(machine['memory'])}, {rate}"
+def hardware_line(facts: dict[str, Any]) -> str:
+    said = f"{facts['count']} x {facts['name']}" if facts["count"] > 1 else facts["name"]
+    said += f": {size(facts['memory'])}" if facts["memory"] else ": memory unknown"
+    said += f", {facts['tflops']:,.4g} TFLOP/s" if facts["tflops"] else ", TFLOP/s unknown"
+    said += f", {facts['gb_per_s']:,} GB/s" if facts["gb_per_s"] else ""
+    return said + (", measured just now" if facts["is_measured"] else "")
 
 
-def fits_line(layout: dict[str, Any]) -> str:
-    """micro_batch_size, how many of them, and what it takes."""
-    said = f"micro-batches of {layout['sequences']} sequences, {layout['micro_batches']:,} a step"
-    if layout["processes"] > 1:
-        said += f" on each of {layout['processes']:,} GPUs, {layout['parallel']}"
-    return said + (", blocks computed again (--speed.recompute)" if layout["recompute"] else "")
-
-
-def memory_line(memory: dict[str, int], machine: dict[str, Any]) -> str:
-    beside = "PyTorch itself" if machine["kind"] == "cpu" else "CUDA's own, assumed"
-    named = {"kept_gradients": "gradients of earlier micro-batches", "beside": beside}
-    parts = [f"{named.get(name, name)} {size(n)}" for name, n in memory.items() if n and name not in ("total", "of")]
-    each = " of each" if machine["count"] > 1 else ""
+def time_line(time: dict[str, Any], gpus: int) -> str:
     return (
-        f"{size(memory['total'])} of {size(memory['of'])}{each} at the peak ({', '.join(parts)}; gradients come while "
-        f"activations go)"
+        f"{duration(time['hours'])} at {time['tokens_per_s']:,.0f} tokens/s: {time['mfu']:.0%} of the peak, "
+        f"as measured with {time['mfu_measured_with']}; not counted: validation, saving"
+        + (", messages between GPUs" if gpus > 1 else "")
     )
-
-
-def time_lines(timed: dict[str, Any] | None, machine: dict[str, Any]) -> dict[str, str]:
-    if timed is None:
-        return {"time": "unknown: say how fast it is, such as --tflops 40"}
-    what = {"given": "what was given", "measured": "what it can do here", "data sheet": "its data sheet"}
-    wires = "; wires as docs/scaling.md computes them" if machine["count"] > 1 else ""
-    return {
-        "time": f"{duration(timed['hours'])} at {timed['tokens_per_s']:,.0f} tokens/s, {timed['share_of_peak']:.0%} of "
-        f"{what[machine['rates']]}; validation and saving not counted",
-        "by": timed["source"] + wires,
-    }
 
 
 def duration(hours: float) -> str:
@@ -334,12 +330,3 @@ def duration(hours: float) -> str:
     if hours < 2:
         return f"{hours * 60:.0f} minutes"
     return f"{hours:,.1f} hours" + (f" ({hours / 24:,.1f} days)" if hours >= 48 else "")
-
-
-def serving_line(serving: dict[str, Any], context: int) -> str:
-    parts = [
-        f"in {kind} {fit['tokens']:,} tokens ({fit['conversations']:,} conversations of {context:,}) beside "
-        f"{size(fit['weight_bytes'])} of weights"
-        for kind, fit in serving["fits"].items()
-    ]
-    return f"{serving['cache_bytes_per_token']:,} bytes of cache per token: {'; '.join(parts)}"

@@ -5,9 +5,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-import torch
+import numpy as np
 
-from nanollm import __version__
 from nanollm.data.batches import Windows, sequential_batches
 from nanollm.data.shards import Shards, Verification, read_manifest
 from nanollm.evals.bits_per_byte import bits_per_byte
@@ -17,20 +16,19 @@ from nanollm.model.config import ModelConfig
 from nanollm.model.transformer import StartName, Transformer
 from nanollm.progress import say
 from nanollm.report.page import write_report
-from nanollm.settings import check_seed, read_mapping
 from nanollm.text.tokenizer import Tokenizer
-from nanollm.train.loop import TrainConfig, fit
 from nanollm.train.loss import next_token_loss
 from nanollm.train.optim import OptimConfig, lr_at
-from nanollm.train.runfolder import hold_folder, open_run, save_run_bundle
-from nanollm.train.runlog import TrackerName
-from nanollm.train.speed import SpeedConfig, speed_up
+from nanollm.train.run import Run, RunConfig, TrainConfig
 from nanollm.train.spikes import SIGMAS
 from nanollm.train.state import TrainState
-from nanollm.train.step import StepStats, train_step
-from nanollm.world import DeviceName, DtypeName, ParallelName, World
+from nanollm.train.step import train_step
+from nanollm.world import World
 
 SAMPLE_TOKENS = 48
+AUTO = ["auto"]
+PROMPTS, PROMPT_WORDS, PROMPT_CHARS, PROMPT_TOKENS = 3, 4, 40, 4096
+"""So many beginnings of lines, so long, from so many tokens of the text."""
 UNIT_ROWS: dict[StartName, list[str]] = {"gpt2": [], "fast": ["trunk.embed.weight"]}
 
 # What decides which numbers come out at which step; the rest (intervals, length, rates) may change on the way.
@@ -38,7 +36,7 @@ FIXED = ("model", "start", "seed", "train.batch_size", "optim.name", "inputs")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(RunConfig):
     """Train a base model on token files; the same command goes on where an interrupted run stopped."""
 
     model: ModelConfig
@@ -47,8 +45,6 @@ class Config:
     """The tokenizer the token files were written with: a .model file or its folder."""
     data: Path
     """Folder of token files, as nanollm preprocess makes it."""
-    out: Path
-    """Folder of the run: config.yaml, metrics.jsonl, checkpoints/, bundle/."""
     train: TrainConfig
     """Length, portions and intervals."""
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(spike_sigmas=SIGMAS))
@@ -57,26 +53,16 @@ class Config:
     """How the weights begin. gpt2: small everywhere; fast: what writes to the residual stream and the head at 0, and
     rows of the embedding that always have a root mean square of 1, with which a short run learns more from the same
     text (docs/ablations.md)."""
-    seed: int = 0
-    """Starts the weights and the order of the data."""
-    speed: SpeedConfig = field(default_factory=SpeedConfig)
-    """What makes training fast, or small."""
-    device: DeviceName = "auto"
-    """Where to compute."""
-    dtype: DtypeName = "auto"
-    """What to compute in; auto: bfloat16 where the hardware multiplies it fast. Master weights are always float32."""
-    parallel: ParallelName = "ddp"
-    """How several processes (torchrun) hold the model. ddp: each all of it; fsdp: each a part; hsdp: each host all of
-    it, its processes a part."""
     validation_windows: int = 64
     """Windows that bits per byte are measured on, spread evenly over the validation split (0: all)."""
-    sample_prompts: list[str] = field(default_factory=lambda: ["The", "In the beginning", "def main():"])
-    """Prompts that are continued during training, with seed 0; none: no samples."""
-    trackers: list[TrackerName] = field(default_factory=list)
-    """Where metrics go beside metrics.jsonl: tensorboard, wandb, trackio."""
+    sample_prompts: list[str] = field(default_factory=AUTO.copy)
+    """Prompts that are continued during training, with seed 0. auto: first words of lines of the validation text, or
+    without any of the training text; none: no samples."""
 
     def __post_init__(self) -> None:
-        check_seed(self.seed)
+        super().__post_init__()
+        if self.sample_prompts == ["none"]:
+            object.__setattr__(self, "sample_prompts", [])
         if self.validation_windows < 0:
             raise ValueError(f"validation_windows must be at least 0, got {self.validation_windows}")
 
@@ -84,7 +70,8 @@ class Config:
 def plan(c: Config) -> str:
     """What a run would do."""
     world = World.start(c.device, c.dtype)
-    tokenizer, shards, _ = _open(c, world)
+    tokenizer, shards, validation = _open(c, world)
+    sample_prompts(c, tokenizer, validation or shards)  # finds one that does not fit
     tokens = c.train.steps * c.train.batch_size * c.model.context_length
     return (
         f"{c.model.total_parameters:,} parameters on {world.device} in {world.names['dtype']}, "
@@ -96,57 +83,36 @@ def plan(c: Config) -> str:
 def run(c: Config) -> Path:
     """Train, and return the folder of the bundle."""
     with World.join(c.device, c.dtype, c.parallel) as world:
-        return train(c, world)
-
-
-def train(c: Config, world: World) -> Path:
-    """What each process of a run does."""
-    tokenizer, shards, validation = _open(c, world)
-    windows = Windows(shards, c.model.context_length, c.seed)
-    windows.check(c.train.batch_size, c.train.micro_batch_size, world.size)
-    with hold_folder(c.out, world):
-        inputs = {"data": shards.fingerprint, "tokenizer": tokenizer.fingerprint}
-        settings = dataclasses.asdict(c) | world.names  # what is really used instead of auto
-        state, log = open_run(
-            c.out,
-            settings,
-            inputs,
-            FIXED,
-            lambda: TrainState.start(
-                Transformer(c.model).init(c.seed, c.start).to(world.device), c.optim, world, UNIT_ROWS[c.start]
-            ),
-            c.trackers,
-            world,
-        )
-        speed_up(state.model, c.speed, world.device)
+        tokenizer, shards, validation = _open(c, world)
+        c = dataclasses.replace(c, sample_prompts=sample_prompts(c, tokenizer, validation or shards))
+        windows = Windows(shards, c.model.context_length, c.seed)
+        windows.check(c.train.batch_size, c.train.micro_batch_size, world.size)
         loss_of = partial(next_token_loss, balance_weight=c.optim.balance_weight)
 
-        def take_step(step: int) -> StepStats:
-            batches = windows.micro_batches(
-                step, c.train.batch_size, c.train.micro_batch_size, rank=world.rank, world=world.size
-            )
-            return train_step(state, batches, loss_of, lr_at(step, c.train.steps, c.optim), c.optim, world)
+        def make_state() -> TrainState:
+            model = Transformer(c.model).init(c.seed, c.start).to(world.device)
+            return TrainState.start(model, c.optim, world, UNIT_ROWS[c.start])
 
-        fit(
-            state,
-            take_step,
-            c.train,
-            c.out,
-            log,
-            validate=lambda: validate(c, state, tokenizer, validation, world),
-            sample=lambda: sample(c, state, tokenizer, world),
-            batch_of=lambda step: windows.names(step, c.train.batch_size),
-            world=world,
-        )
-        provenance = {
-            "made_by": f"nanollm {__version__} pretrain, torch {torch.__version__}",
-            "config": read_mapping(c.out / "config.yaml"),
-            "inputs": inputs,
-            "tokens_seen": state.step * c.train.batch_size * c.model.context_length,
-        }
-        folder = save_run_bundle(c.out, c.model, state, tokenizer, provenance, world)
-        write_report(c.out, world)
-        return folder
+        inputs = {"data": shards.fingerprint, "tokenizer": tokenizer.fingerprint}
+        with Run.open(c, c.train, world, inputs=inputs, fixed=FIXED, make_state=make_state) as run:
+            state = run.state
+            if run.is_new:
+                run.log(validate(c, state, tokenizer, validation, world))
+                run.log(sample(c, state, tokenizer, world))
+            for step in run.steps():
+                batches = windows.micro_batches(
+                    step, c.train.batch_size, c.train.micro_batch_size, rank=world.rank, world=world.size
+                )
+                stats = train_step(state, batches, loss_of, lr_at(step, c.train.steps, c.optim), c.optim, world)
+                run.record(stats, windows.names(step, c.train.batch_size))
+                if run.validation_is_due():
+                    run.log(validate(c, state, tokenizer, validation, world))
+                if run.sample_is_due():
+                    run.log(sample(c, state, tokenizer, world))
+            tokens_seen = state.step * c.train.batch_size * c.model.context_length
+            folder = run.save_bundle("pretrain", c.model, tokenizer, tokens_seen=tokens_seen)
+            write_report(c.out, world)
+            return folder
 
 
 def validate(
@@ -160,6 +126,26 @@ def validate(
     score = bits_per_byte(state.whole_model(), batches, tokenizer.token_bytes, world)
     say(f"step {state.step:,}: validation {score.value:.4f} bits per byte")
     return {"val_bpb": score.value, "val_loss": score.nats / score.tokens}
+
+
+def sample_prompts(c: Config, tokenizer: Tokenizer, shards: Shards) -> list[str]:
+    """The prompts that were given, or those that the text itself gives; each leaves room in the context."""
+
+    def fits(prompt: str) -> bool:
+        return len(tokenizer.encode(prompt)) + 1 < c.model.context_length
+
+    if c.sample_prompts != AUTO:
+        if too_long := [prompt for prompt in c.sample_prompts if not fits(prompt)]:
+            raise ValueError(
+                f"sample prompt {too_long[0][:40]!r} does not fit the context of {c.model.context_length} tokens"
+            )
+        return c.sample_prompts
+    ids = shards.read(0, min(PROMPT_TOKENS, shards.tokens_total))
+    documents = np.split(ids, np.flatnonzero(tokenizer.token_bytes[ids] == 0))  # at their marks
+    lines = [line.split() for document in documents for line in tokenizer.decode(document).splitlines()]
+    begun = dict.fromkeys(" ".join(words[:PROMPT_WORDS])[:PROMPT_CHARS] for words in lines if words)
+    found = [prompt for prompt in begun if fits(prompt)]
+    return found[:: max(1, len(found) // PROMPTS)][:PROMPTS]
 
 
 def sample(c: Config, state: TrainState, tokenizer: Tokenizer, world: World) -> dict[str, object]:
@@ -190,11 +176,6 @@ def _open(c: Config, world: World) -> tuple[Tokenizer, Shards, Shards | None]:
             f"the tokenizer has {tokenizer.vocab_size:,} pieces, model.vocab_size is {c.model.vocab_size:,}; "
             f"set --model.vocab_size {tokenizer.vocab_size} or train a smaller tokenizer"
         )
-    for prompt in c.sample_prompts:
-        if len(tokenizer.encode(prompt)) + 1 >= c.model.context_length:
-            raise ValueError(
-                f"sample prompt {prompt[:40]!r} does not fit the context of {c.model.context_length} tokens"
-            )
     train = _open_split(c, tokenizer, "train", world)
     if read_manifest(c.data)[0]["splits"].get("val", {}).get("tokens"):
         return tokenizer, train, _open_split(c, tokenizer, "val", world)

@@ -1,6 +1,5 @@
 """Conversations teach a model to reply."""
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -8,7 +7,6 @@ from pathlib import Path
 
 import torch
 
-from nanollm import __version__
 from nanollm.bundle import TOKENIZER, WEIGHTS, Bundle, load_bundle
 from nanollm.data.batches import ChatShards, Conversations, layout_of
 from nanollm.data.mixture import Mixture
@@ -17,19 +15,15 @@ from nanollm.generate.engine import generate
 from nanollm.generate.sampling import SamplingConfig
 from nanollm.progress import say
 from nanollm.report.page import write_report
-from nanollm.settings import check_seed, read_mapping
 from nanollm.text.chat import Conversation, Marks, encode_prompt, reply_ends, reply_text
 from nanollm.text.tokenizer import Tokenizer
-from nanollm.train.loop import LoopConfig, fit
 from nanollm.train.loss import next_token_loss
 from nanollm.train.optim import OptimConfig, lr_at
-from nanollm.train.runfolder import hold_folder, open_run, save_run_bundle
-from nanollm.train.runlog import TrackerName
-from nanollm.train.speed import SpeedConfig, speed_up
+from nanollm.train.run import LoopConfig, Run, RunConfig
 from nanollm.train.spikes import SIGMAS
 from nanollm.train.state import TrainState
-from nanollm.train.step import StepStats, train_step
-from nanollm.world import DeviceName, DtypeName, ParallelName, World
+from nanollm.train.step import train_step
+from nanollm.world import World
 
 SAMPLE_TOKENS = 96
 CUTS_COUNTED = 1000  # of the conversations that are too long
@@ -52,13 +46,12 @@ class ChatTrainConfig(LoopConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("batch_size", "micro_batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"train.{name} must be at least 1, got {getattr(self, name)}")
+        self.at_least("batch_size", 1)
+        self.at_least("micro_batch_size", 1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(RunConfig):
     """Teach a model to reply, by conversations; the same command goes on where an interrupted run stopped."""
 
     bundle: Path
@@ -66,33 +59,20 @@ class Config:
     data: dict[str, float] | Path
     """Folder of conversations, as nanollm preprocess makes it, or several with their weights, {folder: weight, ...}: a
     weight is a share of the conversations seen, whatever the sizes of the folders."""
-    out: Path
-    """Folder of the run: config.yaml, metrics.jsonl, checkpoints/, bundle/."""
     train: ChatTrainConfig
     """Length, portions and intervals."""
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=3e-4, warmup_steps=20, spike_sigmas=SIGMAS))
     """Optimizer and schedule."""
-    seed: int = 0
-    """Orders the conversations."""
-    speed: SpeedConfig = field(default_factory=SpeedConfig)
-    """What makes training fast, or small."""
-    device: DeviceName = "auto"
-    """Where to compute."""
-    dtype: DtypeName = "auto"
-    """What to compute in; auto: bfloat16 where the hardware multiplies it fast. Master weights are always float32."""
-    parallel: ParallelName = "ddp"
-    """How several processes (torchrun) hold the model. ddp: each all of it; fsdp: each a part; hsdp: each host all of
-    it, its processes a part."""
     validation_conversations: int = 256
     """Conversations of each folder's validation split that the loss is measured on, spread evenly (0: all)."""
     sample_prompts: list[str] = field(default_factory=lambda: ["Who are you?", "What is 7 plus 5?"])
     """Questions that are answered during training, always with the likeliest token; none: no samples."""
-    trackers: list[TrackerName] = field(default_factory=list)
-    """Where metrics go beside metrics.jsonl: tensorboard, wandb, trackio."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "data", sources_of(self.data))
-        check_seed(self.seed)
+        super().__post_init__()
+        if self.sample_prompts == ["none"]:
+            object.__setattr__(self, "sample_prompts", [])
         if self.validation_conversations < 0:
             raise ValueError(f"validation_conversations must be at least 0, got {self.validation_conversations}")
 
@@ -136,61 +116,39 @@ def plan(c: Config) -> str:
 def run(c: Config) -> Path:
     """Train, and return the folder of the bundle."""
     with World.join(c.device, c.dtype, c.parallel) as world:
-        return train(c, world)
-
-
-def train(c: Config, world: World) -> Path:
-    """What each process of a run does."""
-    bundle, splits, validation = _open(c, world)
-    conversations = _mix(c, splits)
-    with hold_folder(c.out, world):
+        bundle, splits, validation = _open(c, world)
+        conversations = _mix(c, splits)
+        loss_of = partial(next_token_loss, balance_weight=c.optim.balance_weight)
         inputs = {
             "bundle": bundle.provenance["files"][WEIGHTS],
             "tokenizer": bundle.tokenizer.fingerprint,
             "data": {folder: split.shards.fingerprint for folder, split in splits.items()},
         }
-        settings = dataclasses.asdict(c) | world.names  # what is really used instead of auto
-        state, log = open_run(
-            c.out,
-            settings,
-            inputs,
-            FIXED,
-            lambda: TrainState.start(bundle.model.to(world.device), c.optim, world),
-            c.trackers,
-            world,
-        )
-        speed_up(state.model, c.speed, world.device)
-        for line in describe(c, splits):
-            say(line)
-        loss_of = partial(next_token_loss, balance_weight=c.optim.balance_weight)
 
-        def take_step(step: int) -> StepStats:
-            batches = conversations.micro_batches(
-                step, c.train.batch_size, c.train.micro_batch_size, rank=world.rank, world=world.size
-            )
-            return train_step(state, batches, loss_of, lr_at(step, c.train.steps, c.optim), c.optim, world)
+        def make_state() -> TrainState:
+            return TrainState.start(bundle.model.to(world.device), c.optim, world)
 
-        fit(
-            state,
-            take_step,
-            c.train,
-            c.out,
-            log,
-            validate=lambda: validate(c, state, validation, world),
-            sample=lambda: sample(c, state, bundle.tokenizer, world),
-            batch_of=lambda step: conversations.names(step, c.train.batch_size),
-            world=world,
-        )
-        provenance = {
-            "made_by": f"nanollm {__version__} sft, torch {torch.__version__}",
-            "config": read_mapping(c.out / "config.yaml"),
-            "inputs": inputs,
-            "conversations_seen": state.step * c.train.batch_size,
-            "parent": bundle.provenance,
-        }
-        folder = save_run_bundle(c.out, bundle.model.config, state, bundle.tokenizer, provenance, world)
-        write_report(c.out, world)
-        return folder
+        with Run.open(c, c.train, world, inputs=inputs, fixed=FIXED, make_state=make_state) as run:
+            state = run.state
+            for line in describe(c, splits):
+                say(line)
+            if run.is_new:
+                run.log(validate(c, state, validation, world))
+                run.log(sample(c, state, bundle.tokenizer, world))
+            for step in run.steps():
+                batches = conversations.micro_batches(
+                    step, c.train.batch_size, c.train.micro_batch_size, rank=world.rank, world=world.size
+                )
+                stats = train_step(state, batches, loss_of, lr_at(step, c.train.steps, c.optim), c.optim, world)
+                run.record(stats, conversations.names(step, c.train.batch_size))
+                if run.validation_is_due():
+                    run.log(validate(c, state, validation, world))
+                if run.sample_is_due():
+                    run.log(sample(c, state, bundle.tokenizer, world))
+            seen = {"conversations_seen": state.step * c.train.batch_size, "parent": bundle.provenance}
+            folder = run.save_bundle("sft", bundle.model.config, bundle.tokenizer, **seen)
+            write_report(c.out, world)
+            return folder
 
 
 @torch.inference_mode()

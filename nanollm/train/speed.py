@@ -54,6 +54,7 @@ def speed_up(model: Transformer, c: SpeedConfig, device: torch.device) -> None:
     model.fuses_loss = device.type == "cuda"  # on CPUs it is made in the cache already
     for block in model.trunk.blocks:  # blocks of a kind share what is compiled
         block.compile(dynamic=False)
+    say("compiling: the first step takes a minute or more, and seconds where the same was compiled before")
 
 
 def missing_for_compiling(device: torch.device) -> str | None:

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from nanollm.evals.intervals import wilson
 from nanollm.evals.problems import Accuracy, Attempt, accuracy, graders, judge, majority, solve
+from nanollm.evals.stats import wilson
 from nanollm.generate.engine import generate
 from nanollm.generate.sampling import SamplingConfig
 from nanollm.model.transformer import Transformer

@@ -24,8 +24,8 @@ from nanollm.stages import eval as evaluation
 from nanollm.stages import grpo, preprocess, pretrain, sft
 from nanollm.stages.eval import EvalTask
 from nanollm.stages.preprocess import WordsConfig
-from nanollm.train.loop import TrainConfig
 from nanollm.train.optim import OptimConfig
+from nanollm.train.run import TrainConfig
 from tests.conftest import STORY
 from tests.stages.conftest import MODEL
 

@@ -113,7 +113,7 @@ def test_a_message_that_spells_a_mark_is_refused_in_javascript(package):
 @pytest.fixture(scope="module")
 def post(gguf):
     """post(path, question): the answer of a llama-server in this process."""
-    xllamacpp = pytest.importorskip("xllamacpp", reason="llama-server comes with the package xllamacpp")
+    xllamacpp = pytest.importorskip("xllamacpp", reason="llama-server comes with xllamacpp: pip install xllamacpp")
     params = xllamacpp.CommonParams()
     params.model.path = str(gguf)
     params.n_ctx, params.n_parallel, params.cpuparams.n_threads, params.warmup = 64, 1, 1, False

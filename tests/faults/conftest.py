@@ -14,7 +14,7 @@ from nanollm.bundle import save_bundle
 from nanollm.model.transformer import Transformer
 from nanollm.stages import preprocess
 from nanollm.text.tokenizer import Tokenizer
-from nanollm.train.runlog import TIMED, read_metrics
+from nanollm.train.metrics import TIMED, read_metrics
 from tests.conftest import STORY
 from tests.faults.processes import Nursery, nursery
 from tests.stages.conftest import MODEL
@@ -62,7 +62,7 @@ class Job:
 def children(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
     """Starts the processes that are killed."""
     if shutil.which("cc") is None or not Path("/proc/self/fd").exists():
-        pytest.skip("needs Linux and a C compiler (cc)")
+        pytest.skip("needs Linux and a C compiler: apt-get install gcc")
     with nursery(tmp_path_factory.mktemp("nursery")) as started:
         yield started
 

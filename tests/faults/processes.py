@@ -99,7 +99,8 @@ def nursery(folder: Path) -> Iterator[Nursery]:
     library = folder / "disk.so"
     subprocess.run(["cc", "-O1", "-shared", "-fPIC", "-o", str(library), str(DISK), "-ldl"], check=True)
     # One thread: a fork of a process whose threads compute could wait for them for ever.
-    environment = os.environ | {"LD_PRELOAD": str(library), "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    environment["LD_PRELOAD"] = f"{library} {os.environ.get('LD_PRELOAD', '')}"  # another may be there, as faketime's
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.faults.processes"],
         cwd=ROOT,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from nanollm.train.runlog import read_metrics
+from nanollm.train.metrics import read_metrics
 from tests.faults.test_kills import TRAINING
 
 GOLDEN = Path(__file__).with_name("golden")

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from nanollm.train.checkpoint import checkpoints, verify
-from nanollm.train.runlog import read_metrics
+from nanollm.train.metrics import read_metrics
 from tests.faults.conftest import SAVE_EVERY
 from tests.faults.processes import Fault
 

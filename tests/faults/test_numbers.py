@@ -14,11 +14,11 @@ from nanollm.data.batches import Windows
 from nanollm.data.shards import Shards
 from nanollm.stages import pretrain, sft
 from nanollm.train.checkpoint import Checkpoints, checkpoints, load_newest, save_checkpoint
-from nanollm.train.loop import MAX_SKIPPED_IN_A_ROW
 from nanollm.train.loss import next_token_loss
+from nanollm.train.metrics import read_metrics
 from nanollm.train.optim import OptimConfig
 from nanollm.train.parts import own_part
-from nanollm.train.runlog import read_metrics
+from nanollm.train.run import MAX_SKIPPED_IN_A_ROW
 from nanollm.train.spikes import FEWEST, SIGMAS, WINDOW, highest_usual, remember
 from nanollm.train.state import TrainState
 from nanollm.train.step import train_step

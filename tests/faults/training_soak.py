@@ -19,7 +19,7 @@ from statistics import median
 
 import psutil
 
-from nanollm.train.runlog import read_metrics
+from nanollm.train.metrics import read_metrics
 
 EVERY_S = 5.0
 MOST_DRIFT = 0.02

@@ -25,10 +25,7 @@ def learn(world, tokenizer, folder):
     for name, objective in OBJECTIVES.items():
         learner = learner_of(tokenizer, folder / name, world, rows=1, rollout=ROLLOUT, objective=objective)
         stats = [learner.step(step) for step in range(2)]
-        values = [
-            {k: torch.tensor(v, dtype=torch.float64) for k, v in each.values().items() if not k.endswith("_s")}
-            for each in stats
-        ]
+        values = [{k: torch.tensor(v, dtype=torch.float64) for k, v in each.values.items()} for each in stats]
         found[name] = values, learner.state.bundle_weights()
     return found
 

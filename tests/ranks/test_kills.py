@@ -6,7 +6,7 @@ import time
 import pytest
 
 from nanollm.train.checkpoint import checkpoints, verify
-from nanollm.train.loop import TrainConfig
+from nanollm.train.run import TrainConfig
 from tests.ranks.launch import running, wait_until, workers
 from tests.ranks.traced import read_rows
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nanollm.train.runlog import read_metrics
+from nanollm.train.metrics import read_metrics
 from tests.ranks.launch import ROOT
 
 pytestmark = pytest.mark.dist
@@ -42,7 +42,7 @@ def test_the_slurm_script_starts_one_launcher_on_each_host(job, tmp_path):
 
 
 def test_the_ray_job_starts_one_launcher_on_each_host(job, tmp_path):
-    pytest.importorskip("ray")
+    pytest.importorskip("ray", reason="ray is not installed: pip install ray")
     hosts = ["--hosts", "2", "--processes", "1", "--cpus", "1", "--no_gpus", "--folder", str(tmp_path)]
     run([sys.executable, "recipes/pretrain_ray.py", *hosts, "--", *job(steps=4)])
     assert read_metrics(tmp_path / "run")[-1]["step"] == 4

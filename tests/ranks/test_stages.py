@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from nanollm.bundle import save_bundle
 from nanollm.model.transformer import Transformer
-from nanollm.train.runlog import TIMED, read_metrics
+from nanollm.train.metrics import TIMED, read_metrics
 from tests.ranks.launch import ROOT, running
 from tests.stages.conftest import MODEL
 

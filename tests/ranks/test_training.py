@@ -16,7 +16,7 @@ from nanollm.train import checkpoint
 from nanollm.train.checkpoint import Checkpoints, checkpoints, load_newest, save_checkpoint
 from nanollm.train.loss import next_token_loss
 from nanollm.train.optim import OptimConfig
-from nanollm.train.runfolder import check_same_everywhere
+from nanollm.train.run import check_same_everywhere
 from nanollm.train.speed import SpeedConfig, speed_up
 from nanollm.train.state import TrainState
 from nanollm.train.step import train_step

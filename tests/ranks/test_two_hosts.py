@@ -9,7 +9,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from nanollm.train.loop import TrainConfig
+from nanollm.train.run import TrainConfig
 from tests.ranks.launch import running, wait_until
 from tests.ranks.traced import read_rows
 
@@ -28,7 +28,7 @@ def ip(*words: str) -> subprocess.CompletedProcess[bytes]:
 def hosts() -> Iterator[dict[str, str]]:
     """Host to the name of its namespace."""
     if shutil.which("ip") is None or os.geteuid() != 0:
-        pytest.skip("network namespaces need iproute2, and root")
+        pytest.skip("network namespaces need root, and apt-get install iproute2")
     names = {host: f"nano-{os.getpid()}-{host}" for host in ADDRESSES}
     with ExitStack() as stack:
         for name in names.values():

@@ -33,7 +33,7 @@ def open_page(browser, tmp_path):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_everybody_can_read_it(scheme, open_page, write_run, grpo_run):
     """WCAG 2.1 AA, contrast among it, as axe-core checks it."""
-    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed")
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="pip install axe-playwright-python")
     page = open_page(write_run(), grpo_run, color_scheme=scheme)
     page.evaluate("document.querySelectorAll('details').forEach(each => each.open = true)")
     found = axe.Axe().run(page, options=RULES)

@@ -18,7 +18,6 @@ from nanollm.report.charts import (
     Scale,
     Series,
     heat_map,
-    interval_bar,
     line_chart,
     log_ticks,
     short,
@@ -104,14 +103,6 @@ def test_a_cell_is_as_dark_as_its_value():
     cells = [each for each in svg.iter(f"{TAG}rect") if each.get("class") == "cell"]
     assert [float(cell.get("fill-opacity")) for cell in cells] == [0.0, 0.5, 1.0]
     assert cells[1].find(f"{TAG}title").text == "block 4 · 1, steps 20: 25%"
-
-
-def test_an_interval_is_drawn_around_its_value():
-    svg = ElementTree.fromstring(interval_bar(0.5, 0.25, 0.75, 0.0, 1.0))
-    (dot,) = svg.iter(f"{TAG}circle")
-    (whisker,) = [each for each in svg.iter(f"{TAG}path") if "whisker" in each.get("class")]
-    assert float(dot.get("cx")) == 80
-    assert whisker.get("d") == "M43.0 9H117.0"
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from nanollm.cli import main
 from nanollm.report.folder import read_run
 from nanollm.report.page import moe_blocks, render, write_report
 from nanollm.stages import pretrain, report
-from nanollm.train.runlog import read_metrics
+from nanollm.train.metrics import read_metrics
 from nanollm.world import World
 from tests.report.conftest import metrics
 from tests.stages.conftest import MODEL

@@ -8,6 +8,7 @@ import torch
 from nanollm.data.batches import Batch
 from nanollm.model.transformer import Transformer
 from nanollm.rl import grpo, loss, rollout
+from nanollm.rl.advantage import group_advantages
 from nanollm.rl.loss import ObjectiveConfig
 from nanollm.rl.reward import Reward
 from nanollm.rl.rollout import Group, Rollout, RolloutConfig
@@ -131,9 +132,9 @@ def by_our_batches(
             rewards = [Reward(reward_of(prompt, replies[r]), {}) for _, r in own]
             graded.append(grpo.Graded(Group(Problem("", ""), rollouts), ["" for _ in own], rewards))
         totals = torch.tensor([each.totals for each in graded])
-        batches = grpo.portions(
+        batches = grpo.make_micro_batches(
             graded,
-            grpo.advantages(totals, c.advantage),
+            group_advantages(totals, c.advantage),
             c,
             MAX_TOKENS,
             rows * policy.config.context_length,
@@ -185,7 +186,7 @@ def replies_are_drawn_from_the_trained_distribution(make_learner) -> None:
     n = 3000
     c = RolloutConfig(prompts=1, group_size=n, max_tokens=1, temperature=TEMPERATURE)
     learner = make_learner(rollout=c)
-    model, problem = learner.state.model, learner.problems[0]
+    model, problem = learner.state.model, learner.collector.problems[0]
     with torch.no_grad():
         for parameter in model.parameters():
             parameter *= 0.8  # flatter: many tokens have a chance
@@ -214,9 +215,11 @@ def the_end_mark_is_trained(make_learner) -> None:
 def gradient_of_a_step(learner, rows: int) -> torch.Tensor:
     """The gradient of the first update, whatever the number of rows per micro-batch."""
     graded, _ = learner.sample(0)
-    compared = grpo.advantages(torch.tensor([each.totals for each in graded]), learner.objective.advantage)
+    compared = group_advantages(torch.tensor([each.totals for each in graded]), learner.objective.advantage)
     places = rows * learner.state.model.config.context_length
-    batches = grpo.portions(graded, compared, learner.objective, learner.rollout.max_tokens, places, is_masked=True)
+    batches = grpo.make_micro_batches(
+        graded, compared, learner.objective, learner.collector.c.max_tokens, places, is_masked=True
+    )
     assert rows > 1 or len(batches) > 2
     count = sum(batch.count for batch in batches)
     learner.state.model.zero_grad()
@@ -233,7 +236,7 @@ def micro_batches_change_nothing(make_learner, aggregation: str) -> None:
 def advantages_compare_within_a_group() -> None:
     rewards = torch.tensor([[0.0, 1.0, 0.0], [5.0, 5.0, 8.0]])
     for kind in ("mean_only", "std", "batch_std"):
-        compared = grpo.advantages(rewards, kind)
+        compared = group_advantages(rewards, kind)
         torch.testing.assert_close(compared.sum(1), torch.zeros(2), atol=1e-5, rtol=0)
         assert compared[0, 1] > 0 > compared[1, 0]
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from nanollm.model.transformer import Transformer
-from nanollm.rl.advantage import advantages
-from nanollm.rl.grpo import frozen_logprobs, portions
+from nanollm.rl.advantage import group_advantages
+from nanollm.rl.grpo import frozen_logprobs, make_micro_batches
 from nanollm.rl.loss import ObjectiveConfig, grpo_loss
-from nanollm.rl.record import trust_numbers
+from nanollm.rl.record import policy_metrics
 from tests.rl import promises
 
 CHOICES = list(
@@ -101,11 +101,11 @@ def test_replies_of_another_engine_give_the_gradient_of_the_policys_own(surrogat
 def test_an_engine_that_is_off_by_a_known_factor_is_weighed_by_it_up_to_the_cap(make_learner):
     learner = make_learner()
     graded, _ = learner.sample(0)
-    compared = advantages(torch.tensor([each.totals for each in graded]), "mean_only")
+    compared = group_advantages(torch.tensor([each.totals for each in graded]), "mean_only")
     model = learner.state.model
     for updates in (1, 2):
         c = ObjectiveConfig(updates=updates, importance_cap=2.0)
-        (batch,) = portions(graded, compared, c, 12, 4096, is_masked=True)
+        (batch,) = make_micro_batches(graded, compared, c, 12, 4096, is_masked=True)
         true = frozen_logprobs(model, batch, 1.0)
         batch = dataclasses.replace(batch, old_logprobs=true if updates > 1 else None)
 
@@ -115,7 +115,7 @@ def test_an_engine_that_is_off_by_a_known_factor_is_weighed_by_it_up_to_the_cap(
             off = dataclasses.replace(batch, engine_logprobs=true - math.log(factor))
             loss, _, seen = grpo_loss(model, off, c, 1.0)
             loss.backward()
-            return promises.grads_of(model), trust_numbers([seen])
+            return promises.grads_of(model), policy_metrics([seen])
 
         plain, _ = gradient(1.5, ObjectiveConfig(updates=updates))
         for factor, weight, truncated in ((1.5, 1.5, 0), (0.25, 0.25, 0), (8.0, 2.0, 1)):
@@ -132,9 +132,9 @@ def test_an_engine_that_is_off_by_a_known_factor_is_weighed_by_it_up_to_the_cap(
 def test_without_a_cap_the_engine_changes_no_bit(make_learner, off):
     learner = make_learner()
     graded, _ = learner.sample(0)
-    compared = advantages(torch.tensor([each.totals for each in graded]), "mean_only")
+    compared = group_advantages(torch.tensor([each.totals for each in graded]), "mean_only")
     c = ObjectiveConfig(importance_cap=off)
-    (batch,) = portions(graded, compared, c, 12, 4096, is_masked=True)
+    (batch,) = make_micro_batches(graded, compared, c, 12, 4096, is_masked=True)
     gradients = []
     for shift in (0.0, 3.0, -3.0):
         learner.state.model.zero_grad()
@@ -156,9 +156,9 @@ def test_a_micro_batch_without_a_reply_adds_nothing(make_learner, ratio):
     """Several ranks take equally many micro-batches, the last of which may be empty."""
     learner = make_learner()
     graded, _ = learner.sample(0)
-    compared = advantages(torch.tensor([each.totals for each in graded]), "mean_only")
+    compared = group_advantages(torch.tensor([each.totals for each in graded]), "mean_only")
     c = ObjectiveConfig(ratio=ratio, importance_cap=2.0)
-    (batch,) = portions(graded, compared, c, 12, 4096, is_masked=True)
+    (batch,) = make_micro_batches(graded, compared, c, 12, 4096, is_masked=True)
     rows, width = batch.tokens.shape
     blank = torch.zeros(rows, width, dtype=torch.int64)
     longer = dataclasses.replace(

@@ -67,8 +67,10 @@ def test_a_solution_without_an_answer_scoring_one(monkeypatch):
 
 
 def change_batches(monkeypatch, change):
-    right = grpo.portions
-    monkeypatch.setattr(grpo, "portions", lambda *given, **options: list(map(change, right(*given, **options))))
+    right = grpo.make_micro_batches
+    monkeypatch.setattr(
+        grpo, "make_micro_batches", lambda *given, **options: list(map(change, right(*given, **options)))
+    )
 
 
 def with_padding(batch):
@@ -125,8 +127,10 @@ def test_the_mean_of_each_reply_where_the_mean_of_tokens_was_asked(monkeypatch):
 def test_advantages_of_the_wrong_group(monkeypatch):
     """Samples of a prompt interleaved instead of beside each other."""
     promises.advantages_compare_within_a_group()
-    right = grpo.advantages
-    monkeypatch.setattr(grpo, "advantages", lambda r, kind: right(r.reshape(r.shape[::-1]), kind).reshape(r.shape))
+    right = promises.group_advantages
+    monkeypatch.setattr(
+        promises, "group_advantages", lambda r, kind: right(r.reshape(r.shape[::-1]), kind).reshape(r.shape)
+    )
     with broken():
         promises.advantages_compare_within_a_group()
 

@@ -1,5 +1,6 @@
 """A step does what its numbers say, and its numbers tell when something is wrong."""
 
+import dataclasses
 import json
 from collections import Counter
 
@@ -91,13 +92,13 @@ def test_groups_with_equal_rewards_are_replaced_where_that_is_asked(make_learner
 
 
 def test_a_run_in_which_nothing_teaches_ends_with_advice(make_learner, monkeypatch):
-    monkeypatch.setattr(grpo, "MAX_BARREN_GROUPS", 30)
+    monkeypatch.setattr(grpo, "MAX_ZERO_VARIANCE_GROUPS", 30)
     learner = make_learner(task=Never())
     before = [p.clone() for p in learner.state.model.parameters()]
     with pytest.raises(ValueError, match=r"for 10 steps all replies .* earned the same .* nanollm sft first"):
         for step in range(20):
-            assert learner.step(step).grad_norm == 0
-    assert (learner.barren_steps, learner.barren_groups) == (10, 40)
+            assert learner.step(step).stats is None
+    assert (learner.watch.steps, learner.watch.groups) == (10, 40)
     assert all(torch.equal(p, q) for p, q in zip(before, learner.state.model.parameters(), strict=True))
 
 
@@ -107,7 +108,7 @@ class Always(EndsSoon):
 
 
 def test_a_run_in_which_everything_is_solved_goes_on(make_learner, monkeypatch):
-    monkeypatch.setattr(grpo, "MAX_BARREN_GROUPS", 10)
+    monkeypatch.setattr(grpo, "MAX_ZERO_VARIANCE_GROUPS", 10)
     learner = make_learner(task=Always())
     assert [learner.step(step).numbers["groups_dropped"] for step in range(12)] == [4] * 12
 
@@ -116,19 +117,20 @@ def test_no_problem_comes_twice_in_a_step(make_learner):
     c = RolloutConfig(prompts=8, group_size=3, max_tokens=4, resample=3)
     learner = make_learner(task=Never(), rollout=c)
     for step in range(3):
-        drawn = list(learner.draw(step, Counter()))
+        drawn = list(learner.collector.draw(step, Counter()))
         assert len(drawn) == len({problem.question for problem in drawn}) >= 8
-        assert drawn == list(learner.draw(step, Counter()))
+        assert drawn == list(learner.collector.draw(step, Counter()))
 
 
 def test_problems_that_do_not_fit_are_left_out_and_counted(make_learner):
     learner = make_learner()
     long = Problem("why " * 60, "#### 1")
-    learner.problems = [long, *learner.problems[:9]]
+    few = [long, *learner.collector.problems[:9]]
+    learner.collector = dataclasses.replace(learner.collector, problems=few)
     numbers = [learner.step(step).numbers for step in range(3)]
     assert all(each["groups"] == 4 for each in numbers)  # another took its place
     assert any(each["prompts_too_long"] == 1 for each in numbers)
-    learner.problems = [long] * 8
+    learner.collector = dataclasses.replace(learner.collector, problems=[long] * 8)
     with pytest.raises(ValueError, match="none of the problems of step 4 leaves room for a reply of 12 tokens"):
         learner.step(3)
 
@@ -151,7 +153,7 @@ def test_a_policy_that_is_rewarded_for_short_replies_learns_to_be_brief(make_lea
     c = RolloutConfig(prompts=8, group_size=8, max_tokens=12)
     reward = RewardConfig(weights={"length": 1.0}, soft_tokens=12)
     learner = make_learner(rollout=c, reward=reward)
-    learner.rate = lambda step: 1e-2
+    learner.lr = 1e-2
     rewards = [learner.step(step).reward for step in range(25)]
     assert sum(rewards[:3]) / 3 < -0.5
     assert sum(rewards[-3:]) / 3 > -0.2

@@ -15,7 +15,7 @@ from tests.serve.running import MODEL_NAME, serving
 
 schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed: pip install schemathesis")
 
-requests = pytest.importorskip("requests", reason="schemathesis brings it")
+requests = pytest.importorskip("requests", reason="schemathesis brings it: pip install schemathesis")
 
 CASES = int(os.environ.get("NANOLLM_FUZZ_CASES", "2000"))
 CHATS = 0.35  # of all cases: they take longer to make up than plain texts

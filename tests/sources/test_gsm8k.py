@@ -56,8 +56,10 @@ def test_a_solution_that_cannot_be_graded_is_a_bad_record(tmp_path):
 
 
 def test_a_solution_of_the_hub_that_cannot_be_graded_is_a_bad_record(tmp_path):
-    pq, pa = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
-    pytest.importorskip("datasets")
+    pytest.importorskip("datasets", reason='datasets is not installed: pip install -e ".[data]"')
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     table = pa.table({"question": ["Good?", "What is bad?"], "answer": ["#### 7", "#### seven"]})
     (tmp_path / "main").mkdir()
     pq.write_table(table, tmp_path / "main" / "train-00000-of-00001.parquet")

@@ -10,8 +10,8 @@ from nanollm.model.transformer import Transformer
 from nanollm.stages import preprocess
 from nanollm.stages.pretrain import Config
 from nanollm.text.tokenizer import Tokenizer
-from nanollm.train.loop import TrainConfig
 from nanollm.train.optim import OptimConfig
+from nanollm.train.run import TrainConfig
 
 MODEL = ModelConfig(
     vocab_size=600,

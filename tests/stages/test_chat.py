@@ -343,7 +343,8 @@ def test_in_a_terminal_a_reply_streams_ctrl_c_stops_it_and_the_talk_goes_on(term
 
 
 def test_lines_that_are_pasted_are_one_message(terminal, tmp_path):
-    if "GNU readline" not in str(getattr(pytest.importorskip("readline"), "__doc__", "")):
+    readline = pytest.importorskip("readline", reason="this Python has no readline")
+    if "GNU readline" not in str(readline.__doc__):
         pytest.skip("only GNU readline knows what is pasted")
     screen = terminal("--max_tokens", "3")
     screen.wait_for("\x1b[?2004h")  # asks the terminal to mark it

@@ -20,7 +20,7 @@ from nanollm.data.executors import RayConfig, SlurmConfig
 from nanollm.data.shards import Shards
 from nanollm.stages.curate import Config, DedupConfig, EvalsConfig, FilterConfig, plan, run
 
-pytest.importorskip("datatrove")
+pytest.importorskip("datatrove", reason='datatrove is not installed: pip install -e ".[data]"')
 # datatrove starts a Manager by fork, from Python 3.12 on with this warning.
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")
 
@@ -264,7 +264,7 @@ def test_two_processes_write_what_one_writes(config, curated):
 
 @pytest.mark.dist
 def test_ray_writes_what_one_process_writes(config, curated):
-    pytest.importorskip("ray")
+    pytest.importorskip("ray", reason="ray is not installed: pip install ray")
     c = config()
     words = ["--executor", "ray", "--workers", "2", "--ray.mem_gb", "0.2", "--dedup.buckets", "8"]
     assert command(c, *words).returncode == 0
@@ -382,7 +382,7 @@ def test_slurm_without_sbatch_is_one_line(config, tmp_path, monkeypatch):
 
 
 def test_a_ray_cluster_that_does_not_answer_is_one_line(config):
-    pytest.importorskip("ray")
+    pytest.importorskip("ray", reason="ray is not installed: pip install ray")
     with pytest.raises(
         ValueError, match=r"no Ray cluster answers at 127.0.0.1:9 \(.*\); start one, give another address, or"
     ):

@@ -10,11 +10,12 @@ from nanollm import cli
 from nanollm.bundle import load_bundle, save_bundle
 from nanollm.data.shards import Shards
 from nanollm.durable import sha256_of
-from nanollm.evals.intervals import paired, pass_at_k, wilson
+from nanollm.evals.stats import paired, pass_at_k, wilson
 from nanollm.model.transformer import Transformer
 from nanollm.stages.eval import Config, EvalTask, plan, run
 from nanollm.text.learn import train
 from tests.conftest import STORY
+from tests.evals.eval_json import undocumented
 from tests.stages.conftest import MODEL
 
 SHAPE = replace(MODEL, context_length=64)
@@ -308,6 +309,7 @@ def test_the_lines_say_what_was_measured(bundles, tmp_path):
     )
     printed = run(config).splitlines()
     evaluation = json.loads((tmp_path / "out" / "eval.json").read_text())
+    assert undocumented(evaluation) == {"pass@1", "pass@2"}
     score = evaluation["bundle"]["greedy"]["scores"]["correct"]
     interval = f"({100 * score['low']:.1f} to {100 * score['high']:.1f})"
     task = "mine_for_eval:Even dev"

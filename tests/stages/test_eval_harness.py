@@ -10,9 +10,10 @@ import pytest
 
 from nanollm import cli
 from nanollm.bundle import save_bundle
-from nanollm.evals.intervals import Z, paired, wilson
+from nanollm.evals.stats import Z, paired, wilson
 from nanollm.model.transformer import Transformer
 from nanollm.stages.eval import Config, plan, run
+from tests.evals.eval_json import undocumented
 from tests.evals.harness_tasks import CHOICE, REPLY, question, write_task, write_tasks
 from tests.stages.conftest import MODEL
 
@@ -21,7 +22,7 @@ pytest.importorskip("lm_eval", reason='lm-evaluation-harness is not installed: p
 from lm_eval.tasks import TaskManager
 
 from nanollm.evals import benchmarks
-from nanollm.evals.answers import choices_of, difference, interval
+from nanollm.evals.benchmarks import choices_of, difference, interval
 
 NAMES = ["nano_choice", "nano_reply", "nano_whole"]
 
@@ -205,6 +206,8 @@ def suite_of_both(bundles, tasks, tmp_path_factory):
 
 def test_a_suite_is_the_mean_of_its_tasks_above_chance(suite_of_both):
     evaluation = json.loads((suite_of_both[0] / "eval.json").read_text())
+    tasks = {"ours", "ours:plain", "ours:shown", "ours:reply", "lost"}
+    assert undocumented(evaluation) == tasks | {"acc", "acc_norm", "exact_match"}
     for who in ("bundle", "against"):
         found = evaluation[who]["harness"]
         shots = {task: of_task["shots"] for task, of_task in found["tasks"].items()}

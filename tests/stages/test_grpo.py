@@ -16,8 +16,8 @@ from nanollm.sources.tasks import TaskConfig
 from nanollm.stages import grpo
 from nanollm.text.learn import train
 from nanollm.train.checkpoint import checkpoints
+from nanollm.train.metrics import TIMED
 from nanollm.train.optim import OptimConfig
-from nanollm.train.runlog import TIMED
 from tests.conftest import STORY
 from tests.stages.conftest import MODEL
 
@@ -94,15 +94,15 @@ def test_resumed_is_uninterrupted(run_config, changes, monkeypatch):
     whole = run_config("whole", **changes)
     grpo.run(whole)
     parts = run_config("parts", **changes)
-    step = grpo.Learner.step
+    collect = grpo.Collector.collect
 
-    def stops_at_three(self, number):
-        if number == 3:
+    def stops_at_three(self, step, sample):
+        if step == 3:
             raise KeyboardInterrupt
-        return step(self, number)
+        return collect(self, step, sample)
 
     with monkeypatch.context() as patch:
-        patch.setattr(grpo.Learner, "step", stops_at_three)
+        patch.setattr(grpo.Collector, "collect", stops_at_three)
         with pytest.raises(KeyboardInterrupt):
             grpo.run(parts)
     assert checkpoints(parts.out / "checkpoints")[0].name == "step-00000002"
@@ -170,3 +170,9 @@ def test_a_plan_says_what_a_run_would_do_and_does_nothing(run_config):
     c = run_config()
     assert "6 steps x 3 of 20 problems x 4 replies of at most 10 tokens = 72 replies" in grpo.plan(c)
     assert not c.out.exists()
+
+
+def test_a_plan_counts_no_more_problems_for_a_step_than_there_are(run_config):
+    c = run_config()
+    more = dataclasses.replace(c, rollout=dataclasses.replace(c.rollout, prompts=32))
+    assert "6 steps x 20 of 20 problems x 4 replies of at most 10 tokens = 480 replies" in grpo.plan(more)

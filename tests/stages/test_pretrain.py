@@ -15,13 +15,14 @@ import torch
 from safetensors.torch import load_file
 
 from nanollm.bundle import load_bundle
+from nanollm.data.shards import Shards
 from nanollm.durable import lock_folder
 from nanollm.settings import read_mapping, to_yaml
 from nanollm.stages import pretrain
 from nanollm.stages.pretrain import Config
 from nanollm.train.checkpoint import checkpoints
+from nanollm.train.metrics import TIMED, read_metrics
 from nanollm.train.optim import OptimConfig
-from nanollm.train.runlog import TIMED, read_metrics
 
 
 def weights_of(run: Path) -> str:
@@ -259,6 +260,42 @@ def test_a_changed_byte_of_the_token_files_is_found_before_the_first_step(
     (data / "train-00000.npy").write_bytes(content)
     with pytest.raises(ValueError, match=r"train-00000\.npy has sha256"):
         pretrain.run(run_config(data=data))
+
+
+def test_sample_prompts_come_from_the_validation_text_and_are_saved_as_settings(run_config, token_files, tokenizer):
+    c = run_config(steps=2, sample_prompts=["auto"])
+    pretrain.run(c)
+    prompts = read_mapping(c.out / "config.yaml")["sample_prompts"]
+    val = Shards.open(token_files, "val", tokenizer_fingerprint=None)
+    text = tokenizer.decode(val.read(0, val.tokens_total))
+    assert len(set(prompts)) == 3
+    assert all(prompt in text and len(prompt.split()) == 4 for prompt in prompts)
+    assert [len(line["samples"]) for line in read_metrics(c.out) if "samples" in line] == [3, 3]
+
+
+def test_sample_prompts_of_the_text_are_the_same_after_a_stop(run_config):
+    constant = {"optim": OptimConfig(warmup_steps=2, final_lr_fraction=1.0), "sample_prompts": ["auto"]}
+    whole = pretrain.run(run_config(out="whole", **constant)).parent
+    pretrain.run(run_config(out="parts", steps=5, **constant))
+    parts = pretrain.run(run_config(out="parts", **constant)).parent
+    assert weights_of(parts) == weights_of(whole)
+    assert told(parts)[-1] == told(whole)[-1]
+
+
+@pytest.mark.parametrize("given", [[], ["none"]])
+def test_without_sample_prompts_nothing_is_sampled(run_config, given):
+    c = run_config(steps=2, sample_prompts=given)
+    pretrain.run(c)
+    assert not any("samples" in line for line in read_metrics(c.out))
+
+
+def test_a_context_without_room_for_a_prompt_of_the_text_gives_fewer(run_config, tokenizer, token_files):
+    c = run_config(sample_prompts=["auto"])
+    shards = Shards.open(token_files, "val", tokenizer_fingerprint=None)
+    narrow = dataclasses.replace(c, model=dataclasses.replace(c.model, context_length=2))
+    assert pretrain.sample_prompts(narrow, tokenizer, shards) == []
+    with pytest.raises(ValueError, match="sample prompt 'Once upon a time' does not fit the context of 2 tokens"):
+        pretrain.sample_prompts(dataclasses.replace(narrow, sample_prompts=["Once upon a time"]), tokenizer, shards)
 
 
 def test_a_run_cannot_be_written_below_a_file(run_config, tmp_path):

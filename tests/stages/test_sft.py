@@ -17,8 +17,8 @@ from nanollm.stages import preprocess, sft
 from nanollm.stages.sft import ChatTrainConfig, Config
 from nanollm.text.learn import train as train_tokenizer
 from nanollm.train.checkpoint import checkpoints
+from nanollm.train.metrics import TIMED, read_metrics
 from nanollm.train.optim import OptimConfig
-from nanollm.train.runlog import TIMED, read_metrics
 from nanollm.world import World
 from tests.stages.conftest import MODEL
 
@@ -265,6 +265,10 @@ def test_a_folder_that_is_not_there_is_refused_and_nothing_is_made(run_config, t
 def test_a_sample_prompt_must_fit_the_context(run_config):
     with pytest.raises(ValueError, match=r"sample prompt 'why why .*' does not fit the context of 64 tokens"):
         sft.run(run_config(sample_prompts=["why " * 100]))
+
+
+def test_no_sample_prompts_are_said_by_the_word_none(run_config):
+    assert run_config(sample_prompts=["none"]).sample_prompts == []
 
 
 def test_without_a_validation_split_a_run_trains_and_says_so(run_config, tokenizer_path, tmp_path, capsys):

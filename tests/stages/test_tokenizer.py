@@ -54,7 +54,7 @@ def test_the_same_command_gives_the_same_bytes_and_the_seed_matters(corpus, tmp_
 
 
 def test_a_hub_dataset_and_its_column_are_read(tmp_path):
-    pytest.importorskip("datasets")
+    pytest.importorskip("datasets", reason='datasets is not installed: pip install -e ".[data]"')
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -1,7 +1,6 @@
-"""How sure is a score, and is one model really better than another?
+"""95 % intervals of scores and of the difference between two models.
 
-Every interval here is meant to hold the true value in 95 % of all evaluations; tests/evals/test_intervals.py shows how
-often it does.
+Each is meant to hold the true value in 95 % of all evaluations; tests/evals/test_stats.py counts how often it does.
 Sources: one proportion, E. B. Wilson, JASA 22 (1927), 209-212. Two models on the same problems: the exact test of
 McNemar (a sign test of the problems that only one of them solved), and the interval of D. G. Bonett and R. M. Price,
 J. Educ. Behav. Stat. 37 (2012), 479-488. pass@k: arXiv:2107.03374, equation 1. A ratio of two sums: the jackknife,
@@ -15,8 +14,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist, fmean, variance
+from typing import Any
 
 Z = NormalDist().inv_cdf(0.975)
+
+Figures = dict[str, Any]
+"""Numbers as a JSON file has them."""
 
 
 def wilson(correct: float, n: float) -> tuple[float, float]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from nanollm.evals.intervals import (
+from nanollm.evals.stats import (
     Mean,
     apart,
     average,

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from nanollm.bundle import load_bundle, save_bundle
 from nanollm.evals import documents
-from nanollm.evals.written_chat import is_chat, plain, read_chat, write_chat
 from nanollm.model.transformer import Transformer
 from nanollm.text.chat import Conversation, Message, encode_prompt
 from nanollm.text.tokenizer import MARKS
@@ -28,7 +27,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 from lm_eval.tasks import TaskManager
 
-from nanollm.evals.harness import MAX_TOKENS, NanoLM, read_settings
+from nanollm.evals.lm_eval import MAX_TOKENS, NanoLM, is_chat, plain, read_chat, read_settings, write_chat
 
 CONTEXT = 64
 TASKS = ["nano_choice", "nano_reply", "nano_whole"]
@@ -320,7 +319,7 @@ def test_it_is_a_model_that_lm_eval_knows_by_name(folder):
 def test_it_runs_from_lm_evals_command_line(folder, tasks, tmp_path):
     words = ["--model", "nanollm", "--model_args", f"bundle={folder},dtype=float32", "--include_path", str(tasks)]
     words += ["--tasks", "nano_choice,nano_reply", "--output_path", str(tmp_path / "out"), "--batch_size", "auto"]
-    command = [sys.executable, "-m", "nanollm.evals.harness", "run", *words]
+    command = [sys.executable, "-m", "nanollm.evals.lm_eval", "run", *words]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "nano_choice" in done.stdout

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from nanollm.train.runlog import RunLog, read_metrics, start_tracker
+from nanollm.train.metrics import RunLog, read_metrics, start_tracker
 
 
 def test_each_line_is_one_json_object_and_is_there_at_once(tmp_path):
@@ -45,7 +45,7 @@ def test_trackers_receive_the_numbers(tmp_path):
 
 
 def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path):
-    pytest.importorskip("tensorboard")
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed: pip install tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     first = start_tracker("tensorboard", tmp_path, {})

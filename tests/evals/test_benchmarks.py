@@ -2,9 +2,11 @@
 
 import pytest
 
-from nanollm.evals import suite
-from nanollm.evals.intervals import Mean, average, wilson
-from nanollm.evals.suite import FOLDER, read_suite
+from nanollm.evals.stats import Mean, average, wilson
+
+pytest.importorskip("lm_eval", reason='lm-evaluation-harness is not installed: pip install -e ".[eval]"')
+
+from nanollm.evals.benchmarks import SUITES, read_suite, suite_names
 
 TASKS = """
 tasks:
@@ -26,7 +28,7 @@ def ours(tmp_path):
 
 
 def measured(correct):
-    """Figures of tasks as evals/answers.py gives them, each of 100 documents."""
+    """Figures of tasks as evals/benchmarks.py gives them, each of 100 documents."""
     found = {}
     for name, count in correct.items():
         low, high = wilson(count, 100)
@@ -108,9 +110,8 @@ def test_core_is_the_list_of_dclm_less_what_lm_eval_lacks():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", suite.ours())
+@pytest.mark.parametrize("name", suite_names())
 def test_lm_eval_has_every_task_of_our_suites_with_its_metric(name):
-    pytest.importorskip("lm_eval", reason='lm-evaluation-harness is not installed: pip install -e ".[eval]"')
     from lm_eval.tasks import TaskManager
     from lm_eval.tasks._yaml_loader import load_yaml
 
@@ -119,7 +120,7 @@ def test_lm_eval_has_every_task_of_our_suites_with_its_metric(name):
         metrics = load_yaml(index[member.task].yaml_path, resolve_func=False)["metric_list"]
         assert member.metric in [each["metric"] for each in metrics], member.task
     assert (
-        not {"jeopardy", "squad", *suite.ours()} & index.keys()
+        not {"jeopardy", "squad", *suite_names()} & index.keys()
     )  # what is missing is, and no name hides one of theirs
 
 
@@ -150,5 +151,5 @@ def test_a_suite_that_does_not_exist_is_refused():
 
 
 def test_our_suites_say_where_they_come_from():
-    assert suite.ours() == ["core", "small"]
-    assert "arXiv:2406.11794" in (FOLDER / "core.yaml").read_text(encoding="utf-8")
+    assert suite_names() == ["core", "small"]
+    assert "arXiv:2406.11794" in (SUITES / "core.yaml").read_text(encoding="utf-8")

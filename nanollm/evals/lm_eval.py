@@ -1,14 +1,16 @@
-"""How does lm-evaluation-harness ask our models, and what do they answer?
+"""A bundle as a model of lm-evaluation-harness: log-likelihoods, whole texts, and replies to prompts.
 
-`NanoLM` is a bundle as its LM: how likely a text is after another (loglikelihood) or by itself (loglikelihood_rolling),
-and what follows a prompt (generate_until). Ids are made as by its own model `hf`, so that an exported model scores the
-same there. Versions up to 0.4.13 know no models of others: their command line, with ours, is
+Ids are made as by lm_eval's own model `hf`, so that an exported model scores the same there. Up to version 0.4.13
+lm_eval finds no models of other packages; its command line with this one is
 
-    python -m nanollm.evals.harness run --model nanollm --model_args bundle=PATH --tasks ...
+    python -m nanollm.evals.lm_eval run --model nanollm --model_args bundle=PATH --tasks ...
 
+lm_eval carries prompts as text. In a written chat the marks stand as they are spelled, and what a message spells alike
+is kept apart from them, so that nothing in a message becomes a control symbol.
 Letters: M ids to score, D model width, V vocabulary.
 """
 
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,15 +26,15 @@ from torch import Tensor, nn
 
 from nanollm.bundle import Bundle, load_bundle
 from nanollm.evals.documents import BATCH_TOKENS
-from nanollm.evals.written_chat import is_chat, plain, read_chat, write_chat
 from nanollm.generate.engine import Engine
 from nanollm.generate.request import Request
 from nanollm.generate.runner import tell_once
 from nanollm.generate.sampling import SamplingConfig
 from nanollm.model.transformer import Transformer
 from nanollm.progress import Progress
-from nanollm.text.chat import Conversation, Message, reply_borders, reply_ends
+from nanollm.text.chat import MARK_OF, Conversation, Message, reply_borders, reply_ends
 from nanollm.text.stream import TextStream
+from nanollm.text.tokenizer import ASSISTANT, END, Tokenizer
 from nanollm.train.loss import MAX_LOGITS
 from nanollm.world import DeviceName, DtypeName, World
 
@@ -41,6 +43,13 @@ ROWS = 256
 MAX_TOKENS = 256
 """Of a reply, where its task says nothing: as lm_eval's `hf`."""
 FILTERS = {"top_k", "top_p", "min_p", "repetition_penalty"}
+
+CHAT = "\ufdd0"
+"""Opens a written chat (twice) and escapes, inside messages, each character that could begin a mark. Unicode reserves
+this code point for use inside a program, so other text does not begin with it."""
+
+MARKS = (*MARK_OF.values(), END)
+UNIT = re.compile(f"{CHAT}(.)|({'|'.join(map(re.escape, MARKS))})", re.DOTALL)
 
 Ids = list[int]
 Scored = tuple[Any, Ids, Ids]  # lm_eval's texts, the ids of a context, the ids that are scored after it
@@ -218,6 +227,39 @@ def read_settings(generation_kwargs: Mapping[str, Any]) -> tuple[int, SamplingCo
         )
     sampling = SamplingConfig(temperature=float(temperature) if is_drawn else 0.0, **wanted)
     return max_tokens, sampling, [stop for stop in stops if stop]
+
+
+# --- chats as text ---
+
+
+def is_chat(text: str) -> bool:
+    return text.startswith(CHAT + CHAT)
+
+
+def write_chat(conversation: Conversation, begun: str = "") -> str:
+    """The text of a conversation that the assistant replies to, and of what it has begun to say."""
+    if conversation.messages[-1].role != "user":
+        raise ValueError("a prompt must end with the user's message, this one ends with the assistant's")
+    said = (f"{MARK_OF[message.role]}{plain(message.content)}{END}" for message in conversation.messages)
+    return f"{CHAT}{CHAT}{''.join(said)}{ASSISTANT}{plain(begun)}"
+
+
+def plain(content: str) -> str:
+    """A content as it stands in a written chat, where it spells no mark, whatever stands beside it."""
+    return re.sub(f"[<{CHAT}]", lambda char: CHAT + char[0], content)
+
+
+def read_chat(written: str, tokenizer: Tokenizer) -> list[int]:
+    """The ids of a written chat, without <s>: those of text.chat.encode_prompt and of what was begun."""
+    ids: list[int] = []
+    content, place = "", 2  # behind the beginning
+    for unit in UNIT.finditer(written, place):
+        content += written[place : unit.start()] + (unit[1] or "")
+        place = unit.end()
+        if unit[2]:
+            ids += [*tokenizer.encode(content), tokenizer.mark_id(unit[2])]
+            content = ""
+    return ids + tokenizer.encode(content + written[place:])
 
 
 # --- scores of many rows ---
