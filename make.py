@@ -70,7 +70,7 @@ def docs(words: list[str]) -> int:
 
 
 def figures(words: list[str]) -> int:
-    """Draw the pictures of README.md and docs/ anew."""
+    """Draw the charts of docs/concepts anew."""
     return setup([]) or run([str(PYTHON), "docs/figures/draw.py", *words])
 
 

@@ -449,13 +449,13 @@ def gradients_of_the_same_replies(
     """How far apart the two gradients are, and how long, for replies of our engine and the same advantages."""
     import torch
 
+    from benchmarks.peers import reference_weights
     from nanollm.model.transformer import Transformer
     from nanollm.rl.advantage import advantages
     from nanollm.rl.grpo import portions
     from nanollm.rl.loss import ObjectiveConfig, grpo_loss
     from nanollm.rl.record import Graded
     from nanollm.rl.rollout import RolloutConfig, roll_out
-    from tests.model.test_reference import reference_weights
 
     model, objective = Transformer(c).init(0), ObjectiveConfig(advantage="std")
     rollout = RolloutConfig(prompts=2, group_size=GROUP, max_tokens=REPLY)

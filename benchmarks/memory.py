@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measuring import ROOT, in_turns
+from benchmarks.measuring import ROOT, in_turns, memory_gb, peak_memory_gb
 
 PRESETS = {"nano-1m": 32, "nano-5m": 16, "nano-20m": 4, "nano-60m": 2, "nano-327m": 1}
 """Sequences per step, about as many as fit a laptop's minutes."""
@@ -126,18 +126,10 @@ def _steps(case: dict[str, Any]) -> float:
 
 def _child(case: dict[str, Any]) -> dict[str, float]:
     _steps(case | {"preset": TINY, "sequences": 1, "length": 64})
-    before = _status_mb("VmRSS")
+    before = memory_gb()
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak until now
     loss = _steps(case)
-    return {"peak_mb": _status_mb("VmHWM") - before, "loss": loss}
-
-
-def _status_mb(key: str) -> float:
-    """A figure of this process, which Linux keeps in units of 1,024 bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key + ":"):
-            return int(line.split()[1]) * 1024 / 1e6
-    raise ValueError(f"this system says nothing about {key}; memory is measured on Linux")
+    return {"peak_mb": 1000 * (peak_memory_gb() - before), "loss": loss}
 
 
 if __name__ == "__main__":
