@@ -33,7 +33,6 @@ from nanollm.text.tokenizer import MAX_VOCAB_SIZE, Tokenizer
 if TYPE_CHECKING:
     from nanollm.data.blocks import Workplace
 
-MAX_DEDUP = 10_000  # words, buckets or hashes; more is a slip of the pen
 FASTTEXT_MODEL = "https://dl.fbaipublicfiles.com/fasttext/supervised-models/lid.176.bin"
 
 
@@ -93,8 +92,6 @@ class DedupConfig:
         for name in ("words", "buckets", "hashes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"dedup.{name} must be at least 1, got {getattr(self, name)}")
-            if getattr(self, name) > MAX_DEDUP:
-                raise ValueError(f"dedup.{name} must be at most {MAX_DEDUP:,}, got {getattr(self, name):,}")
 
 
 @dataclass(frozen=True, kw_only=True)
