@@ -19,9 +19,9 @@ NO_LIMIT = ("objective.cispo_max", "objective.importance_cap")  # where infinity
 
 
 def verb_of(file):
-    """The verb that a file is for; a model's preset is read by all, and info needs nothing else."""
+    """The verb that a file is for; a model's preset is read by all, and plan needs nothing else."""
     kind = file.partition("/")[0]
-    return "info" if kind == "model" else kind
+    return "plan" if kind == "model" else kind
 
 
 def kinds_of(file):
@@ -220,7 +220,7 @@ IMPOSSIBLE = [
     (MODEL, {"model.rms_norm_eps": 1.0}, ["model.rms_norm_eps"]),
     (MODEL, {"model.rope_theta": 0.0}, ["model.rope_theta"]),
     (MODEL, {"model.d_model": 10**6, "model.n_blocks": 10**6}, ["model.d_model", "model.n_blocks"]),
-    (MODEL, {"micro_batch_size": 0}, ["micro_batch_size"]),
+    (MODEL, {"gpus": 0}, ["gpus"]),
     (PRETRAIN, {"train.micro_batch_size": 3}, ["train.batch_size", "train.micro_batch_size"]),
     (PRETRAIN, {"train.micro_batch_size": 16}, ["train.batch_size", "train.micro_batch_size"]),
     *(
@@ -303,7 +303,6 @@ IMPOSSIBLE = [
     (CURATE, {"ray.mem_gb": 0.0}, ["ray.mem_gb"]),
     (CURATE, {"filters.min_words": 10, "filters.max_words": 9}, ["filters.min_words", "filters.max_words"]),
     (CURATE, {"filters.language": "en"}, ["filters.language", "filters.language_model"]),
-    (CURATE, {"evals.ngram": 0}, ["evals.ngram"]),
     *((CURATE, {name: ""}, [name]) for name in ("text_column", "evals.column")),
     (CURATE, {"val_fraction": 1.0}, ["val_fraction"]),
 ]
