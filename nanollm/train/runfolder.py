@@ -108,10 +108,6 @@ def check_same_everywhere(settings: Mapping[str, object], inputs: Mapping[str, o
                 )
 
 
-ADDED = {"start": "gpt2", "objective.importance_cap": "0.0", "optim.spike_sigmas": "0.0"}
-"""What runs had, without knowing, that were begun before these settings existed."""
-
-
 def claim_folder(
     out: Path, settings: Mapping[str, object], inputs: Mapping[str, object], fixed: Collection[str]
 ) -> None:
@@ -127,8 +123,7 @@ def claim_folder(
         known = read_json(inputs_file, "bring back a copy, or choose another --out")
         before = flat(read_mapping(config_file) | {"inputs": known})
         now = flat({**settings, "inputs": inputs})
-        added = {key: value for key, value in ADDED.items() if key in now}
-        _check_same_run(out, added | before, now, fixed)
+        _check_same_run(out, before, now, fixed)
     write_json(inputs_file, inputs)
     write_file(config_file, to_yaml(settings).encode())
 

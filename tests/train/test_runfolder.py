@@ -64,11 +64,3 @@ def test_checkpoints_without_their_settings_are_not_continued(tmp_path, missing)
     (tmp_path / missing).unlink()
     with pytest.raises(ValueError, match=r"has checkpoints but not both config\.yaml and inputs\.json; choose another"):
         claim_folder(tmp_path, SETTINGS, INPUTS, FIXED)
-
-
-def test_a_run_from_before_a_setting_existed_goes_on_with_what_it_had(tmp_path, capsys):
-    claim_folder(tmp_path, SETTINGS, INPUTS, (*FIXED, "start"))
-    claim_folder(tmp_path, SETTINGS | {"start": "gpt2"}, INPUTS, (*FIXED, "start"))
-    assert capsys.readouterr().err == ""
-    with pytest.raises(ValueError, match="was begun with start = gpt2, this run has fast"):
-        claim_folder(tmp_path, SETTINGS | {"start": "fast"}, INPUTS, (*FIXED, "start"))
