@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 
 MAX_VOCAB_SIZE = 65_536  # token files hold uint16
-MAX_SIZE, MAX_PARAMETERS = 2**20, 10**13  # more is a slip of the pen
+MAX_SIZE, MAX_PARAMETERS = 2**20, 10**13  # a config.json of others is built from
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,8 +14,6 @@ from nanollm.model.transformer import Transformer
 from nanollm.rl.advantage import AdvantageName
 from nanollm.train.loss import token_logprobs
 
-MOST_UPDATES = 1000  # on the same replies; more is a slip of the pen
-
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
@@ -59,8 +57,6 @@ class ObjectiveConfig:
             raise ValueError(f"objective.cispo_max must be at least 1, got {self.cispo_max}")
         if self.updates < 1:
             raise ValueError(f"objective.updates must be at least 1, got {self.updates}")
-        if self.updates > MOST_UPDATES:
-            raise ValueError(f"objective.updates must be at most {MOST_UPDATES:,}, got {self.updates:,}")
         if self.importance_cap and not self.importance_cap >= 1:
             raise ValueError(f"objective.importance_cap must be at least 1, or 0 (off), got {self.importance_cap}")
 

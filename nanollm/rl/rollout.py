@@ -18,8 +18,6 @@ from nanollm.text.chat import Conversation, encode_prompt, reply_ends
 from nanollm.text.tokenizer import Tokenizer
 
 OWN = "own"
-MOST = 2**20  # replies, tokens or tries; more is a slip of the pen
-HOTTEST = 100  # there all tokens are as good as equally likely
 ADDRESS = re.compile(r"vllm://(?:(?P<name>[\w.-]+)|\[(?P<ipv6>[\da-fA-F:.]+)\]):(?P<port>\d{1,5})", re.ASCII)
 
 
@@ -34,11 +32,8 @@ class RolloutConfig:
     max_tokens: int = 128
     """Most tokens of a reply, its end mark included."""
     temperature: float = 1.0
-    """Divides the logits, in sampling and in training alike."""
-    top_k: int = 0
-    """Only 0 (off) is possible."""
-    top_p: float = 1.0
-    """Only 1 (off) is possible."""
+    """Divides the logits, in sampling and in training alike. There is no top_k or top_p: training takes the whole
+    distribution, so sampling draws from all of it."""
     resample: int = 0
     """How often problems whose replies all earned the same are replaced by others (dynamic sampling, DAPO,
     arXiv:2503.14476); 0: never, they are only left out."""
@@ -57,19 +52,9 @@ class RolloutConfig:
                 raise ValueError(f"rollout.{name} must be at least 1, got {getattr(self, name)}")
         if self.resample < 0:
             raise ValueError(f"rollout.resample must be at least 0, got {self.resample}")
-        for name in ("prompts", "group_size", "max_tokens", "resample"):
-            if getattr(self, name) > MOST:
-                raise ValueError(f"rollout.{name} must be at most {MOST:,}, got {getattr(self, name):,}")
         if not (math.isfinite(self.temperature) and self.temperature > 0):
             raise ValueError(
                 f"rollout.temperature must be above 0 (at 0 all replies to a problem are equal), got {self.temperature}"
-            )
-        if self.temperature > HOTTEST:
-            raise ValueError(f"rollout.temperature must be at most {HOTTEST}, got {self.temperature}")
-        if self.top_k or self.top_p != 1:
-            raise ValueError(
-                f"rollout.top_k and rollout.top_p must stay 0 and 1, got {self.top_k} and {self.top_p}: training takes "
-                f"the whole distribution, so sampling must draw from all of it"
             )
         _ = self.server  # refuses what is no address
 

@@ -14,6 +14,8 @@ from nanollm.settings import load_preset, preset_names
 from nanollm.world import DeviceName, DtypeName, World
 
 POSITIONAL = ("model",)
+REPEATS = 5
+"""Of each measurement; median, least and greatest are told."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +32,6 @@ class Config:
     """Tokens of the prompt whose reading is timed (cut to the model's context less one)."""
     tokens: int = 8
     """Tokens per row and repetition."""
-    repeats: int = 5
-    """Repetitions; median, least and greatest are told."""
     quantize: Quantize = "none"
     """int8: weights in one byte each, with a scale per output."""
     kernels: Kernels = "auto"
@@ -46,7 +46,7 @@ class Config:
     def __post_init__(self) -> None:
         if not self.rows or min(self.rows) < 1:
             raise ValueError(f"rows must be numbers of at least 1, got {self.rows}")
-        for name in ("context", "prompt", "tokens", "repeats"):
+        for name in ("context", "prompt", "tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
@@ -61,10 +61,10 @@ def measure(c: Config) -> dict[str, Any]:
     world = World.start(c.device, c.dtype)
     model = open_model(c.model, world)
     limit = model.config.context_length
-    steps = c.tokens * c.repeats + 4
+    steps = c.tokens * REPEATS + 4
     if steps >= limit:
-        raise ValueError(f"tokens x repeats must stay below the context of {limit}, got {c.tokens} x {c.repeats}")
-    how: dict[str, Any] = {"repeats": c.repeats, "quantize": c.quantize, "kernels": c.kernels}
+        raise ValueError(f"tokens x repeats must stay below the context of {limit}, got {c.tokens} x {REPEATS}")
+    how: dict[str, Any] = {"repeats": REPEATS, "quantize": c.quantize, "kernels": c.kernels}
     memory, context = Memory(world.device), min(c.context, limit)
     return {
         "model": c.model,
