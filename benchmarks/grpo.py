@@ -30,9 +30,11 @@ if TYPE_CHECKING:
     import torch
 
     from nanollm.model.config import ModelConfig
-    from nanollm.rl.grpo import Learner
+    from nanollm.rl.grpo import Collector
     from nanollm.sources.gsm8k import Problem
     from nanollm.text.tokenizer import Tokenizer
+    from nanollm.train.optim import OptimConfig
+    from nanollm.train.state import TrainState
 
 VOCAB, CONTEXT = 8192, 256
 PROMPTS, GROUP, REPLY = 8, 8, 64
@@ -58,8 +60,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     with TemporaryDirectory() as name:
         folder = Path(name)
         ours = {
-            "nanollm": Ours.start(c, tokenizer, problems, PROMPTS, folder),
-            "nanollm, 256": Ours.start(c, tokenizer, problems, 4 * PROMPTS, folder),
+            "nanollm": Ours.start(c, tokenizer, problems, PROMPTS),
+            "nanollm, 256": Ours.start(c, tokenizer, problems, 4 * PROMPTS),
         }
         checks: dict[str, Any] = {}
         theirs: dict[str, Theirs] = {}
@@ -183,18 +185,17 @@ def fitting_problems(tokenizer: "Tokenizer") -> "Iterator[Problem]":
 
 @dataclass
 class Ours:
-    """Steps of `nanollm grpo`."""
+    """Steps of `nanollm grpo`: the pieces of stages/grpo.py, without its files."""
 
-    learner: "Learner"
+    state: "TrainState"
+    collector: "Collector"
+    optim: "OptimConfig"
     steps: list[Step] = field(default_factory=list)
 
     @classmethod
-    def start(
-        cls, c: "ModelConfig", tokenizer: "Tokenizer", problems: "Sequence[Problem]", prompts: int, folder: Path
-    ) -> "Ours":
+    def start(cls, c: "ModelConfig", tokenizer: "Tokenizer", problems: "Sequence[Problem]", prompts: int) -> "Ours":
         from nanollm.model.transformer import Transformer
-        from nanollm.rl.grpo import Learner
-        from nanollm.rl.loss import ObjectiveConfig
+        from nanollm.rl.grpo import Collector
         from nanollm.rl.rollout import RolloutConfig
         from nanollm.train.optim import OptimConfig
         from nanollm.train.state import TrainState
@@ -202,45 +203,56 @@ class Ours:
 
         world = World.start()
         optim = OptimConfig(name="adamw", lr=RATE, weight_decay=0.0, balance_rate=0.0)
-        learner = Learner(
-            state=TrainState.start(Transformer(c).init(0).to(world.device), optim, world),
-            tokenizer=tokenizer,
+        state = TrainState.start(Transformer(c).init(0).to(world.device), optim, world)
+        collector = Collector(
             problems=problems,
+            tokenizer=tokenizer,
             rewards=sum_of_letters(),
-            rollout=RolloutConfig(prompts=prompts, group_size=GROUP, max_tokens=REPLY),
-            objective=ObjectiveConfig(advantage="std"),  # TRL's default, as is the mean over tokens
-            optim=optim,
-            rate=lambda step: RATE,
-            micro_batch_size=ROWS,
-            folder=folder / f"rollouts-{prompts}",
+            c=RolloutConfig(prompts=prompts, group_size=GROUP, max_tokens=REPLY),
+            context_length=c.context_length,
             seed=0,
             world=world,
         )
-        return cls(learner)
+        return cls(state, collector, optim)
 
     @property
     def parameters(self) -> int:
-        return self.learner.state.model.config.total_parameters
+        return self.state.model.config.total_parameters
 
     def replies_per_s(self) -> float:
-        replies = self.learner.rollout.prompts * GROUP
+        import torch
+
+        from nanollm.kernels import attention as fused
+        from nanollm.rl.grpo import make_micro_batches, open_sampler, update_policy
+        from nanollm.rl.loss import ObjectiveConfig, group_advantages
+        from nanollm.rl.rollout import policy_metrics, rollout_metrics
+
+        collector, state, model = self.collector, self.state, self.state.model.config
+        c, world = collector.c, collector.world
+        objective = ObjectiveConfig(advantage="std")  # TRL's default, as is the mean over tokens
         started = time.perf_counter()
         with never_ending():
-            stats = self.learner.step(len(self.steps))
-        elapsed, numbers = time.perf_counter() - started, stats.numbers
-        assert stats.step is not None
+            graded, _ = collector.collect(len(self.steps), open_sampler(state, collector.tokenizer, c, None, world))
+        sampled = time.perf_counter()
+        advantages = group_advantages(torch.tensor([each.totals for each in graded]), "std")
+        is_masked = not fused.serves(*model.head_widths, world.dtype, world.device)
+        places = ROWS * model.context_length
+        batches = make_micro_batches(graded, advantages, objective, c.max_tokens, places, is_masked=is_masked)
+        stats, seen = update_policy(state, batches, objective, c.temperature, RATE, self.optim, world)
+        ended = time.perf_counter()
+        assert stats is not None
         self.steps.append(
             Step(
-                replies,
-                stats.step.count,  # what the loss was divided by: the mean is over tokens
-                numbers["rollout_s"],
-                numbers["train_s"],
-                numbers["groups_dropped"],
+                c.prompts * GROUP,
+                stats.count,  # what the loss was divided by: the mean is over tokens
+                sampled - started,
+                ended - sampled,
+                rollout_metrics(graded)["groups_dropped"],
                 stats.grad_norm,
-                numbers["engine_logprob_difference"],
+                policy_metrics(seen)["engine_logprob_difference"],
             )
         )
-        return replies / elapsed
+        return c.prompts * GROUP / (ended - started)
 
 
 def sum_of_letters() -> Any:
@@ -451,11 +463,9 @@ def gradients_of_the_same_replies(
 
     from benchmarks.peers import reference_weights
     from nanollm.model.transformer import Transformer
-    from nanollm.rl.advantage import advantages
-    from nanollm.rl.grpo import portions
-    from nanollm.rl.loss import ObjectiveConfig, grpo_loss
-    from nanollm.rl.record import Graded
-    from nanollm.rl.rollout import RolloutConfig, roll_out
+    from nanollm.rl.grpo import make_micro_batches
+    from nanollm.rl.loss import ObjectiveConfig, group_advantages, grpo_loss
+    from nanollm.rl.rollout import Graded, RolloutConfig, roll_out
 
     model, objective = Transformer(c).init(0), ObjectiveConfig(advantage="std")
     rollout = RolloutConfig(prompts=2, group_size=GROUP, max_tokens=REPLY)
@@ -467,8 +477,8 @@ def gradients_of_the_same_replies(
         texts = [tokenizer.decode_drawn(each.reply_ids) for each in group.rollouts]
         replies = [(group.problem, reply_of(text)) for text in texts]
         graded.append(Graded(group, texts, rewards(replies)))
-    compared = advantages(torch.tensor([each.totals for each in graded]), "std")
-    for batch in portions(graded, compared, objective, REPLY, ROWS * CONTEXT, is_masked=True):
+    compared = group_advantages(torch.tensor([each.totals for each in graded]), "std")
+    for batch in make_micro_batches(graded, compared, objective, REPLY, ROWS * CONTEXT, is_masked=True):
         (grpo_loss(model, batch, objective, 1.0)[0] / batch.count).backward()
     trainer = trainer_of("same model", "float32", c, tokenizer, problems, folder)
     trainer.current_gradient_accumulation_steps = 1  # what its loop would set

@@ -43,7 +43,7 @@ def of_shape(c: "ModelConfig", options: argparse.Namespace) -> dict[str, Any]:
     """All comparisons for one shape of model."""
     import torch
 
-    from nanollm.train.speed import SpeedConfig, compile_blocks
+    from nanollm.train.compile import SpeedConfig, compile_blocks
     from nanollm.world import World
 
     world, tokens = World.start(), options.rows * options.context

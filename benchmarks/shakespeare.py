@@ -299,7 +299,7 @@ def start(r: Recipe, seed: int, world: "World") -> "TrainState":
 
     from nanollm.model.transformer import Transformer
     from nanollm.stages.pretrain import UNIT_ROWS
-    from nanollm.train.speed import SpeedConfig, compile_blocks
+    from nanollm.train.compile import SpeedConfig, compile_blocks
     from nanollm.train.state import TrainState
 
     model = Transformer(r.model_config()).init(seed, "fast")

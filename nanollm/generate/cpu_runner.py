@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nanollm.generate.work import Quantize, Seen, Work
+from nanollm.generate.request import Quantize, Seen, Work
 from nanollm.kernels import build
 from nanollm.kernels.build import OPTIONS
 from nanollm.model.attention import LatentAttention

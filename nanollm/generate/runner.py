@@ -11,7 +11,7 @@ import torch
 
 from nanollm import progress
 from nanollm.generate.cpu_runner import NativeRunner
-from nanollm.generate.work import Ints, Kernels, Piece, Quantize, Runner, Seen, Work
+from nanollm.generate.request import Ints, Kernels, Piece, Quantize, Runner, Seen, Work
 from nanollm.kernels.build import NoCompilerError
 from nanollm.model.cache import LatentCache
 from nanollm.model.transformer import Transformer

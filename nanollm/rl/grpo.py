@@ -20,9 +20,8 @@ from nanollm.data.packing import Layout, best_width, even_rows, pack
 from nanollm.model.transformer import Transformer
 from nanollm.progress import say
 from nanollm.rl.loss import ObjectiveConfig, RolloutBatch, Seen, count_of, grpo_loss, policy_logprobs, token_weights
-from nanollm.rl.record import Graded
 from nanollm.rl.reward import Reply, Rewards
-from nanollm.rl.rollout import Group, Rollout, RolloutConfig, prompt_of, roll_out
+from nanollm.rl.rollout import Graded, Group, Rollout, RolloutConfig, prompt_of, roll_out
 from nanollm.rl.vllm import VllmServer
 from nanollm.sources.gsm8k import Problem
 from nanollm.text.chat import reply_text

@@ -11,8 +11,30 @@ import torch
 from torch import Tensor
 
 from nanollm.model.transformer import Transformer
-from nanollm.rl.advantage import AdvantageName
 from nanollm.train.loss import token_logprobs
+
+AdvantageName = Literal["mean_only", "std", "batch_std"]
+
+EPSILON = 1e-6  # keeps a division finite; a group whose rewards are all equal is never divided, it is left out
+
+
+def group_advantages(rewards: Tensor, kind: AdvantageName) -> Tensor:
+    """How much better each reply is than its group: rewards (P, G) to advantages (P, G); each group's sum to zero.
+
+    Source: DeepSeekMath, arXiv:2402.03300, section 4.1.2.
+
+    mean_only: reward - mean of the group; dividing by its deviation would favour very easy and very hard problems
+    (Dr. GRPO, arXiv:2503.20783). std: divided by the group's standard deviation (GRPO, arXiv:2402.03300, equation 3).
+    batch_std: divided by the standard deviation of all rewards of the step (arXiv:2508.08221).
+    """
+    centred = rewards - rewards.mean(1, keepdim=True)
+    match kind:
+        case "mean_only":
+            return centred
+        case "std":
+            return centred / (rewards.std(1, keepdim=True, correction=0) + EPSILON)
+        case "batch_std":
+            return centred / (rewards.std(correction=0) + EPSILON)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,9 +25,8 @@ from nanollm.bundle import load_bundle
 from nanollm.durable import sha256_of, write_file
 from nanollm.generate import cpu_runner as native
 from nanollm.generate.engine import Engine
-from nanollm.generate.request import Request
+from nanollm.generate.request import Kernels, Request
 from nanollm.generate.sampling import SamplingConfig
-from nanollm.generate.work import Kernels
 from nanollm.hardware import GB
 from nanollm.kernels import build
 from nanollm.model.config import ModelConfig
@@ -37,11 +36,11 @@ from nanollm.sources import builtin
 from nanollm.stages import preprocess, pretrain, tokenizer
 from nanollm.text import words
 from nanollm.train.checkpoint import checkpoints
+from nanollm.train.compile import SpeedConfig
 from nanollm.train.memory import training_memory
 from nanollm.train.metrics import read_metrics
 from nanollm.train.optim import OptimConfig
 from nanollm.train.run import TrainConfig
-from nanollm.train.speed import SpeedConfig
 from nanollm.world import World
 
 REPORT = "add the output of nanollm doctor --json to your report"

@@ -16,18 +16,16 @@ from nanollm.export.dense import STORED
 from nanollm.kernels import attention as fused
 from nanollm.progress import say
 from nanollm.report.page import write_report
-from nanollm.rl.advantage import group_advantages
 from nanollm.rl.grpo import Collector, SignalWatch, make_micro_batches, open_sampler, update_policy
-from nanollm.rl.loss import ObjectiveConfig
-from nanollm.rl.record import policy_metrics, rollout_metrics, save_rollouts
+from nanollm.rl.loss import ObjectiveConfig, group_advantages
 from nanollm.rl.reward import RewardConfig, Rewards
-from nanollm.rl.rollout import RolloutConfig
+from nanollm.rl.rollout import RolloutConfig, policy_metrics, rollout_metrics, save_rollouts
 from nanollm.rl.vllm import VllmServer
 from nanollm.sources.gsm8k import Problem
 from nanollm.sources.tasks import Task, TaskConfig, open_task
+from nanollm.train.compile import SpeedConfig
 from nanollm.train.optim import OptimConfig, lr_at
 from nanollm.train.run import LoopConfig, Run, RunConfig
-from nanollm.train.speed import SpeedConfig
 from nanollm.train.state import TrainState
 from nanollm.world import World
 

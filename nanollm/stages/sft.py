@@ -20,9 +20,8 @@ from nanollm.text.tokenizer import Tokenizer
 from nanollm.train.loss import next_token_loss
 from nanollm.train.optim import OptimConfig, lr_at
 from nanollm.train.run import LoopConfig, Run, RunConfig
-from nanollm.train.spikes import SIGMAS
 from nanollm.train.state import TrainState
-from nanollm.train.step import train_step
+from nanollm.train.step import SIGMAS, train_step
 from nanollm.world import World
 
 SAMPLE_TOKENS = 96

@@ -34,9 +34,9 @@ from nanollm.progress import Progress, say
 from nanollm.settings import check_seed, read_mapping, to_yaml
 from nanollm.text.tokenizer import Tokenizer
 from nanollm.train.checkpoint import Checkpoints, checkpoints, load_newest
+from nanollm.train.compile import SpeedConfig, compile_blocks
 from nanollm.train.memory import peak_memory
 from nanollm.train.metrics import RunLog, TrackerName, start_tracker
-from nanollm.train.speed import SpeedConfig, compile_blocks
 from nanollm.train.state import TrainState
 from nanollm.train.step import StepStats
 from nanollm.world import DeviceName, DtypeName, ParallelName, World

@@ -9,9 +9,9 @@ import torch
 
 from nanollm.generate import cpu_runner as native
 from nanollm.generate.cpu_runner import NativeRunner, panels
+from nanollm.generate.request import Piece, Work
 from nanollm.generate.runner import TorchRunner, open_runner
 from nanollm.generate.sampling import SamplingConfig, sample
-from nanollm.generate.work import Piece, Work
 from nanollm.kernels.build import NoCompilerError
 from nanollm.model.config import ModelConfig
 from nanollm.model.transformer import Transformer

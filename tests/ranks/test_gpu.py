@@ -13,9 +13,9 @@ from nanollm.model.config import ModelConfig
 from nanollm.model.transformer import Transformer
 from nanollm.settings import load_preset
 from nanollm.train.checkpoint import Checkpoints, load_newest
+from nanollm.train.compile import SpeedConfig, compile_blocks
 from nanollm.train.loss import next_token_loss
 from nanollm.train.optim import OptimConfig
-from nanollm.train.speed import SpeedConfig, compile_blocks
 from nanollm.train.state import TrainState
 from nanollm.train.step import train_step
 from nanollm.world import World

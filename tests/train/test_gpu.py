@@ -12,9 +12,9 @@ from nanollm.data.batches import IGNORE, Batch
 from nanollm.model.cache import LatentCache
 from nanollm.model.transformer import Transformer
 from nanollm.train import loss
+from nanollm.train.compile import SpeedConfig, compile_blocks, fastest_attention
 from nanollm.train.loss import cross_entropy_sum, next_token_loss
 from nanollm.train.optim import OptimConfig
-from nanollm.train.speed import SpeedConfig, compile_blocks, fastest_attention
 from nanollm.train.state import TrainState
 from nanollm.train.step import train_step
 from nanollm.world import World

@@ -11,10 +11,10 @@ from torch import Tensor
 from nanollm.data.batches import Batch
 from nanollm.model.cache import LatentCache
 from nanollm.model.transformer import Transformer
-from nanollm.train import speed
+from nanollm.train import compile
+from nanollm.train.compile import SpeedConfig, compile_blocks, fastest_attention, missing_for_compiling
 from nanollm.train.loss import next_token_loss
 from nanollm.train.optim import OptimConfig
-from nanollm.train.speed import SpeedConfig, compile_blocks, fastest_attention, missing_for_compiling
 from nanollm.train.state import TrainState
 from nanollm.train.step import train_step
 from nanollm.world import World
@@ -125,7 +125,7 @@ def test_nothing_is_compiled_on_a_cpu_unless_asked(monkeypatch):
 
 
 def test_compiling_without_a_compiler_is_refused_when_asked_for(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(speed.build, "find_compiler", list)
+    monkeypatch.setattr(compile.build, "find_compiler", list)
     with pytest.raises(ValueError, match=r"speed.compile on needs a C\+\+ compiler .*; install it, or take"):
         compile_blocks(Transformer(SMALL), SpeedConfig(compile="on"), CPU)
     compile_blocks(Transformer(SMALL), SpeedConfig(), torch.device("cuda"))
