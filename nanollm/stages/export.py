@@ -5,8 +5,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
-from nanollm.bundle import Bundle, load_bundle, read_config, stored_dtype
-from nanollm.durable import check_replaceable, new_folder
+from nanollm.bundle import PROVENANCE, Bundle, load_bundle, read_config, stored_dtype
+from nanollm.durable import check_replaceable, new_folder, read_json
 from nanollm.export.dense import STORED, Dtype, Format, exported_shape
 from nanollm.progress import say
 
@@ -37,7 +37,7 @@ class Config:
     """Language of the texts it was trained on, for the card: en, de, ..."""
     verify: bool = False
     """Load the export in its engine (transformers, llama.cpp) and compare ids, logits and greedy replies with ours;
-    exit code 1 if they differ."""
+    exit code 1 if they differ. An export that is there already is compared as it stands, unless --force replaces it."""
     verify_prompts: int = 20
     """Prompts that both continue by 64 tokens, for --verify."""
     push: str | None = None
@@ -77,11 +77,14 @@ def run(c: Config) -> Path:
     if c.push:
         push.check_access()
     bundle, dtype, name = load_bundle(c.bundle), dtype_of(c), title_of(c)
-    with new_folder(c.folder) as draft:
-        folder.write_export(draft, bundle, c.format, dtype, name)
-        write_card(c, draft, bundle)
-    parameters = exported_shape(bundle.model.config, c.format).total_parameters
-    say(f"{c.format}, {dtype}, {parameters:,} parameters, written to {c.folder}")
+    if only_verifies(c):
+        say(f"{c.folder} is an export already: it is compared as it stands")
+    else:
+        with new_folder(c.folder) as draft:
+            folder.write_export(draft, bundle, c.format, dtype, name)
+            write_card(c, draft, bundle)
+        parameters = exported_shape(bundle.model.config, c.format).total_parameters
+        say(f"{c.format}, {dtype}, {parameters:,} parameters, written to {c.folder}")
     if c.verify:
         prove(c, c.folder / folder.model_file(c.format, dtype, name), bundle)
     if c.push:
@@ -114,7 +117,19 @@ def check_out(c: Config) -> None:
 
     if c.bundle.resolve().is_relative_to(c.folder.resolve()):
         raise ValueError(f"{c.folder} holds the bundle; choose another --out")
-    check_replaceable(c.folder, written_in(c.folder), force=c.force, what="an export")
+    if not only_verifies(c):
+        check_replaceable(c.folder, written_in(c.folder), force=c.force, what="an export")
+
+
+def only_verifies(c: Config) -> bool:
+    """Whether the export that would be written and compared is there already, with that format, type and file."""
+    from nanollm.export.folder import EXPORT, model_file, written_in
+
+    if not c.verify or c.force or c.push or not written_in(c.folder):
+        return False
+    made, file = read_json(c.folder / PROVENANCE)[EXPORT], model_file(c.format, dtype_of(c), title_of(c))
+    is_named = c.format != "gguf" or file in made["files"]  # the weights of other formats may lie in several files
+    return is_named and (made.get("format"), made.get("dtype")) == (c.format, dtype_of(c))
 
 
 def dtype_of(c: Config) -> Dtype:

@@ -1,5 +1,6 @@
 """A bundle becomes a folder for others, and a mistake costs one line and no file."""
 
+import dataclasses
 import json
 import shutil
 from importlib.metadata import PackageNotFoundError
@@ -71,6 +72,23 @@ def test_a_folder_that_is_not_empty_is_replaced_by_force_only(bundle, tmp_path, 
     assert before == {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
     run(Config(bundle=bundle, format="gguf", out=tmp_path / "out", force=True))
     assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_an_export_that_exists_is_verified_as_it_stands(bundle, tmp_path, complaint, capsys):
+    config = Config(bundle=bundle, out=tmp_path / "out", verify=True, verify_prompts=2)
+    run(dataclasses.replace(config, verify=False))
+    weights = tmp_path / "out" / "model.safetensors"
+    written = weights.stat().st_mtime_ns
+    assert run(config) == tmp_path / "out"
+    assert "is an export already: it is compared as it stands" in capsys.readouterr().err
+    assert weights.stat().st_mtime_ns == written
+    for other in (["--format", "deepseek-v3"], ["--dtype", "bf16"], ["--push", "ada/tiny"]):
+        assert "is an export already; choose another --out" in complaint("--verify", *other)
+    content = bytearray(weights.read_bytes())
+    content[-100:] = bytes(100)
+    weights.write_bytes(content)
+    with pytest.raises(SystemExit, match="does not say what"):
+        run(config)
 
 
 @pytest.mark.parametrize("name", ["thesis.tex", "README.md", "llama-70b.gguf"])
