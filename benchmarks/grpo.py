@@ -4,7 +4,7 @@ A step is rollout and update: 8 prompts of 28 to 36 tokens, 8 replies of exactly
 early), every one of them trained; no divergence from a reference, one update. About 11 million parameters:
     TRL, same model     transformers' Glm4MoeLiteForCausalLM, which computes what our model does, with the same weights
     TRL, Llama          a LlamaForCausalLM of as many parameters, with which TRL is faster
-    nanollm             a step of `nanollm grpo`: the same Learner, in this machine's compute type
+    nanollm             a step of `nanollm grpo`, in this machine's compute type
     nanollm, 256        the same with 32 prompts
 TRL generates with transformers (vLLM needs a GPU) without gradient checkpointing, its weights in bfloat16 without
 float32 masters: the fastest of what runs on a CPU. --tried measures bfloat16 autocast and float32, too. The reward is a
@@ -60,8 +60,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     with TemporaryDirectory() as name:
         folder = Path(name)
         ours = {
-            "nanollm": Ours.start(c, tokenizer, problems, PROMPTS),
-            "nanollm, 256": Ours.start(c, tokenizer, problems, 4 * PROMPTS),
+            "nanollm": Ours.start(c, tokenizer, problems, PROMPTS, folder),
+            "nanollm, 256": Ours.start(c, tokenizer, problems, 4 * PROMPTS, folder),
         }
         checks: dict[str, Any] = {}
         theirs: dict[str, Theirs] = {}
@@ -183,37 +183,37 @@ def fitting_problems(tokenizer: "Tokenizer") -> "Iterator[Problem]":
 # --- ours ---
 
 
-@dataclass
+@dataclass(frozen=True)
 class Ours:
-    """Steps of `nanollm grpo`: the pieces of stages/grpo.py, without its files."""
+    """Steps of `nanollm grpo`, as stages/grpo.py takes them."""
 
     state: "TrainState"
     collector: "Collector"
-    optim: "OptimConfig"
+    folder: Path
     steps: list[Step] = field(default_factory=list)
 
     @classmethod
-    def start(cls, c: "ModelConfig", tokenizer: "Tokenizer", problems: "Sequence[Problem]", prompts: int) -> "Ours":
+    def start(
+        cls, c: "ModelConfig", tokenizer: "Tokenizer", problems: "Sequence[Problem]", prompts: int, folder: Path
+    ) -> "Ours":
         from nanollm.model.transformer import Transformer
         from nanollm.rl.grpo import Collector
         from nanollm.rl.rollout import RolloutConfig
-        from nanollm.train.optim import OptimConfig
         from nanollm.train.state import TrainState
         from nanollm.world import World
 
         world = World.start()
-        optim = OptimConfig(name="adamw", lr=RATE, weight_decay=0.0, balance_rate=0.0)
-        state = TrainState.start(Transformer(c).init(0).to(world.device), optim, world)
         collector = Collector(
             problems=problems,
             tokenizer=tokenizer,
             rewards=sum_of_letters(),
             c=RolloutConfig(prompts=prompts, group_size=GROUP, max_tokens=REPLY),
-            context_length=c.context_length,
+            context_length=CONTEXT,
             seed=0,
             world=world,
         )
-        return cls(state, collector, optim)
+        state = TrainState.start(Transformer(c).init(0).to(world.device), optim(), world)
+        return cls(state, collector, folder / f"rollouts-{prompts}")
 
     @property
     def parameters(self) -> int:
@@ -225,34 +225,40 @@ class Ours:
         from nanollm.kernels import attention as fused
         from nanollm.rl.grpo import make_micro_batches, open_sampler, update_policy
         from nanollm.rl.loss import ObjectiveConfig, group_advantages
-        from nanollm.rl.rollout import policy_metrics, rollout_metrics
+        from nanollm.rl.rollout import policy_metrics, save_rollouts
 
-        collector, state, model = self.collector, self.state, self.state.model.config
-        c, world = collector.c, collector.world
-        objective = ObjectiveConfig(advantage="std")  # TRL's default, as is the mean over tokens
+        state, collector, world = self.state, self.collector, self.collector.world
+        objective, replies = ObjectiveConfig(advantage="std"), collector.c.prompts * GROUP  # TRL's defaults
+        is_masked = not fused.serves(state.model.config, world.dtype, world.device)
         started = time.perf_counter()
         with never_ending():
-            graded, _ = collector.collect(len(self.steps), open_sampler(state, collector.tokenizer, c, None, world))
+            sample = open_sampler(state, collector.tokenizer, collector.c, None, world)
+            graded, _ = collector.collect(len(self.steps), sample)
         sampled = time.perf_counter()
-        advantages = group_advantages(torch.tensor([each.totals for each in graded]), "std")
-        is_masked = not fused.serves(*model.head_widths, world.dtype, world.device)
-        places = ROWS * model.context_length
-        batches = make_micro_batches(graded, advantages, objective, c.max_tokens, places, is_masked=is_masked)
-        stats, seen = update_policy(state, batches, objective, c.temperature, RATE, self.optim, world)
-        ended = time.perf_counter()
+        advantages = group_advantages(torch.tensor([group.totals for group in graded]), objective.advantage)
+        save_rollouts(self.folder / f"step-{len(self.steps)}.jsonl", graded, advantages)
+        batches = make_micro_batches(graded, advantages, objective, REPLY, ROWS * CONTEXT, is_masked=is_masked)
+        stats, seen = update_policy(state, batches, objective, 1.0, RATE, optim(), world)
+        done = time.perf_counter()
         assert stats is not None
         self.steps.append(
             Step(
-                c.prompts * GROUP,
+                replies,
                 stats.count,  # what the loss was divided by: the mean is over tokens
                 sampled - started,
-                ended - sampled,
-                rollout_metrics(graded)["groups_dropped"],
+                done - sampled,
+                sum(not each.has_signal for each in graded),
                 stats.grad_norm,
                 policy_metrics(seen)["engine_logprob_difference"],
             )
         )
-        return c.prompts * GROUP / (ended - started)
+        return replies / (done - started)
+
+
+def optim() -> "OptimConfig":
+    from nanollm.train.optim import OptimConfig
+
+    return OptimConfig(name="adamw", lr=RATE, weight_decay=0.0, balance_rate=0.0)
 
 
 def sum_of_letters() -> Any:
