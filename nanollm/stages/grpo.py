@@ -11,7 +11,7 @@ import torch
 from nanollm import __version__
 from nanollm.bundle import WEIGHTS, Bundle, load_bundle
 from nanollm.evals.problems import accuracy
-from nanollm.export.dense import STORED
+from nanollm.export.dense_to_moe import STORED
 from nanollm.progress import say
 from nanollm.report.page import write_report
 from nanollm.rl.grpo import Learner
