@@ -229,7 +229,7 @@ class Ours:
 
         state, collector, world = self.state, self.collector, self.collector.world
         objective, replies = ObjectiveConfig(advantage="std"), collector.c.prompts * GROUP  # TRL's defaults
-        is_masked = not fused.serves(state.model.config, world.dtype, world.device)
+        is_masked = not fused.serves(*state.model.config.head_widths, world.dtype, world.device)
         started = time.perf_counter()
         with never_ending():
             sample = open_sampler(state, collector.tokenizer, collector.c, None, world)

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from nanollm.bundle import Bundle, build_model
 from nanollm.durable import new_folder, sync
-from nanollm.export.dense import Dtype
+from nanollm.export.dense_to_moe import Dtype
 from nanollm.model.config import ModelConfig
 from nanollm.rl.rollout import Group, Rollout, RolloutConfig, prompt_of
 from nanollm.sources.gsm8k import Problem

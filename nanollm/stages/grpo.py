@@ -12,7 +12,7 @@ import torch
 
 from nanollm.bundle import WEIGHTS, Bundle, load_bundle
 from nanollm.evals.problems import accuracy
-from nanollm.export.dense import STORED
+from nanollm.export.dense_to_moe import STORED
 from nanollm.kernels import attention as fused
 from nanollm.progress import say
 from nanollm.report.page import write_report

@@ -13,8 +13,7 @@ import pytest
 import torch
 
 from nanollm.bundle import build_model
-from nanollm.export.adopt import adopt
-from nanollm.export.checkpoint import read_checkpoint
+from nanollm.export.import_model import import_model, read_checkpoint
 from nanollm.generate.engine import generate
 from nanollm.generate.sampling import SamplingConfig
 from nanollm.model.transformer import Transformer
@@ -52,7 +51,7 @@ class Vllm:
         self.reset()
 
     def reload(self) -> None:
-        adopted = adopt(read_checkpoint(self.folder))
+        adopted = import_model(read_checkpoint(self.folder))
         self.read = build_model(adopted.config)
         self.read.load_state_dict({name: tensor.clone() for name, tensor in adopted.weights.items()}, assign=True)
         self.tokenizer = adopted.tokenizer
