@@ -25,6 +25,7 @@ FLOORS = {
         "settings",
         "durable",
         "compiled",
+        "extras",
         "hardware",
         "origin",
         "threads",

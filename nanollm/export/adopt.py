@@ -19,6 +19,7 @@ from nanollm.export.checkpoint import Checkpoint
 from nanollm.export.dense import Placement, take_back
 from nanollm.export.hf import ORIGIN
 from nanollm.export.names import config_of, to_ours
+from nanollm.extras import missing_package
 from nanollm.model.config import ModelConfig
 from nanollm.text.tokenizer import ASSISTANT, END, SYSTEM, USER, Tokenizer
 
@@ -119,9 +120,7 @@ def parse(serialized: bytes) -> Any:
         from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
         from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
     except ModuleNotFoundError as error:
-        raise ValueError(
-            f'import needs the package {error.name}; in the folder of NanoLLM: pip install -e ".[export]"'
-        ) from error
+        raise missing_package("import", error.name, "export") from error
     try:
         proto = ModelProto.FromString(serialized)
     except DecodeError as error:

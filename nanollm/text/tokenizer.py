@@ -149,7 +149,7 @@ class Tokenizer:
 
     @cached_property
     def _proto(self) -> Any:
-        from sentencepiece import sentencepiece_model_pb2 as proto  # needs protobuf, which comes with nanollm[export]
+        from sentencepiece import sentencepiece_model_pb2 as proto  # needs protobuf, of the extra export
 
         return proto.ModelProto.FromString(self.serialized)  # type: ignore[attr-defined]
 
