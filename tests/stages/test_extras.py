@@ -5,7 +5,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from nanollm.train.runlog import start_tracker
+from nanollm.train.metrics import start_tracker
 
 from nanollm import cli, extras
 from nanollm.export import adopt
