@@ -26,6 +26,7 @@ from nanollm.export import provenance
 from nanollm.export.dense_to_moe import Placement, moe_to_dense
 from nanollm.export.hf import INDEX, ORIGIN
 from nanollm.export.names import SIZES, from_hf_config, to_ours
+from nanollm.extras import missing_package
 from nanollm.model.config import ModelConfig
 from nanollm.text.tokenizer import ASSISTANT, END, SYSTEM, USER, Tokenizer, read_model
 
@@ -307,9 +308,7 @@ def parse(serialized: bytes) -> Any:
         from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
         from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
     except ModuleNotFoundError as error:
-        raise ValueError(
-            f'import needs the package {error.name}; in the folder of NanoLLM: pip install -e ".[export]"'
-        ) from error
+        raise missing_package("import", error.name, "export") from error
     try:
         proto = ModelProto.FromString(serialized)
     except DecodeError as error:

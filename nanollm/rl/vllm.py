@@ -32,6 +32,7 @@ from torch import Tensor
 from nanollm.bundle import Bundle, build_model
 from nanollm.durable import new_folder, sync
 from nanollm.export.dense_to_moe import Dtype
+from nanollm.extras import missing_package
 from nanollm.model.config import ModelConfig
 from nanollm.rl.rollout import Group, Rollout, RolloutConfig, prompt_of
 from nanollm.sources.gsm8k import Problem
@@ -190,10 +191,7 @@ class VllmServer:
             with new_folder(beside) as draft:
                 write_export(draft, bundle, "deepseek-v3", self.dtype, name="")
         except ModuleNotFoundError as error:
-            raise ValueError(
-                f"rollouts by a vLLM server need the package {error.name}; in the folder of NanoLLM: "
-                f'pip install -e ".[export]"'
-            ) from error
+            raise missing_package("a vLLM server for rollouts", error.name, "export") from error
         new = [file.name for file in beside.iterdir()]
         for name in new:
             (beside / name).replace(self.folder / name)

@@ -20,6 +20,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, BinaryIO, Literal, Protocol, TypeVar, cast
 
+from nanollm.extras import how_to_install
+
 FORMATS = (".txt", ".jsonl", ".csv", ".parquet")
 PACKINGS = ("", ".gz", ".zst")
 DOCUMENT_BYTES = 16 * 2**20  # a .txt file above this is read as several documents
@@ -422,4 +424,4 @@ def need(module: str, purpose: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         package = module.split(".")[0]
-        raise ValueError(f'{package} is needed {purpose}; install it with: pip install "nanollm[data]"') from error
+        raise ValueError(f"{package} is needed {purpose}; {how_to_install('data')}") from error

@@ -8,6 +8,7 @@ from typing import Literal
 from nanollm.bundle import PROVENANCE, Bundle, load_bundle, read_config, stored_dtype
 from nanollm.durable import check_replaceable, new_folder, read_json
 from nanollm.export.dense_to_moe import STORED, Dtype, Format, exported_shape
+from nanollm.extras import missing_package
 from nanollm.progress import say
 
 POSITIONAL = ("bundle",)
@@ -98,7 +99,7 @@ def check(c: Config) -> None:
         try:
             version(package)
         except PackageNotFoundError as error:
-            raise ValueError(f'export needs {package}; in the folder of NanoLLM: pip install -e ".[export]"') from error
+            raise missing_package("export", package, "export") from error
     read_config(c.bundle)
     check_out(c)
     if c.push:

@@ -395,6 +395,6 @@ def test_a_package_that_is_missing_is_named(connect, policy, monkeypatch):
     ours, _ = connect()
     monkeypatch.setitem(sys.modules, "nanollm.export.folder", None)
     with pytest.raises(
-        ValueError, match=r'need the package .*; in the folder of NanoLLM: pip install -e "\.\[export\]"'
+        ValueError, match=r'needs the package .*; in the folder of NanoLLM: pip install -e "\.\[export\]"'
     ):
         ours.push(policy.state_dict())

@@ -157,7 +157,7 @@ def test_a_missing_package_is_named_with_what_installs_it(complaint, monkeypatch
             raise PackageNotFoundError(name)
 
     monkeypatch.setattr(export, "version", version)
-    assert 'export needs protobuf; in the folder of NanoLLM: pip install -e ".[export]"' in complaint()
+    assert 'export needs the package protobuf; in the folder of NanoLLM: pip install -e ".[export]"' in complaint()
 
 
 def test_what_does_not_hold_ends_in_exit_code_1_and_is_not_pushed(bundle, tmp_path, monkeypatch, capsys):
