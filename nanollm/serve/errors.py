@@ -21,7 +21,6 @@ CODES = {
     413: "body_too_large",
     415: "unsupported_media_type",
     429: "queue_full",
-    431: "headers_too_large",
     499: "client_closed_request",
     500: "internal_error",
     503: "engine_stopped",

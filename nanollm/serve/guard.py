@@ -22,6 +22,7 @@ from nanollm.serve.limits import Limits, is_loopback
 log = logging.getLogger(__name__)
 
 OPEN_PATHS = frozenset({"/health"})
+CLOSE = {"Connection": "close"}  # of a refusal while the body may still be coming
 DRAINED = 8
 """A body that is too large is read up to this many times the limit, so that its sender gets to hear the answer."""
 
@@ -79,19 +80,22 @@ class Guard:
 
     def _check(self, scope: Scope) -> None:
         headers = Headers(scope=scope)
+        if "content-length" in headers and "transfer-encoding" in headers:  # two readers may see two ends
+            message = "Content-Length and Transfer-Encoding differ about where the body ends"
+            raise ApiError(400, message, headers=CLOSE)
         if self._key is None:
             host = headers.get("host", "")
             if not is_loopback(_without_port(host)):  # another site's name, made to point here
                 message = (
                     f"without a key this server answers only to localhost, got {host[:100]!r}; set NANOLLM_API_KEY"
                 )
-                raise ApiError(403, message)
+                raise ApiError(403, message, headers=CLOSE)
         elif scope["path"] not in OPEN_PATHS and not hmac.compare_digest(self._key, _digest(given_key(headers))):
             scheme = "Basic" if scope["path"] == "/" else "Bearer"  # a browser then asks for a password
             raise ApiError(
                 401,
                 "the key is missing or wrong; send the header Authorization: Bearer KEY",
-                headers={"WWW-Authenticate": f'{scheme} realm="nanollm"'},
+                headers=CLOSE | {"WWW-Authenticate": f'{scheme} realm="nanollm"'},
             )
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes:
@@ -105,14 +109,14 @@ class Guard:
                 body = await _receive_all(receive, limit)
         except TimeoutError:
             message = f"the body did not arrive within {self.limits.body_timeout_s:g} seconds"
-            raise ApiError(408, message, headers={"Connection": "close"}) from None
+            raise ApiError(408, message, headers=CLOSE) from None
         if body is None:
             raise self._too_large()
         return body
 
     def _too_large(self) -> ApiError:
         message = f"the body must have at most {self.limits.max_body_bytes:,} bytes; send less"
-        return ApiError(413, message, headers={"Connection": "close"})
+        return ApiError(413, message, headers=CLOSE)
 
 
 def check_values(body: bytes) -> None:
