@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nanollm.serve.errors import ApiError
 from nanollm.serve.job import ClientGone
-from nanollm.serve.limits import Limits, is_loopback
+from nanollm.serve.limits import BODY_TIMEOUT_S, Limits, is_loopback
 
 log = logging.getLogger(__name__)
 
@@ -98,10 +98,10 @@ class Guard:
         if declared.isdigit() and int(declared) > limit and (int(declared) > DRAINED * limit or "expect" in headers):
             raise self._too_large()
         try:
-            async with asyncio.timeout(self.limits.body_timeout_s):
+            async with asyncio.timeout(BODY_TIMEOUT_S):
                 body = await _receive_all(receive, limit)
         except TimeoutError:
-            message = f"the body did not arrive within {self.limits.body_timeout_s:g} seconds"
+            message = f"the body did not arrive within {BODY_TIMEOUT_S:g} seconds"
             raise ApiError(408, message, headers=CLOSE) from None
         if body is None:
             raise self._too_large()

@@ -14,7 +14,7 @@ from nanollm.serve.answers import Json
 from nanollm.serve.choice import Choice, Speller
 from nanollm.serve.errors import ApiError
 from nanollm.serve.job import Job
-from nanollm.serve.limits import Limits
+from nanollm.serve.limits import MAX_MESSAGES, MAX_N, MAX_STOPS, MAX_TOKENS, Limits
 from nanollm.serve.metrics import Metrics
 from nanollm.serve.schemas import ChatMessage, ChatRequest, CompletionRequest
 from nanollm.serve.worker import EngineStopped, QueueFull, Worker
@@ -40,7 +40,7 @@ class Service:
         self.metrics = Metrics(lambda: self.worker.figures)
         self.speller = Speller(bundle.tokenizer)
         self.created = int(time.time())
-        self.most_prompt_tokens = min(limits.max_prompt_tokens or SEEDS, self.config.context_length - 1)
+        self.most_prompt_tokens = self.config.context_length - 1
         self._longest_token_bytes = int(bundle.tokenizer.token_bytes.max())
 
     @property
@@ -83,8 +83,8 @@ class Service:
     # --- prompts ---
 
     def _conversation(self, messages: Sequence[ChatMessage]) -> Conversation:
-        if len(messages) > self.limits.max_messages:
-            message = f"messages: expected at most {self.limits.max_messages}, got {len(messages)}; drop the oldest"
+        if len(messages) > MAX_MESSAGES:
+            message = f"messages: expected at most {MAX_MESSAGES}, got {len(messages)}; drop the oldest"
             raise ApiError(400, message, param="messages")
         try:
             conversation = Conversation(
@@ -161,16 +161,16 @@ class Service:
         self.check_name(body.model)
         limits = self.limits
         for name, count, most in (
-            ("n", body.n or 1, min(limits.max_n, limits.capacity)),
-            ("stop", len(body.stops), limits.max_stop),
-            ("max_tokens", body.most_tokens or 1, limits.max_tokens),
+            ("n", body.n or 1, min(MAX_N, limits.capacity)),
+            ("stop", len(body.stops), MAX_STOPS),
+            ("max_tokens", body.most_tokens or 1, MAX_TOKENS),
         ):
             if count > most:
                 raise ApiError(400, f"{name}: expected at most {most:,}, got {str(count)[:30]}", param=name)
 
     def _most_tokens(self, body: Asked) -> int:
         usual = body.usual_tokens or self.config.context_length
-        return body.most_tokens or min(self.limits.max_tokens, usual)
+        return body.most_tokens or min(MAX_TOKENS, usual)
 
     def _sampling(self, body: Asked) -> SamplingConfig:
         temperature = 1.0 if body.temperature is None else body.temperature

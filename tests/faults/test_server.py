@@ -41,7 +41,6 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads another p
 
 MAX_REFUSAL_MS = {"nestings": 1000.0}
 """Most processor time of a refused request; of other kinds 100. A megabyte of nested lists takes 400 ms to parse."""
-BODY_TIMEOUT_S = 3.0
 OWN_HEADERS = {
     *(b"access-control-allow-origin", b"allow", b"cache-control", b"connection", b"content-length", b"content-type"),
     *(b"content-security-policy", b"cross-origin-resource-policy", b"date", b"referrer-policy", b"retry-after"),
@@ -63,7 +62,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def server(folder):
     """A server in a process of its own, which asks for a key."""
-    served = start(folder, folder.with_suffix(".log"), "--body_timeout_s", BODY_TIMEOUT_S, key=KEY)
+    served = start(folder, folder.with_suffix(".log"), key=KEY)
     yield served
     served.stop()
 
@@ -184,11 +183,7 @@ def test_500_connections_that_never_get_on_keep_nobody_out(server, record_proper
         assert reply_of(server, ask(0)) == expected
         took_s = time.monotonic() - began
         assert took_s < 5
-        for connection in connections[3::4]:
-            assert read_answer(connection).status == 408
-    record_property(
-        "figure", f"a reply of 24 tokens beside them in {took_s:.2f} s; 125 of 125 unfinished bodies got 408"
-    )
+    record_property("figure", f"a reply of 24 tokens beside them in {took_s:.2f} s")
 
 
 def test_requests_sent_all_at_once_are_answered_one_by_one_in_order(server):

@@ -49,7 +49,7 @@ def serving(bundle, *, api_key: str = "", make_engine=None, **limits) -> Iterato
     from nanollm.serve.limits import Limits
     from nanollm.serve.server import address_of, build_server, listen
 
-    defaults = {"max_running": 8, "max_waiting": 64, "max_tokens": 64, "deadline_s": 30.0}
+    defaults = {"max_running": 8, "max_waiting": 64, "deadline_s": 30.0}
     config = ServeConfig(model_name=MODEL_NAME, api_key=api_key, limits=Limits(**defaults | limits))
     app = build_app(bundle, config, make_engine)
     server, listener = build_server(app), listen("127.0.0.1", 0)

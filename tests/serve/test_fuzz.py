@@ -23,7 +23,9 @@ CHATS = 0.35  # of all cases: they take longer to make up than plain texts
 
 @pytest.fixture(scope="module")
 def fuzzed(bundle, serve_extra):
-    with serving(bundle, max_tokens=4, max_running=16, max_n=4) as running:
+    with pytest.MonkeyPatch.context() as patch, serving(bundle, max_running=16) as running:
+        patch.setattr("nanollm.serve.service.MAX_TOKENS", 4)
+        patch.setattr("nanollm.serve.service.MAX_N", 4)
         yield running
 
 

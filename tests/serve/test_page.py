@@ -31,7 +31,7 @@ class SlowEngine(Engine):
 
 @pytest.fixture(scope="module")
 def slow_server(bundle, serve_extra):
-    with serving(bundle, make_engine=lambda: SlowEngine(bundle.model, rows=4), max_tokens=CONTEXT) as running:
+    with serving(bundle, make_engine=lambda: SlowEngine(bundle.model, rows=4)) as running:
         yield running
 
 
