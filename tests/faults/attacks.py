@@ -111,6 +111,8 @@ def nestings() -> Iterator[Attack]:
     yield Attack("a megabyte of ids", 400, post(filled(text, b"1,", b"1]}"), TEXT))
     yield Attack("65,000 ids", 400, post(text + b"1," * 65_000 + b"1]}", TEXT))
     yield Attack("a text of a megabyte", 400, post(filled(chat + b'{"role":"user","content":"', b"a word, ", b'"}]}')))
+    biases = b",".join(b'"%d":"a"' % key for key in range(80_000))
+    yield Attack("80,000 biases", 400, post(b'{"model":"x","logit_bias":{' + biases + b"}}"))
     keys = b",".join(b'"%x":1' % key for key in range(100_000))
     yield Attack("100,000 keys", 400, post(b'{"model":"x",' + keys + b"}"))
     yield Attack("a key 170,000 times", 400, post(filled(b"{", b'"a":1,', b'"model":"x"}')))
@@ -128,32 +130,6 @@ def nestings() -> Iterator[Attack]:
         "a raw line end": b"\n",
     }.items():
         yield Attack(name, 400, post(chat + b'{"role":"user","content":"' + character + b'"}]}'))
-
-
-def greed() -> Iterator[Attack]:
-    """Numbers and lists beyond what one request may ask for."""
-    for number in (9, 2**31, 2**63, 2**64, 10**300):
-        yield Attack(f"n of {number:.0e}", 400, asked(n=number))
-    for name in ("n", "max_tokens", "max_completion_tokens", "top_k", "seed", "top_logprobs"):
-        for number in (-1 if name != "seed" else -(2**64), 10**30, 1.5, "1", [1], {"a": 1}):
-            yield Attack(f"{name}: {number!r}", 400, asked(**{name: number, "logprobs": True}))
-    for stop in ([""], ["a"] * 5, ["a"] * 100_000, "a" * 1001, ["a" * 1001], [1], {"a": "b"}, ""):
-        yield Attack(f"stop: {str(stop)[:20]}", 400, asked(stop=stop))
-    for bias in (
-        {"600": 1},
-        {"-1": 1},
-        {"1": 101},
-        {"1": "a"},
-        {"a": 1},
-        dict.fromkeys(map(str, range(301)), 1),
-        [1],
-        {"٣": 1},
-    ):
-        yield Attack(f"logit_bias: {str(bias)[:20]}", 400, asked(logit_bias=bias))
-    for temperature in (-1, 2.1, 1e308, True, "0"):
-        yield Attack(f"temperature: {temperature}", 400, asked(temperature=temperature))
-    yield Attack("a reply to 1,001 messages", 400, asked(messages=[{"role": "user", "content": "a"}] * 1001))
-    yield Attack("a prompt beyond the context", 400, asked(messages=[{"role": "user", "content": "a b c d " * 400}]))
 
 
 HIDDEN = b"0\r\n\r\n" + head("GET", "/metrics")
@@ -186,44 +162,29 @@ def wire_tricks() -> Iterator[Attack]:
 
 def malformed() -> Iterator[Attack]:
     """What is not HTTP, which uvicorn refuses before any code of ours sees it."""
-    length = "Content-Length: 13"
-    for size in (b"-1", b"1_0", b"0x1", b"g", b"f" * 21, b""):
+    for size in (b"-1", b"0x1", b"f" * 21, b""):
         yield Attack(f"a chunk of size {size.decode()!r}", 400, chunked() + size + b"\r\n \r\n")
-    for text in ("-1", "+1", "1e3", "1 1", "1, 2", "", "9" * 30):
-        yield Attack(f"a length of {text!r}", 400, head("POST", CHAT, f"Content-Length: {text}"))
-    yield Attack("two lengths", 400, head("POST", CHAT, length, "Content-Length: 3") + HIDDEN)
-    for coding in ("chunked, identity", "gzip, chunked", "x", "chunked\r\nTransfer-Encoding: chunked", "\vchunked"):
+    for length in ("-1", "1, 2", "", "9" * 30, "3\r\nContent-Length: 4"):
+        yield Attack(f"a length of {length!r}", 400, head("POST", CHAT, f"Content-Length: {length}") + HIDDEN)
+    for coding in (
+        "chunked, identity",
+        "gzip, chunked",
+        "x",
+        "chunked\r\nTransfer-Encoding: chunked",
+        "\r\n\tchunked, x",
+    ):
         yield Attack(f"a coding of {coding!r}", 400, head("POST", CHAT, f"Transfer-Encoding: {coding}") + HIDDEN)
     yield Attack("a space before the colon", 400, head("POST", CHAT, "Transfer-Encoding : chunked") + HIDDEN)
-    folded = head("POST", CHAT, "X: a\r\n b", "Transfer-Encoding:\r\n\tchunked, x")
-    yield Attack("a folded coding", 400, folded + HIDDEN)
-    yield Attack("HTTP/0.9", 400, b"GET /\r\n\r\n")
-    yield Attack("HTTP/0.9, and no end", 400, b"GET /\r\nHost: localhost\r\n\r\n")
-    yield Attack("HTTP/9.9", 400, head("GET", "/health").replace(b"HTTP/1.1", b"HTTP/nine"))
     yield Attack("TLS", 400, b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n")
-    yield Attack("no host", 400, b"GET /health HTTP/1.1\r\n\r\n")
     yield Attack("two hosts", 400, head("GET", "/health", "Host: evil.example"))
-    for character in ("\r", "\0", "\r\nX"):
-        yield Attack(f"{character!r} in a header", 400, head("GET", "/health", f"X: a{character}b"))
-    for path in ("/a b", "/a\tb", "/\r\nX: y", "/\xe9", "/\0"):
-        yield Attack(f"a path of {path!r}", 400, head("GET", path))
-    yield Attack("a header without end", 400, head("GET", "/health")[:-2] + b"X: ", b"a" * 65_536)
+    yield Attack("a zero byte in a header", 400, head("GET", "/health", "X: a\0b"))
+    yield Attack("a line end in a path", 400, head("GET", "/\r\nX: y"))
     yield Attack("headers without end", 400, head("GET", "/health")[:-2], b"A: b\r\n" * 10_000)
-    yield Attack("line ends without end", 400, b"", b"\r\n" * 10_000)
-
-
-def lock_picks() -> Iterator[Attack]:
-    """Keys that are none."""
-    for key in (None, "", "x", KEY[:-1], KEY + "x", KEY.upper(), "\xe9", "x" * 10_000):
-        for path in ("/", "/v1/models", CHAT, "/metrics", "/nothing"):
-            yield Attack(f"{path} with the key {str(key)[:20]}", 401, head("GET", path, key=key))
 
 
 CLASSES = {
-    "keys": lock_picks,
     "bodies": bodies,
     "nestings": nestings,
-    "greed": greed,
     "wire tricks": wire_tricks,
     "malformed": malformed,
 }

@@ -32,7 +32,7 @@ from tests.faults.attacks import (
     wire_tricks,
 )
 from tests.faults.served import MODEL_NAME, chat, start, write_bundle
-from tests.serve.running import serving
+from tests.serve.running import app_of, serving
 
 for package in ("fastapi", "uvicorn", "prometheus_client"):
     pytest.importorskip(package, reason=f'{package} is not installed: pip install -e ".[serve]"')
@@ -99,10 +99,9 @@ def check_form(answer):
 
 def routes_of(folder):
     """The paths of every route, from the app's own list."""
-    from nanollm.serve.app import ServeConfig, build_app
     from tests.serve.test_app import paths_of
 
-    return sorted({path for _, path in paths_of(build_app(load_bundle(folder), ServeConfig()))})
+    return sorted({path for _, path in paths_of(app_of(load_bundle(folder)))})
 
 
 def test_no_route_but_health_opens_without_the_key_by_any_method(server, folder, record_property):
@@ -229,8 +228,8 @@ def test_no_text_of_a_user_becomes_a_mark_or_is_a_template(folder, record_proper
     bundle, asked_for = load_bundle(folder), []
     controls = set(bundle.tokenizer.symbols)
     with serving(bundle, api_key=KEY) as running:
-        submit = running.worker.submit
-        running.worker.submit = lambda requests: (asked_for.extend(requests), submit(requests))[1]
+        submit = running.engine.submit
+        running.engine.submit = lambda requests: (asked_for.extend(requests), submit(requests))[1]
         address = ("127.0.0.1", int(running.url.rpartition(":")[2]))
         for text in SPELLINGS:
             messages = [{"role": role, "content": f"a{text}b"} for role in ("system", "user", "assistant", "user")]
@@ -258,7 +257,7 @@ def test_the_soak_sees_a_wrong_byte_and_a_lost_reply(folder):
     assert run.counts["lost"]
 
 
-# The long form; that those who read hardly notice attacks: server_attack.py, by `make soak`
+# The long form: server_soak.py, by `make soak`
 
 
 @pytest.mark.slow
