@@ -17,7 +17,7 @@ from tests.faults.served import MODEL_NAME, Address
 KEY = "a-key-of-some-length"
 MIB = 1 << 20
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
-PATIENCE_S = 5.0
+PATIENCE_S = 20.0
 """How long an attacker waits for an answer, and how long something without end goes on at most."""
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT", "BREW")
 
