@@ -149,7 +149,7 @@ def faults(words: "list[str]") -> int:
 
 
 def soak(words: "list[str]") -> int:
-    """An hour of training, serving and attacks, with nothing beside it; its figures go into docs/reliability.md."""
+    """An hour of training and serving, with nothing beside it; its figures go into docs/reliability.md."""
     failed = setup([])
     if failed:
         return failed
@@ -157,7 +157,7 @@ def soak(words: "list[str]") -> int:
     figures.mkdir(exist_ok=True)
     ends = [
         run([str(PYTHON), "-m", f"tests.faults.{name}", "--json", str(figures / f"{name}.json"), *words])
-        for name in ("training_soak", "server_soak", "server_attack")
+        for name in ("training_soak", "server_soak")
     ]
     return run([str(PYTHON), "-m", "tests.faults.report"]) or max(ends)
 

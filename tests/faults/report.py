@@ -61,7 +61,7 @@ def promise_of(module: str) -> str:
 
 def section() -> str:
     """The part of the page that is computed."""
-    return "\n".join([*battery_lines(), *soak_lines(), *attack_lines()])
+    return "\n".join([*battery_lines(), *soak_lines()])
 
 
 def battery_lines() -> list[str]:
@@ -118,20 +118,6 @@ def flat(value: object) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name.replace('_', ' ')} {flat(each)}" for name, each in value.items()) or "none"
     return " to ".join(map(flat, value)) if isinstance(value, list) else f"{value:,}"
-
-
-def attack_lines() -> list[str]:
-    """Of each class of attack, what those notice who read their replies meanwhile."""
-    file = FIGURES / "server_attack.json"
-    lines = []
-    for one in json.loads(file.read_bytes()) if file.exists() else []:
-        gap, (least, middle, most) = one["token_gap"], one["token_gap"]["ratio_of_pairs"]
-        lines.append(
-            f"- {one['attack']}: {gap['attacked_p99_ms']} ms, quiet {gap['quiet_p99_ms']} ms: x {gap['ratio']:.2f} "
-            f"(pairs of windows {least:.2f} to {most:.2f}, median {middle:.2f}), {one['strikes_per_s']} strikes/s"
-        )
-    title = "**Those who read while others attack**: 99th percentile of the time between two tokens"
-    return [title, "", *lines, ""] if lines else []
 
 
 def main() -> None:

@@ -73,10 +73,6 @@ class Reply:
     at: list[float] = field(default_factory=list)
     """Seconds from the question to each piece; the last is the end."""
 
-    @property
-    def gaps(self):
-        return [later - earlier for earlier, later in zip(self.at[:-1], self.at[1:], strict=False)]
-
 
 def request(body, key=""):
     """A POST of this body to the chat, as it travels."""
