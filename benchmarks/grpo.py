@@ -222,15 +222,14 @@ class Ours:
     def replies_per_s(self) -> float:
         import torch
 
-        from nanollm.model import fused
-        from nanollm.rl.advantage import group_advantages
+        from nanollm.kernels import attention as fused
         from nanollm.rl.grpo import make_micro_batches, open_sampler, update_policy
-        from nanollm.rl.loss import ObjectiveConfig
-        from nanollm.rl.record import policy_metrics, save_rollouts
+        from nanollm.rl.loss import ObjectiveConfig, group_advantages
+        from nanollm.rl.rollout import policy_metrics, save_rollouts
 
         state, collector, world = self.state, self.collector, self.collector.world
         objective, replies = ObjectiveConfig(advantage="std"), collector.c.prompts * GROUP  # TRL's defaults
-        is_masked = not fused.serves(state.model.config, world.dtype, world.device)
+        is_masked = not fused.serves(*state.model.config.head_widths, world.dtype, world.device)
         started = time.perf_counter()
         with never_ending():
             sample = open_sampler(state, collector.tokenizer, collector.c, None, world)
@@ -470,11 +469,9 @@ def gradients_of_the_same_replies(
 
     from benchmarks.peers import reference_weights
     from nanollm.model.transformer import Transformer
-    from nanollm.rl.advantage import group_advantages
     from nanollm.rl.grpo import make_micro_batches
-    from nanollm.rl.loss import ObjectiveConfig, grpo_loss
-    from nanollm.rl.record import Graded
-    from nanollm.rl.rollout import RolloutConfig, roll_out
+    from nanollm.rl.loss import ObjectiveConfig, group_advantages, grpo_loss
+    from nanollm.rl.rollout import Graded, RolloutConfig, roll_out
 
     model, objective = Transformer(c).init(0), ObjectiveConfig(advantage="std")
     rollout = RolloutConfig(prompts=2, group_size=GROUP, max_tokens=REPLY)

@@ -60,7 +60,7 @@ def _facts(name: str, dtype: str, options: argparse.Namespace) -> dict[str, Any]
 def _predicted_mb(case: dict[str, Any]) -> float:
     import torch
 
-    from nanollm.model import fused
+    from nanollm.kernels import attention as fused
     from nanollm.train.memory import training_memory
 
     c = _config(case)
@@ -71,7 +71,7 @@ def _predicted_mb(case: dict[str, Any]) -> float:
             compute_bytes=4 if case["dtype"] == "float32" else 2,
             optimizer=case["optimizer"],
             recompute=case["recompute"],
-            is_fused=fused.fits(c, getattr(torch, case["dtype"]), torch.device("cpu")),
+            is_fused=fused.fits(*c.head_widths, getattr(torch, case["dtype"]), torch.device("cpu")),
         ).total
         / 1e6
     )
@@ -116,12 +116,11 @@ def _steps(case: dict[str, Any]) -> float:
 
     c, optim = _config(case), OptimConfig(name=case["optimizer"])
     model = Transformer(c).init(0)
-    model.trunk.recompute = case["recompute"] and case["side"] == "nanollm"
     state = TrainState.start(model, optim, World(dtype=getattr(torch, case["dtype"])))
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(c.vocab_size, (case["sequences"], c.context_length + 1), generator=generator)
     batch = Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
-    loss_of = naive if case["side"] == "naive" else next_token_loss
+    loss_of = naive if case["side"] == "naive" else partial(next_token_loss, recompute=case["recompute"])
     return [train_step(state, [batch], loss_of, 1e-3, optim, World()).loss for _ in range(STEPS)][-1]
 
 

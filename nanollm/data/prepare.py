@@ -222,10 +222,10 @@ class _Job:
         """Close all files, write the manifest and forget the progress."""
         if self.train_tokens == 0 and not self.may_be_empty:
             val = sum(writer.entry["documents"] for writer in self.writers.values())
-            raise ValueError(
-                f"nothing to train on: {val} documents of the source went to other splits, {self.bad_records} records "
-                f"were bad (see {self.folder / BAD_RECORDS}); give more text, or a smaller --val_fraction"
-            )
+            went = f"{val} documents of the source went to other splits" if val else "0 documents can be used"
+            bad = f"{self.bad_records} records were bad (see {self.folder / BAD_RECORDS})"
+            less = ", or a smaller --val_fraction" if val else ""
+            raise ValueError(f"nothing to train on: {went}, {bad}; give more text{less}")
         self._sync_bad_file()
         splits = {split: writer.finish() for split, writer in self.writers.items()}
         manifest = write_manifest(self.folder, self.header | {"bad_records": self.bad_records, "splits": splits})

@@ -70,7 +70,7 @@ def find_files(inputs: Sequence[Path], split: str | None = None) -> list[Path]:
     found: dict[Path, None] = {}
     for given in map(Path, inputs):
         if given.is_dir():
-            inside = sorted(path for path in given.rglob("*") if _format_of(path) and path.is_file())
+            inside = sorted(path for path in given.rglob("*") if format_of(path) and path.is_file())
             chosen = [path for path in inside if split is None or is_named(path, split)]
             if not chosen:
                 wanted = "|".join(FORMATS) + ", also .gz or .zst" + (f", with {split!r} in its name" if split else "")
@@ -78,7 +78,7 @@ def find_files(inputs: Sequence[Path], split: str | None = None) -> list[Path]:
             found.update(dict.fromkeys(chosen))
         elif not given.exists():
             raise FileNotFoundError(f"{given} does not exist; give a file or a folder that does")
-        elif not _format_of(given):
+        elif not format_of(given):
             raise ValueError(
                 f"{given} is not one of {', '.join(FORMATS)} (each also .gz or .zst); convert or rename it"
             )
@@ -94,7 +94,7 @@ def is_named(path: Path, split: str) -> bool:
 
 def is_readable(file: File) -> bool:
     """Whether a file has a format that is read here, by its name."""
-    return _format_of(file) is not None
+    return format_of(file) is not None
 
 
 def read_texts(paths: Iterable[File], text_column: str, on_bad: OnBad) -> Iterator[str]:
@@ -153,7 +153,7 @@ def _has_surrogate(text: str) -> bool:
     return False
 
 
-def _format_of(path: File) -> str | None:
+def format_of(path: File) -> str | None:
     """.txt for notes.txt.gz, None for what cannot be read; hidden files are not for us."""
     name = path.name.lower()
     known = (kind for kind in FORMATS for packing in PACKINGS if name.endswith(kind + packing))
@@ -165,7 +165,7 @@ def _read_file(path: File, columns: Sequence[str]) -> Numbered:
     read = {".txt": _read_txt, ".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}
     line = 0
     with path.open("rb") as file:  # a missing or forbidden file is the caller's to hear of
-        kind = _format_of(path)
+        kind = format_of(path)
         if kind is None:
             raise ValueError(f"{path} is not one of {', '.join(FORMATS)} (each also .gz or .zst); convert or rename it")
         try:

@@ -20,15 +20,15 @@ from typing import Literal
 
 import torch
 
-from nanollm import __version__, compiled, hardware
+from nanollm import __version__, hardware
 from nanollm.bundle import load_bundle
 from nanollm.durable import sha256_of, write_file
-from nanollm.generate import native
+from nanollm.generate import cpu_runner as native
 from nanollm.generate.engine import Engine
-from nanollm.generate.request import Request
+from nanollm.generate.request import Kernels, Request
 from nanollm.generate.sampling import SamplingConfig
-from nanollm.generate.work import Kernels
 from nanollm.hardware import GB
+from nanollm.kernels import build
 from nanollm.model.config import ModelConfig
 from nanollm.progress import say, set_quiet
 from nanollm.settings import load_preset
@@ -36,11 +36,11 @@ from nanollm.sources import builtin
 from nanollm.stages import preprocess, pretrain, tokenizer
 from nanollm.text import words
 from nanollm.train.checkpoint import checkpoints
+from nanollm.train.compile import SpeedConfig
 from nanollm.train.memory import training_memory
 from nanollm.train.metrics import read_metrics
 from nanollm.train.optim import OptimConfig
 from nanollm.train.run import TrainConfig
-from nanollm.train.speed import SpeedConfig
 from nanollm.world import World
 
 REPORT = "add the output of nanollm doctor --json to your report"
@@ -176,7 +176,7 @@ def check_compiler() -> tuple[str, str]:
     started = time.monotonic()
     if problem := compiler_problem():
         return "C++ cannot be compiled: replies and tokenizing are several times slower on this CPU", problem
-    command = " ".join(compiled.find_compiler())
+    command = " ".join(build.find_compiler())
     return f"{command} made and loaded our C++ in {time.monotonic() - started:.1f} s", ""
 
 
@@ -185,7 +185,7 @@ def compiler_problem() -> str:
     try:
         words.library()
         native.library()
-    except compiled.NoCompilerError as error:
+    except build.NoCompilerError as error:
         return str(error)
     return ""
 

@@ -13,21 +13,19 @@ import torch
 from nanollm.bundle import WEIGHTS, Bundle, load_bundle
 from nanollm.evals.problems import accuracy
 from nanollm.export.dense import STORED
-from nanollm.model import fused
+from nanollm.kernels import attention as fused
 from nanollm.progress import say
 from nanollm.report.page import write_report
-from nanollm.rl.advantage import group_advantages
 from nanollm.rl.grpo import Collector, SignalWatch, make_micro_batches, open_sampler, update_policy
-from nanollm.rl.loss import ObjectiveConfig
-from nanollm.rl.record import policy_metrics, rollout_metrics, save_rollouts
+from nanollm.rl.loss import ObjectiveConfig, group_advantages
 from nanollm.rl.reward import RewardConfig, Rewards
-from nanollm.rl.rollout import RolloutConfig
+from nanollm.rl.rollout import RolloutConfig, policy_metrics, rollout_metrics, save_rollouts
 from nanollm.rl.vllm import VllmServer
 from nanollm.sources.gsm8k import Problem
 from nanollm.sources.tasks import Task, TaskConfig, open_task
+from nanollm.train.compile import SpeedConfig
 from nanollm.train.optim import OptimConfig, lr_at
 from nanollm.train.run import LoopConfig, Run, RunConfig
-from nanollm.train.speed import SpeedConfig
 from nanollm.train.state import TrainState
 from nanollm.world import World
 
@@ -172,7 +170,7 @@ def run(c: Config) -> Path:
                 c.objective,
                 c.rollout.max_tokens,
                 c.train.micro_batch_size * model.context_length,
-                is_masked=not fused.serves(model, world.dtype, world.device),
+                is_masked=not fused.serves(*model.head_widths, world.dtype, world.device),
                 ranks=world.size,
             )
             stats, seen = update_policy(
@@ -184,6 +182,7 @@ def run(c: Config) -> Path:
                 c.optim,
                 world,
                 None if reference is None else reference.model,
+                recompute=c.speed.recompute,
             )
             reward = rewards_of_groups.mean().item()
             metrics = {"reward": reward} | rollout_metrics(graded) | counts | {"faults": faults.total()}

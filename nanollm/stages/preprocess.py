@@ -14,15 +14,18 @@ from nanollm.progress import say
 from nanollm.settings import check_seed
 from nanollm.sources import builtin, chats, gsm8k, instructions, openwebtext
 from nanollm.sources.builtin import BUILTIN
-from nanollm.sources.files import OnBad, find_files, read_texts
+from nanollm.sources.files import OnBad, find_files, format_of, read_texts
+from nanollm.sources.held_out import hold_out
 from nanollm.sources.hub import stream_rows
 from nanollm.sources.share import share
 from nanollm.sources.word_problems import LENGTH, WordProblems
 from nanollm.text.tokenizer import Tokenizer
 
 POSITIONAL = ("kind",)
-MAX_WORKERS = 1024  # processes; more is a slip of the pen
 MAX_PARTS = 99_999  # their folders have five digits
+OF_DOCUMENTS, OF_ONE_TEXT = 0.01, 0.1  # becomes val
+FEW_DOCUMENTS = 100
+ENOUGH_BYTES, ADVISED = 500_000, "1 MB (200,000 words)"
 
 Reader = Callable[[Sequence[Path] | None, OnBad], Iterable[Document]]
 
@@ -83,9 +86,10 @@ class Config:
     """Which problems, for kind words; none of them is one that an evaluation on the generated test asks."""
     text_column: str = "text"
     """Column (.jsonl key) that holds the text, for kind text."""
-    val_fraction: float = 0.01
-    """Share of the documents that becomes val, from 0 to below 1; drawn by a hash of the text, so that equal documents
-    go to the same side."""
+    val_fraction: float | None = None
+    """Share that becomes val, from 0 to below 1. Of documents, by default 0.01: drawn by a hash of the text, so that
+    equal documents go to the same side. Of a single .txt file, by default 0.1: its end, cut between paragraphs or lines
+    where there are any."""
     seed: int = 0
     """Of the draw between train and val."""
     max_tokens_train: int | None = None
@@ -129,12 +133,9 @@ class Config:
         for name in ("text_column", "dataset_name"):
             if getattr(self, name) == "":
                 raise ValueError(f"{name} must be a name, got an empty text")
-        for name, most in (("num_workers", MAX_WORKERS), ("flush_every", None)):
-            value = getattr(self, name)
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-            if most is not None and value > most:
-                raise ValueError(f"{name} must be at most {most:,}, got {value:,}")
+        for name in ("num_workers", "flush_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         _ = self.rules  # which checks them
         check_seed(self.seed)
         self._check_parts()
@@ -163,7 +164,7 @@ class Config:
         return Rules(
             kind="text" if self.kind in ("owt", "text") else "chat",
             seed=self.seed,
-            val_fraction=self.val_fraction,
+            val_fraction=OF_DOCUMENTS if self.val_fraction is None else self.val_fraction,
             max_tokens_train=self.max_tokens_train,
             max_tokens_val=self.max_tokens_val,
             shard_tokens=self.shard_tokens,
@@ -221,6 +222,14 @@ def open_source(config: Config) -> tuple[list[Part], dict[str, Any]]:
         files = find_files(config.input) if config.input else None
         source["files"] = None if files is None else _sizes(files)
         read = _open(config, files)
+        share_of_one = OF_ONE_TEXT if config.val_fraction is None else config.val_fraction
+        if _is_one_text(config, files) and not config.val_input and share_of_one:
+            begin, end = hold_out(lambda on_bad: read_texts(files or [], config.text_column, on_bad), share_of_one)
+            source["held_out"] = share_of_one
+            return [
+                Part(_mine(config, lambda _, on_bad: begin(on_bad), None), "train"),
+                Part(_mine(config, lambda _, on_bad: end(on_bad), None), "val"),
+            ], source
     if not config.val_input:
         return [Part(read)], source
     val_files = find_files(config.val_input)
@@ -254,6 +263,10 @@ def _reader(config: Config, split: str) -> Reader:
     return lambda files, on_bad: (row[0] for row in stream_rows(name, split, [config.text_column], on_bad))
 
 
+def _is_one_text(config: Config, files: Sequence[Path] | None) -> bool:
+    return config.kind == "text" and files is not None and [format_of(file) for file in files] == [".txt"]
+
+
 def _sizes(files: Sequence[Path]) -> list[list[str | int]]:
     """Enough to notice another set of files, wherever they lie: names and bytes."""
     return [[path.name, path.stat().st_size] for path in files]
@@ -268,9 +281,16 @@ def summary(manifest: dict[str, Any], folder: Path) -> list[str]:
         per_token = f", {entry['text_bytes'] / tokens:.2f} bytes of text per token" if tokens else ""
         lines.append(f"{split}: {tokens:,} tokens in {documents:,} {what}{per_token}")
     if not manifest["splits"].get("val", {}).get("tokens"):
+        is_drawn = sum(entry["documents"] for entry in manifest["splits"].values()) >= FEW_DOCUMENTS
         lines.append(
             "val is empty, so training will measure nothing on it; to have some, prepare a new --save_dir with "
-            "a larger --val_fraction, or with preprocess --val_input FILE"
+            + ("a larger --val_fraction, or with " if is_drawn else "")
+            + "--val_input FILE"
+        )
+    if manifest["kind"] == "text" and (size := manifest["splits"]["train"]["text_bytes"]) < ENOUGH_BYTES:
+        lines.append(
+            f"{size / 1000:,.0f} kB of text is too little: even the smallest model learns it by heart; "
+            f"from about {ADVISED} on it learns to write"
         )
     if bad := manifest["bad_records"]:
         lines.append(f"{bad:,} bad records were left out; {folder / BAD_RECORDS} lists them")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from nanollm.bundle import load_bundle
 from nanollm.generate.engine import Engine
-from nanollm.generate.work import Quantize
+from nanollm.generate.request import Quantize
 from nanollm.progress import say
 from nanollm.serve.limits import Limits, is_loopback
 from nanollm.world import DeviceName, DtypeName, World

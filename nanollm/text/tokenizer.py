@@ -17,8 +17,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import sentencepiece
 
-from nanollm.compiled import NoCompilerError
 from nanollm.durable import write_file
+from nanollm.kernels.build import NoCompilerError
 from nanollm.progress import say
 from nanollm.text.words import NativeWords, Recipe, Words
 
@@ -202,7 +202,7 @@ class Tokenizer:
         """Spell word by word from now on, and each word once: for long work, because it takes a moment to begin.
 
         The ids stay the same. Not every model can be used in this way (see text/words.py); nothing changes then.
-        native: by words.cpp, where it can be compiled.
+        native: by spelling.cpp, where it can be compiled.
         """
         if self._asked_for_words:
             return

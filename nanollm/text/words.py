@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nanollm import compiled
+from nanollm.kernels import build
 
 Ids = npt.NDArray[np.int32]
 Lengths = npt.NDArray[np.int64]
@@ -103,7 +103,7 @@ class Words:
 
 
 class NativeWords:
-    """The same by words.cpp, which needs no `spell`. NoCompilerError where the library cannot be made."""
+    """The same by spelling.cpp, which needs no `spell`. NoCompilerError where the library cannot be made."""
 
     def __init__(self, recipe: "Recipe") -> None:
         self.library = library()
@@ -141,7 +141,7 @@ class NativeWords:
 
 
 def count_words(texts: Sequence[bytes]) -> dict[bytes, int]:
-    """How often each word comes in texts (UTF-8), by words.cpp. What a word is there, text/learn.py says."""
+    """How often each word comes in texts (UTF-8), by spelling.cpp. What a word is there, text/learn.py says."""
     joined, ends = b"".join([*texts, bytes(16)]), np.cumsum([*map(len, texts)], dtype=np.int64)
     words, size = c_int64(), c_int64()
     counter = library().count_words(joined, ends, len(texts), byref(words), byref(size))
@@ -154,8 +154,8 @@ def count_words(texts: Sequence[bytes]) -> dict[bytes, int]:
 
 @cache
 def library() -> ctypes.CDLL:
-    """words.cpp, compiled for this processor; NoCompilerError with the reason where that fails."""
-    loaded = compiled.load(Path(__file__).with_name("words.cpp"), OPTIONS)
+    """spelling.cpp, compiled for this processor; NoCompilerError with the reason where that fails."""
+    loaded = build.load(Path(build.__file__).with_name("spelling.cpp"), OPTIONS)
     int64s, int32s, floats, kinds = (
         np.ctypeslib.ndpointer(dtype, flags="C_CONTIGUOUS") for dtype in (np.int64, np.int32, np.float32, np.uint16)
     )

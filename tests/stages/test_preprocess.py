@@ -1,3 +1,4 @@
+import gzip
 import json
 import os
 import random
@@ -7,13 +8,14 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from nanollm import cli
-from nanollm.data.shards import Shards
+from nanollm.data.shards import Shards, ShardWriter
 from nanollm.durable import lock_folder
 from nanollm.sources.gsm8k import extract_answer
 from nanollm.sources.word_problems import WordProblems
@@ -87,9 +89,131 @@ def test_val_may_come_from_files_of_its_own(tmp_path, tokenizer_path, tokenizer)
         assert [tokenizer.decode(ids) for ids, _ in documents_of(out, name)] == [f"This is for {name}."]
 
 
-def test_an_empty_val_is_pointed_out(tmp_path, tokenizer_path, capsys):
-    run(Config(kind="text", tokenizer_path=tokenizer_path, save_dir=tmp_path / "out", input=[STORY]))
-    assert "val is empty" in capsys.readouterr().err
+@pytest.mark.parametrize(("documents", "advice"), [(2, "--val_input FILE"), (120, "a larger --val_fraction, or with")])
+def test_an_empty_val_is_pointed_out_with_what_helps(tmp_path, tokenizer_path, capsys, documents, advice):
+    """A share of two documents is mostly none or all: only a file of its own helps."""
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": f"This is document {n}."}) + "\n" for n in range(documents)))
+    common = {"kind": "text", "tokenizer_path": tokenizer_path, "input": [path], "val_fraction": 1e-9}
+    run(Config(**common, save_dir=tmp_path / "out"))
+    assert (
+        f"val is empty, so training will measure nothing on it; to have some, prepare a new --save_dir with {advice}"
+        in (capsys.readouterr().err)
+    )
+
+
+# One file of text, the most natural source of all.
+
+POEM = "".join(f"Line {n} of a long poem,\nand its second line.\n\n" for n in range(400))
+
+
+def halves_of(text, folder, tokenizer_path, tokenizer, name="one.txt", **options):
+    """The decoded documents of train and of val, for a folder with this one file in it."""
+    (folder / "texts").mkdir(parents=True)
+    (folder / "texts" / name).write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+    common = {"kind": "text", "tokenizer_path": tokenizer_path, "input": [folder / "texts"]}
+    run(Config(**common, save_dir=folder / "out", **options))
+    splits = json.loads((folder / "out" / "manifest.json").read_text())["splits"]
+    return [
+        [tokenizer.decode(ids) for ids, _ in documents_of(folder / "out", split)] if entry["tokens"] else []
+        for split, entry in splits.items()
+    ]
+
+
+@pytest.mark.parametrize("name", ["one.txt", "one.txt.gz"])
+def test_of_one_text_the_last_tenth_becomes_val_cut_between_paragraphs(tmp_path, tokenizer_path, tokenizer, name):
+    (train,), (val,) = halves_of(POEM, tmp_path, tokenizer_path, tokenizer, name)
+    assert train + val == POEM
+    assert len(val) == pytest.approx(len(POEM) / 10, rel=0.02)
+    assert val.startswith("Line 3")
+
+
+def test_of_one_text_val_fraction_is_the_share_of_its_end(tmp_path, tokenizer_path, tokenizer):
+    (train,), (val,) = halves_of(POEM, tmp_path / "a", tokenizer_path, tokenizer, val_fraction=0.5)
+    assert train + val == POEM
+    assert len(val) == pytest.approx(len(POEM) / 2, rel=0.02)
+    assert halves_of(POEM, tmp_path / "b", tokenizer_path, tokenizer, val_fraction=0.0) == [[POEM], []]
+
+
+@pytest.mark.parametrize(
+    "text", ["word " * 2000, "x" * 10_000, "\u00e9\U0001f600" * 3000, "one line\n" + "y" * 9000, "ab"]
+)
+def test_one_text_without_borders_is_cut_where_it_can_be_and_nothing_is_lost(tmp_path, tokenizer_path, tokenizer, text):
+    train, val = halves_of(text, tmp_path, tokenizer_path, tokenizer)
+    assert "".join(train + val).strip() == text.strip()
+    assert not val or len(val[0]) == pytest.approx(len(text) / 10, rel=0.6)
+
+
+def test_one_text_in_many_pieces_with_a_broken_one_comes_out_the_same_for_any_workers_kills_and_parts(
+    tmp_path, tokenizer_path, tokenizer, monkeypatch
+):
+    """A large .txt is read in pieces; a piece that is not UTF-8 is one bad record, not two."""
+    monkeypatch.setattr("nanollm.sources.files.DOCUMENT_BYTES", 1000)
+    content_of_file = POEM.encode()
+    content_of_file = content_of_file[:3000] + b"\xff" + content_of_file[3000:]
+    (tmp_path / "one.txt").write_bytes(content_of_file)
+    common = {"kind": "text", "tokenizer_path": tokenizer_path, "input": [tmp_path / "one.txt"], "flush_every": 200}
+    run(Config(**common, save_dir=tmp_path / "a"))
+    expected = content(tmp_path / "a")
+    manifest = json.loads(expected["manifest.json"])
+    assert manifest["bad_records"] == 1
+    assert manifest["source"]["held_out"] == 0.1
+    assert manifest["splits"]["train"]["documents"] > 10
+    run(Config(**common, save_dir=tmp_path / "b", num_workers=2))
+    assert content(tmp_path / "b") == expected
+
+    stops = iter(range(3, 40, 4))
+    add = ShardWriter.add
+
+    def dies(self, *args, **words):
+        if next(countdown) == 0:
+            raise KeyboardInterrupt
+        add(self, *args, **words)
+
+    monkeypatch.setattr(ShardWriter, "add", dies)
+    for stop in stops:
+        countdown = iter(range(stop, -1, -1))
+        with suppress(KeyboardInterrupt, StopIteration):
+            run(Config(**common, save_dir=tmp_path / "c"))
+    monkeypatch.setattr(ShardWriter, "add", add)
+    run(Config(**common, save_dir=tmp_path / "c"))
+    assert content(tmp_path / "c") == expected
+
+    for part in range(3):
+        run(Config(**common, save_dir=tmp_path / "parts", part=part, parts=3))
+    assert counted(tmp_path / "parts") == counted(tmp_path / "a")
+
+
+def test_with_val_input_all_of_one_text_is_train(tmp_path, tokenizer_path, tokenizer):
+    (tmp_path / "held_out.txt").write_text("Something else.")
+    val_input = [tmp_path / "held_out.txt"]
+    assert halves_of(POEM, tmp_path, tokenizer_path, tokenizer, val_input=val_input) == [[POEM], ["Something else."]]
+
+
+def test_of_several_texts_each_goes_to_one_side_as_a_whole(tmp_path, tokenizer_path, tokenizer):
+    texts = [f"This is text {n}.\n" * 20 for n in range(30)]
+    for number, text in enumerate(texts):
+        (tmp_path / f"{number}.txt").write_text(text)
+    out = tmp_path / "out"
+    run(Config(kind="text", tokenizer_path=tokenizer_path, save_dir=out, input=[tmp_path], val_fraction=0.3))
+    assert Counter(tokenizer.decode(ids) for split in ("train", "val") for ids, _ in documents_of(out, split)) == (
+        Counter(texts)
+    )
+
+
+@pytest.mark.parametrize(("repeats", "is_little"), [(2, True), (120, False)])
+def test_too_little_text_is_said_with_what_would_be_enough(
+    tmp_path, tokenizer_path, tokenizer, capsys, repeats, is_little
+):
+    halves_of(POEM * repeats, tmp_path, tokenizer_path, tokenizer)
+    said = capsys.readouterr().err
+    assert ("kB of text is too little" in said) == ("from about 1 MB (200,000 words) on it learns" in said) == is_little
+
+
+def test_an_empty_text_is_refused_without_advice_that_cannot_help(tmp_path, tokenizer_path, tokenizer):
+    message = r"nothing to train on: 0 documents can be used, 1 records were bad .*; give more text$"
+    with pytest.raises(ValueError, match=message):
+        halves_of("", tmp_path, tokenizer_path, tokenizer)
 
 
 def test_the_built_in_text_needs_no_network(tmp_path, tokenizer_path):

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from nanollm import compiled
+from nanollm.kernels import build
 from nanollm.model.transformer import Transformer
 from nanollm.progress import say
 
@@ -40,28 +40,30 @@ class SpeedConfig:
     of the memory for activations (nanollm info MODEL --recompute)."""
 
 
-def speed_up(model: Transformer, c: SpeedConfig, device: torch.device) -> None:
-    """Prepare a model for training on a device. ValueError where compiling was asked for and is not possible."""
-    model.trunk.recompute = c.recompute
+def compile_blocks(model: Transformer, c: SpeedConfig, device: torch.device) -> bool:
+    """Compile a model's blocks, if that is wanted and possible; whether it was done.
+
+    ValueError where compiling was asked for and is not possible.
+    """
     if c.compile == "off" or (c.compile == "auto" and device.type != "cuda"):
-        return
+        return False
     if missing := missing_for_compiling(device):
         if c.compile == "on":
             raise ValueError(f"speed.compile on needs {missing}; install it, or take --speed.compile off")
         say(f"training without torch.compile, more slowly: it needs {missing}")
-        return
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled.cache_folder() / "inductor"))
-    model.fuses_loss = device.type == "cuda"  # on CPUs it is made in the cache already
+        return False
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(build.cache_folder() / "inductor"))
     for block in model.trunk.blocks:  # blocks of a kind share what is compiled
         block.compile(dynamic=False)
     say("compiling: the first step takes a minute or more, and seconds where the same was compiled before")
+    return True
 
 
 def missing_for_compiling(device: torch.device) -> str | None:
     """What torch.compile lacks on this machine, in words."""
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         return "the package triton"
-    command = compiled.find_compiler()
+    command = build.find_compiler()
     if not command:
         return "a C++ compiler (on Debian and Ubuntu: sudo apt install g++)"
     return None if shutil.which(command[0]) else f"a C++ compiler: {command[0]}, which CXX names, is not there"

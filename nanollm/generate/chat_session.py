@@ -10,9 +10,8 @@ from dataclasses import dataclass, field
 
 from nanollm.bundle import Bundle
 from nanollm.generate.engine import Engine, check_prompt
-from nanollm.generate.request import Completion, Request
+from nanollm.generate.request import Completion, Quantize, Request
 from nanollm.generate.sampling import SamplingConfig
-from nanollm.generate.work import Quantize
 from nanollm.progress import say
 from nanollm.text.chat import Conversation, Message, encode_prompt, reply_borders
 from nanollm.text.stream import TextStream, check_stops

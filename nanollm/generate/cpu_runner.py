@@ -1,7 +1,7 @@
-"""How does Python speak with forward.cpp, the forward pass for CPUs?
+"""A runner for CPUs: binds kernels/decoding.cpp, the forward pass in C++, and packs the weights for it.
 
-The file is compiled on this machine when it is needed for the first time (nanollm/compiled.py). Weights are copied into
-the panels that it reads from the first byte to the last; with int8 every output of a matrix has its own scale.
+The file is compiled on this machine when it is needed for the first time. Weights are copied into the panels that it
+reads from the first byte to the last; with int8 every output of a matrix has its own scale.
 """
 
 import ctypes
@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nanollm import compiled
-from nanollm.compiled import OPTIONS
-from nanollm.generate.work import Quantize, Seen, Work
+from nanollm.generate.request import Quantize, Seen, Work
+from nanollm.kernels import build
+from nanollm.kernels.build import OPTIONS
 from nanollm.model.attention import LatentAttention
 from nanollm.model.layers import SwiGLU, rotary_table
 from nanollm.model.moe import MoE
 from nanollm.model.transformer import Transformer
 
-SOURCE = Path(__file__).with_name("forward.cpp")
+SOURCE = Path(build.__file__).with_name("decoding.cpp")
 PANEL = 32
 
 
@@ -71,7 +71,7 @@ class Pass(ctypes.Structure):
 
 
 class NativeRunner:
-    """Runs passes through forward.cpp: float32 and bfloat16 weights, and int8 ones."""
+    """Runs passes through decoding.cpp: float32 and bfloat16 weights, and int8 ones."""
 
     def __init__(self, model: Transformer, rows: int, length: int, longest: int, quantize: Quantize = "none") -> None:
         """`longest`: most tokens of a pass. NoCompilerError where the library cannot be made."""
@@ -241,8 +241,8 @@ def expert_weights(layer: MoE) -> Iterator[Tensor]:
 
 @cache
 def library() -> ctypes.CDLL:
-    """forward.cpp, compiled for this processor; NoCompilerError with the reason where that fails."""
-    loaded = compiled.load(SOURCE, OPTIONS)
+    """decoding.cpp, compiled for this processor; NoCompilerError with the reason where that fails."""
+    loaded = build.load(SOURCE, OPTIONS)
     for kind in ("float", "bf16"):
         getattr(loaded, f"open_{kind}").restype, getattr(loaded, f"open_{kind}").argtypes = c_void_p, [POINTER(Model)]
         getattr(loaded, f"run_{kind}").argtypes = [c_void_p, POINTER(Pass)]
@@ -256,7 +256,7 @@ def can_draw() -> bool:
     """Whether `draw` can be compiled."""
     try:
         library()
-    except compiled.NoCompilerError:
+    except build.NoCompilerError:
         return False
     return True
 

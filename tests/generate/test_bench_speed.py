@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nanollm.generate.speed import Decoding, Memory, Spread, decoding_speed, reading_speed
+from nanollm.stages.bench import Decoding, Memory, Spread, decoding_speed, reading_speed
 from tests.model.conftest import TINY
 
 

@@ -1,8 +1,8 @@
-"""How is attention computed for training on a CPU that multiplies bfloat16?
+"""Causal attention for training on a CPU that multiplies bfloat16, and its gradient, as a custom operator of PyTorch.
 
 PyTorch's own fused attention reaches a quarter of what such a processor multiplies without AMX, and needs a mask of
 T x T where several texts lie in a row. attention.cpp is compiled on this machine when it is needed for the first time
-(nanollm/compiled.py); everywhere else PyTorch's attention serves.
+(build.py); everywhere else PyTorch's attention serves.
 Letters: B rows, T tokens, H heads, N width without position, R rotary width, V value width.
 """
 
@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanollm import compiled
-from nanollm.model.config import ModelConfig
+from nanollm.kernels import build
 from nanollm.progress import say
 
 SOURCE = Path(__file__).with_name("attention.cpp")
@@ -39,8 +38,8 @@ class Attention(ctypes.Structure):
 def library() -> ctypes.CDLL | None:
     """attention.cpp, compiled for this processor; None, with a word about it, where that fails."""
     try:
-        loaded = compiled.load(SOURCE)
-    except compiled.NoCompilerError as error:
+        loaded = build.load(SOURCE)
+    except build.NoCompilerError as error:
         say(f"attention runs on PyTorch's operations, which takes several times as long: {error}")
         return None
     for function in (loaded.attend, loaded.attend_backward):
@@ -54,19 +53,19 @@ def is_slow_without() -> bool:
     return torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
 
 
-def fits(c: ModelConfig, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether attention.cpp is made for such a model on such a machine."""
+def fits(nope: int, rope: int, value: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether attention.cpp is made for heads of these widths (N, R, V) on such a machine."""
     return (
         device.type == "cpu"
         and dtype == torch.bfloat16
-        and c.qk_head_dim % PANEL == c.v_head_dim % PANEL == c.qk_nope_head_dim % 2 == 0
+        and (nope + rope) % PANEL == value % PANEL == nope % 2 == 0
         and is_slow_without()
     )
 
 
-def serves(c: ModelConfig, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether attention.cpp is the one to ask, for a model of this shape; compiles it if it is."""
-    return fits(c, dtype, device) and library() is not None
+def serves(nope: int, rope: int, value: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether attention.cpp is the one to ask, for heads of these widths; compiles it if it is."""
+    return fits(nope, rope, value, dtype, device) and library() is not None
 
 
 @torch.library.custom_op("nanollm::attend", mutates_args=())

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nanollm.model import fused
+from nanollm.kernels import attention as fused
 from nanollm.model.config import ModelConfig
 from nanollm.model.transformer import Transformer
 from nanollm.settings import load_preset
@@ -114,7 +114,7 @@ def test_the_model_is_as_near_to_exact_with_it_as_without(is_packed, rng, monkey
         return torch.cat([p.grad.float().flatten() for p in model.parameters() if p.grad is not None])
 
     monkeypatch.setattr(fused, "is_slow_without", lambda: True)
-    assert fused.serves(C, torch.bfloat16, torch.device("cpu"))
+    assert fused.serves(*C.head_widths, torch.bfloat16, torch.device("cpu"))
     right, got = gradients(exact), gradients(model)
     monkeypatch.setattr(fused, "serves", lambda *_: False)
     error, usual = ((x - right).norm() / right.norm() for x in (got, gradients(model)))
@@ -132,10 +132,10 @@ def test_torch_knows_its_shapes_and_gradients(rng):
 def test_it_serves_bfloat16_on_cpus_with_whole_panels_only(monkeypatch):
     monkeypatch.setattr(fused, "is_slow_without", lambda: True)
     cpu = torch.device("cpu")
-    assert fused.serves(C, torch.bfloat16, cpu)
-    assert not fused.serves(C, torch.float32, cpu)
-    assert not fused.serves(C, torch.bfloat16, torch.device("meta"))
-    assert not fused.serves(dataclasses.replace(C, v_head_dim=24), torch.bfloat16, cpu)
+    assert fused.serves(*C.head_widths, torch.bfloat16, cpu)
+    assert not fused.serves(*C.head_widths, torch.float32, cpu)
+    assert not fused.serves(*C.head_widths, torch.bfloat16, torch.device("meta"))
+    assert not fused.serves(*dataclasses.replace(C, v_head_dim=24).head_widths, torch.bfloat16, cpu)
 
 
 def test_without_a_compiler_pytorch_serves_and_it_is_said(monkeypatch, tmp_path, capsys):
@@ -143,7 +143,7 @@ def test_without_a_compiler_pytorch_serves_and_it_is_said(monkeypatch, tmp_path,
     monkeypatch.setenv("CXX", str(tmp_path / "no-such-compiler"))
     fused.library.cache_clear()
     try:
-        assert not fused.serves(C, torch.bfloat16, torch.device("cpu"))
+        assert not fused.serves(*C.head_widths, torch.bfloat16, torch.device("cpu"))
     finally:
         fused.library.cache_clear()
     assert "attention runs on PyTorch's operations" in capsys.readouterr().err

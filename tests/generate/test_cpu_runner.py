@@ -1,4 +1,4 @@
-"""forward.cpp computes what the model computes, and a row's answer is the same, bit for bit, in any company."""
+"""decoding.cpp computes what the model computes, and a row's answer is the same, bit for bit, in any company."""
 
 import dataclasses
 import platform
@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from nanollm.compiled import NoCompilerError
-from nanollm.generate import native
-from nanollm.generate.native import NativeRunner, panels
+from nanollm.generate import cpu_runner as native
+from nanollm.generate.cpu_runner import NativeRunner, panels
+from nanollm.generate.request import Piece, Work
 from nanollm.generate.runner import TorchRunner, open_runner
 from nanollm.generate.sampling import SamplingConfig, sample
-from nanollm.generate.work import Piece, Work
+from nanollm.kernels.build import NoCompilerError
 from nanollm.model.config import ModelConfig
 from nanollm.model.transformer import Transformer
 from tests.model.conftest import TINY, randomised

@@ -11,10 +11,10 @@ from torch import Tensor
 from nanollm.data.batches import Batch
 from nanollm.model.cache import LatentCache
 from nanollm.model.transformer import Transformer
-from nanollm.train import speed
+from nanollm.train import compile
+from nanollm.train.compile import SpeedConfig, compile_blocks, fastest_attention, missing_for_compiling
 from nanollm.train.loss import next_token_loss
 from nanollm.train.optim import OptimConfig
-from nanollm.train.speed import SpeedConfig, fastest_attention, missing_for_compiling, speed_up
 from nanollm.train.state import TrainState
 from nanollm.train.step import train_step
 from nanollm.world import World
@@ -29,9 +29,9 @@ def some_batch(rng, rows: int = 2, tokens: int = 16) -> Batch:
     return Batch(ids[:, :-1], ids[:, 1:])
 
 
-def gradients(model: Transformer, batch: Batch, balance_weight: float = 0.0) -> list[Tensor]:
+def gradients(model: Transformer, batch: Batch, balance_weight: float = 0.0, **options: bool) -> list[Tensor]:
     model.zero_grad()
-    loss, _ = next_token_loss(model, batch, balance_weight)
+    loss, _ = next_token_loss(model, batch, balance_weight, **options)
     loss.backward()
     return [loss.detach(), *(p.grad for p in model.parameters())]
 
@@ -55,7 +55,7 @@ def compiling(tmp_path, monkeypatch):
 def check_that_compiled_equals_eager(rng: torch.Generator) -> None:
     eager = randomised(Transformer(SMALL).init(0)).train()
     model, batch = copy.deepcopy(eager), some_batch(rng)
-    speed_up(model, SpeedConfig(compile="on"), CPU)
+    compile_blocks(model, SpeedConfig(compile="on"), CPU)
     for got, expected in zip(gradients(model, batch), gradients(eager, batch), strict=True):
         assert (got - expected).norm() <= 1e-5 * expected.norm()
     with torch.no_grad():
@@ -90,34 +90,29 @@ def test_so_does_one_compiled_to_machine_code(rng):
 def test_computing_again_gives_the_bits_of_keeping(rng, balance_weight):
     model, batch = randomised(Transformer(SMALL).init(0)).train(), some_batch(rng)
     kept = gradients(model, batch, balance_weight)
-    speed_up(model, SpeedConfig(recompute=True), CPU)
-    assert model.trunk.recompute
-    assert all(map(torch.equal, gradients(model, batch, balance_weight), kept))
+    assert all(map(torch.equal, gradients(model, batch, balance_weight, recompute=True), kept))
 
 
 def test_a_step_that_computes_again_balances_the_routers_alike():
     steps = []
     for recompute in (False, True):
         state = TrainState.start(Transformer(SMALL).init(0), OptimConfig(), World())
-        speed_up(state.model, SpeedConfig(recompute=recompute), CPU)
         batch = some_batch(torch.Generator().manual_seed(0))
-        loss_of = partial(next_token_loss, balance_weight=0.1)
+        loss_of = partial(next_token_loss, balance_weight=0.1, recompute=recompute)
         stats = train_step(state, [batch], loss_of, 1e-3, OptimConfig(), World())
         steps.append((stats, [layer.balance_bias for layer in state.model.moe_layers()]))
     (kept, kept_biases), (again, biases) = steps
     assert again == kept
     assert all(map(torch.equal, biases, kept_biases))
-    assert all(layer.balance_losses is None for layer in state.model.moe_layers())
 
 
 def test_computing_again_keeps_a_fraction(rng):
     batch, kept = some_batch(rng, rows=4, tokens=64), {}
     for recompute in (False, True):
         model = Transformer(SMALL).init(0).train()
-        speed_up(model, SpeedConfig(recompute=recompute), CPU)
         sizes: list[int] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: sizes.append(t.nbytes) or t, lambda t: t):
-            model.trunk(batch.tokens)
+            model.trunk.routed(batch.tokens, recompute=recompute)
         kept[recompute] = sum(sizes)
     assert kept[True] < kept[False] / 4
 
@@ -126,21 +121,21 @@ def test_nothing_is_compiled_on_a_cpu_unless_asked(monkeypatch):
     model = Transformer(SMALL)
     monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: pytest.fail("compiled"))
     for choice in ("auto", "off"):
-        speed_up(model, SpeedConfig(compile=choice), CPU)
+        compile_blocks(model, SpeedConfig(compile=choice), CPU)
 
 
 def test_compiling_without_a_compiler_is_refused_when_asked_for(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(speed.compiled, "find_compiler", list)
+    monkeypatch.setattr(compile.build, "find_compiler", list)
     with pytest.raises(ValueError, match=r"speed.compile on needs a C\+\+ compiler .*; install it, or take"):
-        speed_up(Transformer(SMALL), SpeedConfig(compile="on"), CPU)
-    speed_up(Transformer(SMALL), SpeedConfig(), torch.device("cuda"))
+        compile_blocks(Transformer(SMALL), SpeedConfig(compile="on"), CPU)
+    compile_blocks(Transformer(SMALL), SpeedConfig(), torch.device("cuda"))
     assert "training without torch.compile, more slowly: it needs" in capsys.readouterr().err
 
 
 def test_a_compiler_that_is_not_there_is_none(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler -m64")
     with pytest.raises(ValueError, match="needs a C\\+\\+ compiler: no-such-compiler, which CXX names, is not there"):
-        speed_up(Transformer(SMALL), SpeedConfig(compile="on"), CPU)
+        compile_blocks(Transformer(SMALL), SpeedConfig(compile="on"), CPU)
 
 
 def test_attention_on_a_cpu_is_chosen_as_ever():

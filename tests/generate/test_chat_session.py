@@ -7,8 +7,8 @@ from itertools import accumulate
 import pytest
 
 from nanollm.bundle import Bundle
+from nanollm.generate.chat_session import Reply, Talk, TalkConfig
 from nanollm.generate.request import Completion, Request
-from nanollm.generate.talk import Reply, Talk, TalkConfig
 from nanollm.model.transformer import Transformer
 from nanollm.text.chat import Conversation, Message, encode_prompt
 from nanollm.text.tokenizer import END, USER
