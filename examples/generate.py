@@ -9,6 +9,7 @@ The engine works with ids, and so with any tokenizer; text becomes ids before it
 """
 
 import argparse
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -52,9 +53,12 @@ if __name__ == "__main__":
     parser.add_argument("--max_tokens", type=int, default=60)
     given = parser.parse_args()
     model = load_bundle(given.bundle)
-    for prompt, text in zip(given.prompts, together(model, given.prompts, given.max_tokens), strict=True):
-        print(f"{prompt}{text}\n{'-' * 40}")
-    print(given.prompts[0], end="")
-    for piece in streamed(model, given.prompts[0], given.max_tokens):
-        print(piece, end="", flush=True)
-    print()
+    try:
+        for prompt, text in zip(given.prompts, together(model, given.prompts, given.max_tokens), strict=True):
+            print(f"{prompt}{text}\n{'-' * 40}")
+        print(given.prompts[0], end="")
+        for piece in streamed(model, given.prompts[0], given.max_tokens):
+            print(piece, end="", flush=True)
+        print(flush=True)
+    except BrokenPipeError:  # the reader (head, less) has gone; what is left in the buffer goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

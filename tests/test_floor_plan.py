@@ -24,6 +24,7 @@ FLOORS = {
         "progress",
         "settings",
         "durable",
+        "extras",
         "hardware",
         "origin",
         "threads",

@@ -68,6 +68,7 @@ RULES = (
     Rule(".venv/bin/nanollm generate"),
     Rule("nanollm tokenizer --dataset_name", instead={"--dataset_name Elriggs/openwebtext-100k": ""}, more=TEXTS),
     Rule("nanollm preprocess owt", instead={"--num_workers 8": "--num_workers 2"}, more="--input my_texts/"),
+    Rule("nanollm pretrain --model nano-1m", more="--train.steps 2"),
     Rule("nanollm pretrain --model nano-5m", more="--train.steps 2"),
     Rule(ROAD, more=SMALL),
     Rule("torchrun", instead={"--nproc-per-node 8": "--nproc-per-node 2"}, more=f"{SMALL} --out runs/several"),
@@ -136,8 +137,10 @@ def fresh_folder(tmp_path, monkeypatch):
     """A folder as after a clone, as far as the commands see it, with text and conversations of the user's own."""
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     (tmp_path / "my_texts").mkdir()
-    for number, text in enumerate(itertools.islice(builtin.documents(), 1500)):
+    texts = list(itertools.islice(builtin.documents(), 1500))
+    for number, text in enumerate(texts):
         (tmp_path / "my_texts" / f"{number}.txt").write_text(text, encoding="utf-8")
+    (tmp_path / "mine.txt").write_text("\n\n".join(texts), encoding="utf-8")
     said = [{"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "A small model."}]
     (tmp_path / "my_chats.jsonl").write_text(f"{json.dumps({'messages': said})}\n" * 200)
     monkeypatch.chdir(tmp_path)

@@ -130,6 +130,7 @@ def solve(
     samples: int = 1,
     seed: int = 0,
     rows: int = ROWS,
+    called: str = "solving",
 ) -> list[Attempt]:
     """Let a model reply to each problem `samples` times, `rows` replies at once; attempts in the problems' order.
 
@@ -147,7 +148,7 @@ def solve(
             prompt=prompts[place], max_tokens=max_tokens, sampling=sampling, end_ids=ends, seed=first_seed + number
         )
         completions[place].append(engine.submit(request))
-    with Progress("solving", len(read) * samples, "replies") as bar:
+    with Progress(called, len(read) * samples, "replies") as bar:
         while engine.has_work:
             bar.advance(sum(drawn.completion.finish is not None for drawn in engine.step()))
     return [_attempt(problem, completions.get(place), samples, tokenizer) for place, problem in enumerate(problems)]

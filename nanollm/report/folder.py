@@ -105,8 +105,10 @@ def read_run(folder: Path) -> Run:
     """The run in a folder. ValueError where there is none."""
     for name in ("config.yaml", "metrics.jsonl"):
         if not (folder / name).is_file():
-            run = folder.parent if (folder / "provenance.json").exists() else Path("runs/NAME")
-            raise ValueError(f"{folder} is not the folder of a run: it has no {name}; give one such as {run}")
+            runs = [folder.parent] if (folder / "provenance.json").exists() else []
+            runs += sorted(file.parent for file in folder.glob("*/metrics.jsonl"))
+            known = ", ".join(map(str, runs)) or "runs/NAME"
+            raise ValueError(f"{folder} is not the folder of a run: it has no {name}; give one such as {known}")
     settings = read_mapping(folder / "config.yaml")
     inputs = folder / "inputs.json"
     return Run(

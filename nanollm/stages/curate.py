@@ -22,6 +22,7 @@ from nanollm.data.merge import finish_merge, is_merged, merge, missing
 from nanollm.data.prepare import Rules, header_of, refuse_other
 from nanollm.data.shards import read_manifest
 from nanollm.evals.contamination import NGRAM_WORDS
+from nanollm.extras import missing_package
 from nanollm.progress import say
 from nanollm.settings import check_seed
 from nanollm.sources import gsm8k
@@ -222,10 +223,7 @@ def open_job(c: Config) -> Job:
     """Everything that can be found missing or wrong before the work begins."""
     for package in ["datatrove", "regex", "tokenizers"] + ["ray"] * (c.executor == "ray"):
         if importlib.util.find_spec(package) is None:
-            extra = "data,ray" if package == "ray" else "data"
-            raise ValueError(
-                f'curate needs the package {package}; in the folder of NanoLLM: pip install -e ".[{extra}]"'
-            )
+            raise missing_package("curate", package, "data", *["ray"] * (package == "ray"))
     from nanollm.data.blocks import Workplace  # late: it needs datatrove
 
     tokenizer = Tokenizer.load(c.tokenizer_path)

@@ -1,6 +1,7 @@
 """The whole journey on what is already on this machine: what does it look like when everything works?"""
 
 import json
+import os
 import shutil
 import sys
 import time
@@ -223,7 +224,8 @@ def examine(c: Config) -> Path:
         bundle = load_bundle(c.out / name / "bundle", world.dtype, world.device)
         judged[name] = {}
         for split in LADDER[:1] if name == "pretrain" else LADDER:
-            attempts = solve(bundle.model, bundle.tokenizer, task.problems(split)[: c.exam], max_tokens=MAX_REPLY)
+            problems, called = task.problems(split)[: c.exam], f"exam of {name}, {split}"
+            attempts = solve(bundle.model, bundle.tokenizer, problems, max_tokens=MAX_REPLY, called=called)
             judged[name][split] = judge(attempts, {"strict": task.grade})
     write_json(c.out / "exam.json", report(judged))
     return c.out / "exam.json"
@@ -311,7 +313,11 @@ QUESTION = "Tom has 5 cups. Rosa has 3 times as many cups as Tom. How many cups 
 
 
 def command() -> str:
-    return "nanollm" if shutil.which("nanollm") else f"{sys.executable} -m nanollm"
+    """What starts this program here, as short as it can be typed."""
+    if shutil.which("nanollm"):
+        return "nanollm"
+    beside = shutil.which("nanollm", path=str(Path(sys.executable).parent))
+    return min(beside, os.path.relpath(beside), key=len) if beside else f"{sys.executable} -m nanollm"
 
 
 def _percent(scores: dict[str, Any], moment: str) -> str:

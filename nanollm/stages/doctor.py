@@ -23,6 +23,7 @@ import torch
 from nanollm import __version__, hardware
 from nanollm.bundle import load_bundle
 from nanollm.durable import sha256_of, write_file
+from nanollm.extras import how_to_install
 from nanollm.generate import cpu_runner as native
 from nanollm.generate.engine import Engine
 from nanollm.generate.request import Kernels, Request
@@ -124,9 +125,9 @@ def examine(c: Config) -> Iterator[Finding]:
 
 
 def check_versions() -> tuple[str, str]:
-    missing = ",".join(extra for extra, module in EXTRAS.items() if find_spec(module) is None)
+    missing = [extra for extra, module in EXTRAS.items() if find_spec(module) is None]
     said = f"nanollm {__version__}, Python {platform.python_version()}, {platform.platform()}"
-    return said + (f'; pip install "nanollm[{missing}]" adds more' if missing else ""), ""
+    return said + (f"; more: {how_to_install(*missing)}" if missing else ""), ""
 
 
 def check_torch() -> tuple[str, str]:

@@ -5,9 +5,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
-from nanollm.bundle import Bundle, load_bundle, read_config, stored_dtype
-from nanollm.durable import check_replaceable, new_folder
-from nanollm.export.dense import STORED, Dtype, Format, exported_shape
+from nanollm.bundle import PROVENANCE, Bundle, load_bundle, read_config, stored_dtype
+from nanollm.durable import check_replaceable, new_folder, read_json
+from nanollm.export.dense_to_moe import STORED, Dtype, Format, exported_shape
+from nanollm.extras import missing_package
 from nanollm.progress import say
 
 POSITIONAL = ("bundle",)
@@ -37,7 +38,7 @@ class Config:
     """Language of the texts it was trained on, for the card: en, de, ..."""
     verify: bool = False
     """Load the export in its engine (transformers, llama.cpp) and compare ids, logits and greedy replies with ours;
-    exit code 1 if they differ."""
+    exit code 1 if they differ. An export that is there already is compared as it stands, unless --force replaces it."""
     verify_prompts: int = 20
     """Prompts that both continue by 64 tokens, for --verify."""
     push: str | None = None
@@ -72,20 +73,23 @@ def plan(c: Config) -> str:
 def run(c: Config) -> Path:
     """The folder of the export."""
     check(c)
-    from nanollm.export import folder, push
+    from nanollm.export import folder, hub
 
     if c.push:
-        push.check_access()
+        hub.check_access()
     bundle, dtype, name = load_bundle(c.bundle), dtype_of(c), title_of(c)
-    with new_folder(c.folder) as draft:
-        folder.write_export(draft, bundle, c.format, dtype, name)
-        write_card(c, draft, bundle)
-    parameters = exported_shape(bundle.model.config, c.format).total_parameters
-    say(f"{c.format}, {dtype}, {parameters:,} parameters, written to {c.folder}")
+    if only_verifies(c):
+        say(f"{c.folder} is an export already: it is compared as it stands")
+    else:
+        with new_folder(c.folder) as draft:
+            folder.write_export(draft, bundle, c.format, dtype, name)
+            write_card(c, draft, bundle)
+        parameters = exported_shape(bundle.model.config, c.format).total_parameters
+        say(f"{c.format}, {dtype}, {parameters:,} parameters, written to {c.folder}")
     if c.verify:
         prove(c, c.folder / folder.model_file(c.format, dtype, name), bundle)
     if c.push:
-        say(f"pushed to {push.push(c.folder, c.push, private=c.private)}")
+        say(f"pushed to {hub.push(c.folder, c.push, private=c.private)}")
     return c.folder
 
 
@@ -95,15 +99,15 @@ def check(c: Config) -> None:
         try:
             version(package)
         except PackageNotFoundError as error:
-            raise ValueError(f'export needs {package}; in the folder of NanoLLM: pip install -e ".[export]"') from error
+            raise missing_package("export", package, "export") from error
     read_config(c.bundle)
     check_out(c)
     if c.push:
-        from nanollm.export.push import check_name
+        from nanollm.export.hub import check_name
 
         check_name(c.push)
     if c.verify and c.format == "gguf":
-        from nanollm.export.llama import package_folder
+        from nanollm.export.engines import package_folder
 
         package_folder()
 
@@ -114,7 +118,19 @@ def check_out(c: Config) -> None:
 
     if c.bundle.resolve().is_relative_to(c.folder.resolve()):
         raise ValueError(f"{c.folder} holds the bundle; choose another --out")
-    check_replaceable(c.folder, written_in(c.folder), force=c.force, what="an export")
+    if not only_verifies(c):
+        check_replaceable(c.folder, written_in(c.folder), force=c.force, what="an export")
+
+
+def only_verifies(c: Config) -> bool:
+    """Whether the export that would be written and compared is there already, with that format, type and file."""
+    from nanollm.export.folder import EXPORT, model_file, written_in
+
+    if not c.verify or c.force or c.push or not written_in(c.folder):
+        return False
+    made, file = read_json(c.folder / PROVENANCE)[EXPORT], model_file(c.format, dtype_of(c), title_of(c))
+    is_named = c.format != "gguf" or file in made["files"]  # the weights of other formats may lie in several files
+    return is_named and (made.get("format"), made.get("dtype")) == (c.format, dtype_of(c))
 
 
 def dtype_of(c: Config) -> Dtype:
@@ -131,7 +147,7 @@ def title_of(c: Config) -> str:
 def write_card(c: Config, draft: Path, bundle: Bundle) -> None:
     """README.md, with what was measured of this very bundle."""
     from nanollm.export import card, folder
-    from nanollm.export.history import find_manifests
+    from nanollm.export.provenance import find_manifests
 
     dtype, name = dtype_of(c), title_of(c)
     about = card.About(
@@ -153,12 +169,12 @@ def write_card(c: Config, draft: Path, bundle: Bundle) -> None:
 
 def prove(c: Config, model: Path, bundle: Bundle) -> None:
     """Print the table of --verify; SystemExit, which is exit code 1, if a line of it does not hold."""
-    from nanollm.export import in_llama, in_transformers, verify
+    from nanollm.export import engines, verify
 
     if c.format == "gguf":
-        checks = in_llama.compare(model, bundle, dtype_of(c), c.verify_prompts)
+        checks = engines.compare_in_llama_cpp(model, bundle, dtype_of(c), c.verify_prompts)
     else:
-        checks = in_transformers.compare(c.folder, bundle, dtype_of(c), c.verify_prompts)
+        checks = engines.compare_in_transformers(c.folder, bundle, dtype_of(c), c.verify_prompts)
     holds = True
     for check in checks:
         say(verify.line(check))

@@ -15,6 +15,7 @@ from nanollm.text.tokenizer import Tokenizer
 from nanollm.world import DeviceName, DtypeName, World
 
 POSITIONAL = ("bundle",)
+BETWEEN = "-" * 40  # two continuations, which may hold blank lines themselves
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +25,7 @@ class Config(SamplingConfig):
     bundle: Path
     """Folder of a bundle, such as runs/demo/pretrain/bundle."""
     prompt: list[str]
-    """Prompts; several are continued as one batch."""
+    """Prompts; several are continued as one batch, and printed with a line of dashes between them."""
     chat: bool = False
     """Take each prompt as a user's message and reply to it, instead of continuing it."""
     max_tokens: int = 128
@@ -73,7 +74,7 @@ def run(c: Config) -> str:
         record = {"prompt": prompt, "text": text, "tokens": len(completion.ids), "finish": completion.finish}
         plain = text if c.chat else prompt + text
         lines.append(json.dumps(record, ensure_ascii=False) if c.json else plain)
-    return "\n".join(lines)
+    return ("\n" if c.json else f"\n{BETWEEN}\n").join(lines)
 
 
 def encode(prompt: str, tokenizer: Tokenizer, is_chat: bool) -> list[int]:

@@ -156,7 +156,8 @@ def test_stdout_has_the_path_alone(write_run, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["{tmp}"], "is not the folder of a run: it has no config.yaml; give one such as runs/NAME"),
+        (["{tmp}"], "is not the folder of a run: it has no config.yaml; give one such as {damaged}, {run}"),
+        (["{run}/none"], "is not the folder of a run: it has no config.yaml; give one such as runs/NAME"),
         (["{run}/bundle"], "is not the folder of a run: it has no config.yaml; give one such as {run}"),
         (["{run}", "--price", "-1"], "price must be at least 0 and below 1e9, got -1"),
         (["{run}", "--compare", "{tmp}/none"], "is not the folder of a run: it has no config.yaml"),

@@ -1,5 +1,6 @@
 """A bundle becomes a folder for others, and a mistake costs one line and no file."""
 
+import dataclasses
 import json
 import shutil
 from importlib.metadata import PackageNotFoundError
@@ -9,7 +10,7 @@ import pytest
 
 from nanollm import cli
 from nanollm.bundle import load_bundle, save_bundle
-from nanollm.export import in_transformers, push
+from nanollm.export import engines, hub
 from nanollm.stages import export
 from nanollm.stages.export import Config, plan, run
 
@@ -71,6 +72,23 @@ def test_a_folder_that_is_not_empty_is_replaced_by_force_only(bundle, tmp_path, 
     assert before == {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
     run(Config(bundle=bundle, format="gguf", out=tmp_path / "out", force=True))
     assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_an_export_that_exists_is_verified_as_it_stands(bundle, tmp_path, complaint, capsys):
+    config = Config(bundle=bundle, out=tmp_path / "out", verify=True, verify_prompts=2)
+    run(dataclasses.replace(config, verify=False))
+    weights = tmp_path / "out" / "model.safetensors"
+    written = weights.stat().st_mtime_ns
+    assert run(config) == tmp_path / "out"
+    assert "is an export already: it is compared as it stands" in capsys.readouterr().err
+    assert weights.stat().st_mtime_ns == written
+    for other in (["--format", "deepseek-v3"], ["--dtype", "bf16"], ["--push", "ada/tiny"]):
+        assert "is an export already; choose another --out" in complaint("--verify", *other)
+    content = bytearray(weights.read_bytes())
+    content[-100:] = bytes(100)
+    weights.write_bytes(content)
+    with pytest.raises(SystemExit, match="does not say what"):
+        run(config)
 
 
 @pytest.mark.parametrize("name", ["thesis.tex", "README.md", "llama-70b.gguf"])
@@ -139,20 +157,20 @@ def test_a_missing_package_is_named_with_what_installs_it(complaint, monkeypatch
             raise PackageNotFoundError(name)
 
     monkeypatch.setattr(export, "version", version)
-    assert 'export needs protobuf; in the folder of NanoLLM: pip install -e ".[export]"' in complaint()
+    assert 'export needs the package protobuf; in the folder of NanoLLM: pip install -e ".[export]"' in complaint()
 
 
 def test_what_does_not_hold_ends_in_exit_code_1_and_is_not_pushed(bundle, tmp_path, monkeypatch, capsys):
     pushed = []
-    monkeypatch.setattr(push, "push", lambda *words, **options: pushed.append(words))
-    monkeypatch.setattr(push, "check_access", lambda: None)
-    compare = in_transformers.compare
+    monkeypatch.setattr(hub, "push", lambda *words, **options: pushed.append(words))
+    monkeypatch.setattr(hub, "check_access", lambda: None)
+    compare = engines.compare_in_transformers
 
     def compare_with_another_head(folder, ours, dtype, prompts):
         ours.model.head.weight.data[5] += 1
         return compare(folder, ours, dtype, prompts)
 
-    monkeypatch.setattr(in_transformers, "compare", compare_with_another_head)
+    monkeypatch.setattr(engines, "compare_in_transformers", compare_with_another_head)
     with pytest.raises(SystemExit, match="does not say what"):
         run(Config(bundle=bundle, out=tmp_path / "out", verify=True, verify_prompts=2, push="ada/tiny"))
     assert "FAIL  greatest difference of a logit" in capsys.readouterr().err

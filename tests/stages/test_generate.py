@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from nanollm.bundle import load_bundle
 from nanollm.generate.engine import generate
 from nanollm.generate.sampling import SamplingConfig
-from nanollm.stages.generate import Config, encode, run, text_of
+from nanollm.stages.generate import BETWEEN, Config, encode, run, text_of
 from nanollm.text.stream import TextStream
 
 
@@ -80,6 +80,13 @@ def continued(loaded, seed, stops=()):
 def test_plain_output_is_prompt_and_text(bundle):
     text = run(Config(bundle=bundle, prompt=["The"], max_tokens=3, dtype="float32"))
     assert text.startswith("The")
+
+
+def test_a_line_of_dashes_stands_between_continuations(bundle):
+    one, other = run(Config(bundle=bundle, prompt=["The", "Once"], max_tokens=3, dtype="float32")).split(
+        f"\n{BETWEEN}\n"
+    )
+    assert (one[:3], other[:4]) == ("The", "Once")
 
 
 @pytest.mark.parametrize(("stops", "expected"), [([], "abcabc"), (["ca"], "ab"), (["c", "b"], "a"), (["x"], "abcabc")])

@@ -14,9 +14,8 @@ from transformers import DeepseekV3ForCausalLM
 
 from nanollm.bundle import Bundle, build_model
 from nanollm.durable import sha256_of
-from nanollm.export.adopt import adopt, adopt_tokenizer, with_rows
-from nanollm.export.checkpoint import read_checkpoint
 from nanollm.export.hf import DTYPES, HfFormat, write_model
+from nanollm.export.import_model import import_model, import_tokenizer, read_checkpoint, with_rows
 from nanollm.model.transformer import Transformer
 from nanollm.text.chat import Conversation, encode_prompt
 from nanollm.text.tokenizer import ASSISTANT, END, MARKS, SYSTEM, USER
@@ -56,7 +55,7 @@ def assert_computes_as(adopted, theirs):
 
 def test_a_model_of_others_gives_the_logits_it_gave(foreign):
     folder, theirs = foreign
-    adopted = adopt(read_checkpoint(folder))
+    adopted = import_model(read_checkpoint(folder))
     assert [adopted.config.is_moe(block) for block in range(3)] == [False, True, True]
     assert adopted.config.vocab_size == PIECES + 5
     assert_computes_as(adopted, theirs)
@@ -65,7 +64,7 @@ def test_a_model_of_others_gives_the_logits_it_gave(foreign):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_weights_keep_their_type_and_the_routers_bias_is_float32(tmp_path, dtype):
     save_foreign(tmp_path, dtype=dtype)
-    adopted = adopt(read_checkpoint(tmp_path))
+    adopted = import_model(read_checkpoint(tmp_path))
     assert {weight.dtype for name, weight in adopted.weights.items() if "balance_bias" not in name} == {dtype}
     assert {weight.dtype for name, weight in adopted.weights.items() if "balance_bias" in name} == {torch.float32}
     assert_computes_as(adopted, DeepseekV3ForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval())
@@ -75,7 +74,7 @@ def test_shards_are_one_model(foreign, tmp_path):
     folder, theirs = foreign
     save_foreign(tmp_path, theirs.config.model_type, shard_size="60KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
-    whole, sharded = (adopt(read_checkpoint(place)) for place in (folder, tmp_path))
+    whole, sharded = (import_model(read_checkpoint(place)) for place in (folder, tmp_path))
     assert whole.weights.keys() == sharded.weights.keys()
     assert all(torch.equal(weight, sharded.weights[name]) for name, weight in whole.weights.items())
 
@@ -83,7 +82,7 @@ def test_shards_are_one_model(foreign, tmp_path):
 def test_a_tied_head_is_a_copy_of_the_embedding_and_said(tmp_path):
     theirs = save_foreign(tmp_path, tie_word_embeddings=True)
     assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
-    adopted = adopt(read_checkpoint(tmp_path))
+    adopted = import_model(read_checkpoint(tmp_path))
     assert torch.equal(adopted.weights["head.weight"], adopted.weights["trunk.embed.weight"])
     assert any("tie_word_embeddings" in note for note in adopted.notes)
     assert_computes_as(adopted, theirs)
@@ -94,14 +93,14 @@ def test_layers_for_further_tokens_are_left_out_and_said(tmp_path):
     path = tmp_path / "model.safetensors"
     extra = {f"model.layers.3.{name}.weight": torch.ones(40) for name in ("enorm", "hnorm", "input_layernorm")}
     save_file(load_file(path) | extra, path)
-    adopted = adopt(read_checkpoint(tmp_path))
+    adopted = import_model(read_checkpoint(tmp_path))
     assert any("num_nextn_predict_layers" in note for note in adopted.notes)
     assert_computes_as(adopted, theirs)
 
 
 def test_another_epsilon_than_that_of_the_latents_is_said(tmp_path):
     save_foreign(tmp_path, "glm4_moe_lite", rms_norm_eps=1e-5)
-    adopted = adopt(read_checkpoint(tmp_path))
+    adopted = import_model(read_checkpoint(tmp_path))
     assert (
         "rms_norm_eps 1e-05 holds for the norms of the latents as well, where transformers takes 1e-06" in adopted.notes
     )
@@ -127,7 +126,7 @@ def test_export_import_export_gives_the_same_bytes(tmp_path, tokenizer, shape, f
     bundle = Bundle(randomised(Transformer(shape).init(0)).eval(), tokenizer, {})
     write_model(first, bundle, form, DTYPES[dtype])
     tokenizer.save(first / "tokenizer.model")
-    adopted = adopt(read_checkpoint(first))
+    adopted = import_model(read_checkpoint(first))
     assert (adopted.config, adopted.tokenizer.serialized, adopted.notes) == (shape, tokenizer.serialized, ())
     write_model(second, Bundle(model_of(adopted), adopted.tokenizer, {}), form, DTYPES[dtype])
     names = {file.name for file in first.iterdir()} - {"tokenizer.model"}
@@ -142,7 +141,7 @@ def test_an_export_that_was_trained_on_stays_a_mixture_of_experts_and_computes_t
     weights = load_file(tmp_path / "model.safetensors")
     weights["model.layers.4.mlp.experts.1.up_proj.weight"] += 0.1  # a dense block's, where an export leaves zeros
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
-    adopted = adopt(read_checkpoint(tmp_path))
+    adopted = import_model(read_checkpoint(tmp_path))
     assert (adopted.config.moe_every, adopted.config.n_dense_first) == (1, 3)
     assert any("stay Mixtures of Experts" in note for note in adopted.notes)
     assert_computes_as(adopted, DeepseekV3ForCausalLM.from_pretrained(tmp_path).eval())
@@ -155,7 +154,7 @@ def test_an_export_that_was_trained_on_stays_a_mixture_of_experts_and_computes_t
 def pair(request):
     """(another's SentencePiece model, what it becomes with no spare ids)."""
     serialized = sentencepiece_model(model_type=request.param)
-    return sentencepiece.SentencePieceProcessor(model_proto=serialized), adopt_tokenizer(serialized, PIECES, {}, [])
+    return sentencepiece.SentencePieceProcessor(model_proto=serialized), import_tokenizer(serialized, PIECES, {}, [])
 
 
 def test_ids_keep_their_pieces_and_texts_that_begin_with_a_space_their_ids(pair):
@@ -195,7 +194,7 @@ def test_a_conversation_can_be_encoded_and_no_text_spells_a_mark(pair):
 def test_marks_take_ids_that_the_model_has_and_its_tokenizer_does_not_use():
     notes = []
     added = {0: "<unk>", PIECES: "<|im_start|>", PIECES + 3: END, PIECES + 900: SYSTEM, 7: "a piece"}
-    adopted = adopt_tokenizer(sentencepiece_model(), PIECES + 16, added, notes)
+    adopted = import_tokenizer(sentencepiece_model(), PIECES + 16, added, notes)
     assert [piece.text for piece in adopted.pieces[PIECES:]] == [
         "<|im_start|>",
         "<pad>",
@@ -209,7 +208,7 @@ def test_marks_take_ids_that_the_model_has_and_its_tokenizer_does_not_use():
 
 
 def test_a_mark_that_the_model_knows_keeps_its_id_beyond_a_gap():
-    adopted = adopt_tokenizer(sentencepiece_model(), PIECES + 16, {PIECES + 6: USER}, [])
+    adopted = import_tokenizer(sentencepiece_model(), PIECES + 16, {PIECES + 6: USER}, [])
     assert [*adopted.symbols.values()][-3:] == [f"<|unused_{PIECES + 4}|>", f"<|unused_{PIECES + 5}|>", USER]
     assert adopted.mark_id(USER) == PIECES + 6
 
@@ -219,7 +218,7 @@ def test_spare_rows_become_marks_without_a_change_of_the_weights(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(
         json.dumps({"added_tokens_decoder": {str(PIECES + 1): {"content": "<|im_end|>", "special": True}}})
     )
-    adopted = adopt(read_checkpoint(tmp_path))
+    adopted = import_model(read_checkpoint(tmp_path))
     assert adopted.config.vocab_size == PIECES + 32
     assert torch.equal(adopted.weights["head.weight"], theirs.lm_head.weight)
     assert adopted.tokenizer.symbols[PIECES + 1] == "<|im_end|>"
@@ -228,7 +227,7 @@ def test_spare_rows_become_marks_without_a_change_of_the_weights(tmp_path):
 
 def test_a_mark_that_text_could_spell_becomes_a_control_symbol():
     notes = []
-    adopted = adopt_tokenizer(sentencepiece_model(user_defined_symbols=f"{USER},<x>"), PIECES, {}, notes)
+    adopted = import_tokenizer(sentencepiece_model(user_defined_symbols=f"{USER},<x>"), PIECES, {}, notes)
     assert f"{USER} is a control symbol: no text can spell it" in notes
     assert adopted.mark_id(USER) not in adopted.encode(f"a {USER} b")
     assert adopted.decode(adopted.encode(f"a {USER} <x> b")) == f"a {USER} <x> b"
@@ -236,7 +235,7 @@ def test_a_mark_that_text_could_spell_becomes_a_control_symbol():
 
 def test_a_tokenizer_of_ours_is_taken_as_it_is(tokenizer):
     notes = []
-    assert adopt_tokenizer(tokenizer.serialized, 700, {650: "<|other|>"}, notes).serialized == tokenizer.serialized
+    assert import_tokenizer(tokenizer.serialized, 700, {650: "<|other|>"}, notes).serialized == tokenizer.serialized
     assert notes == []
 
 
@@ -253,4 +252,4 @@ def test_a_tokenizer_of_ours_is_taken_as_it_is(tokenizer):
 )
 def test_a_tokenizer_that_cannot_be_adopted_is_refused_with_the_reason(serialized, message):
     with pytest.raises(ValueError, match=f"tokenizer.model {message}"):
-        adopt_tokenizer(serialized, PIECES, {}, [])
+        import_tokenizer(serialized, PIECES, {}, [])

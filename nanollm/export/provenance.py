@@ -1,4 +1,4 @@
-"""What may the world read of how a model came to be?
+"""How a model came to be, as the world may read it.
 
 A provenance.json names folders of the machine that trained; of each path only the last name is shown. What the token
 files were made of stands in their own manifest, which is read where it still lies at its place.
@@ -24,7 +24,7 @@ PATH = re.compile(r"\s*([/\\~]|\.{1,2}[/\\]|[A-Za-z]:[/\\]).*|\S*[/\\]\S*", re.D
 """Absolute, or begun from here, or with a slash in it and no space."""
 WITHIN = re.compile(r"(?<![\w.:/\\])(?:~?/|[A-Za-z]:[/\\])[^\s'\"]*[/\\][^\s'\"]*")
 """An absolute path within a text."""
-DEEPEST = 100
+KINDS: Mapping[str, type] = {"parent": dict, "config": dict, "inputs": dict, "imports": list, "made_by": str}
 
 
 def public(record: Record) -> dict[str, Any]:
@@ -52,20 +52,15 @@ def name_of(text: str, *, is_path: bool = False) -> str:
     return WITHIN.sub(lambda path: name_of(path[0], is_path=True), text)
 
 
-def check(record: Any, depth: int = 0) -> None:
+def check(provenance: Any) -> None:
     """ValueError for what is no provenance: in a folder of others it may hold anything."""
-    if depth > DEEPEST:
-        raise ValueError(f"{PROVENANCE} goes more than {DEEPEST} levels deep; delete it, and the history is left out")
-    if isinstance(record, list):
-        for each in record:
-            check(each, depth + 1)
-    if not isinstance(record, dict):
-        return
-    for name, kind in (("parent", dict), ("config", dict), ("inputs", dict), ("imports", list), ("made_by", str)):
-        if not isinstance(record.get(name, kind()), kind):
-            raise ValueError(f"{PROVENANCE}: {name} must be a {kind.__name__}; delete it, and the history is left out")
-    for each in record.values():
-        check(each, depth + 1)
+    step = provenance
+    while step is not None:
+        for name, kind in KINDS.items():
+            if not isinstance(step.get(name, kind()), kind):
+                why = f"{name} must be a {kind.__name__}; delete it, and the history is left out"
+                raise ValueError(f"{PROVENANCE}: {why}")
+        step = step.get("parent")
 
 
 def stages(provenance: Record) -> list[Record]:

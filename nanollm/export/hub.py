@@ -1,13 +1,12 @@
-"""How does an exported folder come to the Hugging Face hub, and what does its owner learn when it does not?"""
+"""Pushes an exported folder to the Hugging Face hub, and says in one line why it could not."""
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from nanollm import __version__
 from nanollm.bundle import WEIGHTS
-from nanollm.export.checkpoint import INDEX
+from nanollm.export.hf import INDEX
 from nanollm.progress import say
 
 OLD_WEIGHTS = [WEIGHTS, "model-*-of-*.safetensors", INDEX]
@@ -16,11 +15,11 @@ OLD_WEIGHTS = [WEIGHTS, "model-*-of-*.safetensors", INDEX]
 
 def check_name(name: str) -> None:
     """Refuse what is no name of a repository."""
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise ValueError(f"--push must be USER/NAME, as in the address of a model on the hub, got {name!r}")
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
+    if "/" not in name:
+        raise ValueError(f"--push must be USER/NAME, as in the address of a model on the hub, got {name!r}")
     try:
         validate_repo_id(name)
     except HFValidationError as error:
@@ -37,12 +36,6 @@ def check_access() -> None:
         raise ValueError("--push needs a token of the hub that may write; run `hf auth login`, or set HF_TOKEN")
 
 
-def files_of(folder: Path) -> dict[str, int]:
-    """What would be pushed: name -> bytes."""
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    return {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
-
-
 def push(folder: Path, name: str, *, private: bool = True) -> str:
     """Put the files of a folder into the hub's model repository `name`, which is made if need be; its address.
 
@@ -54,22 +47,22 @@ def push(folder: Path, name: str, *, private: bool = True) -> str:
     from huggingface_hub import HfApi
 
     hub = HfApi(library_name="nanollm", library_version=__version__)
-    with told(name, hub.endpoint):
+    with explaining(name, hub.endpoint):
         address = str(hub.create_repo(name, private=private, exist_ok=True))
         is_public = not hub.model_info(name).private
     if private and is_public:
         raise ValueError(f"{address} is there already, and public; choose another name, or give --private false")
-    files = files_of(folder)
-    say(f"pushing {len(files)} files, {sum(files.values()) / 1e6:,.1f} MB, to {address}")
-    replaced = OLD_WEIGHTS if any(file.endswith(".safetensors") for file in files) else None
-    with told(name, hub.endpoint):
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    say(f"pushing {len(files)} files, {sum(file.stat().st_size for file in files) / 1e6:,.1f} MB, to {address}")
+    replaced = OLD_WEIGHTS if any(file.suffix == ".safetensors" for file in files) else None
+    with explaining(name, hub.endpoint):
         message = f"nanollm {__version__} export"
         hub.upload_folder(repo_id=name, folder_path=folder, commit_message=message, delete_patterns=replaced)
     return address
 
 
 @contextmanager
-def told(name: str, endpoint: str) -> Iterator[None]:
+def explaining(name: str, endpoint: str) -> Iterator[None]:
     """Say in one line what went wrong. The texts of network errors stay out of it: some hold the token."""
     from huggingface_hub.errors import HfHubHTTPError, HTTPError  # type: ignore[attr-defined]  # the latter is httpx's
 

@@ -4,8 +4,8 @@ import pytest
 from huggingface_hub import constants
 
 from nanollm.cli import is_users_mistake, one_line
-from nanollm.export.push import check_access, check_name, files_of, push
-from tests.export.hub import TOKEN, running_hub
+from nanollm.export.hub import check_access, check_name, push
+from tests.export.fake_hub import TOKEN, running_hub
 
 # huggingface_hub's own way to send a file by LFS
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning")
@@ -61,11 +61,6 @@ def test_every_file_arrives_byte_by_byte_and_is_private(hub, folder, capfd):
     assert "aSecret" not in said.out + said.err
 
 
-def test_only_who_asks_for_it_shows_a_model_to_everybody(hub, folder):
-    push(folder, NAME, private=False)
-    assert hub.private is False
-
-
 def test_a_second_push_replaces_the_weights_and_leaves_other_files(hub, folder):
     push(folder, NAME)
     hub.files["notes.txt"] = b"mine"
@@ -88,19 +83,13 @@ def test_ggufs_of_several_types_may_lie_together(hub, folder):
 
 def test_a_private_model_does_not_go_into_a_public_repository(hub, folder):
     push(folder, NAME, private=False)
+    assert hub.private is False
     before = dict(hub.files)
     (folder / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="is there already, and public; choose another name") as error:
         push(folder, NAME)
     assert NAME in message_of(error)
     assert hub.files == before
-
-
-def test_the_files_are_listed_with_their_sizes(folder):
-    listed = files_of(folder)
-    assert list(listed) == sorted(listed)
-    assert listed["README.md"] == len(README)
-    assert sum(listed.values()) == sum(map(len, on_disk(folder).values()))
 
 
 # --- mistakes ---

@@ -1,4 +1,4 @@
-"""How does a model with dense blocks among its Mixtures of Experts become one that every engine can run?
+"""Dense blocks among Mixtures of Experts, written as Mixtures of Experts that compute the same.
 
 DeepSeek-V3, vLLM, SGLang and llama.cpp know one pattern: some dense blocks first, then Mixtures of Experts only. So
 each later dense SwiGLU is written as a Mixture of Experts that computes the same sum. Its channels (a row of gate_proj
@@ -80,7 +80,7 @@ def answer_weight(c: ModelConfig) -> float:
     return c.routed_scaling_factor * (1 / c.experts_per_token if c.norm_topk_prob else 0.5)
 
 
-def place(weights: Weights, p: Placement) -> dict[str, Tensor]:
+def dense_to_moe(weights: Weights, p: Placement) -> dict[str, Tensor]:
     """The weights of p.before as those of p.after: what they compute is the same, up to the order of sums."""
     placed = dict(weights)
     shared = p.after.n_shared_experts * p.after.d_expert
@@ -112,8 +112,8 @@ def padded(matrix: Tensor, width: int, dim: int) -> Tensor:
     return F.pad(matrix, (0, 0, 0, missing) if dim == 0 else (0, missing))
 
 
-def take_back(weights: Weights, p: Placement) -> dict[str, Tensor]:
-    """The weights of p.before from those of p.after; ValueError if `place` did not make them."""
+def moe_to_dense(weights: Weights, p: Placement) -> dict[str, Tensor]:
+    """The weights of p.before from those of p.after; ValueError if `dense_to_moe` did not make them."""
     taken = dict(weights)
     for prefix, was_moe in p.blocks():
         for name, dim in CHANNELS.items():
@@ -129,7 +129,7 @@ def take_back(weights: Weights, p: Placement) -> dict[str, Tensor]:
             taken[f"{prefix}{name}.weight"] = torch.cat((matrix.narrow(dim, 0, p.kept), rest), dim)
         if not was_moe:
             del taken[f"{prefix}centroids"], taken[f"{prefix}balance_bias"]
-    again = place(taken, p)
+    again = dense_to_moe(taken, p)
     changed = [name for name, tensor in weights.items() if not torch.equal(again[name], tensor)]
     if changed:
         raise ValueError(f"{changed[0]} is not what an export of dense blocks writes; it was changed since")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nanollm.bundle import build_model
-from nanollm.export.dense import Placement, place, take_back
+from nanollm.export.dense_to_moe import Placement, dense_to_moe, moe_to_dense
 from nanollm.model.config import ModelConfig
 from nanollm.model.transformer import Transformer
 from nanollm.settings import load_preset, preset_names
@@ -30,7 +30,7 @@ def moved(shape: ModelConfig, dtype: torch.dtype = torch.float32):
     """A model, where its blocks go, and its weights there."""
     model = randomised(Transformer(shape).init(0)).eval().to(dtype)
     placement = Placement.of(shape)
-    return model, placement, place(model.state_dict(), placement)
+    return model, placement, dense_to_moe(model.state_dict(), placement)
 
 
 def model_of(shape: ModelConfig, weights) -> Transformer:
@@ -52,7 +52,7 @@ def test_the_placed_model_has_the_same_logits(shape, rng):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_was_placed_can_be_taken_back_bit_by_bit(shape, dtype):
     model, placement, weights = moved(shape, dtype)
-    taken = take_back(weights, placement)
+    taken = moe_to_dense(weights, placement)
     assert taken.keys() == model.state_dict().keys()
     assert all(torch.equal(taken[name], tensor) for name, tensor in model.state_dict().items())
 
@@ -72,7 +72,7 @@ def test_weights_that_were_trained_on_cannot_be_taken_back(shape):
     weights[name] = weights[name].clone()
     weights[name][-1, -1, -1] += 1e-3
     with pytest.raises(ValueError, match="was changed since"):
-        take_back(weights, placement)
+        moe_to_dense(weights, placement)
 
 
 def test_nano_327m_fine_costs_no_arithmetic():

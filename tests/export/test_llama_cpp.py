@@ -9,7 +9,7 @@ from urllib.request import Request, urlopen
 import pytest
 
 from nanollm.bundle import Bundle
-from nanollm.export import llama
+from nanollm.export import engines
 from nanollm.export.gguf import write_gguf
 from nanollm.model.transformer import Transformer
 from nanollm.text.chat import TEMPLATE, Conversation, Message, encode_conversation, encode_prompt
@@ -22,7 +22,6 @@ from tests.export.strings import (
     conversations,
     drawn,
     first_difference,
-    many_texts,
     texts,
 )
 from tests.model.conftest import TINY
@@ -41,7 +40,7 @@ process.stdout.write(JSON.stringify(asked.map(render)));
 def package():
     """The folder of node-llama-cpp."""
     try:
-        return llama.package_folder()
+        return engines.package_folder()
     except ValueError as missing:
         pytest.skip(str(missing))
 
@@ -59,20 +58,11 @@ def as_read(text):
     return text.replace(SPACE_MARK, " ")
 
 
-def check_texts(strings, tokenizer, gguf):
-    ours = [tokenizer.encode(as_read(text)) for text in strings]
-    assert first_difference(strings, ours, llama.ask(gguf, texts=strings).ids) is None
-
-
 @pytest.mark.usefixtures("package")
 def test_texts_have_the_same_ids(tokenizer, gguf):
-    check_texts([*SPELLINGS, *LONG, *drawn(texts, 2000)], tokenizer, gguf)
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("package")
-def test_100_000_texts_have_the_same_ids(tokenizer, gguf):
-    check_texts(many_texts(), tokenizer, gguf)
+    strings = [*SPELLINGS, *LONG, *drawn(texts, 2000)]
+    ours = [tokenizer.encode(as_read(text)) for text in strings]
+    assert first_difference(strings, ours, engines.ask_llama_cpp(gguf, texts=strings).ids) is None
 
 
 def our_ids(conversation, tokenizer):
@@ -97,7 +87,7 @@ def rendered_in_javascript(package, found):
 
 def test_conversations_rendered_in_javascript_have_the_same_ids(tokenizer, gguf, package):
     found = drawn(conversations(), 200)
-    spoken = llama.ask(gguf, texts_with_marks=rendered_in_javascript(package, found)).ids_with_marks
+    spoken = engines.ask_llama_cpp(gguf, texts_with_marks=rendered_in_javascript(package, found)).ids_with_marks
     ours = [our_ids(conversation, tokenizer)[1:] for conversation in found]
     assert first_difference(found, ours, spoken) is None
 
