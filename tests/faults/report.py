@@ -65,7 +65,7 @@ def section() -> str:
 
 
 def battery_lines() -> list[str]:
-    """Each area's promise, how many of its tests held, and its figures; nothing before the first `make faults`."""
+    """Each area's promise and how many of its tests held; nothing before the first `make faults`."""
     if not (FIGURES / "battery.json").exists():
         return []
     battery = json.loads((FIGURES / "battery.json").read_bytes())
@@ -75,16 +75,12 @@ def battery_lines() -> list[str]:
         f"({machine['processor']}), torch {machine['torch']}.",
         "",
     ]
+    lines += ["| promise | tests | seconds |", "|---|---|---|"]
     for name, area in battery["areas"].items():
         skipped = f", {area['skipped']} skipped" if area["skipped"] else ""
-        lines += [
-            f"**{promise_of(name)}**",
-            f"`tests/faults/{name}.py`: {area['passed']} tests passed{skipped}, {area['seconds']:,.0f} s.",
-            "",
-            *(f"- {figure}" for figure in sorted(area["figures"])),
-            *[""] * bool(area["figures"]),
-        ]
-    return lines
+        tests = f"[{name}](../tests/faults/{name}.py): {area['passed']} passed{skipped}"
+        lines.append(f"| {promise_of(name)} | {tests} | {area['seconds']:,.0f} |")
+    return [*lines, "", "What each counted is in [battery.json](../tests/faults/figures/battery.json).", ""]
 
 
 def soak_lines() -> list[str]:
@@ -93,7 +89,7 @@ def soak_lines() -> list[str]:
     for file in sorted(FIGURES.glob("*_soak.json")):
         seen = json.loads(file.read_bytes())
         title = f"**{file.stem.replace('_', ' ').capitalize()}**, {seen['minutes']:.0f} minutes"
-        lines += [f"{title} (`python -m tests.faults.{file.stem}`)", "", *(f"- {line}" for line in told(seen)), ""]
+        lines += [f"{title} (`python -m tests.faults.{file.stem}`): {'; '.join(told(seen))}.", ""]
     return lines
 
 
