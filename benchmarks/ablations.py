@@ -1,36 +1,110 @@
-"""What does each change bring? `python benchmarks/ablations.py [ROW ...] [--seeds 0 1 2] [--table]`
+"""Ablations: what each change to the recipe brings on its own, at equal tokens on one core.
 
-Runs every row of variants.py with every seed, all rows with the first seed before the second, one after the other on
-one core, each at equal tokens. A finished run is one JSON file and is never done again; one that was cut off is started
-anew. --table writes docs/ablations.md from the files.
+    python benchmarks/ablations.py [ROW ...] [--seeds 0 1 2] [--table]
+
+Runs every row of variants.py with every seed, all rows of the first seed before those of the second. A finished run
+is one line of results/ablations.csv and is never repeated; one that was cut off starts anew. --table writes
+docs/ablations.md from the file.
 """
 
 import argparse
+import csv
 import dataclasses
 import datetime
 import importlib.metadata
-import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 PROJECT = Path(__file__).resolve().parents[1]
 if str(PROJECT) not in sys.path:
     sys.path.insert(0, str(PROJECT))
 
 from benchmarks.trial import CORPUS, PREPARED, Run, Text, equal_bytes, prepare  # noqa: E402
-from nanollm.durable import write_json  # noqa: E402
-from nanollm.origin import commit  # noqa: E402
+from nanollm.origin import commit, processor  # noqa: E402
 
-RESULTS = PROJECT / "benchmarks" / "results" / "ablations"
+if TYPE_CHECKING:
+    from benchmarks.variants import Variant
+
+RESULTS = PROJECT / "benchmarks" / "results" / "ablations.csv"
 TABLE = PROJECT / "docs" / "ablations.md"
-SHAPE = ("preset", "context_length", "tokens", "validation_windows")  # equal in all runs of a table
+
+
+@dataclass(frozen=True, kw_only=True)
+class AblationRun:
+    """One trained variant: a line of the CSV file, whose columns are these fields."""
+
+    row: str
+    seed: int
+    preset: str
+    context_length: int
+    tokens: int  # of a run with 4,096 pieces and share 1
+    validation_windows: int
+    pieces: int
+    share: float
+    batch_size: int
+    steps: int
+    optimizer: str
+    schedule: str
+    lr: float
+    changes: str  # whatever else differs from the preset and from the defaults of OptimConfig and Tuning
+    bits_per_byte: float
+    bits_per_byte_whole_split: float | None
+    nats_per_token: float
+    parameters: int
+    active_flops_per_token: int
+    load_max_over_mean: float
+    wall_s: float
+    cpu_s: float
+    dtype: str
+    threads: int
+    processor: str  # empty: not recorded
+    torch: str
+    commit: str
+    date: str
+
+    @classmethod
+    def of_line(cls, line: Mapping[str, str]) -> "AblationRun":
+        """The run of a line; ints and floats by the type of their field."""
+        values: dict[str, Any] = {}
+        for f in dataclasses.fields(cls):
+            convert = {int: int, float: float}.get(f.type, str if f.type is str else optional_float)  # type: ignore[call-overload]
+            values[f.name] = convert(line[f.name])
+        return cls(**values)
+
+
+def optional_float(text: str) -> float | None:
+    return float(text) if text else None
+
+
+# What all runs of a table have in common, and what makes a run another one
+SHAPE = ("preset", "context_length", "tokens", "validation_windows")
+
+
+def read_runs(path: Path, **shape: object) -> list[AblationRun]:
+    """The runs of that shape (a value for each name of SHAPE; without any: all runs)."""
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8", newline="") as file:
+        runs = [AblationRun.of_line(line) for line in csv.DictReader(file)]
+    return [run for run in runs if all(getattr(run, name) == value for name, value in shape.items())]
+
+
+def append_run(path: Path, run: AblationRun) -> None:
+    """One line at the end, in a single write, so that campaigns on two cores may share the file."""
+    columns = [f.name for f in dataclasses.fields(run)]
+    is_new = not path.exists()
+    with path.open("a", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        if is_new:
+            writer.writeheader()
+        writer.writerow(dataclasses.asdict(run))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -47,7 +121,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--context_length", type=int, default=256)
     p.add_argument("--tokens", type=int, default=131_072, help="tokens of a run with 4,096 pieces")
     p.add_argument("--validation_windows", type=int, default=128)
-    p.add_argument("--results", type=Path, default=RESULTS)
+    p.add_argument("--results", type=Path, default=RESULTS, help="CSV file, one line per run")
     p.add_argument("--table", action="store_true", help="write docs/ablations.md from the results and stop")
     p.add_argument("--out", type=Path, default=TABLE, help="where --table writes")
     p.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # this process does the one run asked for
@@ -59,7 +133,7 @@ def main(words: Sequence[str]) -> int:
     o = parser().parse_args(words)
     try:
         if o.table:
-            o.out.write_text(table(read_results(o.results)), encoding="utf-8", newline="\n")
+            o.out.write_text(table(read_runs(o.results, **shape_of(o))), encoding="utf-8", newline="\n")
             print(o.out)
             return 0
         from benchmarks.variants import ROWS, SEARCH, TRIALS
@@ -69,9 +143,8 @@ def main(words: Sequence[str]) -> int:
         if unknown := [row for row in rows if row not in known]:
             raise ValueError(f"unknown row {unknown[0]}; they are search, {', '.join(known)}")
         if o.here:
-            o.results.mkdir(parents=True, exist_ok=True)
             for seed, row in missing(rows, o):
-                write_json(o.results / f"{row}_{seed}.json", one_run(row, seed, o))
+                append_run(o.results, one_run(row, seed, o))
             return 0
         for pieces in sorted({4096, *(known[row].pieces for row in rows)}):
             prepare(o.corpus, o.prepared, pieces)
@@ -81,11 +154,15 @@ def main(words: Sequence[str]) -> int:
     return campaign(rows, o)
 
 
+def shape_of(o: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(o, name) for name in SHAPE}
+
+
 def missing(rows: Sequence[str], o: argparse.Namespace) -> Iterator[tuple[int, str]]:
     """Seeds and rows that have no result yet, all rows of the first seed first; looked up when their turn comes."""
     for seed in o.seeds:
         for row in rows:
-            if not (o.results / f"{row}_{seed}.json").exists():
+            if (row, seed) not in {(run.row, run.seed) for run in read_runs(o.results, **shape_of(o))}:
                 yield seed, row
 
 
@@ -104,8 +181,8 @@ def campaign(rows: Sequence[str], o: argparse.Namespace) -> int:
     return 0
 
 
-def one_run(row: str, seed: int, o: argparse.Namespace) -> dict[str, Any]:
-    """Train one variant with one seed; returns what its JSON file holds."""
+def one_run(row: str, seed: int, o: argparse.Namespace) -> AblationRun:
+    """Train one variant with one seed."""
     import torch
 
     torch.set_num_threads(o.threads)
@@ -121,60 +198,51 @@ def one_run(row: str, seed: int, o: argparse.Namespace) -> dict[str, Any]:
     steps = max(1, round(tokens / (v.batch_size * o.context_length)))
     run = Run.start(v, config, seed, text, world)
     model = run.state.model
-    facts: dict[str, float] = {
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "active_flops_per_token": active_flops_per_token(model, o.context_length),
-    }
     wall, cpu = time.perf_counter(), time.process_time()
     stats = [run.step(step, steps) for step in range(steps)]
-    facts |= {"wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu}
+    wall_s, cpu_s = time.perf_counter() - wall, time.process_time() - cpu
     score = run.validate(o.validation_windows)
-    if v.whole_split:
-        facts["bits_per_byte_whole_split"] = run.validate(None).value
     fullest = [max((max(shares) * len(shares) for shares in each.expert_load), default=1.0) for each in stats]
+    return AblationRun(
+        row=row,
+        seed=seed,
+        **shape_of(o),
+        **settings_of(v),
+        steps=steps,
+        bits_per_byte=score.value,
+        bits_per_byte_whole_split=run.validate(None).value if v.whole_split else None,
+        nats_per_token=score.nats / score.tokens,
+        parameters=sum(p.numel() for p in model.parameters()),
+        active_flops_per_token=active_flops_per_token(model, o.context_length),
+        load_max_over_mean=statistics.mean(fullest[-max(1, steps // 4) :]),
+        wall_s=round(wall_s, 3),
+        cpu_s=round(cpu_s, 3),
+        dtype=world.names["dtype"],
+        threads=o.threads,
+        processor=processor(),
+        torch=importlib.metadata.version("torch"),
+        commit=commit() or "unknown",
+        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    )
+
+
+def settings_of(v: "Variant") -> dict[str, Any]:
+    """Columns that tell how a variant is trained."""
+    from benchmarks.variants import Tuning
+    from nanollm.train.optim import OptimConfig
+
+    changes = [f"{name}={value}" for name, value in v.model.items()]
+    for own, default in ((v.optim, OptimConfig()), (v.tuning, Tuning())):
+        for name, value in dataclasses.asdict(own).items():
+            if name not in ("name", "schedule", "lr") and value != getattr(default, name):
+                changes.append(f"{name}={value:.6g}")
     return {
-        "row": row,
-        "seed": seed,
-        "about": v.about,
-        "against": v.against,
-        "bits_per_byte": score.value,
-        "nats_per_token": score.nats / score.tokens,
-        "tokens": steps * v.batch_size * o.context_length,
-        **facts,
-        "load_max_over_mean": statistics.mean(fullest[-max(1, steps // 4) :]),
-        "curve": curve([each.loss for each in stats], v.batch_size * o.context_length),
-        "settings": {
-            **{name: getattr(o, name) for name in SHAPE},
-            "steps": steps,
-            "batch_size": v.batch_size,
-            "pieces": v.pieces,
-            "share": v.share,
-            "model": dataclasses.asdict(config),
-            "optim": dataclasses.asdict(v.optim),
-            "tuning": dataclasses.asdict(v.tuning),
-            "dtype": world.names["dtype"],
-            "threads": o.threads,
-        },
-        "commit": commit() or "unknown",
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "versions": {"python": platform.python_version(), "torch": importlib.metadata.version("torch")},
+        **{name: getattr(v, name) for name in ("pieces", "share", "batch_size")},
+        "optimizer": v.optim.name,
+        "schedule": v.optim.schedule,
+        "lr": v.optim.lr,
+        "changes": " ".join(changes),
     }
-
-
-def curve(losses: Sequence[float], tokens_per_step: int, points: int = 16) -> list[list[float]]:
-    """Tokens read and the mean training loss (nats per token) since the point before."""
-    size = max(1, -(-len(losses) // points))
-    parts = [(end, losses[max(0, end - size) : end]) for end in range(size, len(losses) + size, size)]
-    return [[min(end, len(losses)) * tokens_per_step, round(statistics.mean(part), 4)] for end, part in parts]
-
-
-def read_results(folder: Path) -> dict[str, dict[int, dict[str, Any]]]:
-    """Row to seed to what its run found."""
-    results: dict[str, dict[int, dict[str, Any]]] = {}
-    for path in sorted(folder.glob("*.json")):
-        run = json.loads(path.read_bytes())
-        results.setdefault(run["row"], {})[run["seed"]] = run
-    return results
 
 
 # Half-widths of the 95 % interval of a mean in standard errors, by the number of values (Student's t).
@@ -184,7 +252,7 @@ HEAD = """# Ablations
 
 What each change brings on its own: {preset} in {dtype}, {tokens:,} tokens of mixed English (the text of
 docs/log.md's experiments) in windows of {context_length}, {pieces:,} pieces, {threads} core. Written by
-`python benchmarks/ablations.py --table` from `benchmarks/results/ablations/*.json`, one file per run; negative rows
+`python benchmarks/ablations.py --table` from `benchmarks/results/ablations.csv`, one line per run; negative rows
 are here too.
 
 **How to read it.** Bits per byte of validation ({validation_windows} windows, always the same), mean over the seeds and
@@ -202,62 +270,53 @@ COLUMNS = """\
 |---|---|---|---|---|---|---|---|---|---|
 """
 
-Runs = Mapping[int, Mapping[str, Any]]  # by seed
+Runs = Mapping[int, AblationRun]  # by seed
 
 
-def table(results: Mapping[str, Runs]) -> str:
+def table(runs: Sequence[AblationRun]) -> str:
     """docs/ablations.md."""
     from benchmarks.variants import ROWS, SEARCH, TRIALS
 
-    runs = [run for by_seed in results.values() for run in by_seed.values()]
     if not runs:
         raise ValueError("there are no results yet: run python benchmarks/ablations.py")
-    for name in SHAPE:
-        if len(found := {run["settings"][name] for run in runs}) > 1:
-            raise ValueError(f"runs of different {name} {sorted(found)} cannot stand in one table; move some away")
-    text = HEAD.format(**{**runs[0]["settings"], "pieces": 4096})
-    text += COLUMNS + "".join(line(row, results) for row in ROWS if row in results)
-    if any(run["settings"]["pieces"] != 4096 for run in runs):
+    results: dict[str, dict[int, AblationRun]] = {}
+    for run in runs:
+        results.setdefault(run.row, {})[run.seed] = run
+    text = HEAD.format(**{**dataclasses.asdict(runs[0]), "pieces": 4096})
+    text += COLUMNS + "".join(line(row, v, results) for row, v in ROWS.items() if row in results)
+    if any(run.pieces != 4096 for run in runs):
         text += "\nRows with another tokenizer are measured and compared on the whole validation split, the same text\n"
         text += "for all tokenizers; they read equal bytes of text.\n"
-    if any(row in results for row in TRIALS):
-        text += f"\n## Tried for `fast`\n\n{COLUMNS}"
-        text += "".join(line(row, results) for row in TRIALS if row in results)
-    if searched := [row for row in SEARCH if row in results]:
-        text += f"\n## Learning rates\n\nSeed 0, {SEARCH[searched[0]].share:g} of the tokens.\n\n"
+    if tried := [line(row, v, results) for row, v in TRIALS.items() if row in results]:
+        text += f"\n## Tried for `fast`\n\n{COLUMNS}{''.join(tried)}"
+    if searched := [results[row][min(results[row])] for row in SEARCH if row in results]:
+        text += f"\n## Learning rates\n\nSeed 0, {searched[0].share:g} of the tokens.\n\n"
         text += "| optimizer | lr | bits per byte |\n|---|---|---|\n"
-        for row in searched:
-            run = results[row][min(results[row])]
-            optim = run["settings"]["optim"]
-            text += f"| {optim['name']}, {optim['schedule']} | {optim['lr']:g} | {run['bits_per_byte']:.4f} |\n"
-    versions = sorted({f"torch {run['versions']['torch']}" for run in runs})
-    commits = sorted({run["commit"] for run in runs})
-    return f"{text}\nCommits {', '.join(commits)}; {', '.join(versions)}.\n"
+        for run in searched:
+            text += f"| {run.optimizer}, {run.schedule} | {run.lr:g} | {run.bits_per_byte:.4f} |\n"
+    commits = sorted({run.commit for run in runs})
+    return f"{text}\nCommits {', '.join(commits)}; {', '.join(sorted({f'torch {run.torch}' for run in runs}))}.\n"
 
 
-def line(row: str, results: Mapping[str, Runs]) -> str:
+def line(row: str, v: "Variant", results: Mapping[str, Runs]) -> str:
     """One row of the table."""
     runs = results[row]
     any_run = runs[min(runs)]
-    reference = results.get(any_run["against"] or "", {})
-    against_another_tokenizer = any(
-        r["settings"]["pieces"] != any_run["settings"]["pieces"] for r in reference.values()
-    )
-    measure = "bits_per_byte_whole_split" if against_another_tokenizer else "bits_per_byte"
-    values = [runs[seed][measure] for seed in sorted(runs)]
-    pairs = [runs[seed][measure] - reference[seed][measure] for seed in sorted(runs) if seed in reference]
-    difference, verdict = compare(pairs)
+    reference = results.get(v.against or "", {})
+    needs_whole_split = any(run.pieces != any_run.pieces for run in reference.values())
+    measure = "bits_per_byte_whole_split" if needs_whole_split else "bits_per_byte"
+    values = {seed: getattr(runs[seed], measure) for seed in sorted(runs)}
+    pairs = [value - getattr(reference[seed], measure) for seed, value in values.items() if seed in reference]
     cells = [
         row,
-        any_run["about"],
-        mean_and_deviation(values),
+        v.about,
+        mean_and_deviation(list(values.values())),
         str(len(values)),
-        any_run["against"] or "",
-        difference,
-        verdict,
-        f"{any_run['parameters']:,}",
-        f"{any_run['active_flops_per_token'] / 1e6:.1f}",
-        f"{statistics.mean(run['cpu_s'] for run in runs.values()):.0f}",
+        v.against or "",
+        *compare(pairs),
+        f"{any_run.parameters:,}",
+        f"{any_run.active_flops_per_token / 1e6:.1f}",
+        f"{statistics.mean(run.cpu_s for run in runs.values()):.0f}",
     ]
     return f"| {' | '.join(cells)} |\n"
 

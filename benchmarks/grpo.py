@@ -4,7 +4,7 @@ A step is rollout and update: 8 prompts of 28 to 36 tokens, 8 replies of exactly
 early), every one of them trained; no divergence from a reference, one update. About 11 million parameters:
     TRL, same model     transformers' Glm4MoeLiteForCausalLM, which computes what our model does, with the same weights
     TRL, Llama          a LlamaForCausalLM of as many parameters, with which TRL is faster
-    nanollm             a step of `nanollm grpo`: the same Learner, in this machine's compute type
+    nanollm             a step of `nanollm grpo`, in this machine's compute type
     nanollm, 256        the same with 32 prompts
 TRL generates with transformers (vLLM needs a GPU) without gradient checkpointing, its weights in bfloat16 without
 float32 masters: the fastest of what runs on a CPU. --tried measures bfloat16 autocast and float32, too. The reward is a
@@ -30,9 +30,11 @@ if TYPE_CHECKING:
     import torch
 
     from nanollm.model.config import ModelConfig
-    from nanollm.rl.grpo import Learner
+    from nanollm.rl.grpo import Collector
     from nanollm.sources.gsm8k import Problem
     from nanollm.text.tokenizer import Tokenizer
+    from nanollm.train.optim import OptimConfig
+    from nanollm.train.state import TrainState
 
 VOCAB, CONTEXT = 8192, 256
 PROMPTS, GROUP, REPLY = 8, 8, 64
@@ -181,11 +183,13 @@ def fitting_problems(tokenizer: "Tokenizer") -> "Iterator[Problem]":
 # --- ours ---
 
 
-@dataclass
+@dataclass(frozen=True)
 class Ours:
-    """Steps of `nanollm grpo`."""
+    """Steps of `nanollm grpo`, as stages/grpo.py takes them."""
 
-    learner: "Learner"
+    state: "TrainState"
+    collector: "Collector"
+    folder: Path
     steps: list[Step] = field(default_factory=list)
 
     @classmethod
@@ -193,54 +197,68 @@ class Ours:
         cls, c: "ModelConfig", tokenizer: "Tokenizer", problems: "Sequence[Problem]", prompts: int, folder: Path
     ) -> "Ours":
         from nanollm.model.transformer import Transformer
-        from nanollm.rl.grpo import Learner
-        from nanollm.rl.loss import ObjectiveConfig
+        from nanollm.rl.grpo import Collector
         from nanollm.rl.rollout import RolloutConfig
-        from nanollm.train.optim import OptimConfig
         from nanollm.train.state import TrainState
         from nanollm.world import World
 
         world = World.start()
-        optim = OptimConfig(name="adamw", lr=RATE, weight_decay=0.0, balance_rate=0.0)
-        learner = Learner(
-            state=TrainState.start(Transformer(c).init(0).to(world.device), optim, world),
-            tokenizer=tokenizer,
+        collector = Collector(
             problems=problems,
+            tokenizer=tokenizer,
             rewards=sum_of_letters(),
-            rollout=RolloutConfig(prompts=prompts, group_size=GROUP, max_tokens=REPLY),
-            objective=ObjectiveConfig(advantage="std"),  # TRL's default, as is the mean over tokens
-            optim=optim,
-            rate=lambda step: RATE,
-            micro_batch_size=ROWS,
-            folder=folder / f"rollouts-{prompts}",
+            c=RolloutConfig(prompts=prompts, group_size=GROUP, max_tokens=REPLY),
+            context_length=CONTEXT,
             seed=0,
             world=world,
         )
-        return cls(learner)
+        state = TrainState.start(Transformer(c).init(0).to(world.device), optim(), world)
+        return cls(state, collector, folder / f"rollouts-{prompts}")
 
     @property
     def parameters(self) -> int:
-        return self.learner.state.model.config.total_parameters
+        return self.state.model.config.total_parameters
 
     def replies_per_s(self) -> float:
-        replies = self.learner.rollout.prompts * GROUP
+        import torch
+
+        from nanollm.kernels import attention as fused
+        from nanollm.rl.grpo import make_micro_batches, open_sampler, update_policy
+        from nanollm.rl.loss import ObjectiveConfig, group_advantages
+        from nanollm.rl.rollout import policy_metrics, save_rollouts
+
+        state, collector, world = self.state, self.collector, self.collector.world
+        objective, replies = ObjectiveConfig(advantage="std"), collector.c.prompts * GROUP  # TRL's defaults
+        is_masked = not fused.serves(*state.model.config.head_widths, world.dtype, world.device)
         started = time.perf_counter()
         with never_ending():
-            stats = self.learner.step(len(self.steps))
-        elapsed, numbers = time.perf_counter() - started, stats.numbers
-        assert stats.step is not None
+            sample = open_sampler(state, collector.tokenizer, collector.c, None, world)
+            graded, _ = collector.collect(len(self.steps), sample)
+        sampled = time.perf_counter()
+        advantages = group_advantages(torch.tensor([group.totals for group in graded]), objective.advantage)
+        save_rollouts(self.folder / f"step-{len(self.steps)}.jsonl", graded, advantages)
+        batches = make_micro_batches(graded, advantages, objective, REPLY, ROWS * CONTEXT, is_masked=is_masked)
+        stats, seen = update_policy(state, batches, objective, 1.0, RATE, optim(), world)
+        done = time.perf_counter()
+        assert stats is not None
         self.steps.append(
             Step(
                 replies,
-                stats.step.count,  # what the loss was divided by: the mean is over tokens
-                numbers["rollout_s"],
-                numbers["train_s"],
-                numbers["groups_dropped"],
+                stats.count,  # what the loss was divided by: the mean is over tokens
+                sampled - started,
+                done - sampled,
+                sum(not each.has_signal for each in graded),
                 stats.grad_norm,
-                numbers["engine_logprob_difference"],
+                policy_metrics(seen)["engine_logprob_difference"],
             )
         )
-        return replies / elapsed
+        return replies / (done - started)
+
+
+def optim() -> "OptimConfig":
+    from nanollm.train.optim import OptimConfig
+
+    return OptimConfig(name="adamw", lr=RATE, weight_decay=0.0, balance_rate=0.0)
 
 
 def sum_of_letters() -> Any:
@@ -449,13 +467,11 @@ def gradients_of_the_same_replies(
     """How far apart the two gradients are, and how long, for replies of our engine and the same advantages."""
     import torch
 
+    from benchmarks.peers import reference_weights
     from nanollm.model.transformer import Transformer
-    from nanollm.rl.advantage import advantages
-    from nanollm.rl.grpo import portions
-    from nanollm.rl.loss import ObjectiveConfig, grpo_loss
-    from nanollm.rl.record import Graded
-    from nanollm.rl.rollout import RolloutConfig, roll_out
-    from tests.model.test_reference import reference_weights
+    from nanollm.rl.grpo import make_micro_batches
+    from nanollm.rl.loss import ObjectiveConfig, group_advantages, grpo_loss
+    from nanollm.rl.rollout import Graded, RolloutConfig, roll_out
 
     model, objective = Transformer(c).init(0), ObjectiveConfig(advantage="std")
     rollout = RolloutConfig(prompts=2, group_size=GROUP, max_tokens=REPLY)
@@ -467,8 +483,8 @@ def gradients_of_the_same_replies(
         texts = [tokenizer.decode_drawn(each.reply_ids) for each in group.rollouts]
         replies = [(group.problem, reply_of(text)) for text in texts]
         graded.append(Graded(group, texts, rewards(replies)))
-    compared = advantages(torch.tensor([each.totals for each in graded]), "std")
-    for batch in portions(graded, compared, objective, REPLY, ROWS * CONTEXT, is_masked=True):
+    compared = group_advantages(torch.tensor([each.totals for each in graded]), "std")
+    for batch in make_micro_batches(graded, compared, objective, REPLY, ROWS * CONTEXT, is_masked=True):
         (grpo_loss(model, batch, objective, 1.0)[0] / batch.count).backward()
     trainer = trainer_of("same model", "float32", c, tokenizer, problems, folder)
     trainer.current_gradient_accumulation_steps = 1  # what its loop would set

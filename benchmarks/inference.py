@@ -20,13 +20,12 @@ from torch import Tensor
 from benchmarks.measuring import in_turns, matmul_roof, tell
 from benchmarks.peers import transformers_twin
 from nanollm.generate.engine import Engine
-from nanollm.generate.request import Request
+from nanollm.generate.request import Quantize, Request
 from nanollm.generate.sampling import SamplingConfig
-from nanollm.generate.speed import Decoding, Memory, decoding_speed, seconds, some_tokens, time_to_first_token
-from nanollm.generate.work import Quantize
 from nanollm.model.config import ModelConfig
 from nanollm.model.transformer import Transformer
 from nanollm.settings import load_preset
+from nanollm.stages.bench import Decoding, Memory, decoding_speed, seconds, some_tokens, time_to_first_token
 
 PRESET, CONTEXT, PROMPT, REPLY = "nano-327m", 512, 1500, 32
 OURS: dict[str, Quantize] = {"nanollm": "none", "nanollm, int8": "int8"}

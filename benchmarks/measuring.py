@@ -1,8 +1,8 @@
-"""How is a speed measured so that it can be believed?
+"""Measuring a speed so that it can be believed.
 
 In turns with its baseline (A-B-A-B), because a shared machine changes its speed by the minute; as median and spread;
-beside what this machine multiplies and reads in the same turns. Torch is imported where it is needed: a benchmark's
-worker processes import this module too.
+beside what this machine multiplies in the same turns. Torch is imported where it is needed: the processes whose memory
+is measured import this module too.
 """
 
 import argparse
@@ -10,7 +10,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,33 +19,18 @@ if TYPE_CHECKING:
     from nanollm.model.config import ModelConfig
 
 ROOT = Path(__file__).resolve().parents[1]
-READ_BYTES = 512 * 2**20  # far beyond any cache
 Measurement = Callable[[], float]
 """Measures once. What the number is, the unit of the comparison says."""
 Shape = tuple[int, int, int]
 """Rows, columns in, columns out: (rows, in) times (out, in) transposed."""
 
 
-@dataclass(frozen=True)
-class Spread:
-    """Repeated measurements of one number, in the order in which they were made."""
-
-    median: float
-    least: float
-    greatest: float
-    n: int
-    values: list[float]
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> "Spread":
-        if not values:
-            raise ValueError("a spread needs at least one measurement, got none")
-        return cls(statistics.median(values), min(values), max(values), len(values), list(values))
-
-
 def spread_of(values: Sequence[float]) -> dict[str, Any]:
-    """Median, least, greatest, n and the values as plain facts."""
-    return asdict(Spread.of(values))
+    """Repeated measurements of one number: median, least, greatest, how many, and the values in their order."""
+    if not values:
+        raise ValueError("a spread needs at least one measurement, got none")
+    ends = {"median": statistics.median(values), "least": min(values), "greatest": max(values)}
+    return {**ends, "n": len(values), "values": list(values)}
 
 
 def in_turns(
@@ -99,11 +83,11 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def matmul_speeds(shapes: Sequence[Shape], dtype: "torch.dtype", device: str = "cpu") -> dict[str, float]:
-    """GFLOP/s of each product, the best of five after a first one."""
+def matmul_roof(shapes: Sequence[Shape], dtype: "torch.dtype", device: str = "cpu") -> float:
+    """GFLOP/s of the best of these products, each the best of five: no training step can be faster than that."""
     from torch.nn import functional as F
 
-    speeds = {}
+    best = 0.0
     for rows, width, out in shapes:
         x, weight = ones(rows, width, dtype, device), ones(out, width, dtype, device)
 
@@ -111,13 +95,8 @@ def matmul_speeds(shapes: Sequence[Shape], dtype: "torch.dtype", device: str = "
             F.linear(x, weight)[0, 0].item()  # the item waits for the device
 
         work()
-        speeds[f"{rows} x {width} x {out}"] = 2 * rows * width * out / 1e9 / min(seconds(work) for _ in range(5))
-    return speeds
-
-
-def matmul_roof(shapes: Sequence[Shape], dtype: "torch.dtype", device: str = "cpu") -> float:
-    """GFLOP/s of the best of these products: no training step can be faster than that."""
-    return max(matmul_speeds(shapes, dtype, device).values())
+        best = max(best, 2 * rows * width * out / 1e9 / min(seconds(work) for _ in range(5)))
+    return best
 
 
 def ones(rows: int, columns: int, dtype: "torch.dtype", device: str) -> "torch.Tensor":
@@ -142,15 +121,6 @@ def model_shapes(c: "ModelConfig", rows: int) -> list[Shape]:
         (rows, d, c.vocab_size),
     ]
     return list(dict.fromkeys(shapes))
-
-
-def read_roof() -> float:
-    """GB/s at which this machine's cores read memory: the sum of half a gigabyte, the best of five."""
-    import torch
-
-    numbers = torch.ones(READ_BYTES // 4)
-    numbers.sum().item()  # the first time is slower
-    return READ_BYTES / 1e9 / min(seconds(lambda: numbers.sum().item()) for _ in range(5))
 
 
 def memory_gb() -> float:

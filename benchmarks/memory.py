@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measuring import ROOT, in_turns
+from benchmarks.measuring import ROOT, in_turns, memory_gb, peak_memory_gb
 
 PRESETS = {"nano-1m": 32, "nano-5m": 16, "nano-20m": 4, "nano-60m": 2, "nano-327m": 1}
 """Sequences per step, about as many as fit a laptop's minutes."""
@@ -60,7 +60,7 @@ def _facts(name: str, dtype: str, options: argparse.Namespace) -> dict[str, Any]
 def _predicted_mb(case: dict[str, Any]) -> float:
     import torch
 
-    from nanollm.model import fused
+    from nanollm.kernels import attention as fused
     from nanollm.train.memory import training_memory
 
     c = _config(case)
@@ -71,7 +71,7 @@ def _predicted_mb(case: dict[str, Any]) -> float:
             compute_bytes=4 if case["dtype"] == "float32" else 2,
             optimizer=case["optimizer"],
             recompute=case["recompute"],
-            is_fused=fused.fits(c, getattr(torch, case["dtype"]), torch.device("cpu")),
+            is_fused=fused.fits(*c.head_widths, getattr(torch, case["dtype"]), torch.device("cpu")),
         ).total
         / 1e6
     )
@@ -116,29 +116,20 @@ def _steps(case: dict[str, Any]) -> float:
 
     c, optim = _config(case), OptimConfig(name=case["optimizer"])
     model = Transformer(c).init(0)
-    model.trunk.recompute = case["recompute"] and case["side"] == "nanollm"
     state = TrainState.start(model, optim, World(dtype=getattr(torch, case["dtype"])))
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(c.vocab_size, (case["sequences"], c.context_length + 1), generator=generator)
     batch = Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
-    loss_of = naive if case["side"] == "naive" else next_token_loss
+    loss_of = naive if case["side"] == "naive" else partial(next_token_loss, recompute=case["recompute"])
     return [train_step(state, [batch], loss_of, 1e-3, optim, World()).loss for _ in range(STEPS)][-1]
 
 
 def _child(case: dict[str, Any]) -> dict[str, float]:
     _steps(case | {"preset": TINY, "sequences": 1, "length": 64})
-    before = _status_mb("VmRSS")
+    before = memory_gb()
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak until now
     loss = _steps(case)
-    return {"peak_mb": _status_mb("VmHWM") - before, "loss": loss}
-
-
-def _status_mb(key: str) -> float:
-    """A figure of this process, which Linux keeps in units of 1,024 bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key + ":"):
-            return int(line.split()[1]) * 1024 / 1e6
-    raise ValueError(f"this system says nothing about {key}; memory is measured on Linux")
+    return {"peak_mb": 1000 * (peak_memory_gb() - before), "loss": loss}
 
 
 if __name__ == "__main__":

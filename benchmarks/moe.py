@@ -43,14 +43,14 @@ def of_shape(c: "ModelConfig", options: argparse.Namespace) -> dict[str, Any]:
     """All comparisons for one shape of model."""
     import torch
 
-    from nanollm.train.speed import SpeedConfig, speed_up
+    from nanollm.train.compile import SpeedConfig, compile_blocks
     from nanollm.world import World
 
     world, tokens = World.start(), options.rows * options.context
     width = c.d_expert * (c.n_shared_experts + c.experts_per_token)
     models = {"dense": one_block(c, tokens, world, dense_width=width), "experts": one_block(c, tokens, world)}
     for model in models.values():
-        speed_up(model, SpeedConfig(compile=options.compile), world.device)
+        compile_blocks(model, SpeedConfig(compile=options.compile), world.device)
     noise = torch.Generator().manual_seed(0)
     ids = torch.randperm(tokens, generator=noise).view(options.rows, -1).to(world.device)
     hidden, gradient = (
@@ -96,7 +96,8 @@ def both_ways(module: "nn.Module", seen: "Tensor", gradient: "Tensor", world: "W
     import torch
 
     def work() -> None:
-        module(seen).backward(gradient)
+        answer = module(seen)  # of experts with how they were chosen
+        (answer[0] if isinstance(answer, tuple) else answer).backward(gradient)
         if world.device.type == "cuda":
             torch.cuda.synchronize()
 

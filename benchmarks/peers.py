@@ -1,9 +1,30 @@
-"""The models of others, with our weights: what a comparison runs beside ours."""
+"""The models of others with our weights: transformers' classes that compute what ours does."""
 
+import torch
+from torch import Tensor
 from transformers import Glm4MoeLiteConfig, Glm4MoeLiteForCausalLM, PreTrainedModel
 
+from nanollm.export import names
+from nanollm.model.config import ModelConfig
 from nanollm.model.transformer import Transformer
-from tests.model.test_reference import reference_settings, reference_weights
+
+
+def reference_settings(c: ModelConfig) -> dict[str, object]:
+    """Our shape in the reference's words."""
+    return names.words_of(c) | {"attn_implementation": "eager"}
+
+
+def reference_weights(weights: dict[str, Tensor], c: ModelConfig) -> dict[str, Tensor]:
+    """Tensors by our names to those of the reference's modules, where the experts of a block lie together."""
+    theirs = names.to_theirs(weights, c)
+    for block in filter(c.is_moe, range(c.n_blocks)):
+        prefix = f"model.layers.{block}.mlp.experts."
+        gate, up, down = (
+            torch.stack([theirs.pop(f"{prefix}{expert}.{name}.weight") for expert in range(c.n_routed_experts)])
+            for name in names.PROJECTIONS
+        )
+        theirs[prefix + "gate_up_proj"], theirs[prefix + "down_proj"] = torch.cat((gate, up), dim=1), down
+    return theirs
 
 
 def transformers_twin(model: Transformer) -> PreTrainedModel:

@@ -4,7 +4,7 @@ Both sides read the same Parquet files and write the ids of each document betwee
 loop: one Python process, one SentencePiece `encode` per document, the ids copied into a memory-mapped array. Ours is
 what `nanollm preprocess owt` does; the start of its processes, checksums, waiting for the disk and the manifest are in
 its time. Neither has seen a word before. Not timed: training the tokenizer on the same text, Python's own start, and
-the few seconds in which words.cpp is compiled, once on each machine.
+the few seconds in which spelling.cpp is compiled, once on each machine.
 """
 
 import argparse

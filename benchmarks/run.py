@@ -18,6 +18,7 @@ import json
 import platform
 import re
 import sys
+import textwrap
 from collections.abc import Iterator, Mapping
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -32,6 +33,7 @@ from nanollm.origin import commit, hardware  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = ("torch", "numpy", "sentencepiece", "transformers", "tokenizers", "trl", "xllamacpp")
+LINE = 320  # letters of a record's longest line: a spread of nine values
 HOW_IT_RUNS = ("repeats", "compare", "json", "no_save")  # options that do not change what is measured
 
 
@@ -128,6 +130,21 @@ def path_of(record: Mapping[str, Any], results: Path) -> Path:
     )
     words = re.sub(r"[^\w.+-]", "-", "_".join([record["benchmark"], *options]))
     return results / f"{record['date']}_{label}_{words}.json"
+
+
+def to_json(value: Any, indent: str = "") -> str:
+    """Indented JSON in which whatever fits on a line stands on one."""
+    line = json.dumps(value)
+    if len(line) + len(indent) <= LINE or not isinstance(value, (dict, list)):
+        return line
+    deeper = indent + "  "
+    if isinstance(value, list) and '"' not in line:  # numbers: as many as fit on a line
+        return f"[\n{textwrap.indent(textwrap.fill(line[1:-1], LINE), deeper)}\n{indent}]"
+    if isinstance(value, dict):
+        items, ends = [f"{json.dumps(key)}: {to_json(item, deeper)}" for key, item in value.items()], "{}"
+    else:
+        items, ends = [to_json(item, deeper) for item in value], "[]"
+    return f"{ends[0]}\n{deeper}" + f",\n{deeper}".join(items) + f"\n{indent}{ends[1]}"
 
 
 # --- what is shown ---
@@ -232,10 +249,10 @@ def run_one(name: str, options: argparse.Namespace, results: Path) -> None:
     if not options.no_save:
         results.mkdir(exist_ok=True)
         path = path_of(record, results)
-        path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8", newline="\n")
+        path.write_text(to_json(record) + "\n", encoding="utf-8", newline="\n")
         print(f"  written to benchmarks/results/{path.name}", file=sys.stderr)
     if options.json:
-        print(json.dumps(record | ({"compared": compared} if compared else {}), indent=2), flush=True)
+        print(to_json(record | ({"compared": compared} if compared else {})), flush=True)
         return
     circumstances = ("benchmark", "about", "date", "commit", "hardware", "versions", "options")
     print(name)

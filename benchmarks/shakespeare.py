@@ -299,11 +299,11 @@ def start(r: Recipe, seed: int, world: "World") -> "TrainState":
 
     from nanollm.model.transformer import Transformer
     from nanollm.stages.pretrain import UNIT_ROWS
-    from nanollm.train.speed import SpeedConfig, speed_up
+    from nanollm.train.compile import SpeedConfig, compile_blocks
     from nanollm.train.state import TrainState
 
     model = Transformer(r.model_config()).init(seed, "fast")
-    speed_up(model, SpeedConfig(compile="on" if r.is_compiled else "off"), torch.device("cpu"))
+    compile_blocks(model, SpeedConfig(compile="on" if r.is_compiled else "off"), torch.device("cpu"))
     return TrainState.start(model, r.optim_config(), world, UNIT_ROWS["fast"])
 
 

@@ -174,9 +174,9 @@ def nanollm(
     """As `nanollm pretrain` does it; `change` may put other modules into the model."""
     from nanollm.data.batches import Batch
     from nanollm.model.transformer import Transformer
+    from nanollm.train.compile import SpeedConfig, compile_blocks
     from nanollm.train.loss import next_token_loss
     from nanollm.train.optim import OptimConfig
-    from nanollm.train.speed import SpeedConfig, speed_up
     from nanollm.train.state import TrainState
     from nanollm.train.step import train_step
 
@@ -185,7 +185,7 @@ def nanollm(
     if change:
         change(model)
     state = TrainState.start(model.init(0).to(world.device), optim, world)
-    speed_up(state.model, SpeedConfig(compile=compile), world.device)
+    compile_blocks(state.model, SpeedConfig(compile=compile), world.device)
 
     def step(ids: "Tensor") -> float:
         batch = Batch(ids[:, :-1], ids[:, 1:])
@@ -261,7 +261,7 @@ SIDES: dict[str, Callable[["ModelConfig", "World"], Step]] = {
 IMPORTS = {
     "transformers": ("torch._dynamo", "benchmarks.peers"),
     "float32 eager": ("torch._dynamo", "nanollm.model.transformer"),
-    "nanollm": ("torch._dynamo", "nanollm.train.step", "nanollm.train.loss", "nanollm.train.speed"),
+    "nanollm": ("torch._dynamo", "nanollm.train.step", "nanollm.train.loss", "nanollm.train.compile"),
 }
 """What a side has loaded before its memory is looked at the first time; optimizers load torch._dynamo."""
 

@@ -12,9 +12,11 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from importlib.util import find_spec
 from types import ModuleType
 
 from nanollm import __version__
+from nanollm.extras import missing_package
 
 VERBS = {
     "Start here": {
@@ -158,6 +160,8 @@ def completion(words: Sequence[str]) -> str:
     """The script, written by jsonargparse and shtab, that lets a shell complete what stands behind `nanollm`."""
     if len(words) != 1 or words[0] not in SHELLS:
         raise ValueError(f"--completion expects one of {', '.join(SHELLS)}, got {' '.join(words) or 'none'}")
+    if find_spec("shtab") is None:
+        raise missing_package("--completion", "shtab", "completion")
     from jsonargparse import ArgumentParser
 
     from nanollm import options

@@ -16,7 +16,7 @@ FLOORS = {
     4: ["generate", "train"],
     3: ["data", "bundle"],
     2: ["sources"],
-    1: ["text", "model"],
+    1: ["text", "model", "kernels"],
     0: [
         "__init__",
         "world",
@@ -24,7 +24,7 @@ FLOORS = {
         "progress",
         "settings",
         "durable",
-        "compiled",
+        "extras",
         "hardware",
         "origin",
         "threads",

@@ -82,8 +82,14 @@ def test_every_dependency_is_pinned():
     assert wanted <= {canonical(pin) for pin in pins}
 
 
+def test_nobody_is_told_to_install_the_project_of_others_that_is_called_nanollm():
+    theirs = re.compile(r"""\binstall([ \t]+[-\w."'\[\],=<>]+)*[ \t]+["']?nanollm(?![-\w./])""")
+    assert all(theirs.search(f"pip install {name}") for name in ("nanollm", '-U "nanollm[data]"'))
+    assert [file for file, text in texts().items() if theirs.search(text)] == []
+
+
 def test_an_old_python_can_read_make_py_and_be_told_that_it_is_too_old():
-    ast.parse((ROOT / "make.py").read_text(encoding="utf-8"), feature_version=(3, 8))
+    ast.parse((ROOT / "make.py").read_text(encoding="utf-8"), feature_version=(3, 7))
 
 
 def test_make_offers_the_commands_of_make_py():

@@ -14,11 +14,12 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
-from nanollm import __version__
+from nanollm import __version__, extras
 
 ROOT = Path(__file__).parent.parent
 GITHUB = ROOT / ".github"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+STEM = f"{PROJECT['name'].replace('-', '_')}-{__version__}"  # of the files that a release makes
 PYTHONS = ["3.11", "3.12", "3.13", "3.14"]
 SYSTEMS = ["ubuntu-latest", "macos-latest", "windows-latest"]
 
@@ -44,11 +45,11 @@ def wheel(built):
 @pytest.fixture(scope="module")
 def metadata(wheel):
     with zipfile.ZipFile(wheel) as archive:
-        return message_from_string(archive.read(f"nanollm-{__version__}.dist-info/METADATA").decode())
+        return message_from_string(archive.read(f"{STEM}.dist-info/METADATA").decode())
 
 
 def test_the_wheel_is_pure_python_for_every_system(wheel):
-    assert wheel.name == f"nanollm-{__version__}-py3-none-any.whl"
+    assert wheel.name == f"{STEM}-py3-none-any.whl"
 
 
 def test_the_wheel_holds_every_file_of_the_package_and_every_preset(wheel):
@@ -69,6 +70,11 @@ def test_the_wheel_holds_every_file_of_the_package_and_every_preset(wheel):
         ".mjs",
     }
     assert "nanollm/py.typed" in held
+
+
+def test_the_name_in_package_indexes_is_ours_and_the_command_is_nanollm(metadata):
+    assert metadata["Name"] == PROJECT["name"] == extras.DISTRIBUTION != "nanollm"
+    assert PROJECT["scripts"] == {"nanollm": "nanollm.cli:main"}
 
 
 def tracked(folder):
@@ -94,7 +100,7 @@ def canonical(requirement):
 
 def test_the_source_archive_builds_the_same_wheel(built, wheel, tmp_path):
     shutil.unpack_archive(next(built.glob("*.tar.gz")), tmp_path, filter="data")
-    source = tmp_path / f"nanollm-{__version__}"
+    source = tmp_path / STEM
     build(source, tmp_path / "dist", "-t", "wheel")
     assert (tmp_path / "dist" / wheel.name).read_bytes() == wheel.read_bytes()
     for name in ("tests", "docs", "examples", "recipes", "benchmarks", "CHANGELOG.md", "CITATION.cff"):

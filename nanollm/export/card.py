@@ -1,4 +1,4 @@
-"""What does a stranger read first: what the model is, how it came to be, how good it is and how to run it?
+"""The model card: what a model is, how it came to be, how good it is and how to run it.
 
 README.md with the hub's metadata in front. Every figure in it stands in the bundle, its provenance, a manifest of token
 files or an eval.json; what was not recorded or measured is said to be so.
@@ -13,22 +13,75 @@ from typing import TYPE_CHECKING
 
 from nanollm.bundle import PROVENANCE
 from nanollm.durable import read_json, sha256_of, write_file
-from nanollm.evals import results as measured
+from nanollm.evals.results import lines
 from nanollm.evals.stats import Figures
-from nanollm.export.dense import Format, exported_shape
-from nanollm.export.history import Record, folders, name_of, public, stages
-from nanollm.export.usage import FORMAT, how_to_run
+from nanollm.export.dense_to_moe import Format, exported_shape
+from nanollm.export.provenance import Record, folders, name_of, public, stages
 from nanollm.model.config import ModelConfig
 from nanollm.progress import say
 from nanollm.sources import gsm8k, instructions, openwebtext
 
 if TYPE_CHECKING:
-    from huggingface_hub import EvalResult, ModelCardData
+    from huggingface_hub import ModelCardData
 
 CARD = "README.md"
 LIBRARIES = {"compact": "transformers", "deepseek-v3": "transformers", "gguf": "llama.cpp"}
 HUB_NAMES = {"owt": openwebtext.NAME, "sni": instructions.NAME, "gsm8k": gsm8k.NAME}
 DIGITS = 12  # of a sha256 that are shown
+
+VLLM_WIDTHS = (320, 576)
+"""Of the cache, for which vLLM has kernels of latent attention (get_supported_head_sizes in its mla_attention.py)."""
+MAX_TOKENS = 128
+
+TRANSFORMERS = """
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("NAME")
+model = AutoModelForCausalLM.from_pretrained("NAME")
+PROMPT
+ids = model.generate(**prompt, max_new_tokens=TOKENS)[0, prompt["input_ids"].shape[1] :]
+print(tokenizer.decode(ids, skip_special_tokens=True))
+```
+""".strip()
+CHAT_PROMPT = """
+messages = [{"role": "user", "content": "Which number comes after 7?"}]
+prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+""".strip()
+BASE_PROMPT = 'prompt = tokenizer("Once upon a time", return_tensors="pt")'
+
+VLLM = """
+vLLM and SGLang read the same folder, and then answer like OpenAI's API (neither was run when this card was written):
+
+```sh
+vllm serve NAME --dtype bfloat16
+python -m sglang.launch_server --model-path NAME --dtype bfloat16
+```
+""".strip()
+
+GGUF = """
+With llama.cpp, which then answers like OpenAI's API on port 8080:
+
+```sh
+llama-server -m FILE --jinja
+```
+
+With Ollama:
+
+```sh
+ollama create MODEL -f Modelfile
+ollama run MODEL
+```
+""".strip()
+
+FORMAT = """
+```
+<s><|system|>Answer briefly.<|end|><|user|>Which number comes after 7?<|end|><|assistant|>8<|end|>
+```
+
+The system's message may be left out. `chat_template.jinja` writes this, and refuses a message that spells one of these
+marks; the template in an Ollama `Modelfile` cannot refuse, there such a text becomes the mark.
+""".strip()
 
 LIMITS = """
 - It reads and writes {context:,} tokens at most.
@@ -63,7 +116,7 @@ class About:
     evaluations: Sequence[Figures] = ()
     """See find_evaluations."""
     manifests: Mapping[str, Record] = field(default_factory=dict)
-    """Of the token files that it was trained on, see history.find_manifests."""
+    """Of the token files that it was trained on, see provenance.find_manifests."""
 
 
 def find_evaluations(bundle: Path) -> list[Figures]:
@@ -107,13 +160,32 @@ def card(about: About) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+# --- how to run it ---
+
+
+def how_to_run(name: str, form: str, c: ModelConfig, *, is_base: bool, gguf: str) -> Iterator[str]:
+    """Paragraphs; `name` is what transformers loads ("." in the folder itself), `gguf` the file of llama.cpp."""
+    if form == "gguf":
+        yield GGUF.replace("FILE", gguf).replace("MODEL", Path(gguf).stem.lower())
+        return
+    yield f"With transformers{' 5 or newer' if form == 'compact' else ''}:"
+    prompt = BASE_PROMPT if is_base else CHAT_PROMPT
+    tokens = min(MAX_TOKENS, c.context_length // 2)
+    yield TRANSFORMERS.replace("PROMPT", prompt).replace("TOKENS", str(tokens)).replace("NAME", name)
+    if form == "deepseek-v3" and c.cache_width in VLLM_WIDTHS:
+        yield VLLM.replace("NAME", name)
+    elif form == "deepseek-v3":
+        widths = " or ".join(map(str, VLLM_WIDTHS))
+        yield f"vLLM's kernels take a cache of {widths} numbers per token and block, this model's has {c.cache_width}."
+
+
 # --- metadata for the hub ---
 
 
 def metadata(about: About) -> "ModelCardData":
+    """What the hub sorts models by. Figures stand in the text alone."""
     from huggingface_hub import ModelCardData
 
-    results = [result for evaluation in about.evaluations for result in eval_results(evaluation)]
     return ModelCardData(
         license=about.license,
         language=about.language,
@@ -121,8 +193,6 @@ def metadata(about: About) -> "ModelCardData":
         pipeline_tag="text-generation",
         tags=["nanollm", "mixture-of-experts", "multi-head-latent-attention", *["gguf"] * (about.format == "gguf")],
         datasets=sorted(datasets(about)) or None,
-        model_name=about.name.rpartition("/")[2] if results else None,
-        eval_results=results or None,
     )
 
 
@@ -143,47 +213,6 @@ def dataset_of(source: Record) -> str:
         name = HUB_NAMES.get(name, name)
     is_on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists()
     return name if is_on_hub else name_of(name)
-
-
-def eval_results(evaluation: Figures) -> Iterator["EvalResult"]:
-    """Each figure of an eval.json as the hub writes it."""
-    settings, bundle = evaluation["settings"], evaluation["bundle"]
-    task, split = settings["task"]["name"], settings["task"]["split"]
-    for grader, score in bundle.get("greedy", {}).get("scores", {}).items():
-        label = f"{grader}, greedy, {interval(score)}, n {score['n']}"
-        yield eval_result(HUB_NAMES.get(task, task), "accuracy", label, score["value"], split)
-    for grader, scores in bundle.get("samples", {}).get("scores", {}).items():
-        for tries, score in scores.items():
-            label = (
-                f"{grader}, {tries} at temperature {settings['temperature']:g}, {interval(score)}, n {settings['n']}"
-            )
-            yield eval_result(HUB_NAMES.get(task, task), tries, label, score["value"], split)
-    for text in [*bundle.get("text", []), *bundle.get("data", [])]:
-        label = f"bits per byte of {text['bytes']:,} bytes"
-        yield eval_result(name_of(text["path"]), "bits_per_byte", label, text["bits_per_byte"])
-    for name, of_task in bundle.get("harness", {}).get("tasks", {}).items():
-        for metric, score in of_task["metrics"].items():
-            sure = "" if score["low"] is None else f"{interval(score)}, "
-            label = f"{metric}, {of_task['shots']} shots, {sure}n {of_task['n']}"
-            yield eval_result(name, metric, label, score["value"])
-
-
-def eval_result(dataset: str, metric: str, label: str, value: float, split: str | None = None) -> "EvalResult":
-    from huggingface_hub import EvalResult
-
-    return EvalResult(
-        task_type="text-generation",
-        dataset_type=dataset,
-        dataset_name=dataset,
-        dataset_split=split,
-        metric_type=metric,
-        metric_name=label,
-        metric_value=round(value, 4),
-    )
-
-
-def interval(score: Figures) -> str:
-    return f"95 % interval {score['low']:.4f} to {score['high']:.4f}"
 
 
 # --- paragraphs for people ---
@@ -217,11 +246,11 @@ def history(about: About) -> Iterator[str]:
     """Each stage, the first first."""
     for number, step in enumerate(stages(about.provenance), start=1):
         try:
-            lines = list(told(step, about))
+            found = list(told(step, about))
         except (AttributeError, KeyError, TypeError, ValueError):  # an imported history may hold anything
-            lines = ["what is recorded of this step cannot be read"]
+            found = ["what is recorded of this step cannot be read"]
         made_by = code(step.get("made_by", "not recorded"))
-        yield "\n".join([f"{number}. {made_by}", *(f"   - {line}" for line in lines)])
+        yield "\n".join([f"{number}. {made_by}", *(f"   - {line}" for line in found)])
     yield f"Every setting is in `{PROVENANCE}`."
 
 
@@ -270,7 +299,7 @@ def results(evaluations: Sequence[Figures]) -> Iterator[str]:
         how = f"measured by {evaluation['made_by']} in {settings['dtype']}"
         if settings["task"]["name"] != "none":
             how += f", at most {settings['max_tokens']:,} tokens a reply"
-        yield "\n".join(f"- {line}" for line in [*measured.lines(public(mine)), how])
+        yield "\n".join(f"- {line}" for line in [*lines(public(mine)), how])
 
 
 def code(value: object) -> str:

@@ -1,4 +1,4 @@
-"""What lies in an exported folder, whatever the engine it is for?"""
+"""The files of an export, for every format."""
 
 import re
 from pathlib import Path
@@ -8,11 +8,10 @@ from nanollm import __version__
 from nanollm.bundle import CONFIG, PROVENANCE, WEIGHTS, Bundle, build_model
 from nanollm.durable import read_json, write_file, write_json
 from nanollm.export.card import CARD
-from nanollm.export.dense import Dtype, Format, exported_shape
-from nanollm.export.gguf import GgufType, tensors, type_of, write_gguf
-from nanollm.export.hf import DTYPES, generation_words, write_model
-from nanollm.export.history import check, public
-from nanollm.export.modelfile import modelfile
+from nanollm.export.dense_to_moe import Dtype, Format, exported_shape
+from nanollm.export.gguf import GgufType, modelfile, tensors, type_of, write_gguf
+from nanollm.export.hf import DTYPES, generation_config, write_model
+from nanollm.export.provenance import check, public
 from nanollm.export.tokenizer_json import TOKENIZER_FILES, write_tokenizer
 from nanollm.model.config import ModelConfig
 
@@ -63,7 +62,7 @@ def write_export(folder: Path, bundle: Bundle, form: Format, dtype: Dtype, name:
     else:
         write_model(folder, bundle, form, DTYPES[dtype])
     write_tokenizer(folder, tokenizer, context)
-    write_json(folder / GENERATION, generation_words(tokenizer))
+    write_json(folder / GENERATION, generation_config(tokenizer))
     files = sorted({CARD, PROVENANCE, *(file.name for file in folder.iterdir())})
     made = {"made_by": f"nanollm {__version__} export", "format": form, "dtype": dtype, "files": files}
     told = {name: value for name, value in public(bundle.provenance).items() if name != "format"}  # that of a bundle

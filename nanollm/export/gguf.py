@@ -1,10 +1,13 @@
-"""How is a model written as one GGUF file for llama.cpp, Ollama and what builds on them?
+"""A model as one GGUF file for llama.cpp, Ollama and programs built on them, and Ollama's Modelfile.
 
 Architecture `deepseek2`, tokenizer `llama`. llama.cpp runs latent attention in its absorbed form, so kv_b_proj is split
 into the matrices that go into the query (attn_k_b) and behind the attention (attn_v_b). It knows dense blocks only
-before the Mixtures of Experts: see export/dense.py.
+before the Mixtures of Experts: see export/dense_to_moe.py. Ollama renders TEMPLATE, a text/template of Go, with
+.Messages (each with .Role and .Content, the system's among them); <s> is not in it: llama.cpp puts it in front
+(tokenizer.ggml.add_bos_token).
 
-Source: llama.cpp, src/llama-model.cpp and gguf-py (loader and names of deepseek2).
+Sources: llama.cpp, src/llama-model.cpp and gguf-py (loader and names of deepseek2); ollama/ollama, docs/modelfile.mdx,
+template/template.go, parser/parser.go.
 Letters: H heads, C key-value latent, N width without position, V width of values.
 """
 
@@ -16,8 +19,9 @@ import torch
 from torch import Tensor
 
 from nanollm.bundle import Bundle
-from nanollm.export.dense import Placement, place
+from nanollm.export.dense_to_moe import Placement, dense_to_moe
 from nanollm.export.hf import check_finite
+from nanollm.generate.sampling import SamplingConfig
 from nanollm.model.config import ModelConfig
 from nanollm.text.chat import template_for
 from nanollm.text.tokenizer import END, Tokenizer
@@ -83,7 +87,7 @@ def write_gguf(path: Path, bundle: Bundle, dtype: GgufType, name: str = "nanollm
     writer.add_quantization_version(2)
     add_shape(writer, placement.after)
     add_tokenizer(writer, bundle.tokenizer, placement.after.vocab_size)
-    for tensor_name, tensor in tensors(place(bundle.model.state_dict(), placement), placement.after):
+    for tensor_name, tensor in tensors(dense_to_moe(bundle.model.state_dict(), placement), placement.after):
         add_tensor(writer, tensor_name, tensor, dtype)
     try:
         writer.write_header_to_file()
@@ -180,3 +184,33 @@ def type_of(name: str, tensor: Tensor, dtype: GgufType) -> GgufType:
     if dtype == "q8_0" and (name.endswith(F16_IN_Q8_0) or tensor.shape[-1] % BLOCK):
         return "f16"
     return dtype
+
+
+# --- Ollama ---
+
+# A chat that ends with the assistant's words asks for more of them: no <|end|> comes after these.
+OLLAMA_CHAT = """
+{{- range $i, $message := .Messages }}
+{{- $is_last := eq (len (slice $.Messages $i)) 1 -}}
+<|{{ .Role }}|>{{ .Content }}
+{{- if not (and $is_last (eq .Role "assistant")) }}<|end|>{{ end }}
+{{- if and $is_last (ne .Role "assistant") }}<|assistant|>{{ end }}
+{{- end }}"""
+OLLAMA_BASE = "{{ .Prompt }}"  # a text to be continued
+
+
+def modelfile(gguf: str, context_length: int, *, is_base: bool) -> str:
+    """The Modelfile for the GGUF of this name in the same folder. It says how to draw: Ollama would do it otherwise."""
+    sampling = SamplingConfig()
+    parameters: dict[str, object] = {
+        "num_ctx": context_length,
+        "temperature": sampling.temperature,
+        "top_k": sampling.top_k,
+        "top_p": sampling.top_p,
+        "min_p": sampling.min_p,
+        "repeat_penalty": sampling.repetition_penalty,
+    }
+    if not is_base:
+        parameters["stop"] = f'"{END}"'
+    lines = [f"PARAMETER {name} {value}" for name, value in parameters.items()]
+    return "\n".join([f"FROM ./{gguf}", f'TEMPLATE """{OLLAMA_BASE if is_base else OLLAMA_CHAT}"""', *lines, ""])

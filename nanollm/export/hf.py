@@ -1,8 +1,8 @@
-"""What must lie in a folder so that transformers, vLLM and SGLang load the model without any code of ours?
+"""config.json and weights of a folder that transformers, vLLM and SGLang load without any code of ours.
 
 compact: transformers' Glm4MoeLiteForCausalLM, whose mlp_layer_types say which blocks are dense: no parameter is added.
-deepseek-v3: DeepseekV3ForCausalLM, dense blocks first and Mixtures of Experts after them (see export/dense.py), which
-vLLM and SGLang run with their own kernels. Both read the same names of tensors.
+deepseek-v3: DeepseekV3ForCausalLM, dense blocks first and Mixtures of Experts after them (see export/dense_to_moe.py),
+which vLLM and SGLang run with their own kernels. Both read the same names of tensors.
 """
 
 from collections.abc import Mapping
@@ -15,9 +15,8 @@ from torch import Tensor
 
 from nanollm.bundle import CONFIG, Bundle, write_tensors
 from nanollm.durable import write_json
-from nanollm.export.checkpoint import INDEX
-from nanollm.export.dense import Placement, exported_shape, place
-from nanollm.export.names import to_theirs, words_of
+from nanollm.export.dense_to_moe import Placement, dense_to_moe, exported_shape
+from nanollm.export.names import to_hf_config, to_theirs
 from nanollm.generate.sampling import SamplingConfig
 from nanollm.model.config import ModelConfig
 from nanollm.text.chat import reply_ends
@@ -26,13 +25,14 @@ from nanollm.text.tokenizer import Tokenizer
 HfFormat = Literal["compact", "deepseek-v3"]
 ORIGIN = "nanollm"
 """The word of config.json that keeps the shape of the bundle, for the way back; engines ignore it."""
+INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
 
 def write_model(folder: Path, bundle: Bundle, form: HfFormat, dtype: torch.dtype) -> None:
     """config.json and the weights, in safetensors files of at most SHARD_BYTES."""
-    write_json(folder / CONFIG, config_words(bundle.model.config, bundle.tokenizer, form, dtype))
+    write_json(folder / CONFIG, hf_config(bundle.model.config, bundle.tokenizer, form, dtype))
     write_weights(folder, exported_weights(bundle, form, dtype))
 
 
@@ -41,7 +41,7 @@ def exported_weights(bundle: Bundle, form: HfFormat, dtype: torch.dtype) -> dict
     weights, config = cast(bundle.model.state_dict(), dtype), bundle.model.config
     if form == "deepseek-v3":
         placement = Placement.of(config)
-        weights, config = place(weights, placement), placement.after
+        weights, config = dense_to_moe(weights, placement), placement.after
     theirs = to_theirs(weights, config)
     for name, tensor in theirs.items():
         check_finite(name, tensor)
@@ -72,10 +72,10 @@ def write_weights(folder: Path, weights: Mapping[str, Tensor]) -> None:
         write_json(folder / INDEX, index)
 
 
-def config_words(config: ModelConfig, tokenizer: Tokenizer, form: HfFormat, dtype: torch.dtype) -> dict[str, Any]:
+def hf_config(config: ModelConfig, tokenizer: Tokenizer, form: HfFormat, dtype: torch.dtype) -> dict[str, Any]:
     """config.json."""
     shape = exported_shape(config, form)
-    words = words_of(shape) | special_ids(tokenizer)
+    words = to_hf_config(shape) | special_ids(tokenizer)
     if form == "compact":
         kinds = ["sparse" if shape.is_moe(block) else "dense" for block in range(shape.n_blocks)]
         words |= {"architectures": ["Glm4MoeLiteForCausalLM"], "model_type": "glm4_moe_lite", "mlp_layer_types": kinds}
@@ -91,7 +91,7 @@ def config_words(config: ModelConfig, tokenizer: Tokenizer, form: HfFormat, dtyp
     return words | {"dtype": str(dtype).removeprefix("torch."), ORIGIN: asdict(config)}
 
 
-def generation_words(tokenizer: Tokenizer) -> dict[str, Any]:
+def generation_config(tokenizer: Tokenizer) -> dict[str, Any]:
     """generation_config.json: what our own commands do when nothing is said."""
     sampling = SamplingConfig()
     drawn = {"do_sample": True, "temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}

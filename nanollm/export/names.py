@@ -1,4 +1,4 @@
-"""Under which names do transformers, vLLM and SGLang know our weights, and which words do their configs use?
+"""Names of weights and keys of configs in transformers, vLLM and SGLang, there and back.
 
 Source: transformers 5.23, modeling_deepseek_v3.py and modeling_glm4_moe_lite.py: the two classes share these names.
 Both directions are written here, so that what leaves by export comes back by import.
@@ -116,7 +116,7 @@ def to_ours(weights: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Ten
 # --- config.json ---
 
 
-def words_of(config: ModelConfig) -> dict[str, Any]:
+def to_hf_config(config: ModelConfig) -> dict[str, Any]:
     """Our shape in the words of both classes, without the one that says which blocks are dense."""
     return {
         **{their: getattr(config, our) for our, their in SIZES.items()},
@@ -133,7 +133,7 @@ def words_of(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def config_of(words: Mapping[str, Any]) -> ModelConfig:
+def from_hf_config(words: Mapping[str, Any]) -> ModelConfig:
     """The shape that a config.json of one of the classes describes; ValueError naming what we cannot express."""
     check_expressible(words)
     moe_every, n_dense_first = pattern_of(moe_blocks(words))

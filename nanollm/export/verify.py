@@ -1,4 +1,4 @@
-"""Does an exported model say in its engine what the bundle says here?
+"""Comparison of an exported model, in its engine, with the bundle it was made of.
 
 Three comparisons: the ids of texts and conversations, how both see every position of some texts, and greedy replies.
 If weights and arithmetic are of one kind (f32; bf16 and f16 in transformers, which then computes in float32) both must
@@ -58,7 +58,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Samples:
-    """What both are asked about."""
+    """The questions to both."""
 
     texts: list[str]
     conversations: list[Conversation]
@@ -118,8 +118,8 @@ def ids_of(conversation: Conversation, bundle: Bundle) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Seen:
-    """How a model sees the predicted positions of one window: (n,) each."""
+class TokenScores:
+    """Scores of the predicted positions of one window: (n,) each."""
 
     top: Tensor
     """int64, the likeliest token."""
@@ -131,7 +131,7 @@ class Seen:
     """logit - log_total is the log-probability."""
 
     @classmethod
-    def of(cls, logits: Tensor, ids: Ids) -> "Seen":
+    def of(cls, logits: Tensor, ids: Ids) -> "TokenScores":
         """From logits (T, V) of a window of T ids."""
         logits = logits[:-1].float()
         highest, top = logits.max(-1)
@@ -173,7 +173,9 @@ def check_difference(what: str, greatest: float) -> Check:
     return Check(what, f"at most {TOLERANCE:g}", f"{greatest:.2g}", greatest <= TOLERANCE)
 
 
-def check_equal_tops(bundle: Bundle, samples: Samples, ours: Sequence[Seen], theirs: Sequence[Seen]) -> Check:
+def check_equal_tops(
+    bundle: Bundle, samples: Samples, ours: Sequence[TokenScores], theirs: Sequence[TokenScores]
+) -> Check:
     """The likeliest token is the same at every position, unless another is as likely, up to TOLERANCE."""
     gaps = [
         gap
@@ -186,7 +188,7 @@ def check_equal_tops(bundle: Bundle, samples: Samples, ours: Sequence[Seen], the
     return Check(tops(ours), "0 differ, but for ties", found, max(gaps, default=0.0) <= TOLERANCE)
 
 
-def check_agreement(ours: Sequence[Seen], theirs: Sequence[Seen]) -> Check:
+def check_agreement(ours: Sequence[TokenScores], theirs: Sequence[TokenScores]) -> Check:
     """At how many positions the likeliest token is the same: it holds unless that is surely too few."""
     same = torch.cat([mine.top == other.top for mine, other in zip(ours, theirs, strict=True)])
     share, (low, high) = same.float().mean().item(), wilson(int(same.sum()), len(same))
@@ -194,11 +196,11 @@ def check_agreement(ours: Sequence[Seen], theirs: Sequence[Seen]) -> Check:
     return Check(tops(ours), f"{100 * ROUNDED_AGREEMENT:g} %", found, high >= ROUNDED_AGREEMENT)
 
 
-def tops(seen: Sequence[Seen]) -> str:
+def tops(seen: Sequence[TokenScores]) -> str:
     return f"likeliest token, {sum(len(each.top) for each in seen):,} positions"
 
 
-def check_perplexity(ours: Sequence[Seen], theirs: Sequence[Seen]) -> Check:
+def check_perplexity(ours: Sequence[TokenScores], theirs: Sequence[TokenScores]) -> Check:
     mine, other = (
         exp(torch.cat([seen.log_total - seen.logit for seen in side]).double().mean()) for side in (ours, theirs)
     )

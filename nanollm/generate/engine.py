@@ -14,11 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanollm.generate import native
-from nanollm.generate.request import Completion, Drawn, Request, Scored
+from nanollm.generate import cpu_runner as native
+from nanollm.generate.request import Completion, Drawn, Ints, Kernels, Piece, Quantize, Request, Scored, Seen, Work
 from nanollm.generate.runner import open_runner
 from nanollm.generate.sampling import SamplingConfig, sample, uniforms
-from nanollm.generate.work import Ints, Kernels, Piece, Quantize, Seen, Work
 from nanollm.model.transformer import Transformer
 from nanollm.threads import watch_cores
 

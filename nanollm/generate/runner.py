@@ -1,6 +1,6 @@
 """Who runs the model over tokens of many requests, and remembers them?
 
-A runner holds a cache of rows, one request each, and the engine tells it which tokens to read: on CPUs forward.cpp,
+A runner holds a cache of rows, one request each, and the engine tells it which tokens to read: on CPUs decoding.cpp,
 elsewhere the model itself.
 """
 
@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from nanollm import progress
-from nanollm.compiled import NoCompilerError
-from nanollm.generate.native import NativeRunner
-from nanollm.generate.work import Ints, Kernels, Piece, Quantize, Runner, Seen, Work
+from nanollm.generate.cpu_runner import NativeRunner
+from nanollm.generate.request import Ints, Kernels, Piece, Quantize, Runner, Seen, Work
+from nanollm.kernels.build import NoCompilerError
 from nanollm.model.cache import LatentCache
 from nanollm.model.transformer import Transformer
 
@@ -42,7 +42,7 @@ def open_runner(
 
 
 def why_not_native(model: Transformer) -> str | None:
-    """What keeps this model from running through forward.cpp; None: nothing."""
+    """What keeps this model from running through decoding.cpp; None: nothing."""
     weight, c = model.head.weight, model.config
     if weight.device.type != "cpu":
         return f"it is for CPUs, the model is on {weight.device.type}"
@@ -101,12 +101,7 @@ class TorchRunner:
         """tokens (B, T) of these rows from these positions on; what comes after those at lines and columns (W,)."""
         device = self.cache.slots.device
         cache = LatentCache(self.cache.slots, torch.from_numpy(starts).clone(), torch.from_numpy(rows).to(device))
-        layers = list(self.model.moe_layers())
         with self.model.evaluating():
-            for layer in layers:
-                layer.wants_choices = True
-            hidden = self.model.trunk(torch.from_numpy(tokens).to(device), cache=cache)  # (B, T, D)
-        chosen = [layer.choices[lines, columns] for layer in layers if layer.choices is not None]
-        for layer in layers:
-            layer.wants_choices, layer.choices = False, None
+            hidden, routings = self.model.trunk.routed(torch.from_numpy(tokens).to(device), cache)  # (B, T, D)
+        chosen = [routing.experts[lines, columns] for routing in routings]
         return Seen(self.model.head(hidden[lines, columns]).float(), torch.stack(chosen, dim=1).cpu().numpy())

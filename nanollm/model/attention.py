@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nanollm.model import fused
+from nanollm.kernels import attention as fused
 from nanollm.model.cache import LatentCache
 from nanollm.model.config import ModelConfig
 from nanollm.model.layers import Places, RMSNorm, rotate

@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 
 MAX_VOCAB_SIZE = 65_536  # token files hold uint16
-MAX_SIZE, MAX_PARAMETERS = 2**20, 10**13  # more is a slip of the pen
+MAX_SIZE, MAX_PARAMETERS = 2**20, 10**13  # a config.json of others is built from
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +115,11 @@ class ModelConfig:
     @property
     def n_moe_blocks(self) -> int:
         return self.n_blocks // self.moe_every - self.n_dense_first // self.moe_every
+
+    @property
+    def head_widths(self) -> tuple[int, int, int]:
+        """Of each head: without position, rotary, value."""
+        return self.qk_nope_head_dim, self.qk_rope_head_dim, self.v_head_dim
 
     @property
     def qk_head_dim(self) -> int:

@@ -5,7 +5,7 @@ Letters: B rows, T tokens, N = B*T tokens flattened, D model width, F expert wid
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -130,6 +130,13 @@ def rounded_up(group: Tensor) -> Tensor:
     return F.pad(group, (0, 0, 0, -len(group) % ROWS)) if len(group) > ROWS else group
 
 
+class Routing(NamedTuple):
+    """How the tokens of a pass were routed."""
+
+    experts: Tensor  # (B, T, K) int64
+    scores: Tensor  # (B, T, E) float32, with gradient in training
+
+
 class MoE(nn.Module):
     """Shared experts, which every token passes, plus the chosen routed experts."""
 
@@ -146,13 +153,10 @@ class MoE(nn.Module):
         self.register_buffer("balance_bias", torch.zeros(c.n_routed_experts))
         # Tokens per expert since the last call of `balance`; training passes only.
         self.register_buffer("load", torch.zeros(c.n_routed_experts, dtype=torch.int64), persistent=False)
-        self.wants_balance_losses = False
-        self.balance_losses: Tensor | None = None  # (B,) of the last training pass, if wanted
-        self.wants_choices = False
-        self.choices: Tensor | None = None  # (B, T, K), the experts of the last pass, if wanted
 
-    def forward(self, x: Tensor, is_text: Tensor | None = None) -> Tensor:
-        """x (B, T, D) to (B, T, D). Where is_text (B, T) is false a token counts for no expert's load."""
+    def forward(self, x: Tensor, is_text: Tensor | None = None) -> tuple[Tensor, Routing]:
+        """x (B, T, D) to (B, T, D), and how it was routed. Where is_text (B, T) is false a token counts for no expert's
+        load."""
         c = self.config
         flat = x.flatten(0, 1)  # (N, D)
         experts, weights, scores = route(flat, self.centroids, self.balance_bias, c.experts_per_token, c.norm_topk_prob)
@@ -160,12 +164,8 @@ class MoE(nn.Module):
         routed = self.experts(flat, experts, weights * c.routed_scaling_factor, chosen.sum((0, 1)))
         if self.training and torch.is_grad_enabled():
             self.load += (chosen if is_text is None else chosen & is_text.flatten()[:, None, None]).sum((0, 1))
-        if self.wants_balance_losses:
-            rows = x.shape[:2]
-            self.balance_losses = balance_loss(scores.view(*rows, -1), experts.view(*rows, -1), is_text)
-        if self.wants_choices:
-            self.choices = experts.view(*x.shape[:2], -1)
-        return self.shared(x) + routed.view_as(x)
+        routing = Routing(experts.view(*x.shape[:2], -1), scores.view(*x.shape[:2], -1))
+        return self.shared(x) + routed.view_as(x), routing
 
     @torch.no_grad()
     def balance(self, rate: float) -> None:

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from nanollm.model import fused
+from nanollm.kernels import attention as fused
 from nanollm.model.attention import LatentAttention
 from nanollm.model.cache import LatentCache
 from nanollm.model.config import ModelConfig
 from nanollm.model.layers import Places, RMSNorm, SwiGLU, rotary_table
-from nanollm.model.moe import MoE
+from nanollm.model.moe import MoE, Routing
 
 StartName = Literal["gpt2", "fast"]
 
@@ -34,11 +34,12 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(config.d_model, config.rms_norm_eps)
         self.ffn = MoE(config) if config.is_moe(index) else SwiGLU(config.d_model, config.d_ff)
 
-    def forward(self, x: Tensor, places: Places, cache: LatentCache | None) -> Tensor:
+    def forward(self, x: Tensor, places: Places, cache: LatentCache | None) -> tuple[Tensor, Routing | None]:
         index = 0 if cache is None else self.index  # compiled once, a block serves for all that are built like it
         x = x + self.attention(self.attention_norm(x), places, cache, index)
         normed = self.ffn_norm(x)
-        return x + (self.ffn(normed, places.is_text) if isinstance(self.ffn, MoE) else self.ffn(normed))
+        out, routing = self.ffn(normed, places.is_text) if isinstance(self.ffn, MoE) else (self.ffn(normed), None)
+        return x + out, routing
 
 
 def packed_mask(positions: Tensor) -> Tensor:
@@ -63,7 +64,6 @@ class Trunk(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config, index) for index in range(config.n_blocks))
         self.norm = RMSNorm(config.d_model, config.rms_norm_eps)
-        self.recompute = False  # in the backward pass, what happens inside each block
 
     def forward(self, tokens: Tensor, cache: LatentCache | None = None, positions: Tensor | None = None) -> Tensor:
         """tokens (B, T) int64 to hidden (B, T, D).
@@ -71,10 +71,24 @@ class Trunk(nn.Module):
         With a cache the tokens continue its rows, and its lengths grow by T. Without one, positions (B, T) say where
         several texts lie in a row: each begins at position 0 and sees nothing of the others. None: one text per row.
         """
+        return self.routed(tokens, cache, positions)[0]
+
+    def routed(
+        self,
+        tokens: Tensor,
+        cache: LatentCache | None = None,
+        positions: Tensor | None = None,
+        *,
+        recompute: bool = False,
+    ) -> tuple[Tensor, list[Routing]]:
+        """The same, and how each Mixture of Experts routed the tokens, first block first.
+
+        recompute: keep only what enters each block, and compute the rest again in the backward pass.
+        """
         count = tokens.shape[1]
         mask = is_text = starts = None
         x = self.embed(tokens)
-        is_fused = cache is None and fused.serves(self.config, x.dtype, x.device)
+        is_fused = cache is None and fused.serves(*self.config.head_widths, x.dtype, x.device)
         if cache is not None:
             assert positions is None, "a cache knows where its rows go on"
             positions = cache.next_positions(count)
@@ -90,17 +104,19 @@ class Trunk(nn.Module):
             positions = torch.arange(count, device=tokens.device)
         table = rotary_table(positions, self.config.qk_rope_head_dim, self.config.rope_theta)
         places = Places(positions, table, mask, is_text, starts, is_fused)
-        recompute = self.recompute and torch.is_grad_enabled()
+        recompute, routings = recompute and torch.is_grad_enabled(), list[Routing]()
         for block in self.blocks:
             if recompute:
-                x = checkpoint(block, x, places, cache, use_reentrant=False, preserve_rng_state=False)
+                x, routing = checkpoint(block, x, places, cache, use_reentrant=False, preserve_rng_state=False)
             elif cache is None:
-                x = block(x, places, cache)
+                x, routing = block(x, places, cache)
             else:
-                x = block.forward(x, places, cache)  # never a compiled one: caches come in too many shapes
+                x, routing = block.forward(x, places, cache)  # never a compiled one: caches come in too many shapes
+            if routing is not None:
+                routings.append(routing)
         if cache is not None:
             cache.lengths += count
-        return self.norm(x)
+        return self.norm(x), routings
 
 
 class Transformer(nn.Module):
@@ -111,7 +127,6 @@ class Transformer(nn.Module):
         self.config = config
         self.trunk = Trunk(config)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
-        self.fuses_loss = False  # in training, by torch.compile
 
     def forward(self, tokens: Tensor, cache: LatentCache | None = None, positions: Tensor | None = None) -> Tensor:
         """tokens (B, T) int64 to logits (B, T, V); cache and positions as in Trunk."""

@@ -20,9 +20,8 @@ from nanollm.data.packing import Layout, best_width, even_rows, pack
 from nanollm.model.transformer import Transformer
 from nanollm.progress import say
 from nanollm.rl.loss import ObjectiveConfig, RolloutBatch, Seen, count_of, grpo_loss, policy_logprobs, token_weights
-from nanollm.rl.record import Graded
 from nanollm.rl.reward import Reply, Rewards
-from nanollm.rl.rollout import Group, Rollout, RolloutConfig, prompt_of, roll_out
+from nanollm.rl.rollout import Graded, Group, Rollout, RolloutConfig, prompt_of, roll_out
 from nanollm.rl.vllm import VllmServer
 from nanollm.sources.gsm8k import Problem
 from nanollm.text.chat import reply_text
@@ -166,6 +165,8 @@ def update_policy(
     optim: OptimConfig,
     world: World,
     reference: Transformer | None = None,
+    *,
+    recompute: bool = False,
 ) -> tuple[StepStats | None, list[Seen]]:
     """Move the weights `updates` times by a step's rollouts. batches: this rank's; none: there is nothing to learn.
 
@@ -182,7 +183,7 @@ def update_policy(
         batches = [replace(b, old_logprobs=state.run(frozen_logprobs, b.to(device), temperature)) for b in batches]
 
     def loss_of(model: Transformer, batch: RolloutBatch) -> tuple[Tensor, Tensor]:
-        loss, report, shown = grpo_loss(model, batch, c, temperature)
+        loss, report, shown = grpo_loss(model, batch, c, temperature, recompute=recompute)
         seen.append(shown)
         return loss, report
 

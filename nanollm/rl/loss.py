@@ -11,10 +11,30 @@ import torch
 from torch import Tensor
 
 from nanollm.model.transformer import Transformer
-from nanollm.rl.advantage import AdvantageName
 from nanollm.train.loss import token_logprobs
 
-MOST_UPDATES = 1000  # on the same replies; more is a slip of the pen
+AdvantageName = Literal["mean_only", "std", "batch_std"]
+
+EPSILON = 1e-6  # keeps a division finite; a group whose rewards are all equal is never divided, it is left out
+
+
+def group_advantages(rewards: Tensor, kind: AdvantageName) -> Tensor:
+    """How much better each reply is than its group: rewards (P, G) to advantages (P, G); each group's sum to zero.
+
+    Source: DeepSeekMath, arXiv:2402.03300, section 4.1.2.
+
+    mean_only: reward - mean of the group; dividing by its deviation would favour very easy and very hard problems
+    (Dr. GRPO, arXiv:2503.20783). std: divided by the group's standard deviation (GRPO, arXiv:2402.03300, equation 3).
+    batch_std: divided by the standard deviation of all rewards of the step (arXiv:2508.08221).
+    """
+    centred = rewards - rewards.mean(1, keepdim=True)
+    match kind:
+        case "mean_only":
+            return centred
+        case "std":
+            return centred / (rewards.std(1, keepdim=True, correction=0) + EPSILON)
+        case "batch_std":
+            return centred / (rewards.std(correction=0) + EPSILON)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +79,6 @@ class ObjectiveConfig:
             raise ValueError(f"objective.cispo_max must be at least 1, got {self.cispo_max}")
         if self.updates < 1:
             raise ValueError(f"objective.updates must be at least 1, got {self.updates}")
-        if self.updates > MOST_UPDATES:
-            raise ValueError(f"objective.updates must be at most {MOST_UPDATES:,}, got {self.updates:,}")
         if self.importance_cap and not self.importance_cap >= 1:
             raise ValueError(f"objective.importance_cap must be at least 1, or 0 (off), got {self.importance_cap}")
 
@@ -131,20 +149,23 @@ TRUNCATION = 2.0
 """The cap where none is set: then trainer / engine is only watched, because one model object samples and trains."""
 
 
-def policy_logprobs(model: Transformer, batch: RolloutBatch, temperature: float) -> tuple[Tensor, Tensor]:
+def policy_logprobs(
+    model: Transformer, batch: RolloutBatch, temperature: float, *, recompute: bool = False
+) -> tuple[Tensor, Tensor]:
     """Log-probability of every trained token and the entropy where it was drawn: (M,), (M,) without gradient.
 
     The temperature is the one of sampling, so that the distribution that is trained is the one that was sampled.
     """
-    hidden = model.trunk(batch.tokens, positions=batch.positions).flatten(0, 1)  # (B*T, D)
+    hidden, _ = model.trunk.routed(batch.tokens, positions=batch.positions, recompute=recompute)
+    hidden = hidden.flatten(0, 1)  # (B*T, D)
     return token_logprobs(model.head, hidden.index_select(0, batch.places), batch.targets, temperature)
 
 
 def grpo_loss(
-    model: Transformer, batch: RolloutBatch, c: ObjectiveConfig, temperature: float
+    model: Transformer, batch: RolloutBatch, c: ObjectiveConfig, temperature: float, *, recompute: bool = False
 ) -> tuple[Tensor, Tensor, Seen]:
     """Loss of a micro-batch to train on, the same detached, and what was seen on the way."""
-    logprobs, entropy = policy_logprobs(model, batch, temperature)
+    logprobs, entropy = policy_logprobs(model, batch, temperature, recompute=recompute)
     old = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
     terms, clipped = surrogate(logprobs, old, batch.advantages, batch.reply, c)
     kl = torch.zeros_like(terms)

@@ -4,22 +4,28 @@ All prompts of a step are sampled together by the engine that users talk to, wit
 model that outgrows one device can be sampled by a vLLM server instead: rl/vllm.py.
 """
 
+import json
 import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, pstdev
 from typing import Literal
 
+from torch import Tensor
+
+from nanollm.durable import make_folder, write_file
 from nanollm.generate.engine import generate
 from nanollm.generate.sampling import SamplingConfig
 from nanollm.model.transformer import Transformer
+from nanollm.rl.loss import Seen
+from nanollm.rl.reward import Reward
 from nanollm.sources.gsm8k import Problem
 from nanollm.text.chat import Conversation, encode_prompt, reply_ends
 from nanollm.text.tokenizer import Tokenizer
 
 OWN = "own"
-MOST = 2**20  # replies, tokens or tries; more is a slip of the pen
-HOTTEST = 100  # there all tokens are as good as equally likely
 ADDRESS = re.compile(r"vllm://(?:(?P<name>[\w.-]+)|\[(?P<ipv6>[\da-fA-F:.]+)\]):(?P<port>\d{1,5})", re.ASCII)
 
 
@@ -34,11 +40,8 @@ class RolloutConfig:
     max_tokens: int = 128
     """Most tokens of a reply, its end mark included."""
     temperature: float = 1.0
-    """Divides the logits, in sampling and in training alike."""
-    top_k: int = 0
-    """Only 0 (off) is possible."""
-    top_p: float = 1.0
-    """Only 1 (off) is possible."""
+    """Divides the logits, in sampling and in training alike. There is no top_k or top_p: training takes the whole
+    distribution, so sampling draws from all of it."""
     resample: int = 0
     """How often problems whose replies all earned the same are replaced by others (dynamic sampling, DAPO,
     arXiv:2503.14476); 0: never, they are only left out."""
@@ -57,19 +60,9 @@ class RolloutConfig:
                 raise ValueError(f"rollout.{name} must be at least 1, got {getattr(self, name)}")
         if self.resample < 0:
             raise ValueError(f"rollout.resample must be at least 0, got {self.resample}")
-        for name in ("prompts", "group_size", "max_tokens", "resample"):
-            if getattr(self, name) > MOST:
-                raise ValueError(f"rollout.{name} must be at most {MOST:,}, got {getattr(self, name):,}")
         if not (math.isfinite(self.temperature) and self.temperature > 0):
             raise ValueError(
                 f"rollout.temperature must be above 0 (at 0 all replies to a problem are equal), got {self.temperature}"
-            )
-        if self.temperature > HOTTEST:
-            raise ValueError(f"rollout.temperature must be at most {HOTTEST}, got {self.temperature}")
-        if self.top_k or self.top_p != 1:
-            raise ValueError(
-                f"rollout.top_k and rollout.top_p must stay 0 and 1, got {self.top_k} and {self.top_p}: training takes "
-                f"the whole distribution, so sampling must draw from all of it"
             )
         _ = self.server  # refuses what is no address
 
@@ -138,3 +131,71 @@ def roll_out(
 def prompt_of(problem: Problem, tokenizer: Tokenizer) -> list[int]:
     """The ids after which the reply to a problem begins."""
     return encode_prompt(Conversation.of(problem.question), tokenizer)
+
+
+@dataclass(frozen=True)
+class Graded:
+    """A group with what its replies earned."""
+
+    group: Group
+    texts: list[str]
+    rewards: list[Reward]
+
+    @property
+    def totals(self) -> list[float]:
+        return [reward.total for reward in self.rewards]
+
+    @property
+    def has_signal(self) -> bool:
+        return len(set(self.totals)) > 1
+
+
+def rollout_metrics(graded: Sequence[Graded]) -> dict[str, float]:
+    """What the replies of a step were like."""
+    rollouts = [rollout for each in graded for rollout in each.group.rollouts]
+    rewards = [reward for each in graded for reward in each.rewards]
+    lengths = [len(rollout.reply_ids) for rollout in rollouts]
+    parts = {f"reward_{name}": fmean(reward.parts[name] for reward in rewards) for name in rewards[0].parts}
+    return {
+        "reward_std": pstdev(reward.total for reward in rewards),
+        **parts,
+        "groups": len(graded),
+        "groups_dropped": sum(not each.has_signal for each in graded),
+        "reply_tokens": fmean(lengths),
+        "reply_tokens_max": max(lengths),
+        "finished": fmean(rollout.stop == "end" for rollout in rollouts),
+    }
+
+
+def policy_metrics(seen: Sequence[Seen]) -> dict[str, float]:
+    """Whether the numbers can be trusted: means over all trained tokens of a step's updates."""
+    if not seen:
+        return {}
+    tokens = sum(each.tokens for each in seen)
+
+    def mean(name: str) -> float:
+        return sum(getattr(each, name).item() for each in seen) / tokens
+
+    return {
+        "entropy": mean("entropy"),
+        "clip_fraction": mean("clipped"),
+        "kl": mean("kl"),
+        "engine_logprob_difference": mean("engine_difference"),
+        "engine_logprob_difference_max": max(each.engine_difference_max.item() for each in seen),
+        "engine_ratio": mean("importance"),
+        "engine_ratio_truncated": mean("truncated"),
+    }
+
+
+def save_rollouts(path: Path, graded: Sequence[Graded], compared: Tensor) -> None:
+    """Every reply of a step with what became of it, one JSON object per line."""
+    make_folder(path.parent)
+    lines = []
+    for each, row in zip(graded, compared.tolist(), strict=True):
+        for text, rollout, reward, advantage in zip(each.texts, each.group.rollouts, each.rewards, row, strict=True):
+            problem = each.group.problem
+            record: dict[str, object] = {"question": problem.question, "answer": problem.answer, "reply": text}
+            record |= {"reward": reward.total, "parts": reward.parts, "advantage": advantage}
+            record |= {"tokens": len(rollout.reply_ids), "stop": rollout.stop, "trained": each.has_signal}
+            lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+    write_file(path, "".join(lines).encode())

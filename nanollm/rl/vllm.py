@@ -20,7 +20,7 @@ import math
 import re
 import shlex
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException
@@ -29,9 +29,7 @@ from typing import Any
 
 from torch import Tensor
 
-from nanollm.bundle import Bundle, build_model
 from nanollm.durable import new_folder, sync
-from nanollm.export.dense import Dtype
 from nanollm.model.config import ModelConfig
 from nanollm.rl.rollout import Group, Rollout, RolloutConfig, prompt_of
 from nanollm.sources.gsm8k import Problem
@@ -59,10 +57,8 @@ class VllmServer:
     """Read by the server, written by us: at the same path on both machines."""
     config: ModelConfig
     tokenizer: Tokenizer
-    provenance: Mapping[str, Any]
-    """Of the bundle that the model began as; it goes into the export."""
-    dtype: Dtype = "bf16"
-    """Of the weights that are handed over: what the trainer computes in."""
+    export: Callable[[Path, Mapping[str, Tensor]], None]
+    """Writes weights, by the names of Transformer's state_dict, into an empty folder as a model that vLLM reads."""
     timeout_s: float = 1800.0
     """Longest wait for an answer; the replies to a prompt come together, when the last has ended."""
     waits_s: Sequence[float] = (1.0, 4.0, 15.0)
@@ -178,27 +174,16 @@ class VllmServer:
     def _write(self, weights: Mapping[str, Tensor]) -> None:
         """Put an export into the folder. The folder itself stays, a container may have it mounted; each file in it is
         replaced whole, and the server reads only when it is told to."""
-        model = build_model(self.config)
-        model.load_state_dict({name: tensor.detach().cpu() for name, tensor in weights.items()}, assign=True)
-        bundle = Bundle(model.eval(), self.tokenizer, dict(self.provenance))
         self.folder.mkdir(parents=True, exist_ok=True)
         beside = self.folder.with_name(f"{self.folder.name}.next")
-        try:
-            from nanollm.export.folder import write_export, written_in  # late: only this engine needs the packages
-
-            old = written_in(self.folder)
-            with new_folder(beside) as draft:
-                write_export(draft, bundle, "deepseek-v3", self.dtype, name="")
-        except ModuleNotFoundError as error:
-            raise ValueError(
-                f"rollouts by a vLLM server need the package {error.name}; in the folder of NanoLLM: "
-                f'pip install -e ".[export]"'
-            ) from error
+        with new_folder(beside) as draft:
+            self.export(draft, weights)
         new = [file.name for file in beside.iterdir()]
         for name in new:
             (beside / name).replace(self.folder / name)
-        for name in set(old) - set(new):  # such as the shards of an earlier export in another type
-            (self.folder / name).unlink(missing_ok=True)
+        for file in self.folder.glob("*.safetensors"):  # shards of an earlier export in another type
+            if file.name not in new:
+                file.unlink()
         sync(self.folder)
         beside.rmdir()
 

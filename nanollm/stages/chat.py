@@ -18,8 +18,8 @@ from pathlib import Path
 from types import FrameType
 
 from nanollm.bundle import load_bundle
-from nanollm.generate.talk import Talk, TalkConfig
-from nanollm.generate.work import Quantize
+from nanollm.generate.chat_session import Talk, TalkConfig
+from nanollm.generate.request import Quantize
 from nanollm.progress import say
 from nanollm.world import DeviceName, DtypeName, World
 

@@ -22,6 +22,7 @@ from nanollm.data.merge import finish_merge, is_merged, merge, missing
 from nanollm.data.prepare import Rules, header_of, refuse_other
 from nanollm.data.shards import read_manifest
 from nanollm.evals.contamination import NGRAM_WORDS
+from nanollm.extras import missing_package
 from nanollm.progress import say
 from nanollm.settings import check_seed
 from nanollm.sources import gsm8k
@@ -33,7 +34,10 @@ from nanollm.text.tokenizer import MAX_VOCAB_SIZE, Tokenizer
 if TYPE_CHECKING:
     from nanollm.data.blocks import Workplace
 
-MAX_DEDUP = 10_000  # words, buckets or hashes; more is a slip of the pen
+DEDUP_WORDS, DEDUP_HASHES = 5, 8
+"""Words in a row that are compared; hashes of them that must agree in a bucket."""
+LANGUAGE_SCORE = 0.65
+"""The least probability of a language that is kept."""
 FASTTEXT_MODEL = "https://dl.fbaipublicfiles.com/fasttext/supervised-models/lid.176.bin"
 
 
@@ -59,17 +63,14 @@ class FilterConfig:
     """Keep this language only, such as en; null: all. Needs filters.language_model."""
     language_model: Path | None = None
     """A fastText model that tells languages, such as lid.176.bin."""
-    language_score: float = 0.65
-    """The least probability of that language."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.min_words <= self.max_words:
             raise ValueError(
                 f"filters.min_words must be from 1 to filters.max_words, got {self.min_words} and {self.max_words}"
             )
-        for name in ("min_letters", "language_score"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"filters.{name} must be above 0 and at most 1, got {getattr(self, name)}")
+        if not 0 < self.min_letters <= 1:
+            raise ValueError(f"filters.min_letters must be above 0 and at most 1, got {self.min_letters}")
         if self.language and self.language_model is None:
             raise ValueError(
                 f"filters.language needs filters.language_model FILE; fastText's is at {FASTTEXT_MODEL} (126 MB)"
@@ -82,19 +83,12 @@ class DedupConfig:
 
     enabled: bool = True
     """Drop near and exact duplicates."""
-    words: int = 5
-    """Words in a row that are compared; a document of fewer has no duplicates."""
     buckets: int = 14
-    """Chances to be found alike."""
-    hashes: int = 8
-    """Hashes that must agree in a bucket; with 14 buckets, documents that share about (1/14)^(1/8) = 72 % are found."""
+    """Chances to be found alike; with 14, documents that share about (1/14)^(1/8) = 72 % are found."""
 
     def __post_init__(self) -> None:
-        for name in ("words", "buckets", "hashes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"dedup.{name} must be at least 1, got {getattr(self, name)}")
-            if getattr(self, name) > MAX_DEDUP:
-                raise ValueError(f"dedup.{name} must be at most {MAX_DEDUP:,}, got {getattr(self, name):,}")
+        if self.buckets < 1:
+            raise ValueError(f"dedup.buckets must be at least 1, got {self.buckets}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,18 +96,14 @@ class EvalsConfig:
     """Which evaluations' questions no document may hold."""
 
     enabled: bool = True
-    """Drop documents with an n-gram of a question."""
+    """Drop documents that have 13 words in a row in common with a question."""
     input: list[str] = field(default_factory=list)
     """Files with questions, or folders, of which the files with `test` in their names are taken; none: GSM8K's test,
     from the hub."""
     column: str = "question"
     """Column (.jsonl key) that holds the question."""
-    ngram: int = NGRAM_WORDS
-    """Words in a row that a document must not have in common with a question."""
 
     def __post_init__(self) -> None:
-        if self.ngram < 1:
-            raise ValueError(f"evals.ngram must be at least 1, got {self.ngram}")
         if not self.column:
             raise ValueError("evals.column must be a name, got an empty text")
 
@@ -233,10 +223,7 @@ def open_job(c: Config) -> Job:
     """Everything that can be found missing or wrong before the work begins."""
     for package in ["datatrove", "regex", "tokenizers"] + ["ray"] * (c.executor == "ray"):
         if importlib.util.find_spec(package) is None:
-            extra = "data,ray" if package == "ray" else "data"
-            raise ValueError(
-                f'curate needs the package {package}; in the folder of NanoLLM: pip install -e ".[{extra}]"'
-            )
+            raise missing_package("curate", package, "data", *["ray"] * (package == "ray"))
     from nanollm.data.blocks import Workplace  # late: it needs datatrove
 
     tokenizer = Tokenizer.load(c.tokenizer_path)
@@ -248,7 +235,7 @@ def open_job(c: Config) -> Job:
     questions = questions_of(c.evals) if c.evals.enabled else []
     source: dict[str, Any] = {"files": [[file.name, size_of(file)] for file in files], "column": c.text_column}
     source |= {"tasks": c.tasks, "filters": filters_of(c.filters), "dedup": asdict(c.dedup)}
-    source["evals"] = {"ngram": c.evals.ngram, "questions": len(questions), "sha256": digest(questions)}
+    source["evals"] = {"ngram": NGRAM_WORDS, "questions": len(questions), "sha256": digest(questions)}
     header = header_of(tokenizer, c.rules(), source)
     return Job(c, tokenizer, files, json.loads(json.dumps(header)), questions, Workplace(c.save_dir / "curation"))
 
@@ -327,9 +314,9 @@ def steps(job: Job) -> list[Step]:
     from nanollm.data.filters import Words
 
     minhash = MinhashConfig(
-        n_grams=c.dedup.words,
+        n_grams=DEDUP_WORDS,
         num_buckets=c.dedup.buckets,
-        hashes_per_bucket=c.dedup.hashes,
+        hashes_per_bucket=DEDUP_HASHES,
         hash_config=HashConfig(hash_fc="sha1"),  # its other one takes no text from xxhash 4 on
     )
     signatures, pairs, remove = (str(place.minhash / name) for name in ("signatures", "pairs", "remove"))
@@ -357,7 +344,7 @@ def filters(job: Job) -> Iterator[Any]:
         return Removed(job.place.removed / name)
 
     if c.language and c.language_model:
-        yield InLanguage(c.language, c.language_score, c.language_model, removed("language"))
+        yield InLanguage(c.language, LANGUAGE_SCORE, c.language_model, removed("language"))
     if c.gopher_repetition:
         yield GopherRepetitionFilter(exclusion_writer=removed("gopher_repetition"), language=words)
     if c.gopher_quality:
@@ -386,7 +373,7 @@ def last_blocks(job: Job) -> Iterator[Any]:
         yield NameClusters(remove, place.clusters)
         yield MinhashDedupFilter(str(remove), Removed(place.removed / "duplicates"))
     if c.evals.enabled:
-        yield DropContaminated(place.questions, c.evals.ngram, Removed(place.removed / "contaminated"))
+        yield DropContaminated(place.questions, NGRAM_WORDS, Removed(place.removed / "contaminated"))
     yield WriteShards(c.save_dir, job.tokenizer, c.rules(), job.header["source"], place.bad)
 
 

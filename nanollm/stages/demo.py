@@ -27,7 +27,7 @@ from nanollm.stages.preprocess import WordsConfig
 from nanollm.train.metrics import read_metrics
 from nanollm.train.optim import OptimConfig
 from nanollm.train.run import TrainConfig
-from nanollm.train.spikes import SIGMAS
+from nanollm.train.step import SIGMAS
 from nanollm.world import World
 
 TOKENS_PER_STEP = 4096

@@ -20,15 +20,16 @@ from typing import Literal
 
 import torch
 
-from nanollm import __version__, compiled, hardware
+from nanollm import __version__, hardware
 from nanollm.bundle import load_bundle
 from nanollm.durable import sha256_of, write_file
-from nanollm.generate import native
+from nanollm.extras import how_to_install
+from nanollm.generate import cpu_runner as native
 from nanollm.generate.engine import Engine
-from nanollm.generate.request import Request
+from nanollm.generate.request import Kernels, Request
 from nanollm.generate.sampling import SamplingConfig
-from nanollm.generate.work import Kernels
 from nanollm.hardware import GB
+from nanollm.kernels import build
 from nanollm.model.config import ModelConfig
 from nanollm.progress import say, set_quiet
 from nanollm.settings import load_preset
@@ -36,11 +37,11 @@ from nanollm.sources import builtin
 from nanollm.stages import preprocess, pretrain, tokenizer
 from nanollm.text import words
 from nanollm.train.checkpoint import checkpoints
+from nanollm.train.compile import SpeedConfig
 from nanollm.train.memory import training_memory
 from nanollm.train.metrics import read_metrics
 from nanollm.train.optim import OptimConfig
 from nanollm.train.run import TrainConfig
-from nanollm.train.speed import SpeedConfig
 from nanollm.world import World
 
 REPORT = "add the output of nanollm doctor --json to your report"
@@ -124,9 +125,9 @@ def examine(c: Config) -> Iterator[Finding]:
 
 
 def check_versions() -> tuple[str, str]:
-    missing = ",".join(extra for extra, module in EXTRAS.items() if find_spec(module) is None)
+    missing = [extra for extra, module in EXTRAS.items() if find_spec(module) is None]
     said = f"nanollm {__version__}, Python {platform.python_version()}, {platform.platform()}"
-    return said + (f'; pip install "nanollm[{missing}]" adds more' if missing else ""), ""
+    return said + (f"; more: {how_to_install(*missing)}" if missing else ""), ""
 
 
 def check_torch() -> tuple[str, str]:
@@ -176,7 +177,7 @@ def check_compiler() -> tuple[str, str]:
     started = time.monotonic()
     if problem := compiler_problem():
         return "C++ cannot be compiled: replies and tokenizing are several times slower on this CPU", problem
-    command = " ".join(compiled.find_compiler())
+    command = " ".join(build.find_compiler())
     return f"{command} made and loaded our C++ in {time.monotonic() - started:.1f} s", ""
 
 
@@ -185,7 +186,7 @@ def compiler_problem() -> str:
     try:
         words.library()
         native.library()
-    except compiled.NoCompilerError as error:
+    except build.NoCompilerError as error:
         return str(error)
     return ""
 

@@ -27,6 +27,7 @@ from nanollm.evals.contamination import NGRAM_WORDS, search
 from nanollm.evals.problems import GREEDY, ROWS, Judged, graders, judge, solve
 from nanollm.evals.results import Bits, Measured, save_replies
 from nanollm.evals.stats import Figures
+from nanollm.extras import missing_package
 from nanollm.generate.sampling import SamplingConfig
 from nanollm.progress import say
 from nanollm.sources.gsm8k import Problem
@@ -243,9 +244,7 @@ def open_harness(c: Config) -> "Benchmarks":
     try:
         from nanollm.evals.benchmarks import open_benchmarks  # late: it takes seconds, and is an extra
     except ModuleNotFoundError as error:
-        raise ValueError(
-            f'--harness needs the package {error.name}; in the folder of NanoLLM: pip install -e ".[eval]"'
-        ) from error
+        raise missing_package("--harness", error.name, "eval") from error
     return open_benchmarks(c.harness_names, c.harness_tasks, c.harness_limit, c.harness_shots)
 
 

@@ -7,7 +7,8 @@ from typing import Literal
 
 from nanollm.bundle import PROVENANCE, Bundle, load_bundle, read_config, stored_dtype
 from nanollm.durable import check_replaceable, new_folder, read_json
-from nanollm.export.dense import STORED, Dtype, Format, exported_shape
+from nanollm.export.dense_to_moe import STORED, Dtype, Format, exported_shape
+from nanollm.extras import missing_package
 from nanollm.progress import say
 
 POSITIONAL = ("bundle",)
@@ -72,10 +73,10 @@ def plan(c: Config) -> str:
 def run(c: Config) -> Path:
     """The folder of the export."""
     check(c)
-    from nanollm.export import folder, push
+    from nanollm.export import folder, hub
 
     if c.push:
-        push.check_access()
+        hub.check_access()
     bundle, dtype, name = load_bundle(c.bundle), dtype_of(c), title_of(c)
     if only_verifies(c):
         say(f"{c.folder} is an export already: it is compared as it stands")
@@ -88,7 +89,7 @@ def run(c: Config) -> Path:
     if c.verify:
         prove(c, c.folder / folder.model_file(c.format, dtype, name), bundle)
     if c.push:
-        say(f"pushed to {push.push(c.folder, c.push, private=c.private)}")
+        say(f"pushed to {hub.push(c.folder, c.push, private=c.private)}")
     return c.folder
 
 
@@ -98,15 +99,15 @@ def check(c: Config) -> None:
         try:
             version(package)
         except PackageNotFoundError as error:
-            raise ValueError(f'export needs {package}; in the folder of NanoLLM: pip install -e ".[export]"') from error
+            raise missing_package("export", package, "export") from error
     read_config(c.bundle)
     check_out(c)
     if c.push:
-        from nanollm.export.push import check_name
+        from nanollm.export.hub import check_name
 
         check_name(c.push)
     if c.verify and c.format == "gguf":
-        from nanollm.export.llama import package_folder
+        from nanollm.export.engines import package_folder
 
         package_folder()
 
@@ -146,7 +147,7 @@ def title_of(c: Config) -> str:
 def write_card(c: Config, draft: Path, bundle: Bundle) -> None:
     """README.md, with what was measured of this very bundle."""
     from nanollm.export import card, folder
-    from nanollm.export.history import find_manifests
+    from nanollm.export.provenance import find_manifests
 
     dtype, name = dtype_of(c), title_of(c)
     about = card.About(
@@ -168,12 +169,12 @@ def write_card(c: Config, draft: Path, bundle: Bundle) -> None:
 
 def prove(c: Config, model: Path, bundle: Bundle) -> None:
     """Print the table of --verify; SystemExit, which is exit code 1, if a line of it does not hold."""
-    from nanollm.export import in_llama, in_transformers, verify
+    from nanollm.export import engines, verify
 
     if c.format == "gguf":
-        checks = in_llama.compare(model, bundle, dtype_of(c), c.verify_prompts)
+        checks = engines.compare_in_llama_cpp(model, bundle, dtype_of(c), c.verify_prompts)
     else:
-        checks = in_transformers.compare(c.folder, bundle, dtype_of(c), c.verify_prompts)
+        checks = engines.compare_in_transformers(c.folder, bundle, dtype_of(c), c.verify_prompts)
     holds = True
     for check in checks:
         say(verify.line(check))

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from nanollm.bundle import load_bundle
 from nanollm.generate.engine import generate
+from nanollm.generate.request import Quantize
 from nanollm.generate.sampling import SamplingConfig
-from nanollm.generate.work import Quantize
 from nanollm.text.chat import Conversation, encode_prompt, reply_borders, reply_ends
 from nanollm.text.stream import TextStream, check_stops
 from nanollm.text.tokenizer import Tokenizer

@@ -2,32 +2,33 @@
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from nanollm.bundle import WEIGHTS, Bundle, load_bundle
+from nanollm.bundle import WEIGHTS, Bundle, build_model, load_bundle
 from nanollm.evals.problems import accuracy
-from nanollm.export.dense import STORED
-from nanollm.model import fused
+from nanollm.export.dense_to_moe import STORED
+from nanollm.extras import missing_package
+from nanollm.kernels import attention as fused
 from nanollm.progress import say
 from nanollm.report.page import write_report
-from nanollm.rl.advantage import group_advantages
 from nanollm.rl.grpo import Collector, SignalWatch, make_micro_batches, open_sampler, update_policy
-from nanollm.rl.loss import ObjectiveConfig
-from nanollm.rl.record import policy_metrics, rollout_metrics, save_rollouts
+from nanollm.rl.loss import ObjectiveConfig, group_advantages
 from nanollm.rl.reward import RewardConfig, Rewards
-from nanollm.rl.rollout import RolloutConfig
+from nanollm.rl.rollout import RolloutConfig, policy_metrics, rollout_metrics, save_rollouts
 from nanollm.rl.vllm import VllmServer
 from nanollm.sources.gsm8k import Problem
 from nanollm.sources.tasks import Task, TaskConfig, open_task
+from nanollm.train.compile import SpeedConfig
 from nanollm.train.optim import OptimConfig, lr_at
 from nanollm.train.run import LoopConfig, Run, RunConfig
-from nanollm.train.speed import SpeedConfig
 from nanollm.train.state import TrainState
 from nanollm.world import World
 
@@ -172,7 +173,7 @@ def run(c: Config) -> Path:
                 c.objective,
                 c.rollout.max_tokens,
                 c.train.micro_batch_size * model.context_length,
-                is_masked=not fused.serves(model, world.dtype, world.device),
+                is_masked=not fused.serves(*model.head_widths, world.dtype, world.device),
                 ranks=world.size,
             )
             stats, seen = update_policy(
@@ -184,6 +185,7 @@ def run(c: Config) -> Path:
                 c.optim,
                 world,
                 None if reference is None else reference.model,
+                recompute=c.speed.recompute,
             )
             reward = rewards_of_groups.mean().item()
             metrics = {"reward": reward} | rollout_metrics(graded) | counts | {"faults": faults.total()}
@@ -237,6 +239,17 @@ def _open(c: Config) -> tuple[Bundle, Task, Sequence[Problem], Sequence[Problem]
     return bundle, task, task.problems("train"), validation
 
 
+def export_for_vllm(bundle: Bundle, dtype: torch.dtype, folder: Path, weights: Mapping[str, Tensor]) -> None:
+    """Write a bundle with these weights in the place of its own into an empty folder, as vLLM reads it."""
+    try:
+        from nanollm.export.folder import write_export  # late: only this engine needs the packages
+    except ModuleNotFoundError as error:
+        raise missing_package("a vLLM server for rollouts", error.name, "export") from error
+    model = build_model(bundle.model.config)
+    model.load_state_dict({name: tensor.detach().cpu() for name, tensor in weights.items()}, assign=True)
+    write_export(folder, replace(bundle, model=model.eval()), "deepseek-v3", STORED[dtype], name="")
+
+
 def _connect(c: Config, bundle: Bundle, state: TrainState, world: World) -> VllmServer | None:
     """The server that samples, held to what the run needs; none where our own engine does."""
     if c.rollout.server is None:
@@ -248,8 +261,7 @@ def _connect(c: Config, bundle: Bundle, state: TrainState, world: World) -> Vllm
         folder=c.out / "vllm",
         config=bundle.model.config,
         tokenizer=bundle.tokenizer,
-        provenance=bundle.provenance,
-        dtype=STORED[world.dtype],
+        export=partial(export_for_vllm, bundle, world.dtype),
     )
     weights = state.bundle_weights(keep=world.is_main)
     if world.is_main:

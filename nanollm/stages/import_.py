@@ -10,8 +10,7 @@ import torch
 from nanollm import __version__
 from nanollm.bundle import FILES, is_bundle, save_bundle
 from nanollm.durable import check_replaceable
-from nanollm.export.adopt import adopt
-from nanollm.export.checkpoint import Checkpoint, read_checkpoint
+from nanollm.export.import_model import Checkpoint, import_model, read_checkpoint
 from nanollm.progress import say
 
 POSITIONAL = ("folder",)
@@ -35,14 +34,14 @@ def run(c: Config) -> Path:
     check_out(c)
     found = read_checkpoint(c.folder)
     try:
-        adopted = adopt(found)
+        model = import_model(found)
     except ValueError as error:
         raise ValueError(f"{c.folder}: {error}") from error
-    for note in adopted.notes:
+    for note in model.notes:
         say(note)
-    say(f"{adopted.config.total_parameters:,} parameters, {adopted.tokenizer.vocab_size:,} pieces")
-    provenance = history_of(found, c.folder.resolve().name, adopted.notes)
-    return save_bundle(c.out, adopted.config, adopted.weights, adopted.tokenizer, provenance)
+    say(f"{model.config.total_parameters:,} parameters, {model.tokenizer.vocab_size:,} pieces")
+    provenance = history_of(found, c.folder.resolve().name, model.notes)
+    return save_bundle(c.out, model.config, model.weights, model.tokenizer, provenance)
 
 
 def check_out(c: Config) -> None:

@@ -6,8 +6,9 @@ from typing import Any, Literal
 
 import torch
 
-from nanollm.model import fused
+from nanollm.kernels import attention as fused
 from nanollm.model.config import ModelConfig
+from nanollm.settings import load_preset
 from nanollm.train.memory import training_memory
 from nanollm.world import World
 
@@ -18,14 +19,12 @@ POSITIONAL = ("model",)
 class Config:
     """Print what a model of this shape costs in parameters, memory and arithmetic, before anything is allocated."""
 
-    model: ModelConfig
-    """A preset's name, a YAML file, or single values."""
+    model: str
+    """A preset's name, such as nano-20m, or a YAML file."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """What training and the cache compute in."""
     micro_batch_size: int = 8
     """Sequences per forward pass of the training step whose memory is estimated."""
-    optimizer: Literal["muon", "adamw"] = "muon"
-    """Optimizer of that step."""
     recompute: bool = False
     """Keep only what enters each block, as training with --speed.recompute does."""
     json: bool = False
@@ -43,15 +42,15 @@ def run(c: Config) -> str:
 
 def describe(c: Config) -> dict[str, Any]:
     """All facts, as plain numbers with their units in the names."""
-    m = c.model
+    m = ModelConfig(**load_preset("model", c.model))
     width: Literal[2, 4] = 4 if c.dtype == "float32" else 2
     memory = training_memory(
         m,
         sequences=c.micro_batch_size,
         compute_bytes=width,
-        optimizer=c.optimizer,
+        optimizer="muon",
         recompute=c.recompute,
-        is_fused=fused.fits(m, getattr(torch, c.dtype), World.start().device),
+        is_fused=fused.fits(*m.head_widths, getattr(torch, c.dtype), World.start().device),
     )
     cache_bytes = m.cache_width * m.n_blocks * width  # of one token
     expanded = m.n_heads * (m.qk_head_dim + m.v_head_dim)
@@ -77,7 +76,6 @@ def describe(c: Config) -> dict[str, Any]:
             "micro_batch_size": c.micro_batch_size,
             "tokens": c.micro_batch_size * m.context_length,
             "dtype": c.dtype,
-            "optimizer": c.optimizer,
             "recompute": c.recompute,
             "bytes": asdict(memory) | {"total": memory.total},
         },
@@ -100,7 +98,7 @@ def table(facts: dict[str, Any]) -> str:
         "arithmetic": f"{flops['training_at_full_context'] / 1e9:.3f} GFLOP per trained token, "
         f"{flops['decode_at_full_context'] / 1e9:.3f} GFLOP per decoded token, both at full context",
         "training step": f"about {size(step['bytes']['total'])} for {step['micro_batch_size']} sequences in "
-        f"{step['dtype']} with {step['optimizer']} ({parts}; gradients come while activations go)",
+        f"{step['dtype']} with Muon ({parts}; gradients come while activations go)",
     }
     return "\n".join(f"{name:<15}{text}" for name, text in rows.items())
 

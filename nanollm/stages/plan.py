@@ -16,7 +16,7 @@ import torch
 
 from nanollm import hardware
 from nanollm.hardware import GPUS, GPUS_PER_HOST, TERA, Hardware
-from nanollm.model import fused
+from nanollm.kernels import attention as fused
 from nanollm.model.config import ModelConfig
 from nanollm.progress import say
 from nanollm.settings import load_preset, preset_names
@@ -159,7 +159,7 @@ def memory_of(m: ModelConfig, h: Hardware, layout: Layout) -> TrainingMemory:
         compute_bytes=compute_bytes,
         optimizer="muon",
         recompute=layout.recompute,
-        is_fused=h.kind == "cpu" and fused.fits(m, getattr(torch, h.dtype), torch.device("cpu")),
+        is_fused=h.kind == "cpu" and fused.fits(*m.head_widths, getattr(torch, h.dtype), torch.device("cpu")),
         accumulates=layout.micro_batches > 1,
         on_gpu=h.kind == "cuda",
         parts=1 if layout.parallel == "ddp" else min(layout.gpus, GPUS_PER_HOST),

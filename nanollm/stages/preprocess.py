@@ -22,7 +22,6 @@ from nanollm.sources.word_problems import LENGTH, WordProblems
 from nanollm.text.tokenizer import Tokenizer
 
 POSITIONAL = ("kind",)
-MAX_WORKERS = 1024  # processes; more is a slip of the pen
 MAX_PARTS = 99_999  # their folders have five digits
 OF_DOCUMENTS, OF_ONE_TEXT = 0.01, 0.1  # becomes val
 FEW_DOCUMENTS = 100
@@ -134,12 +133,9 @@ class Config:
         for name in ("text_column", "dataset_name"):
             if getattr(self, name) == "":
                 raise ValueError(f"{name} must be a name, got an empty text")
-        for name, most in (("num_workers", MAX_WORKERS), ("flush_every", None)):
-            value = getattr(self, name)
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-            if most is not None and value > most:
-                raise ValueError(f"{name} must be at most {most:,}, got {value:,}")
+        for name in ("num_workers", "flush_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         _ = self.rules  # which checks them
         check_seed(self.seed)
         self._check_parts()

@@ -20,9 +20,8 @@ from nanollm.text.tokenizer import Tokenizer
 from nanollm.train.loss import next_token_loss
 from nanollm.train.optim import OptimConfig, lr_at
 from nanollm.train.run import Run, RunConfig, TrainConfig
-from nanollm.train.spikes import SIGMAS
 from nanollm.train.state import TrainState
-from nanollm.train.step import train_step
+from nanollm.train.step import SIGMAS, train_step
 from nanollm.world import World
 
 SAMPLE_TOKENS = 48
@@ -87,7 +86,6 @@ def run(c: Config) -> Path:
         c = dataclasses.replace(c, sample_prompts=sample_prompts(c, tokenizer, validation or shards))
         windows = Windows(shards, c.model.context_length, c.seed)
         windows.check(c.train.batch_size, c.train.micro_batch_size, world.size)
-        loss_of = partial(next_token_loss, balance_weight=c.optim.balance_weight)
 
         def make_state() -> TrainState:
             model = Transformer(c.model).init(c.seed, c.start).to(world.device)
@@ -96,6 +94,12 @@ def run(c: Config) -> Path:
         inputs = {"data": shards.fingerprint, "tokenizer": tokenizer.fingerprint}
         with Run.open(c, c.train, world, inputs=inputs, fixed=FIXED, make_state=make_state) as run:
             state = run.state
+            loss_of = partial(
+                next_token_loss,
+                balance_weight=c.optim.balance_weight,
+                recompute=c.speed.recompute,
+                is_compiled=run.is_compiled,
+            )
             if run.is_new:
                 run.log(validate(c, state, tokenizer, validation, world))
                 run.log(sample(c, state, tokenizer, world))

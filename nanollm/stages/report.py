@@ -11,6 +11,8 @@ from nanollm.report.page import PAGE, write_page
 
 POSITIONAL = ("run",)
 COMPARED = "compared.html"
+WATCH_S = 10.0
+"""Between two writings of --watch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,15 +29,11 @@ class Config:
     out: Path | None = None
     """The page; null: report.html in the folder of the run, and with --compare compared.html there."""
     watch: bool = False
-    """Write the page again and again until all its runs are done; a browser that shows it reads it again, too."""
-    every: float = 10.0
-    """Seconds between two writings of --watch."""
+    """Write the page every 10 s until all its runs are done; a browser that shows it reads it again, too."""
     price: float | None = None
     """Money for an hour of the machine, in any currency: the page then tells what the run has cost."""
 
     def __post_init__(self) -> None:
-        if not 1 <= self.every <= 86_400:
-            raise ValueError(f"every must be 1 to 86,400 seconds, got {self.every:g}")
         if self.price is not None and not 0 <= self.price < 1e9:
             raise ValueError(f"price must be at least 0 and below 1e9, got {self.price:g}")
 
@@ -49,16 +47,16 @@ def run(c: Config) -> Path:
     folders = [c.run, *c.compare]
     while c.watch and not (c.run / "metrics.jsonl").exists():
         say(f"{c.run} has no metrics.jsonl yet; waiting for the run to begin")
-        time.sleep(c.every)
+        time.sleep(WATCH_S)
     runs = [read_run(folder) for folder in folders]
     check_writable(c.page.parent, "--out")
     while c.watch and not all(run.is_done for run in runs):
         try:
-            write_page(c.page, runs, c.price, c.every)
+            write_page(c.page, runs, c.price, WATCH_S)
             say(f"step {runs[0].step:,} of {runs[0].steps:,}, {duration(runs[0].quiet_s)} ago: {c.page}")
         except PermissionError:  # Windows: a browser is reading it just now
             say(f"{c.page} is in use; the next time")
-        time.sleep(c.every)
+        time.sleep(WATCH_S)
         runs = [read_run(folder) for folder in folders]
     write_page(c.page, runs, c.price)
     return c.page

@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nanollm.bundle import load_bundle
+from nanollm.extras import missing_package
 from nanollm.generate.engine import Engine
-from nanollm.generate.work import Quantize
+from nanollm.generate.request import Quantize
 from nanollm.progress import say
 from nanollm.serve.limits import Limits, is_loopback
 from nanollm.world import DeviceName, DtypeName, World
@@ -51,9 +52,7 @@ def run(c: Config) -> None:
         from nanollm.serve.app import ServeConfig, build_app
         from nanollm.serve.server import run as run_server
     except ModuleNotFoundError as error:
-        raise ValueError(
-            f'serve needs the package {error.name}; in the folder of NanoLLM: pip install -e ".[serve]"'
-        ) from error
+        raise missing_package("serve", error.name, "serve") from error
     world = World.start(c.device, c.dtype)
     bundle = load_bundle(c.bundle, world.dtype, world.device)
     shape = bundle.model.config

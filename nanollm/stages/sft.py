@@ -20,9 +20,8 @@ from nanollm.text.tokenizer import Tokenizer
 from nanollm.train.loss import next_token_loss
 from nanollm.train.optim import OptimConfig, lr_at
 from nanollm.train.run import LoopConfig, Run, RunConfig
-from nanollm.train.spikes import SIGMAS
 from nanollm.train.state import TrainState
-from nanollm.train.step import train_step
+from nanollm.train.step import SIGMAS, train_step
 from nanollm.world import World
 
 SAMPLE_TOKENS = 96
@@ -118,7 +117,6 @@ def run(c: Config) -> Path:
     with World.join(c.device, c.dtype, c.parallel) as world:
         bundle, splits, validation = _open(c, world)
         conversations = _mix(c, splits)
-        loss_of = partial(next_token_loss, balance_weight=c.optim.balance_weight)
         inputs = {
             "bundle": bundle.provenance["files"][WEIGHTS],
             "tokenizer": bundle.tokenizer.fingerprint,
@@ -130,6 +128,12 @@ def run(c: Config) -> Path:
 
         with Run.open(c, c.train, world, inputs=inputs, fixed=FIXED, make_state=make_state) as run:
             state = run.state
+            loss_of = partial(
+                next_token_loss,
+                balance_weight=c.optim.balance_weight,
+                recompute=c.speed.recompute,
+                is_compiled=run.is_compiled,
+            )
             for line in describe(c, splits):
                 say(line)
             if run.is_new:

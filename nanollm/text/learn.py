@@ -18,7 +18,7 @@ from typing import get_args
 
 import sentencepiece
 
-from nanollm.compiled import NoCompilerError
+from nanollm.kernels.build import NoCompilerError
 from nanollm.progress import say
 from nanollm.text.tokenizer import MARKS, MAX_VOCAB_SIZE, ModelType, Tokenizer
 from nanollm.text.words import count_words

@@ -3,11 +3,10 @@
 SentencePiece (arXiv:1808.06226), set up so that nothing is lost: `decode(encode(text)) == text` for every text that
 is valid Unicode. Identity normalisation, no dummy prefix, no whitespace removal, digits one by one, and 256 byte
 pieces for whatever has no piece of its own. The marks of a chat are *control* symbols: no text can spell one. Ids have
-no fixed layout, because others' tokenizers are taken as well (export/adopt.py): ask the tokenizer for an id.
+no fixed layout, because others' tokenizers are taken as well (export/import_model.py): ask the tokenizer for an id.
 """
 
 import hashlib
-import struct
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from itertools import chain
@@ -17,8 +16,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import sentencepiece
 
-from nanollm.compiled import NoCompilerError
 from nanollm.durable import write_file
+from nanollm.kernels.build import NoCompilerError
 from nanollm.progress import say
 from nanollm.text.words import NativeWords, Recipe, Words
 
@@ -149,7 +148,7 @@ class Tokenizer:
 
     @cached_property
     def _proto(self) -> Any:
-        from sentencepiece import sentencepiece_model_pb2 as proto  # needs protobuf, which comes with nanollm[export]
+        from sentencepiece import sentencepiece_model_pb2 as proto
 
         return proto.ModelProto.FromString(self.serialized)  # type: ignore[attr-defined]
 
@@ -202,7 +201,7 @@ class Tokenizer:
         """Spell word by word from now on, and each word once: for long work, because it takes a moment to begin.
 
         The ids stay the same. Not every model can be used in this way (see text/words.py); nothing changes then.
-        native: by words.cpp, where it can be compiled.
+        native: by spelling.cpp, where it can be compiled.
         """
         if self._asked_for_words:
             return
@@ -219,10 +218,12 @@ class Tokenizer:
     def _recipe(self) -> Recipe:
         """What the file says, where it says the same to SentencePiece; a damaged one may be read in two ways."""
         every = list(range(self.vocab_size))
+        from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
         try:
             recipe = Recipe.of(self.serialized)
             is_same = (recipe.pieces, recipe.scores) == (self._sp.id_to_piece(every), self._sp.get_score(every))
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError, struct.error):
+        except DecodeError:
             is_same = False
         if not is_same:
             raise ValueError("the tokenizer's file is damaged; copy it again")

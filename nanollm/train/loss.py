@@ -16,7 +16,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from nanollm.data.batches import IGNORE, Batch
-from nanollm.model.transformer import Transformer
+from nanollm.model.moe import balance_loss
+from nanollm.model.transformer import Transformer, is_empty
 
 MAX_LOGITS = 2**26
 """Logits held at once, as a number of elements of the compute type (128 MiB in bfloat16)."""
@@ -255,21 +256,27 @@ def _wide(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-def next_token_loss(model: Transformer, batch: Batch, balance_weight: float = 0.0) -> tuple[Tensor, Tensor]:
+def next_token_loss(
+    model: Transformer,
+    batch: Batch,
+    balance_weight: float = 0.0,
+    *,
+    recompute: bool = False,
+    is_compiled: bool = False,
+) -> tuple[Tensor, Tensor]:
     """Loss of a micro-batch to train on, and the part of it that is cross-entropy, both sums in nats.
 
     `balance_weight` adds the sequence-wise balance loss of every Mixture of Experts, weighted by the trained tokens
-    of its sequence so that dividing by the tokens of all micro-batches gives the mean over sequences.
+    of its sequence so that dividing by the tokens of all micro-batches gives the mean over sequences. recompute: as in
+    Trunk.routed; is_compiled: the blocks are, so that on GPUs the loss shall be, too.
     """
-    for layer in model.moe_layers():
-        layer.wants_balance_losses = balance_weight > 0
-    hidden = model.trunk(batch.tokens, positions=batch.positions)
-    cross_entropy = cross_entropy_sum(model.head, hidden, batch.targets, model.fuses_loss)
+    hidden, routings = model.trunk.routed(batch.tokens, positions=batch.positions, recompute=recompute)
+    # On CPUs logits become errors in the cache already.
+    cross_entropy = cross_entropy_sum(model.head, hidden, batch.targets, is_compiled and hidden.is_cuda)
     loss = cross_entropy
     if balance_weight:
         trained = (batch.targets != IGNORE).sum(1)  # (B,)
-        for layer in model.moe_layers():
-            assert layer.balance_losses is not None
-            loss = loss + balance_weight * (layer.balance_losses * trained).sum()
-            layer.balance_losses = None  # still wanted: a backward pass that computes a block again does all of it
+        is_text = None if batch.positions is None else ~is_empty(batch.positions)
+        for routing in routings:
+            loss = loss + balance_weight * (balance_loss(routing.scores, routing.experts, is_text) * trained).sum()
     return loss, cross_entropy.detach()

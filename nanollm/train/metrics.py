@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nanollm.durable import sync, write_file
+from nanollm.extras import missing_package
 
 TrackerName = Literal["tensorboard", "wandb", "trackio"]
 TIMED = ("tokens_per_s", "seconds", "peak_memory_gb", "rollout_s", "train_s")
@@ -78,13 +79,11 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def start_tracker(name: TrackerName, folder: Path, settings: Mapping[str, Any], *, resume_from: int = 0) -> Tracker:
-    """Open a tracker for this run, or go on with it. Its package comes with `pip install "nanollm[track]"`."""
+    """Open a tracker for this run, or go on with it. Its package comes with the extra `track`."""
     try:
         return _STARTERS[name](folder, settings, resume_from)
     except ImportError as error:
-        raise ValueError(
-            f'tracker {name} needs the package {error.name}; install it with: pip install "nanollm[track]"'
-        ) from error
+        raise missing_package(f"tracker {name}", error.name, "track") from error
 
 
 def _tensorboard(folder: Path, settings: Mapping[str, Any], resume_from: int) -> Tracker:

@@ -34,9 +34,9 @@ from nanollm.progress import Progress, say
 from nanollm.settings import check_seed, read_mapping, to_yaml
 from nanollm.text.tokenizer import Tokenizer
 from nanollm.train.checkpoint import Checkpoints, checkpoints, load_newest
+from nanollm.train.compile import SpeedConfig, compile_blocks
 from nanollm.train.memory import peak_memory
 from nanollm.train.metrics import RunLog, TrackerName, start_tracker
-from nanollm.train.speed import SpeedConfig, speed_up
 from nanollm.train.state import TrainState
 from nanollm.train.step import StepStats
 from nanollm.world import DeviceName, DtypeName, ParallelName, World
@@ -131,6 +131,7 @@ class Run:
         metrics: RunLog,
     ) -> None:
         self.state = state
+        self.is_compiled = False
         self._c, self._train, self._world, self._inputs, self._metrics = c, train, world, inputs, metrics
         self._checkpoints = Checkpoints(c.out / "checkpoints", train.keep_last, world)
         self._line: dict[str, object] = {}  # of metrics.jsonl, for the newest finished step
@@ -176,8 +177,8 @@ class Run:
                 note_start(c.out, state.step, world)
                 trackers = [start_tracker(name, c.out, settings, resume_from=state.step) for name in c.trackers]
                 metrics = RunLog(c.out, trackers, resume_from=state.step)
-            speed_up(state.model, c.speed, world.device)
             run = cls(c, train, world, inputs, state, metrics)
+            run.is_compiled = compile_blocks(state.model, c.speed, world.device)
             run._checkpoints.delete_older()
             with run._while_training:
                 run._received = run._while_training.enter_context(_signals(world))

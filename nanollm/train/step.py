@@ -8,17 +8,42 @@ that are sums over all of them.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import fmean, pstdev
 from typing import Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
 
 from nanollm.model.transformer import Transformer
+from nanollm.train.compile import fastest_attention
 from nanollm.train.optim import OptimConfig
-from nanollm.train.speed import fastest_attention
-from nanollm.train.spikes import highest_usual, remember
 from nanollm.train.state import TrainState
 from nanollm.world import World
+
+SIGMAS = 6.0
+"""As a rule."""
+WINDOW = 128
+"""Steps that a loss is compared with."""
+MIN_LOSSES = 64
+"""Steps before which nothing is an outlier."""
+
+
+def spike_threshold(losses: Sequence[float], sigmas: float) -> float:
+    """The largest loss that is not an outlier after these; infinite while they are too few, or with 0 sigmas.
+
+    Source: the skip-step optimizer of OLMo-core (github.com/allenai/OLMo-core, 6 standard deviations over 128 steps).
+    There an outlier enters the window as it is, so that after a few of them the next one passes; here it enters as the
+    largest loss that would have passed: what stays a little higher is soon normal again, what is a hundred times higher
+    never is.
+    """
+    if not sigmas or len(losses) < MIN_LOSSES:
+        return float("inf")
+    return fmean(losses) + sigmas * pstdev(losses)
+
+
+def update_window(losses: Sequence[float], loss: float, highest: float) -> list[float]:
+    """The window after one more finite loss."""
+    return [*losses, min(loss, highest)][-WINDOW:]
 
 
 class MicroBatch(Protocol):
@@ -107,10 +132,10 @@ def train_step(
     (reported_sum, grad_norm), *tokens_of_experts = (part.tolist() for part in numbers.split([2, *map(len, loads)]))
     reported = reported_sum / count
     finite = math.isfinite(reported) and math.isfinite(grad_norm)
-    highest = highest_usual(state.losses, c.spike_sigmas)
+    highest = spike_threshold(state.losses, c.spike_sigmas)
     moves = finite and reported <= highest
     if finite:
-        state.losses = remember(state.losses, reported, highest)
+        state.losses = update_window(state.losses, reported, highest)
     if moves:
         if c.max_grad_norm and grad_norm > c.max_grad_norm:
             torch._foreach_mul_(grads, c.max_grad_norm / grad_norm)
@@ -123,7 +148,6 @@ def train_step(
     _adjust_loss_scale(state, finite)
     for layer in state.model.moe_layers():
         layer.balance(c.balance_rate if moves else 0.0)
-        layer.balance_losses = None  # a block that is computed again leaves its own
     return StepStats(
         loss=reported,
         grad_norm=grad_norm,

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from nanollm.bundle import Bundle
 from nanollm.export import hf
-from nanollm.export.dense import exported_shape
+from nanollm.export.dense_to_moe import exported_shape
 from nanollm.model.config import ModelConfig
 from nanollm.model.transformer import Transformer
 from nanollm.settings import load_preset
@@ -57,7 +57,7 @@ def test_a_large_model_lies_in_several_files(bundle, form, tmp_path, monkeypatch
 @pytest.mark.parametrize("form, parameters", [("compact", 327_007_232), ("deepseek-v3", 468_583_424)])
 def test_nano_327m_has_as_many_parameters_there_as_we_say(form, parameters, tokenizer, tmp_path):
     shape = ModelConfig(**load_preset("model", "nano-327m"))
-    words = hf.config_words(shape, tokenizer, form, torch.bfloat16)
+    words = hf.hf_config(shape, tokenizer, form, torch.bfloat16)
     (tmp_path / "config.json").write_text(json.dumps(words), encoding="utf-8")
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
@@ -67,7 +67,7 @@ def test_nano_327m_has_as_many_parameters_there_as_we_say(form, parameters, toke
 
 
 def test_a_reply_ends_where_ours_ends(tokenizer):
-    words = transformers.GenerationConfig(**hf.generation_words(tokenizer))
+    words = transformers.GenerationConfig(**hf.generation_config(tokenizer))
     assert words.eos_token_id == [tokenizer.eos_id, tokenizer.mark_id("<|end|>")]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from nanollm.export.modelfile import modelfile
+from nanollm.export.gguf import modelfile
 from nanollm.text.chat import TEMPLATE, Conversation, Message
 
 CONTENTS = [

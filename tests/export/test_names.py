@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nanollm.export import names
-from nanollm.export.hf import config_words
+from nanollm.export.hf import hf_config
 from nanollm.model.config import ModelConfig
 from nanollm.model.transformer import Transformer
 from nanollm.settings import load_preset, preset_names
@@ -23,13 +23,13 @@ def test_tensors_come_back_under_our_names():
 @pytest.mark.parametrize("preset", preset_names("model"))
 def test_the_shape_comes_back_from_the_compact_config(preset, tokenizer):
     shape = ModelConfig(**load_preset("model", preset))
-    assert names.config_of(config_words(shape, tokenizer, "compact", torch.float32)) == shape
+    assert names.from_hf_config(hf_config(shape, tokenizer, "compact", torch.float32)) == shape
 
 
 @pytest.mark.parametrize("first", [0, 1, 2])
 def test_the_shape_comes_back_from_the_config_of_deepseek_v3(first, tokenizer):
     shape = replace(TINY, moe_every=1, n_dense_first=first)
-    assert names.config_of(config_words(shape, tokenizer, "deepseek-v3", torch.float32)) == shape
+    assert names.from_hf_config(hf_config(shape, tokenizer, "deepseek-v3", torch.float32)) == shape
 
 
 @pytest.mark.parametrize(

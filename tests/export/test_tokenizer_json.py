@@ -8,7 +8,7 @@ from jinja2 import TemplateError
 from sentencepiece import sentencepiece_model_pb2
 from transformers import AutoTokenizer
 
-from nanollm.export.adopt import adopt_tokenizer
+from nanollm.export.import_model import import_tokenizer
 from nanollm.export.tokenizer_json import TOKENIZER_FILES, write_tokenizer
 from nanollm.sources.openwebtext import documents
 from nanollm.text.chat import Conversation, encode_conversation, encode_prompt
@@ -96,25 +96,10 @@ def test_a_literal_space_mark_is_spelled_in_bytes_and_comes_back(tokenizer, tmp_
 
 
 @pytest.mark.slow
-def test_100_000_strings_have_the_same_ids(tokenizer, tmp_path):
-    strings = many_texts()
-    there = ids_there(read_back(tokenizer, tmp_path), strings)
-    assert first_difference(strings, map(tokenizer.encode, strings), there) is None
-
-
-@pytest.mark.slow
 @pytest.mark.realdata
 def test_100_000_strings_have_the_same_ids_with_50_304_pieces(shared_data, tmp_path):
     corpus = documents([shared_data / "openwebtext" / "train-00000-of-00004.parquet"], on_bad=pytest.fail)
     tokenizer, strings = train(corpus, tmp_path / "owt.model", vocab_size=50_304), many_texts()
-    there = ids_there(read_back(tokenizer, tmp_path), strings)
-    assert first_difference(strings, map(tokenizer.encode, strings), there) is None
-
-
-@pytest.mark.realdata
-def test_real_documents_have_the_same_ids(shared_data, tokenizer, tmp_path):
-    corpus = documents([shared_data / "openwebtext" / "train-00000-of-00004.parquet"], on_bad=pytest.fail)
-    strings = [text for _, text in zip(range(200), corpus, strict=False)]
     there = ids_there(read_back(tokenizer, tmp_path), strings)
     assert first_difference(strings, map(tokenizer.encode, strings), there) is None
 
@@ -168,7 +153,7 @@ def test_a_message_that_spells_a_mark_is_refused(theirs, mark):
 @pytest.mark.parametrize("model_type", ["bpe", "unigram"])
 def test_an_imported_tokenizer_keeps_its_symbols_and_its_ids(tmp_path, model_type):
     foreign = sentencepiece_model(model_type=model_type, bos_piece="<|begin|>", control_symbols="[INST]")
-    tokenizer, strings = adopt_tokenizer(foreign, 500, {}, []), [*drawn(texts, 200), "[INST] <|begin|>"]
+    tokenizer, strings = import_tokenizer(foreign, 500, {}, []), [*drawn(texts, 200), "[INST] <|begin|>"]
     backend = read_back(tokenizer, tmp_path)
     assert first_difference(strings, strings, map(backend.decode, ids_there(backend, strings))) is None
     if model_type == "bpe":

@@ -8,7 +8,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from nanollm.bundle import load_bundle, save_bundle
-from nanollm.export import in_llama, in_transformers, llama, verify
+from nanollm.export import engines, verify
 from nanollm.stages.export import Config, run
 from nanollm.text.chat import encode_prompt
 from nanollm.text.learn import Sample, train_on
@@ -31,7 +31,7 @@ FORMS = [
 def with_llama():
     """llama.cpp; what needs it skips with what would install it."""
     try:
-        llama.package_folder()
+        engines.package_folder()
     except ValueError as missing:
         pytest.skip(str(missing))
 
@@ -43,8 +43,8 @@ def exported(bundle, form, dtype, folder):
 
 
 def compare(form, path, bundle, dtype):
-    engine = in_llama if form == "gguf" else in_transformers
-    return list(engine.compare(path, load_bundle(bundle), dtype, PROMPTS))
+    compare_in = engines.compare_in_llama_cpp if form == "gguf" else engines.compare_in_transformers
+    return list(compare_in(path, load_bundle(bundle), dtype, PROMPTS))
 
 
 @pytest.mark.parametrize("form, dtype", FORMS)
@@ -76,7 +76,7 @@ def test_a_tensor_that_is_missing_is_told(trained, tmp_path):
     tensors = load_file(path / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, path / "model.safetensors", {"format": "pt"})
-    first = next(in_transformers.compare(path, load_bundle(trained), "f32", PROMPTS))
+    first = next(engines.compare_in_transformers(path, load_bundle(trained), "f32", PROMPTS))
     assert not first.holds
     assert "missing_keys: model.layers.1.mlp.up_proj.weight" in first.found
 
@@ -84,7 +84,7 @@ def test_a_tensor_that_is_missing_is_told(trained, tmp_path):
 def test_positions_may_differ_where_two_tokens_are_equally_likely(trained):
     bundle = load_bundle(trained)
     samples = verify.Samples.of(bundle, PROMPTS)
-    ours = [verify.Seen.of(verify.our_logits(bundle, ids), ids) for ids in samples.windows]
+    ours = [verify.TokenScores.of(verify.our_logits(bundle, ids), ids) for ids in samples.windows]
     token, twin = int(ours[0].top[5]), bundle.tokenizer.vocab_size
     theirs = [*ours]
     theirs[0] = replace(ours[0], top=ours[0].top.clone())
@@ -108,10 +108,10 @@ def test_another_tokenizers_export_is_told_apart(trained, tmp_path):
 def test_replies_of_transformers_do_not_depend_on_their_company(trained, tmp_path):
     path = exported(trained, "compact", "f32", tmp_path / "out")
     bundle = load_bundle(trained)
-    model, _, complaints = in_transformers.load(path)
+    model, _, complaints = engines.load(path)
     prompts = verify.Samples.of(bundle, PROMPTS).prompts
-    together = in_transformers.continue_greedily(model, prompts, 20, bundle.tokenizer.pad_id)
-    alone = [in_transformers.continue_greedily(model, [prompt], 20, bundle.tokenizer.pad_id)[0] for prompt in prompts]
+    together = engines.continue_greedily(model, prompts, 20, bundle.tokenizer.pad_id)
+    alone = [engines.continue_greedily(model, [prompt], 20, bundle.tokenizer.pad_id)[0] for prompt in prompts]
     assert complaints == ""
     assert together == alone
 
@@ -147,16 +147,16 @@ def test_the_samples_hold_what_is_promised(trained):
 def test_a_missing_llama_cpp_is_told_with_what_installs_it(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="npm install node-llama-cpp"):
-        llama.package_folder()
+        engines.package_folder()
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(ValueError, match=r"needs Node.js 20 or newer"):
-        llama.package_folder()
+        engines.package_folder()
 
 
 def test_a_file_that_is_no_gguf_is_told_by_its_path(with_llama, tmp_path):
     (tmp_path / "model.gguf").write_bytes(b"not a model")
     with pytest.raises(RuntimeError, match=r"llama.cpp could not read .*model\.gguf"):
-        llama.ask(tmp_path / "model.gguf", texts=["a"])
+        engines.ask_llama_cpp(tmp_path / "model.gguf", texts=["a"])
 
 
 def test_only_a_unigram_tokenizer_may_cut_a_text_in_another_way(tokenizer):

@@ -19,9 +19,9 @@ NO_LIMIT = ("objective.cispo_max", "objective.importance_cap")  # where infinity
 
 
 def verb_of(file):
-    """The verb that a file is for; a model's preset is read by all, and info needs nothing else."""
+    """The verb that a file is for; a model's preset is read by all, and plan needs nothing else."""
     kind = file.partition("/")[0]
-    return "info" if kind == "model" else kind
+    return "plan" if kind == "model" else kind
 
 
 def kinds_of(file):
@@ -220,7 +220,7 @@ IMPOSSIBLE = [
     (MODEL, {"model.rms_norm_eps": 1.0}, ["model.rms_norm_eps"]),
     (MODEL, {"model.rope_theta": 0.0}, ["model.rope_theta"]),
     (MODEL, {"model.d_model": 10**6, "model.n_blocks": 10**6}, ["model.d_model", "model.n_blocks"]),
-    (MODEL, {"micro_batch_size": 0}, ["micro_batch_size"]),
+    (MODEL, {"gpus": 0}, ["gpus"]),
     (PRETRAIN, {"train.micro_batch_size": 3}, ["train.batch_size", "train.micro_batch_size"]),
     (PRETRAIN, {"train.micro_batch_size": 16}, ["train.batch_size", "train.micro_batch_size"]),
     *(
@@ -228,7 +228,6 @@ IMPOSSIBLE = [
         for name in ("steps", "log_every", "keep_last", "batch_size")
     ),
     *((PRETRAIN, {f"train.{name}_every": -1}, [f"train.{name}_every"]) for name in ("validate", "sample", "save")),
-    *((PRETRAIN, {f"train.{name}": 10**10}, [f"train.{name}"]) for name in ("steps", "validate_every", "batch_size")),
     (PRETRAIN, {"validation_windows": -1}, ["validation_windows"]),
     *(
         (file, {"seed": seed}, ["seed"])
@@ -252,30 +251,27 @@ IMPOSSIBLE = [
     (SFT, {"validation_conversations": -1}, ["validation_conversations"]),
     (GRPO, {"rollout.group_size": 1}, ["rollout.group_size"]),
     (GRPO, {"rollout.prompts": 0}, ["rollout.prompts"]),
-    *((GRPO, {f"rollout.{name}": 10**9}, [f"rollout.{name}"]) for name in ("prompts", "group_size", "max_tokens")),
-    *((GRPO, {"rollout.temperature": value}, ["rollout.temperature"]) for value in (0.0, 1e30)),
-    (GRPO, {"rollout.top_p": 0.9}, ["rollout.top_p"]),
-    (GRPO, {"rollout.top_k": 40}, ["rollout.top_k"]),
+    (GRPO, {"rollout.temperature": 0.0}, ["rollout.temperature"]),
     *((GRPO, {"rollout.engine": value}, ["rollout.engine"]) for value in ("", "http://x:1", "vllm://x:0", "vllm://x")),
     (GRPO, {"reference": "a"}, ["reference", "objective.beta"]),
     (GRPO, {"optim.balance_weight": 0.1}, ["optim.balance_weight"]),
     (GRPO, {"objective.clip_low": 1.0}, ["objective.clip_low"]),
     (GRPO, {"objective.cispo_max": 0.5}, ["objective.cispo_max"]),
     (GRPO, {"objective.importance_cap": 0.5}, ["objective.importance_cap"]),
-    *((GRPO, {"objective.updates": value}, ["objective.updates"]) for value in (0, 10**6)),
+    (GRPO, {"objective.updates": 0}, ["objective.updates"]),
     *((GRPO, {"reward.weights": value}, ["reward.weights"]) for value in ({}, {"correct": 0.0}, {"correct": math.nan})),
     (GRPO, {"reward.weights": {"banana": 1.0}}, ["reward.weights", "banana"]),
     (GRPO, {"reward.weights": {"length": 1.0}, "reward.soft_tokens": 73}, ["reward.soft_tokens", "rollout.max_tokens"]),
     *((GRPO, {"reward.timeout_s": value}, ["reward.timeout_s"]) for value in (0.0, 1e9)),
     *((GRPO, {"task.levels": value}, ["task.levels"]) for value in ([], [5], [1, 1])),
-    *((GRPO, {"task.largest": value}, ["task.largest"]) for value in (4, 10**9)),
+    (GRPO, {"task.largest": 4}, ["task.largest"]),
     (GRPO, {"task.name": "banana"}, ["task.name"]),
     (GRPO, {"task.name": "gsm8k"}, ["task.levels", "gsm8k"]),
     (GRPO, {"task.input": ["a"]}, ["task.input", "gsm8k"]),
     (GRPO, {"validation_problems": -1}, ["validation_problems"]),
     *((OWT, {"val_fraction": value}, ["val_fraction"]) for value in (1.0, -0.1, math.nan)),
     *((OWT, {name: 0}, [name]) for name in ("max_tokens_train", "shard_tokens", "flush_every", "num_workers", "parts")),
-    *((OWT, {name: 10**9}, [name]) for name in ("num_workers", "parts")),
+    (OWT, {"parts": 10**9}, ["parts"]),
     (OWT, {"max_tokens_val": -1}, ["max_tokens_val"]),
     (OWT, {"parts": 8}, ["parts", "--part,"]),
     (OWT, {"part": 1}, ["--part ", "--parts"]),
@@ -307,8 +303,6 @@ IMPOSSIBLE = [
     (CURATE, {"ray.mem_gb": 0.0}, ["ray.mem_gb"]),
     (CURATE, {"filters.min_words": 10, "filters.max_words": 9}, ["filters.min_words", "filters.max_words"]),
     (CURATE, {"filters.language": "en"}, ["filters.language", "filters.language_model"]),
-    *((CURATE, {f"dedup.{name}": 10**9}, [f"dedup.{name}"]) for name in ("words", "buckets", "hashes")),
-    (CURATE, {"evals.ngram": 0}, ["evals.ngram"]),
     *((CURATE, {name: ""}, [name]) for name in ("text_column", "evals.column")),
     (CURATE, {"val_fraction": 1.0}, ["val_fraction"]),
 ]

@@ -19,9 +19,8 @@ from nanollm.train.metrics import read_metrics
 from nanollm.train.optim import OptimConfig
 from nanollm.train.parts import own_part
 from nanollm.train.run import MAX_SKIPPED_IN_A_ROW
-from nanollm.train.spikes import FEWEST, SIGMAS, WINDOW, highest_usual, remember
 from nanollm.train.state import TrainState
-from nanollm.train.step import train_step
+from nanollm.train.step import MIN_LOSSES, SIGMAS, WINDOW, spike_threshold, train_step, update_window
 from nanollm.world import World
 from tests.ranks.test_training import begin, rows, with_mesh
 from tests.ranks.together import together
@@ -67,7 +66,7 @@ def spike_on_one_rank(world: World, folder: Path):
     for parallel in ("ddp", "fsdp"):
         own = with_mesh(world, parallel)
         state, saved = begin(own), Checkpoints(folder / parallel, 1, own)
-        for state.step in range(FEWEST + 6):
+        for state.step in range(MIN_LOSSES + 6):
             train_step(state, rows(state.step % 10, own), next_token_loss, 1e-3, SPIKES, own)
         saved.save(state)
         saved.wait()
@@ -130,7 +129,7 @@ def test_of_a_run_that_meets_nothing_finite_the_weights_stay_and_its_batches_are
 
 def test_a_loss_a_hundred_times_as_high_moves_nothing_and_the_next_step_goes_on(start, batch_at, tmp_path):  # noqa: F811
     state = start()
-    for step in range(FEWEST + 6):
+    for step in range(MIN_LOSSES + 6):
         assert not train_step(state, [batch_at(step)], next_token_loss, 1e-3, SPIKES, World()).skipped
         state.step += 1
     save_checkpoint(tmp_path, state, keep_last=1)
@@ -150,8 +149,8 @@ def test_what_stays_a_little_higher_is_soon_usual_and_what_is_far_above_never_is
 
     def skipped(level):
         losses, count = usual, 0
-        while level > (highest := highest_usual(losses, SIGMAS)) and count < MAX_SKIPPED_IN_A_ROW:
-            losses, count = remember(losses, level, highest), count + 1
+        while level > (highest := spike_threshold(losses, SIGMAS)) and count < MAX_SKIPPED_IN_A_ROW:
+            losses, count = update_window(losses, level, highest), count + 1
         return count
 
     assert skipped(3.2) == 0
@@ -160,9 +159,9 @@ def test_what_stays_a_little_higher_is_soon_usual_and_what_is_far_above_never_is
 
 
 def test_too_few_losses_or_no_sigmas_forbid_nothing():
-    assert highest_usual([1.0] * (FEWEST - 1), SIGMAS) == math.inf
-    assert highest_usual([1.0] * WINDOW, 0.0) == math.inf
-    assert highest_usual([1.0] * WINDOW, SIGMAS) == 1.0
+    assert spike_threshold([1.0] * (MIN_LOSSES - 1), SIGMAS) == math.inf
+    assert spike_threshold([1.0] * WINDOW, 0.0) == math.inf
+    assert spike_threshold([1.0] * WINDOW, SIGMAS) == 1.0
 
 
 @pytest.mark.parametrize("stage", [pretrain, sft])

@@ -65,7 +65,7 @@ def test_one_expert_may_get_every_token_and_the_others_none(tiny_model, rng, fav
     layer.balance_bias.zero_()[favourite] = 100.0
     x = torch.randn(2, 9, TINY.d_model, generator=rng)
     layer.train()
-    layer(x).sum().backward()
+    layer(x)[0].sum().backward()
     assert layer.load[favourite] == 18
     assert all(torch.isfinite(parameter.grad).all() for parameter in layer.parameters())
 
@@ -100,7 +100,7 @@ def test_the_bias_steers_the_choice_but_never_the_weight(rng):
 def test_top_1_leaves_the_router_a_gradient(rng):
     c = dataclasses.replace(TINY, experts_per_token=1, norm_topk_prob=False)
     layer = Transformer(c).init(0).trunk.blocks[1].ffn
-    layer(torch.randn(2, 9, c.d_model, generator=rng)).square().sum().backward()
+    layer(torch.randn(2, 9, c.d_model, generator=rng))[0].square().sum().backward()
     assert layer.centroids.grad.abs().max() > 0
 
 

@@ -27,8 +27,9 @@ def test_a_token_does_not_change_the_logits_before_it(tiny_model, rng):
     tokens = torch.randint(tiny_model.config.vocab_size, (1, 20), generator=rng)
     changed = tokens.clone()
     changed[0, 12] = (tokens[0, 12] + 1) % tiny_model.config.vocab_size
-    before, after = tiny_model(tokens), tiny_model(changed)
-    torch.testing.assert_close(before[:, :12], after[:, :12], rtol=0, atol=1e-6)
+    model = tiny_model.double()  # in float32 processors differ in how products of other sizes are rounded
+    before, after = model(tokens), model(changed)
+    torch.testing.assert_close(before[:, :12], after[:, :12], rtol=0, atol=1e-12)
     assert not torch.allclose(before[:, 12:], after[:, 12:])
 
 

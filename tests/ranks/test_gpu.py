@@ -13,9 +13,9 @@ from nanollm.model.config import ModelConfig
 from nanollm.model.transformer import Transformer
 from nanollm.settings import load_preset
 from nanollm.train.checkpoint import Checkpoints, load_newest
+from nanollm.train.compile import SpeedConfig, compile_blocks
 from nanollm.train.loss import next_token_loss
 from nanollm.train.optim import OptimConfig
-from nanollm.train.speed import SpeedConfig, speed_up
 from nanollm.train.state import TrainState
 from nanollm.train.step import train_step
 from nanollm.world import World
@@ -49,7 +49,7 @@ def with_mesh(world: World, parallel: str) -> World:
 
 def begin(world: World, compile: str = "off") -> TrainState:
     state = TrainState.start(Transformer(SHAPE).init(0).to(CUDA), OPTIM, world, [EMBED])
-    speed_up(state.model, SpeedConfig(compile=compile), CUDA)
+    compile_blocks(state.model, SpeedConfig(compile=compile), CUDA)
     return state
 
 

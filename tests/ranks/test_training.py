@@ -17,7 +17,6 @@ from nanollm.train.checkpoint import Checkpoints, checkpoints, load_newest, save
 from nanollm.train.loss import next_token_loss
 from nanollm.train.optim import OptimConfig
 from nanollm.train.run import check_same_everywhere
-from nanollm.train.speed import SpeedConfig, speed_up
 from nanollm.train.state import TrainState
 from nanollm.train.step import train_step
 from nanollm.world import World
@@ -42,9 +41,9 @@ def begin(world: World, dtype: torch.dtype = torch.float32) -> TrainState:
     return TrainState.start(Transformer(CONFIG).init(0), OPTIM, world, [EMBED])
 
 
-def steps(state: TrainState, world: World, count: int) -> list[float]:
+def steps(state: TrainState, world: World, count: int, **options: bool) -> list[float]:
     def loss_of(model, batch):
-        return next_token_loss(model, batch, OPTIM.balance_weight)
+        return next_token_loss(model, batch, OPTIM.balance_weight, **options)
 
     losses = []
     for _ in range(count):
@@ -76,12 +75,11 @@ def train_in_all_ways(world, folder):
         saved.wait()
         weights = state.bundle_weights()
         half = begin(own, torch.bfloat16)
-        speed_up(half.model, SpeedConfig(compile="off", recompute=True), own.device)
         found[parallel] = {
             "numbers": numbers + later,
             "weights": weights,
             "looked_at": looked_at,
-            "half": steps(half, own, 3),
+            "half": steps(half, own, 3, recompute=True),
         }
     return found
 

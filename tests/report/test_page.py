@@ -107,12 +107,12 @@ def test_watching_ends_when_the_run_does(write_run, monkeypatch):
     def finish(seconds):
         waits.append(seconds)
         page = (folder / "report.html").read_text("utf-8")
-        assert '<meta http-equiv="refresh" content="3">' in page and "50 of 100 (50%)" in page
+        assert '<meta http-equiv="refresh" content="10">' in page and "50 of 100 (50%)" in page
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics(100)))
 
     monkeypatch.setattr("time.sleep", finish)
-    report.run(report.Config(run=folder, watch=True, every=3))
-    assert waits == [3]
+    report.run(report.Config(run=folder, watch=True))
+    assert waits == [10]
     assert 'http-equiv="refresh"' not in (folder / "report.html").read_text("utf-8")
 
 
@@ -159,7 +159,6 @@ def test_stdout_has_the_path_alone(write_run, capsys):
         (["{tmp}"], "is not the folder of a run: it has no config.yaml; give one such as {damaged}, {run}"),
         (["{run}/none"], "is not the folder of a run: it has no config.yaml; give one such as runs/NAME"),
         (["{run}/bundle"], "is not the folder of a run: it has no config.yaml; give one such as {run}"),
-        (["{run}", "--every", "0.1"], "every must be 1 to 86,400 seconds, got 0.1"),
         (["{run}", "--price", "-1"], "price must be at least 0 and below 1e9, got -1"),
         (["{run}", "--compare", "{tmp}/none"], "is not the folder of a run: it has no config.yaml"),
         (["{damaged}"], "metrics.jsonl, line 2 is damaged (KeyError('step')); remove that line"),

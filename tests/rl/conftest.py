@@ -8,12 +8,10 @@ import pytest
 import torch
 
 from nanollm.model.transformer import Transformer
-from nanollm.rl.advantage import group_advantages
 from nanollm.rl.grpo import Collector, SignalWatch, make_micro_batches, open_sampler, update_policy
-from nanollm.rl.loss import ObjectiveConfig
-from nanollm.rl.record import policy_metrics, rollout_metrics, save_rollouts
+from nanollm.rl.loss import ObjectiveConfig, group_advantages
 from nanollm.rl.reward import RewardConfig, Rewards
-from nanollm.rl.rollout import RolloutConfig
+from nanollm.rl.rollout import RolloutConfig, policy_metrics, rollout_metrics, save_rollouts
 from nanollm.sources.gsm8k import Problem
 from nanollm.text.tokenizer import Tokenizer
 from nanollm.train.optim import OptimConfig

@@ -8,8 +8,7 @@ import torch
 from nanollm.data.batches import Batch
 from nanollm.model.transformer import Transformer
 from nanollm.rl import grpo, loss, rollout
-from nanollm.rl.advantage import group_advantages
-from nanollm.rl.loss import ObjectiveConfig
+from nanollm.rl.loss import ObjectiveConfig, group_advantages
 from nanollm.rl.reward import Reward
 from nanollm.rl.rollout import Group, Rollout, RolloutConfig
 from nanollm.sources.gsm8k import Problem

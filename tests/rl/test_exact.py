@@ -9,10 +9,9 @@ import pytest
 import torch
 
 from nanollm.model.transformer import Transformer
-from nanollm.rl.advantage import group_advantages
 from nanollm.rl.grpo import frozen_logprobs, make_micro_batches
-from nanollm.rl.loss import ObjectiveConfig, grpo_loss
-from nanollm.rl.record import policy_metrics
+from nanollm.rl.loss import ObjectiveConfig, group_advantages, grpo_loss
+from nanollm.rl.rollout import policy_metrics
 from tests.rl import promises
 
 CHOICES = list(

@@ -6,8 +6,8 @@ import time
 import psutil
 import pytest
 
-from nanollm.rl.judge import MAX_TIMEOUTS
 from nanollm.rl.reward import Reply, RewardConfig, Rewards, overlong, well_formed
+from nanollm.rl.sandbox import MAX_TIMEOUTS
 from nanollm.sources.gsm8k import Problem
 from tests.rl.conftest import EndsSoon
 

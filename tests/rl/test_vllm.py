@@ -6,20 +6,21 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
 import torch
 
-from nanollm.bundle import build_model
-from nanollm.export.adopt import adopt
-from nanollm.export.checkpoint import read_checkpoint
+from nanollm.bundle import Bundle, build_model
+from nanollm.export.import_model import import_model, read_checkpoint
 from nanollm.generate.engine import generate
 from nanollm.generate.sampling import SamplingConfig
 from nanollm.model.transformer import Transformer
 from nanollm.rl.rollout import RolloutConfig, roll_out
 from nanollm.rl.vllm import VllmServer
+from nanollm.stages.grpo import export_for_vllm
 from nanollm.text.chat import reply_ends
 from tests.model.conftest import TINY, randomised
 from tests.rl.conftest import EndsSoon
@@ -52,7 +53,7 @@ class Vllm:
         self.reset()
 
     def reload(self) -> None:
-        adopted = adopt(read_checkpoint(self.folder))
+        adopted = import_model(read_checkpoint(self.folder))
         self.read = build_model(adopted.config)
         self.read.load_state_dict({name: tensor.clone() for name, tensor in adopted.weights.items()}, assign=True)
         self.tokenizer = adopted.tokenizer
@@ -172,6 +173,10 @@ def policy(tokenizer) -> Transformer:
     return randomised(Transformer(dataclasses.replace(TINY, vocab_size=tokenizer.vocab_size)).init(0)).eval()
 
 
+def exporter(policy, tokenizer):
+    return partial(export_for_vllm, Bundle(policy, tokenizer, {"made_by": "a test"}), torch.float32)
+
+
 @pytest.fixture
 def connect(tmp_path, tokenizer, policy):
     """A server of the policy, written by us, and what asks it; options are the server's."""
@@ -184,8 +189,7 @@ def connect(tmp_path, tokenizer, policy):
             folder=tmp_path / "vllm",
             config=policy.config,
             tokenizer=tokenizer,
-            provenance={"made_by": "a test"},
-            dtype="f32",
+            export=exporter(policy, tokenizer),
             timeout_s=10.0,
             waits_s=(0.01, 0.01),
         )
@@ -244,9 +248,6 @@ def test_all_prompts_of_a_step_are_asked_at_once(connect):
 def test_a_push_replaces_the_files_of_the_export_and_nothing_else(connect, policy):
     ours, _ = connect()
     inode = ours.folder.stat().st_ino
-    record = json.loads((ours.folder / "provenance.json").read_bytes())
-    record["export"]["files"].append("model-00002-of-00002.safetensors")  # as an export in another type would leave
-    (ours.folder / "provenance.json").write_text(json.dumps(record), encoding="utf-8")
     for name in ("model-00002-of-00002.safetensors", "notes.txt"):
         (ours.folder / name).touch()
     ours.push(policy.state_dict())
@@ -283,7 +284,12 @@ def test_a_server_that_does_not_answer_is_not_waited_for_without_end(connect):
 
 def test_where_no_server_is_the_command_that_starts_one_is_said(tmp_path, tokenizer, policy):
     server = VllmServer(
-        host="::1", port=1, folder=tmp_path / "a b", config=policy.config, tokenizer=tokenizer, provenance={}
+        host="::1",
+        port=1,
+        folder=tmp_path / "a b",
+        config=policy.config,
+        tokenizer=tokenizer,
+        export=exporter(policy, tokenizer),
     )
     command = (
         f"VLLM_SERVER_DEV_MODE=1 vllm serve '{tmp_path}/a b' --host ::1 --port 1 --max-model-len 64 "
@@ -396,6 +402,6 @@ def test_a_package_that_is_missing_is_named(connect, policy, monkeypatch):
     ours, _ = connect()
     monkeypatch.setitem(sys.modules, "nanollm.export.folder", None)
     with pytest.raises(
-        ValueError, match=r'need the package .*; in the folder of NanoLLM: pip install -e "\.\[export\]"'
+        ValueError, match=r'needs the package .*; in the folder of NanoLLM: pip install -e "\.\[export\]"'
     ):
         ours.push(policy.state_dict())

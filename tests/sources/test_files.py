@@ -302,6 +302,6 @@ def test_what_on_bad_raises_reaches_the_caller(tmp_path):
 
 def test_a_missing_library_is_named_with_the_command_that_brings_it():
     with pytest.raises(
-        ValueError, match=r'no_such_library is needed to fly; install it with: pip install "nanollm\[data\]"'
+        ValueError, match=r'no_such_library is needed to fly; in the folder of NanoLLM: pip install -e "\.\[data\]"'
     ):
         files.need("no_such_library", "to fly")

@@ -6,7 +6,7 @@ import pytest
 
 from nanollm.cli import main
 
-QUICK = ["--rows", "1", "2", "--context", "16", "--prompt", "20", "--tokens", "1", "--repeats", "2"]
+QUICK = ["--rows", "1", "2", "--context", "16", "--prompt", "20", "--tokens", "1"]
 
 
 @pytest.mark.parametrize("quantize", ["none", "int8"])

@@ -14,7 +14,7 @@ import pytest
 
 from nanollm import cli
 from nanollm.bundle import load_bundle, save_bundle
-from nanollm.generate.talk import Talk
+from nanollm.generate.chat_session import Talk
 from nanollm.model.transformer import Transformer
 from nanollm.sources.chats import conversations
 from nanollm.stages import chat

@@ -338,7 +338,6 @@ def test_impossible_settings_are_one_line(config):
         (FilterConfig, {"min_letters": 1.5}, "filters.min_letters must be above 0 and at most 1, got 1.5"),
         (FilterConfig, {"language": "en"}, "filters.language needs filters.language_model FILE; fastText's is at"),
         (DedupConfig, {"buckets": 0}, "dedup.buckets must be at least 1, got 0"),
-        (EvalsConfig, {"ngram": 0}, "evals.ngram must be at least 1, got 0"),
     ]:
         with pytest.raises(ValueError, match=complaint):
             section(**options)

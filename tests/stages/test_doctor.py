@@ -11,7 +11,7 @@ import torch
 
 from nanollm import hardware
 from nanollm.cli import main
-from nanollm.generate import native
+from nanollm.generate import cpu_runner as native
 from nanollm.hardware import GB
 from nanollm.model.cache import LatentCache
 from nanollm.stages import doctor, tokenizer

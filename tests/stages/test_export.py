@@ -10,7 +10,7 @@ import pytest
 
 from nanollm import cli
 from nanollm.bundle import load_bundle, save_bundle
-from nanollm.export import in_transformers, push
+from nanollm.export import engines, hub
 from nanollm.stages import export
 from nanollm.stages.export import Config, plan, run
 
@@ -157,20 +157,20 @@ def test_a_missing_package_is_named_with_what_installs_it(complaint, monkeypatch
             raise PackageNotFoundError(name)
 
     monkeypatch.setattr(export, "version", version)
-    assert 'export needs protobuf; in the folder of NanoLLM: pip install -e ".[export]"' in complaint()
+    assert 'export needs the package protobuf; in the folder of NanoLLM: pip install -e ".[export]"' in complaint()
 
 
 def test_what_does_not_hold_ends_in_exit_code_1_and_is_not_pushed(bundle, tmp_path, monkeypatch, capsys):
     pushed = []
-    monkeypatch.setattr(push, "push", lambda *words, **options: pushed.append(words))
-    monkeypatch.setattr(push, "check_access", lambda: None)
-    compare = in_transformers.compare
+    monkeypatch.setattr(hub, "push", lambda *words, **options: pushed.append(words))
+    monkeypatch.setattr(hub, "check_access", lambda: None)
+    compare = engines.compare_in_transformers
 
     def compare_with_another_head(folder, ours, dtype, prompts):
         ours.model.head.weight.data[5] += 1
         return compare(folder, ours, dtype, prompts)
 
-    monkeypatch.setattr(in_transformers, "compare", compare_with_another_head)
+    monkeypatch.setattr(engines, "compare_in_transformers", compare_with_another_head)
     with pytest.raises(SystemExit, match="does not say what"):
         run(Config(bundle=bundle, out=tmp_path / "out", verify=True, verify_prompts=2, push="ada/tiny"))
     assert "FAIL  greatest difference of a logit" in capsys.readouterr().err

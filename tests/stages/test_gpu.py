@@ -9,8 +9,8 @@ import torch
 from nanollm.rl.rollout import RolloutConfig
 from nanollm.sources.tasks import TaskConfig
 from nanollm.stages import grpo, pretrain
+from nanollm.train.compile import SpeedConfig
 from nanollm.train.optim import OptimConfig
-from nanollm.train.speed import SpeedConfig
 from tests.stages.test_grpo import TASK
 
 pytestmark = [

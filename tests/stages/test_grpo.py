@@ -148,7 +148,6 @@ def test_a_reference_with_another_tokenizer_is_refused(run_config, tmp_path):
     ("options", "message"),
     [
         (["--rollout.group_size", "1"], "rollout.group_size must be at least 2 (a reply is compared with others"),
-        (["--rollout.top_k", "50"], "rollout.top_k and rollout.top_p must stay 0 and 1, got 50 and 1.0"),
         (["--rollout.temperature", "0"], "rollout.temperature must be above 0"),
         (["--rollout.max_tokens", "64"], "leaves no room for a question in the context of 64 tokens"),
         (["--objective.updates", "0"], "objective.updates must be at least 1"),

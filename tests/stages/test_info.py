@@ -4,13 +4,11 @@ import json
 
 import pytest
 
-from nanollm.model.config import ModelConfig
-from nanollm.settings import load_preset
 from nanollm.stages.info import Config, run, size
 
 
 def facts(name, **settings):
-    return json.loads(run(Config(model=ModelConfig(**load_preset("model", name)), json=True, **settings)))
+    return json.loads(run(Config(model=name, json=True, **settings)))
 
 
 def test_nano_327m_has_its_stated_size_and_cache():
@@ -39,7 +37,7 @@ def test_recomputation_keeps_a_fraction_of_the_activations_and_nothing_else_chan
 
 
 def test_the_table_is_for_people():
-    text = run(Config(model=ModelConfig(**load_preset("model", "nano-327m"))))
+    text = run(Config(model="nano-327m"))
     assert "327,007,232 in all, 264,781,568 active per token" in text
 
 

@@ -9,7 +9,7 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanollm import compiled
+from nanollm.kernels import build
 from nanollm.text import words as module
 from nanollm.text.learn import train
 from nanollm.text.tokenizer import Tokenizer
@@ -26,14 +26,14 @@ CORPORA = {"story": STORY, "program": PROGRAM * 3, "scripts": (OTHER_SCRIPTS + "
 
 
 def speller(tokenizer: Tokenizer, how: str) -> Words | NativeWords:
-    """Either way to spell word by word; new words go to SentencePiece or to words.cpp."""
+    """Either way to spell word by word; new words go to SentencePiece or to spelling.cpp."""
     recipe = Recipe.of(tokenizer.serialized)
     assert recipe.is_cuttable
     if how == "python":
         return Words(recipe, tokenizer.encode)
     try:
         return NativeWords(recipe)
-    except compiled.NoCompilerError as error:
+    except build.NoCompilerError as error:
         pytest.skip(str(error))
 
 
@@ -189,7 +189,7 @@ def test_a_model_that_cannot_be_cut_is_left_to_sentencepiece(tmp_path, monkeypat
 
 def test_without_a_compiler_words_are_spelled_in_python_and_that_is_said(plain, monkeypatch, capsys):
     def fail():
-        raise compiled.NoCompilerError("no C++ compiler was found")
+        raise build.NoCompilerError("no C++ compiler was found")
 
     monkeypatch.setattr(module, "library", fail)
     quick = Tokenizer(plain.serialized)

@@ -12,9 +12,9 @@ from nanollm.data.batches import IGNORE, Batch
 from nanollm.model.cache import LatentCache
 from nanollm.model.transformer import Transformer
 from nanollm.train import loss
+from nanollm.train.compile import SpeedConfig, compile_blocks, fastest_attention
 from nanollm.train.loss import cross_entropy_sum, next_token_loss
 from nanollm.train.optim import OptimConfig
-from nanollm.train.speed import SpeedConfig, fastest_attention, speed_up
 from nanollm.train.state import TrainState
 from nanollm.train.step import train_step
 from nanollm.world import World
@@ -75,14 +75,14 @@ def test_float32_on_a_gpu_equals_float32_on_a_cpu(rng, packed):
 def test_compiled_equals_eager(rng):
     eager, batch = randomised(Transformer(SHAPE).init(0)).train().to(CUDA), some_batch(rng)
     model = copy.deepcopy(eager)
-    speed_up(model, SpeedConfig(compile="on"), CUDA)
+    compile_blocks(model, SpeedConfig(compile="on"), CUDA)
     assert_near(gradients(model, batch), gradients(eager, batch), 1e-5)
 
 
 def test_compiled_bfloat16_is_as_near_to_float32_as_eager_bfloat16(rng):
     exact, batch = randomised(Transformer(SHAPE).init(0)).train().to(CUDA), some_batch(rng)
     eager, model = (copy.deepcopy(exact).to(torch.bfloat16) for _ in range(2))
-    speed_up(model, SpeedConfig(compile="on"), CUDA)
+    compile_blocks(model, SpeedConfig(compile="on"), CUDA)
     truth, by_eager, by_compiled = (gradients(side, batch) for side in (exact, eager, model))
     # All together: in a single matrix the rounding of one token that changes its expert may decide.
     expected, *sides = (torch.cat([grad.flatten() for grad in grads]) for grads in (truth, by_eager, by_compiled))

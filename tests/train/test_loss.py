@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from nanollm.data.batches import IGNORE
+from nanollm.model.moe import balance_loss
 from nanollm.train import loss
 from nanollm.train.loss import _turn_in_one_go, _turn_into_errors, cross_entropy_sum, next_token_loss, token_logprobs
 
@@ -192,23 +193,12 @@ def test_the_balance_loss_trains_the_router_and_is_not_reported(start, batch_at)
     plain, report = next_token_loss(model, batch)
     balanced, balanced_report = next_token_loss(model, batch, balance_weight=0.5)
     torch.testing.assert_close(report, balanced_report)
-    layers = list(model.moe_layers())
-    for layer in layers:
-        layer.wants_balance_losses = True
-    model(batch.tokens)
-    expected = 0.5 * 16 * sum(layer.balance_losses.sum() for layer in layers)
+    _, routings = model.trunk.routed(batch.tokens)
+    expected = 0.5 * 16 * sum(balance_loss(routing.scores, routing.experts).sum() for routing in routings)
     torch.testing.assert_close(balanced - plain, expected)
     model.zero_grad()
     (balanced - plain).backward()
-    assert all(layer.centroids.grad.abs().max() > 0 for layer in layers)
-
-
-def test_without_a_balance_loss_nothing_of_it_is_computed_or_kept(start, batch_at):
-    model = start().model
-    for weight in (0.5, 0.0):
-        next_token_loss(model, batch_at(0), balance_weight=weight)
-        assert all(layer.balance_losses is None for layer in model.moe_layers())
-    copy.deepcopy(model)  # as a reference model is made
+    assert all(layer.centroids.grad.abs().max() > 0 for layer in model.moe_layers())
 
 
 def test_sums_that_leave_float16_come_back_once_they_are_divided():

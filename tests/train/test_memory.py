@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from nanollm.model import fused
+from nanollm.kernels import attention as fused
 from nanollm.model.config import ModelConfig
 from nanollm.model.transformer import Transformer
 from nanollm.settings import load_preset
@@ -33,7 +33,7 @@ def test_kept_bytes_are_predicted_within_5_percent(batch_at, preset, dtype):
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         next_token_loss(state.model, batch)
     measured = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-    is_fused = fused.serves(config, dtype, torch.device("cpu"))
+    is_fused = fused.serves(*config.head_widths, dtype, torch.device("cpu"))
     bytes_per_token = kept_bytes_per_token(config, 4 if dtype == torch.float32 else 2, is_fused=is_fused)
     of_head = (batch.tokens.numel() + config.vocab_size) * config.d_model  # gradients of hidden and of the head
     predicted = batch.tokens.numel() * bytes_per_token + of_head * (4 if dtype == torch.float32 else 2)

@@ -84,7 +84,7 @@ def test_wandb_and_trackio_go_on_with_the_run_of_the_same_folder(tmp_path, monke
 
 def test_a_tracker_that_is_not_installed_says_how_to_install_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ValueError, match=r'install it with: pip install "nanollm\[track\]"'):
+    with pytest.raises(ValueError, match=r'pip install -e "\.\[track\]"'):
         start_tracker("wandb", tmp_path, {})
 
 

@@ -1,0 +1,278 @@
+"""Exported models in their engines: transformers in this process, llama.cpp in Node.js.
+
+The comparisons ask an engine for ids, scores and greedy replies, and yield the table of export/verify.py line by line.
+llama.cpp comes ready built for every system with the package node-llama-cpp.
+"""
+
+import json
+import shutil
+import subprocess
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from torch import Tensor
+
+from nanollm.bundle import Bundle
+from nanollm.export import verify
+from nanollm.export.hf import DTYPES, cast
+from nanollm.export.verify import Check, Ids, Samples, TokenScores
+from nanollm.progress import Progress, say
+from nanollm.text.chat import Conversation, template_for
+from nanollm.text.tokenizer import SPACE_MARK
+
+ROWS = 20
+"""Replies at once."""
+SCRIPT = Path(__file__).with_name("llama.mjs")
+PACKAGE = Path("node_modules", "node-llama-cpp")
+INSTALL = "npm install node-llama-cpp"
+
+
+# --- transformers ---
+
+
+def compare_in_transformers(folder: Path, bundle: Bundle, dtype: str, prompts: int) -> Iterator[Check]:
+    """The table for transformers, line by line. It computes in float32, as the bundle must, whose weights are rounded
+    to `dtype`."""
+    bundle.model.load_state_dict(cast(bundle.model.state_dict(), DTYPES[dtype]))  # back into its float32
+    samples = Samples.of(bundle, prompts)
+    with quiet():
+        model, tokenizer, complaints = load(folder)
+        yield Check("tensors of the class", "all, and no more", complaints or "all, and no more", not complaints)
+        yield from compare_ids_in_transformers(tokenizer, bundle, samples)
+        yield from compare_logits(model, bundle, samples)
+        yield from compare_replies(model, bundle, samples)
+
+
+def load(folder: Path) -> tuple[Any, Any, str]:
+    """Model, tokenizer, and what from_pretrained had to complain about."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    model, info = loaded
+    complaints = "; ".join(f"{what}: {', '.join(map(str, names))}" for what, names in info.items() if names)
+    return model.eval(), AutoTokenizer.from_pretrained(folder), complaints
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the bars and remarks of transformers: the table says what matters."""
+    from transformers.utils import logging
+
+    transformers_log: Any = logging  # without annotations
+    level = transformers_log.get_verbosity()
+    transformers_log.set_verbosity_error()
+    transformers_log.disable_progress_bar()
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        transformers_log.set_verbosity(level)
+        transformers_log.enable_progress_bar()
+
+
+def compare_ids_in_transformers(tokenizer: Any, bundle: Bundle, samples: Samples) -> list[Check]:
+    """Texts, whose marks are text, and conversations."""
+    read = tokenizer(samples.texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    spoken = [
+        tokenizer.apply_chat_template(
+            asdict(conversation)["messages"],
+            add_generation_prompt=conversation.messages[-1].role == "user",
+            return_dict=False,
+        )
+        for conversation in samples.conversations
+    ]
+    ours = [verify.ids_of(conversation, bundle) for conversation in samples.conversations]
+    return [
+        verify.check_ids(
+            "ids of texts", [bundle.tokenizer.encode(text) for text in samples.texts], read, bundle.tokenizer
+        ),
+        verify.check_ids("ids of conversations", ours, spoken, bundle.tokenizer),
+    ]
+
+
+@torch.inference_mode()
+def compare_logits(model: Any, bundle: Bundle, samples: Samples) -> Iterator[Check]:
+    """Every logit of every window."""
+    greatest = 0.0
+    ours: list[TokenScores] = []
+    theirs: list[TokenScores] = []
+    with Progress("comparing logits", len(samples.windows), "texts") as bar:
+        for ids in samples.windows:
+            mine, other = verify.our_logits(bundle, ids), model(torch.tensor([ids]), use_cache=False).logits[0]
+            greatest = max(greatest, (mine - other).abs().max().item())
+            ours.append(TokenScores.of(mine, ids))
+            theirs.append(TokenScores.of(other, ids))
+            bar.advance()
+    yield verify.check_difference("greatest difference of a logit", greatest)
+    yield verify.check_equal_tops(bundle, samples, ours, theirs)
+
+
+@torch.inference_mode()
+def compare_replies(model: Any, bundle: Bundle, samples: Samples) -> Iterator[Check]:
+    """Greedy replies with transformers' cache, and ours read without it."""
+    ours = verify.our_replies(bundle, samples)
+    theirs: list[list[int]] = []
+    with Progress("transformers replies", len(samples.prompts), "prompts") as bar:
+        for start in range(0, len(samples.prompts), ROWS):
+            some = samples.prompts[start : start + ROWS]
+            theirs += continue_greedily(model, some, samples.reply_tokens, bundle.tokenizer.pad_id)
+            bar.advance(len(some))
+    yield verify.check_replies(bundle, samples, ours, theirs, must_equal=True)
+    pairs = zip(samples.prompts, ours, strict=True)
+    yield verify.check_likeliest(torch.cat([gaps(model, prompt, reply) for prompt, reply in pairs]))
+
+
+def gaps(model: Any, prompt: Sequence[int], reply: Sequence[int]) -> Tensor:
+    """(n,) how much likelier, in logits, another token is than each of the reply's; 0: none is."""
+    logits = model(torch.tensor([[*prompt, *reply]]), use_cache=False).logits[0]
+    logits = logits[len(prompt) - 1 : -1]  # (n, V), those that predict the reply
+    return logits.amax(-1) - logits.gather(-1, torch.tensor(reply)[:, None])[:, 0]
+
+
+def continue_greedily(model: Any, prompts: Sequence[Sequence[int]], count: int, pad_id: int) -> list[list[int]]:
+    """`count` ids after each prompt, prompts padded on the left."""
+    longest = max(map(len, prompts))
+    rows = torch.full((len(prompts), longest), pad_id)
+    mask = torch.zeros_like(rows)
+    for row, (line, prompt) in enumerate(zip(rows, prompts, strict=True)):
+        line[longest - len(prompt) :] = torch.tensor(prompt)
+        mask[row, longest - len(prompt) :] = 1
+    ids = model.generate(
+        rows, attention_mask=mask, do_sample=False, max_new_tokens=count, min_new_tokens=count, eos_token_id=[]
+    )
+    return [reply.tolist() for reply in ids[:, longest:]]
+
+
+# --- llama.cpp ---
+
+
+@dataclass(frozen=True)
+class Score:
+    """How llama.cpp saw one position of a text."""
+
+    top: int
+    """The likeliest token."""
+    top_logit: float
+    logit: float
+    """Of the token that follows in the text."""
+    log_total: float
+    """Logarithm of the sum of all exponentials: logit - log_total is the log-probability."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was found out; each list in the order of the question."""
+
+    ids: list[list[int]]
+    ids_with_marks: list[list[int]]
+    scores: list[list[Score]]
+    replies: list[list[int]]
+
+
+def package_folder() -> Path:
+    """Where llama.cpp for Node.js lies, here or in a folder above; ValueError that says how to install it."""
+    if shutil.which("node") is None:
+        raise ValueError(f"checking a GGUF needs Node.js 20 or newer, and then: {INSTALL}")
+    here = Path.cwd()
+    for folder in (here, *here.parents):
+        if (folder / PACKAGE).is_dir():
+            return folder / PACKAGE
+    raise ValueError(f"checking a GGUF needs llama.cpp, here or in a folder above: {INSTALL}")
+
+
+def ask_llama_cpp(
+    model: Path,
+    *,
+    texts: Sequence[str] = (),
+    texts_with_marks: Sequence[str] = (),
+    scored: Sequence[Ids] = (),
+    prompts: Sequence[Ids] = (),
+    count: int = 0,
+    threads: int = 2,
+) -> Answer:
+    """Let llama.cpp tokenize texts (marks read as text, or as marks), score ids and continue prompts greedily.
+
+    `scored` gives one Score for each position that has a next one, `prompts` gives `count` ids each.
+    """
+    question = {
+        "model": str(model.resolve()),
+        "threads": threads,
+        "texts": list(texts),
+        "texts_with_marks": list(texts_with_marks),
+        "scored": [list(ids) for ids in scored],
+        "prompts": [list(ids) for ids in prompts],
+        "count": count,
+    }
+    command = ["node", str(SCRIPT), str(package_folder())]
+    done = subprocess.run(command, input=json.dumps(question).encode(), capture_output=True, check=False)
+    if done.returncode != 0:
+        lines = done.stderr.decode(errors="replace").strip().splitlines()
+        raise RuntimeError(f"llama.cpp could not read {model}: {' | '.join(lines[-5:])}")
+    found = json.loads(done.stdout)
+    scores = [[Score(*score) for score in of_text] for of_text in found["scores"]]
+    return Answer(found["ids"], found["ids_with_marks"], scores, found["replies"])
+
+
+def compare_in_llama_cpp(model: Path, bundle: Bundle, dtype: str, prompts: int) -> Iterator[Check]:
+    """The table for llama.cpp, line by line; with f32 it computes in float32 as the bundle must."""
+    samples, is_exact, threads = Samples.of(bundle, prompts), dtype == "f32", torch.get_num_threads()
+    spoken = [rendered(conversation, bundle) for conversation in samples.conversations]
+    yield from compare_ids_in_llama_cpp(
+        ask_llama_cpp(model, texts=samples.texts, texts_with_marks=spoken), bundle, samples
+    )
+    say(f"llama.cpp reads {len(samples.windows)} texts and replies to {len(samples.prompts)} prompts")
+    answer = ask_llama_cpp(model, scored=samples.windows, threads=threads)
+    yield from compare_scores(answer, bundle, samples, is_exact=is_exact)
+    ours = verify.our_replies(bundle, samples)
+    answer = ask_llama_cpp(model, prompts=samples.prompts, count=samples.reply_tokens, threads=threads)
+    yield verify.check_replies(bundle, samples, ours, answer.replies, must_equal=is_exact)
+
+
+def rendered(conversation: Conversation, bundle: Bundle) -> str:
+    """The conversation as its template writes it; llama.cpp adds <s> itself."""
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    messages = [{"role": message.role, "content": message.content} for message in conversation.messages]
+    template = template_for(bundle.tokenizer.symbols.values())
+    return environment.from_string(template).render(
+        messages=messages, bos_token="", add_generation_prompt=messages[-1]["role"] == "user"
+    )
+
+
+def compare_ids_in_llama_cpp(answer: Answer, bundle: Bundle, samples: Samples) -> list[Check]:
+    """llama.cpp reads a literal U+2581 as a space, as SentencePiece does."""
+    texts = [bundle.tokenizer.encode(text.replace(SPACE_MARK, " ")) for text in samples.texts]
+    ours = [verify.ids_of(conversation, bundle) for conversation in samples.conversations]
+    spoken = [[bundle.tokenizer.bos_id, *ids] for ids in answer.ids_with_marks]
+    return [
+        verify.check_ids("ids of texts", texts, answer.ids, bundle.tokenizer),
+        verify.check_ids("ids of conversations", ours, spoken, bundle.tokenizer),
+    ]
+
+
+def compare_scores(answer: Answer, bundle: Bundle, samples: Samples, *, is_exact: bool) -> Iterator[Check]:
+    """Of every position: the likeliest token, its logit, that of the next token, and the sum of all."""
+    ours = [TokenScores.of(verify.our_logits(bundle, ids), ids) for ids in samples.windows]
+    theirs = [scores_of(scores) for scores in answer.scores]
+    if is_exact:
+        pairs = list(zip(ours, theirs, strict=True))
+        differences = [
+            (getattr(mine, name) - getattr(other, name)).abs().max().item()
+            for mine, other in pairs
+            for name in ("highest", "logit", "log_total")
+        ]
+        yield verify.check_difference("greatest difference of a logit", max(differences))
+        yield verify.check_equal_tops(bundle, samples, ours, theirs)
+    else:
+        yield verify.check_perplexity(ours, theirs)
+        yield verify.check_agreement(ours, theirs)
+
+
+def scores_of(scores: list[Score]) -> TokenScores:
+    columns = zip(*((score.top, score.top_logit, score.logit, score.log_total) for score in scores), strict=True)
+    return TokenScores(*(torch.tensor(column) for column in columns))

@@ -1,0 +1,164 @@
+"""How does a conversation go on, turn by turn, within the model's context?
+
+The engine keeps what it has read, so that a turn costs its new words only. When the context is full, the oldest
+exchanges are forgotten: the model does not see them any more, though they stay in the conversation.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from nanollm.bundle import Bundle
+from nanollm.generate.engine import Engine, check_prompt
+from nanollm.generate.request import Completion, Quantize, Request
+from nanollm.generate.sampling import SamplingConfig
+from nanollm.progress import say
+from nanollm.text.chat import Conversation, Message, encode_prompt, reply_borders
+from nanollm.text.stream import TextStream, check_stops
+
+
+@dataclass(frozen=True, kw_only=True)
+class TalkConfig(SamplingConfig):
+    """How the model replies."""
+
+    system: str | None = None
+    """The system message that the conversation begins with; null: none."""
+    max_tokens: int = 512
+    """Most tokens of a reply."""
+    seed: int = 0
+    """Reply i draws from seed + i."""
+    stop: list[str] = field(default_factory=list)
+    """Texts at which a reply ends; they are left out."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_stops(self.stop)
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")
+        if not 0 <= self.seed < 2**62:
+            raise ValueError(f"seed must be from 0 to 2**62 - 1, got {self.seed}")
+        if self.system is not None and not self.system.strip():
+            raise ValueError("the system message needs at least one character, got an empty one; leave it out")
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What the model said, and how fast."""
+
+    completion: Completion
+    first_s: float  # from the question to the first token
+    rest_s: float  # from there to the last
+
+    def figures(self) -> str:
+        """One line: `84 tokens, 212 tokens/s, first after 30 ms`."""
+        tokens = len(self.completion.logprobs)
+        parts = [f"{tokens:,} token{'s' * (tokens != 1)}"]
+        if tokens > 1 and self.rest_s > 0:
+            parts.append(f"{(tokens - 1) / self.rest_s:,.0f} tokens/s")
+        if tokens:
+            parts.append(f"first after {self.first_s * 1000:,.0f} ms")
+        if self.completion.finish == "cancelled":
+            parts.append("stopped")
+        if self.completion.finish == "length":
+            is_limit = tokens == self.completion.request.max_tokens
+            parts.append(f"cut at {'max_tokens' if is_limit else 'the end of the context'}")
+        return ", ".join(parts)
+
+
+class Talk:
+    """A conversation that grows, and a model that has read it. Its settings may change on the way."""
+
+    def __init__(self, bundle: Bundle, c: TalkConfig, quantize: Quantize = "none"):
+        self.bundle, self.c = bundle, c
+        self.engine = Engine(bundle.model, rows=1, quantize=quantize)  # remembers what it read in earlier turns
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin again."""
+        self.messages: list[Message] = []
+        """Of user and assistant in turn, all of them."""
+        self.forgotten = 0
+        """How many of these, the oldest, the model does not see any more."""
+        self.unanswered = ""
+        """The user's last message, if the model said nothing."""
+        self.replies = 0
+
+    def conversation(self, *question: Message, start: int = 0) -> Conversation:
+        """What was said from message `start` on, and the question if there is one."""
+        system = [Message("system", self.c.system)] if self.c.system else []
+        return Conversation((*system, *self.messages[start:], *question))
+
+    def prompt(self, question: str) -> list[int]:
+        """The ids that the model replies to. Exchanges for which there is no room are forgotten, which is said.
+
+        ValueError if the question has no room even alone.
+        """
+        config, asked = self.bundle.model.config, Message("user", question)
+        limit = config.context_length - min(self.c.max_tokens, config.context_length // 4)  # the rest is for the reply
+        for start in range(self.forgotten, len(self.messages) + 1, 2):
+            ids = encode_prompt(self.conversation(asked, start=start), self.bundle.tokenizer)
+            if len(ids) <= limit:
+                break
+        check_prompt(ids, config.context_length, config.vocab_size)
+        if dropped := (start - self.forgotten) // 2:
+            oldest = "oldest exchange" if dropped == 1 else f"oldest {dropped} exchanges"
+            say(f"the model forgot the {oldest}: its context is {config.context_length:,} tokens")
+        self.forgotten = start
+        return ids
+
+    def reply(
+        self,
+        question: str,
+        prompt: list[int],
+        hear: Callable[[str], None],
+        is_interrupted: Callable[[], bool] = lambda: False,
+    ) -> Reply:
+        """Let the model reply to the prompt of this question; `hear` is told the text as it appears."""
+        stream = TextStream(self.bundle.tokenizer, self.c.stop)
+
+        def is_over(token: int) -> bool:
+            hear(stream.push(token))
+            return stream.is_stopped
+
+        request = Request(
+            prompt=prompt,
+            max_tokens=self.c.max_tokens,
+            sampling=self.c,
+            end_ids=reply_borders(self.bundle.tokenizer),
+            stop=is_over,
+            seed=self.c.seed + self.replies,
+        )
+        completion, times = self._run(request, is_interrupted)
+        hear(stream.close())
+        self._remember(question, stream.text)
+        return Reply(completion, times[1] - times[0], times[-1] - times[1])
+
+    def _run(self, request: Request, is_interrupted: Callable[[], bool]) -> tuple[Completion, list[float]]:
+        """The finished completion, and when it was asked for and when each of its tokens came (or the interruption)."""
+        times = [time.perf_counter()]
+        completion = self.engine.submit(request)
+        while completion.finish is None:
+            if is_interrupted():
+                self.engine.cancel(completion)
+                times.append(time.perf_counter())
+            elif self.engine.step():
+                times.append(time.perf_counter())
+        return completion, times
+
+    def _remember(self, question: str, text: str) -> None:
+        self.replies += 1
+        self.unanswered = "" if text.strip() else question
+        if self.unanswered:
+            say("the model said nothing, so this message is left out of the conversation")
+        else:
+            self.messages += [Message("user", question), Message("assistant", text)]
+
+    def take_back(self) -> str:
+        """Forget the last reply; returns the message that it answered."""
+        if self.unanswered:
+            return self.unanswered
+        if not self.messages:
+            raise ValueError("there is no message yet to reply to again")
+        question = self.messages[-2].content
+        del self.messages[-2:]
+        return question

@@ -1,0 +1,288 @@
+"""A runner for CPUs: binds kernels/decoding.cpp, the forward pass in C++, and packs the weights for it.
+
+The file is compiled on this machine when it is needed for the first time. Weights are copied into the panels that it
+reads from the first byte to the last; with int8 every output of a matrix has its own scale.
+"""
+
+import ctypes
+from collections.abc import Iterator
+from ctypes import POINTER, byref, c_float, c_int64, c_void_p
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from nanollm.generate.request import Quantize, Seen, Work
+from nanollm.kernels import build
+from nanollm.kernels.build import OPTIONS
+from nanollm.model.attention import LatentAttention
+from nanollm.model.layers import SwiGLU, rotary_table
+from nanollm.model.moe import MoE
+from nanollm.model.transformer import Transformer
+
+SOURCE = Path(build.__file__).with_name("decoding.cpp")
+PANEL = 32
+
+
+class Matrix(ctypes.Structure):
+    _fields_ = (("panels", c_void_p), ("scales", c_void_p), ("outputs", c_int64), ("inputs", c_int64))
+
+
+class Block(ctypes.Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("attention_norm", "q_norm", "kv_norm", "ffn_norm")),
+        *((name, Matrix) for name in ("low", "q_up", "key_up", "key_down", "value_up", "out", "gate", "up", "down")),
+        ("is_moe", c_int64),
+        *((name, c_void_p) for name in ("centroids", "balance_bias", "experts")),
+    )
+
+
+class Model(ctypes.Structure):
+    _fields_ = (
+        *(
+            (name, c_int64)
+            for name in (
+                *("d_model", "n_blocks", "n_heads", "q_rank", "kv_rank", "nope", "rope", "value", "widest"),
+                *("n_experts", "top_k", "vocab", "rows", "slots", "max_tokens", "normalise"),
+            )
+        ),
+        *((name, c_float) for name in ("eps", "scale", "routed_scale")),
+        *((name, c_void_p) for name in ("embed", "cosine", "sine", "norm")),
+        ("head", Matrix),
+        ("blocks", c_void_p),
+        ("cache", c_void_p),
+    )
+
+
+class Pass(ctypes.Structure):
+    _fields_ = (
+        ("count", c_int64),
+        *((name, c_void_p) for name in ("tokens", "rows", "positions")),
+        ("pieces", c_int64),
+        ("lengths", c_void_p),
+        ("wanted", c_int64),
+        *((name, c_void_p) for name in ("wanted_at", "logits", "experts")),
+        ("threads", c_int64),
+    )
+
+
+class NativeRunner:
+    """Runs passes through decoding.cpp: float32 and bfloat16 weights, and int8 ones."""
+
+    def __init__(self, model: Transformer, rows: int, length: int, longest: int, quantize: Quantize = "none") -> None:
+        """`longest`: most tokens of a pass. NoCompilerError where the library cannot be made."""
+        self.library = library()
+        c = self.config = model.config
+        dtype = model.head.weight.dtype
+        assert dtype in (torch.float32, torch.bfloat16), dtype
+        self.kept: list[Any] = []  # what the library points at
+        self.quantize, self.dtype = quantize, torch.bfloat16 if quantize == "int8" else dtype
+        self.kind = "float" if self.dtype == torch.float32 else "bf16"
+        self.slots = torch.empty(c.n_blocks, rows, length, c.cache_width, dtype=self.dtype)
+        self.cache_bytes, self.weight_bytes = self.slots.nbytes, 1 if quantize == "int8" else self.dtype.itemsize
+        self.cache_bytes_per_token = self.slots[:, 0, 0].nbytes
+        self.handle = getattr(self.library, f"open_{self.kind}")(byref(self._describe(model, rows, length, longest)))
+        if not self.handle:
+            raise MemoryError(f"no room for passes of {longest:,} tokens; fewer rows or a shorter length need less")
+
+    def __del__(self) -> None:
+        if getattr(self, "handle", None):
+            getattr(self.library, f"close_{self.kind}")(self.handle)
+
+    def run(self, work: Work) -> Seen:
+        rows = [np.full(len(piece.ids), piece.row) for piece in work.pieces]
+        places = [np.arange(piece.start, piece.start + len(piece.ids)) for piece in work.pieces]
+        tokens = np.concatenate([*(piece.ids for piece in work.pieces), work.tokens])
+        row_of = np.concatenate([*rows, work.rows])
+        position_of = np.concatenate([*places, work.positions])
+        ends = np.cumsum([len(piece.ids) for piece in work.pieces], dtype=np.int64)
+        last = [end - 1 for end, piece in zip(ends.tolist(), work.pieces, strict=True) if piece.is_last]
+        count, read = len(tokens), len(tokens) - len(work.tokens)
+        wanted = np.concatenate([np.array(last, dtype=np.int64), np.arange(read, count)])
+        logits = torch.empty(len(wanted), self.config.vocab_size)
+        experts = np.empty((count, self.config.n_moe_blocks, self.config.experts_per_token), dtype=np.int64)
+        lengths = np.array([len(piece.ids) for piece in work.pieces], dtype=np.int64)
+        arrays = (np.ascontiguousarray(array, dtype=np.int64) for array in (tokens, row_of, position_of, wanted))
+        token_array, row_array, position_array, wanted_array = arrays
+        getattr(self.library, f"run_{self.kind}")(
+            self.handle,
+            byref(
+                Pass(
+                    count,
+                    token_array.ctypes.data,
+                    row_array.ctypes.data,
+                    position_array.ctypes.data,
+                    len(lengths),
+                    lengths.ctypes.data,
+                    len(wanted),
+                    wanted_array.ctypes.data,
+                    logits.data_ptr(),
+                    experts.ctypes.data,
+                    torch.get_num_threads(),
+                )
+            ),
+        )
+        return Seen(logits, experts[wanted])
+
+    def copy(self, source: int, target: int, count: int) -> None:
+        self.slots[:, target, :count] = self.slots[:, source, :count]
+
+    # --- the model as the library wants it ---
+
+    def _describe(self, model: Transformer, rows: int, length: int, longest: int) -> Model:
+        c = self.config
+        cosine, sine = rotary_table(torch.arange(length), c.qk_rope_head_dim, c.rope_theta)
+        blocks = (Block * c.n_blocks)(*(self._block(block) for block in model.trunk.blocks))
+        self.kept.append(blocks)
+        embed = model.trunk.embed.weight.detach().to(self.dtype, copy=True)
+        return Model(
+            d_model=c.d_model,
+            n_blocks=c.n_blocks,
+            n_heads=c.n_heads,
+            q_rank=c.q_lora_rank,
+            kv_rank=c.kv_lora_rank,
+            nope=c.qk_nope_head_dim,
+            rope=c.qk_rope_head_dim,
+            value=c.v_head_dim,
+            widest=max(c.d_ff, c.n_shared_experts * c.d_expert),
+            n_experts=c.n_routed_experts,
+            top_k=c.experts_per_token,
+            vocab=c.vocab_size,
+            rows=rows,
+            slots=length,
+            max_tokens=longest,
+            normalise=c.norm_topk_prob,
+            eps=c.rms_norm_eps,
+            scale=c.qk_head_dim**-0.5,
+            routed_scale=c.routed_scaling_factor,
+            embed=self._at(embed),
+            cosine=self._at(cosine),
+            sine=self._at(sine),
+            norm=self._numbers(model.trunk.norm.weight),
+            head=self._matrix(model.head.weight),
+            blocks=ctypes.addressof(blocks),
+            cache=self.slots.data_ptr(),
+        )
+
+    def _block(self, block: Any) -> Block:
+        attention, ffn = block.attention, block.ffn
+        dense = ffn.shared if isinstance(ffn, MoE) else ffn
+        record = Block(
+            attention_norm=self._numbers(block.attention_norm.weight),
+            q_norm=self._numbers(attention.q_a_norm.weight),
+            kv_norm=self._numbers(attention.kv_a_norm.weight),
+            ffn_norm=self._numbers(block.ffn_norm.weight),
+            low=self._matrix(torch.cat((attention.q_a_proj.weight, attention.kv_a_proj.weight))),
+            q_up=self._matrix(attention.q_b_proj.weight),
+            **self._per_head(attention),
+            out=self._matrix(attention.o_proj.weight),
+            **self._swiglu(dense),
+        )
+        if isinstance(ffn, MoE):
+            matrices = [self._matrix(weight) for weight in expert_weights(ffn)]
+            experts = (Matrix * len(matrices))(*matrices)
+            self.kept.append(experts)
+            record.is_moe, record.experts = 1, ctypes.addressof(experts)
+            record.centroids = self._numbers(ffn.centroids)
+            record.balance_bias = self._numbers(ffn.balance_bias)
+        return record
+
+    def _swiglu(self, layer: SwiGLU) -> dict[str, Matrix]:
+        names = {"gate": layer.gate_proj, "up": layer.up_proj, "down": layer.down_proj}
+        return {name: self._matrix(linear.weight) for name, linear in names.items()}
+
+    def _per_head(self, attention: LatentAttention) -> dict[str, Matrix]:
+        """W_uk both ways and W_uv, head after head; each head begins a panel of its own."""
+        c = self.config
+        up = attention.kv_b_proj.weight.unflatten(0, (c.n_heads, -1))  # (H, N + V, C)
+        w_uk, w_uv = up.split([c.qk_nope_head_dim, c.v_head_dim], dim=1)
+        heads = {"key_up": w_uk.transpose(1, 2), "key_down": w_uk, "value_up": w_uv}  # (H, outputs, inputs)
+        return {
+            name: self._matrix(F.pad(part, (0, 0, 0, -part.shape[1] % PANEL)).flatten(0, 1))
+            for name, part in heads.items()
+        }
+
+    def _matrix(self, weight: Tensor) -> Matrix:
+        """A weight (outputs, inputs) in panels."""
+        outputs, inputs = weight.shape
+        padded = F.pad(weight.detach(), (0, 0, 0, -outputs % PANEL))
+        if self.quantize == "int8":
+            scales = padded.float().abs().amax(1).clamp(min=1e-12) / 127
+            padded = (padded.float() / scales[:, None]).round().to(torch.int8)
+            return Matrix(self._at(panels(padded, 2)), self._at(scales), outputs, inputs)
+        return Matrix(self._at(panels(padded.to(self.dtype), 1 if self.kind == "float" else 2)), None, outputs, inputs)
+
+    def _numbers(self, values: Tensor) -> int:
+        return self._at(values.detach().to(torch.float32, copy=True))
+
+    def _at(self, tensor: Tensor) -> int:
+        """The address of a tensor that lives as long as this runner."""
+        self.kept.append(tensor.clone() if tensor.data_ptr() % 64 else tensor)
+        return int(self.kept[-1].data_ptr())
+
+
+def panels(weight: Tensor, together: int) -> Tensor:
+    """(outputs, inputs) to (outputs / 32, inputs / together, 32, together): neighbouring inputs stay together."""
+    outputs, inputs = weight.shape
+    return weight.view(outputs // PANEL, PANEL, inputs // together, together).transpose(1, 2).contiguous()
+
+
+def expert_weights(layer: MoE) -> Iterator[Tensor]:
+    """gate, up, down of each expert."""
+    for number in range(len(layer.centroids)):
+        yield from (
+            weights[number] for weights in (layer.experts.gate_proj, layer.experts.up_proj, layer.experts.down_proj)
+        )
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """decoding.cpp, compiled for this processor; NoCompilerError with the reason where that fails."""
+    loaded = build.load(SOURCE, OPTIONS)
+    for kind in ("float", "bf16"):
+        getattr(loaded, f"open_{kind}").restype, getattr(loaded, f"open_{kind}").argtypes = c_void_p, [POINTER(Model)]
+        getattr(loaded, f"run_{kind}").argtypes = [c_void_p, POINTER(Pass)]
+        getattr(loaded, f"close_{kind}").argtypes = [c_void_p]
+    loaded.draw.argtypes = [c_void_p, c_int64, c_int64, c_float, c_void_p, c_void_p, c_void_p, c_int64]
+    return loaded
+
+
+@cache
+def can_draw() -> bool:
+    """Whether `draw` can be compiled."""
+    try:
+        library()
+    except build.NoCompilerError:
+        return False
+    return True
+
+
+def draw(logits: Tensor, temperature: float, numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """What `sampling.sample` gives without filters and shifts, in one pass instead of six.
+
+    logits (B, V) float32 on the CPU, numbers (B,) float32 in [0, 1); temperature above 0. Returns ids (B,) int64 and
+    their log-probabilities (B,) float32. A row's answer depends on that row alone. ValueError for logits that are no
+    numbers.
+    """
+    logits, numbers = logits.contiguous(), numbers.contiguous()
+    rows, vocab_size = logits.shape
+    ids, logprobs = torch.empty(rows, dtype=torch.int64), torch.empty(rows)
+    library().draw(
+        logits.data_ptr(),
+        rows,
+        vocab_size,
+        temperature,
+        numbers.data_ptr(),
+        ids.data_ptr(),
+        logprobs.data_ptr(),
+        min(rows, torch.get_num_threads()),
+    )
+    if (ids < 0).any():
+        raise ValueError(
+            "the model's logits are not numbers; its weights may have run away in training, take an older one"
+        )
+    return ids, logprobs
