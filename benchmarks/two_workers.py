@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks.measuring import in_turns, seconds
 from nanollm.sources import builtin
 from nanollm.stages import preprocess
-from nanollm.text.learn import train
+from nanollm.text.train_tokenizer import train
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from nanollm.generate.request import Scored
 from nanollm.serve.choice import LEAST_LOGPROB, Choice, Speller
 from nanollm.serve.worker import News
-from nanollm.text.learn import EOS_ID, FIRST_LEARNED_ID
 from nanollm.text.tokenizer import END
+from nanollm.text.train_tokenizer import EOS_ID, FIRST_LEARNED_ID
 
 BYTES = FIRST_LEARNED_ID - 256  # the id of the byte 0x00
 SCORED = Scored(-1.0, [(9, -1.0)], [[0]])

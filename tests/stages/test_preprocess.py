@@ -211,7 +211,9 @@ def test_too_little_text_is_said_with_what_would_be_enough(
 
 
 def test_an_empty_text_is_refused_without_advice_that_cannot_help(tmp_path, tokenizer_path, tokenizer):
-    with pytest.raises(ValueError, match=r"nothing to train on: 0 documents can be used, 1 records were bad .*; give more text$"):
+    with pytest.raises(
+        ValueError, match=r"nothing to train on: 0 documents can be used, 1 records were bad .*; give more text$"
+    ):
         halves_of("", tmp_path, tokenizer_path, tokenizer)
 
 
