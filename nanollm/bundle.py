@@ -25,7 +25,6 @@ from nanollm.text.tokenizer import Tokenizer
 CONFIG, WEIGHTS, TOKENIZER, PROVENANCE = "config.json", "model.safetensors", "tokenizer.model", "provenance.json"
 FILES = (CONFIG, WEIGHTS, TOKENIZER, PROVENANCE)
 FORMAT = 2
-FORMATS = (1, FORMAT)  # the first had no seals
 MOST_TENSORS = 200_000  # a file that names more is no model: each takes memory before it is looked at,
 MOST_HEADER_BYTES = 2**24  # and so does the header of a safetensors file,
 MOST_JSON_BYTES = 2**22  # and what stands in JSON
@@ -80,6 +79,7 @@ def load_bundle(folder: Path | str, dtype: torch.dtype = torch.float32, device: 
     folder = Path(folder)
     settle(folder)
     config, provenance = read_config(folder), _read_json(folder, PROVENANCE)
+    _check_format(folder / PROVENANCE, provenance)
     digests = provenance.get("files")
     if not isinstance(digests, dict) or digests.keys() != {CONFIG, WEIGHTS, TOKENIZER}:
         raise ValueError(f"{folder / PROVENANCE} does not list the files of a bundle; copy the bundle again")
@@ -120,8 +120,7 @@ def read_config(folder: Path) -> ModelConfig:
         raise ValueError(
             f"{folder} is not a bundle: its {CONFIG} is another's; nanollm import makes a bundle of models"
         )
-    if record["format"] not in FORMATS:
-        raise ValueError(f"{folder / CONFIG}: expected format {FORMAT}, got {record.get('format')!r}; update nanollm")
+    _check_format(folder / CONFIG, record)
     try:
         config = _config_of(record["model"])
     except (AttributeError, KeyError, OverflowError, TypeError) as error:
@@ -130,6 +129,12 @@ def read_config(folder: Path) -> ModelConfig:
     if len(blocks) != config.n_blocks:  # to build a billion blocks, or only to count their parameters, takes for ever
         raise ValueError(f"{folder / CONFIG}: n_blocks is {config.n_blocks}, but the weights have {len(blocks)} blocks")
     return config
+
+
+def _check_format(path: Path, record: Mapping[str, Any]) -> None:
+    if record.get("format") != FORMAT:
+        found = record.get("format")
+        raise ValueError(f"{path}: expected format {FORMAT}, got {found!r}; take the version of nanollm that wrote it")
 
 
 def _config_of(sizes: Mapping[str, Any]) -> ModelConfig:
@@ -170,7 +175,7 @@ def shapes_in(path: Path) -> dict[str, list[int]]:
 def is_bundle(folder: Path) -> bool:
     """Whether a bundle lies in this folder, in whatever state."""
     try:
-        return read_json(folder / CONFIG).get("format") in FORMATS
+        return read_json(folder / CONFIG).get("format") == FORMAT
     except (OSError, ValueError):
         return False
 

@@ -8,12 +8,12 @@ import hashlib
 import json
 import os
 import shutil
-import sys
-import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
+
+from filelock import FileLock, Timeout
 
 MOST_JSON_BYTES = 2**25
 """A file of others may be of any size, and takes more memory than that when it is read."""
@@ -185,26 +185,19 @@ def lock_folder(folder: Path, *, wait: bool = False) -> Iterator[None]:
     With `wait` this process waits for its turn, otherwise a locked folder is a ValueError.
     """
     make_folder(folder)
-    with (folder / ".lock").open("ab") as file:
-        while not _try_to_lock(file):
-            if not wait:
-                raise ValueError(f"{folder} is in use by another process; wait for its end or choose another folder")
-            time.sleep(0.1)
-        yield
-
-
-def _try_to_lock(file: BinaryIO) -> bool:
+    # Not the file's mere existence instead of a lock, where those are missing: it would outlive this process.
+    lock = FileLock(folder / ".lock", timeout=-1 if wait else 0, poll_interval=0.1, fallback_to_soft=False)
     try:
-        if sys.platform == "win32":
-            import msvcrt
-
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock.acquire()
+    except Timeout:
+        message = f"{folder} is in use by another process; wait for its end or choose another folder"
+        raise ValueError(message) from None
     except OSError as error:
-        if error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
-            raise OSError(error.errno, f"this file system cannot lock files ({error.strerror})", file.name) from error
-        return False
-    return True
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+        reason = f"this file system cannot lock files ({error.strerror})"
+        raise OSError(error.errno, reason, str(folder / ".lock")) from error
+    try:
+        yield
+    finally:
+        lock.release()

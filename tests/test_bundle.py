@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from nanollm.bundle import load_bundle, save_bundle
+from nanollm.durable import write_sealed_json
 from nanollm.model.transformer import Transformer
 from tests.model.conftest import TINY, randomised
 
@@ -57,7 +58,7 @@ def test_weights_that_do_not_fit_the_shape_are_refused(tmp_path, model, tokenize
 
 
 def test_a_provenance_without_checksums_is_refused(bundle):
-    (bundle / "provenance.json").write_text("{}")
+    write_sealed_json(bundle / "provenance.json", {"format": 2})
     with pytest.raises(ValueError, match="does not list the files of a bundle"):
         load_bundle(bundle)
 

@@ -24,7 +24,6 @@ import numpy.typing as npt
 from nanollm import durable
 
 FORMAT = "nanollm-shards-2"
-FORMATS = ("nanollm-shards-1", FORMAT)  # the first had no seal
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 2**28  # it lists every file of the source
 PROGRESS = "progress.json"
@@ -285,7 +284,7 @@ def read_manifest(folder: Path) -> tuple[dict[str, Any], str]:
             f"make one: nanollm preprocess KIND --tokenizer_path TOKENIZER --save_dir {folder}"
         )
     manifest = read_sealed_manifest(folder)
-    if manifest.get("format") not in FORMATS:
+    if manifest.get("format") != FORMAT:
         raise ValueError(
             f"{folder / MANIFEST} has format {manifest.get('format')!r}, this version reads {FORMAT!r}; "
             f"prepare the folder again"
@@ -304,7 +303,7 @@ def read_sealed_manifest(folder: Path) -> dict[str, Any]:
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
     """Finish a folder, and return what read_manifest will."""
-    whole = {"format": FORMAT} | dict(manifest) | {"format": FORMAT}  # first, and not what an older version began with
+    whole = {"format": FORMAT, **manifest}
     durable.write_sealed_json(folder / MANIFEST, whole)
     return whole
 

@@ -20,14 +20,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, BinaryIO, Literal, Protocol, TypeVar, cast
 
-from nanollm.sources.pages import largest_page
-
 FORMATS = (".txt", ".jsonl", ".csv", ".parquet")
 PACKINGS = ("", ".gz", ".zst")
 DOCUMENT_BYTES = 16 * 2**20  # a .txt file above this is read as several documents
 LINE_BYTES = 16 * 2**20  # a longer line of .jsonl, row of .csv or text of .parquet is a bad record
 BATCH_ROWS, BATCH_BYTES = 256, 256 * 2**20  # of Parquet, held in memory at once
-PAGE_BYTES = 512 * 2**20  # of Parquet, which unpacks a page whole; rows beside a larger one are bad records
 REASON_CHARS = 300  # a reason may quote what stands in the file
 
 
@@ -357,12 +354,12 @@ def _read_parquet(file: BinaryIO, columns: Sequence[str]) -> Numbered:
         try:
             # With other buffers Arrow holds the whole column of a row group, as it is packed.
             options = {"buffer_size": 2**20, "pre_buffer": False, "page_checksum_verification": True}
-            yield from _parquet_rows(parquet.ParquetFile(file, **options), file, columns)
+            yield from _parquet_rows(parquet.ParquetFile(file, **options), columns)
         except (arrow.ArrowException, UnicodeDecodeError) as error:  # the latter: in the name of a column
             raise _Unreadable(str(error)) from error
 
 
-def _parquet_rows(table: Any, file: BinaryIO, columns: Sequence[str]) -> Numbered:
+def _parquet_rows(table: Any, columns: Sequence[str]) -> Numbered:
     """The rows of each row group; what cannot be read of one is one bad record, and the next group follows."""
     arrow = need("pyarrow", "to read Parquet")
     if missing := _missing(columns, table.schema_arrow.names):
@@ -372,45 +369,35 @@ def _parquet_rows(table: Any, file: BinaryIO, columns: Sequence[str]) -> Numbere
     for number in range(table.metadata.num_row_groups):
         row, end = end, end + table.metadata.row_group(number).num_rows
         try:
-            for values in _rows_of_group(table, number, file, columns):
+            for values in _rows_of_group(table, number, columns):
                 row += 1
                 yield row, values
         except (arrow.ArrowException, OSError, EOFError, _Unreadable) as error:
             yield row + 1, f"cannot be read, like all rows to {end:,}: {' '.join(str(error).split())}"
 
 
-def _rows_of_group(table: Any, number: int, file: BinaryIO, columns: Sequence[str]) -> Iterator[list[Any] | str]:
+def _rows_of_group(table: Any, number: int, columns: Sequence[str]) -> Iterator[list[Any] | str]:
     """The values of each row, or why it is bad."""
-    largest = _largest_page(table.metadata.row_group(number), file, columns)  # no cell is larger
-    if largest > PAGE_BYTES:
-        raise _Unreadable(f"a text, or a page of texts, has {largest:,} bytes; write them in pages of 1 MiB")
-    batch_rows = min(BATCH_ROWS, max(1, BATCH_BYTES // max(1, largest)))
+    mean = _mean_bytes(table.metadata.row_group(number), columns)
+    if mean > LINE_BYTES:  # Arrow would unpack them all the same
+        raise _Unreadable(f"a text has {mean:,} bytes on average, at most {LINE_BYTES:,} are read")
+    batch_rows = min(BATCH_ROWS, max(1, BATCH_BYTES // max(1, mean)))
     for batch in table.iter_batches(batch_size=batch_rows, row_groups=[number], columns=list(columns)):
         arrays = [batch.column(column) for column in columns]
         for place in range(len(batch)):
             cells = [array[place] for array in arrays]
-            too_long = largest > LINE_BYTES and any(_is_long(cell) for cell in cells)
+            too_long = any(_is_long(cell) for cell in cells)
             yield f"the text is longer than {LINE_BYTES:,} bytes" if too_long else [_value(cell) for cell in cells]
 
 
-def _largest_page(group: Any, file: BinaryIO, columns: Sequence[str]) -> int:
-    """Bytes of the largest page of these columns when it is unpacked, or of the whole group if it is small.
-
-    The pages of a file elsewhere are not asked, because that would fetch all of them twice. Those of a small group are
-    not, because Arrow ends the process where what the footer says of a column is damaged.
-    """
-    if group.total_byte_size <= LINE_BYTES:
-        return group.total_byte_size
-    if not isinstance(getattr(file, "raw", None), io.FileIO):
-        return LINE_BYTES + 1
-    chunks = [group.column(number) for number in range(group.num_columns)]
+def _mean_bytes(group: Any, columns: Sequence[str]) -> int:
+    """Bytes of a row in these columns, unpacked, on average and at most."""
+    rows = max(1, group.num_rows)
+    if group.total_byte_size // rows <= LINE_BYTES:
+        return group.total_byte_size // rows  # without asking a column: where its entry is damaged, Arrow crashes
+    chunks = (group.column(number) for number in range(group.num_columns))
     ours = tuple(f"{column}." for column in columns)
-    pages = (
-        largest_page(file, chunk.dictionary_page_offset or chunk.data_page_offset, chunk.total_compressed_size)
-        for chunk in chunks
-        if f"{chunk.path_in_schema}.".startswith(ours)
-    )
-    return max(pages, default=0)
+    return sum(one.total_uncompressed_size for one in chunks if f"{one.path_in_schema}.".startswith(ours)) // rows
 
 
 def _is_long(cell: Any) -> bool:

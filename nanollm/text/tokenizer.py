@@ -7,7 +7,6 @@ no fixed layout, because others' tokenizers are taken as well (export/adopt.py):
 """
 
 import hashlib
-import struct
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from itertools import chain
@@ -149,7 +148,7 @@ class Tokenizer:
 
     @cached_property
     def _proto(self) -> Any:
-        from sentencepiece import sentencepiece_model_pb2 as proto  # needs protobuf, which comes with nanollm[export]
+        from sentencepiece import sentencepiece_model_pb2 as proto
 
         return proto.ModelProto.FromString(self.serialized)  # type: ignore[attr-defined]
 
@@ -219,10 +218,12 @@ class Tokenizer:
     def _recipe(self) -> Recipe:
         """What the file says, where it says the same to SentencePiece; a damaged one may be read in two ways."""
         every = list(range(self.vocab_size))
+        from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
         try:
             recipe = Recipe.of(self.serialized)
             is_same = (recipe.pieces, recipe.scores) == (self._sp.id_to_piece(every), self._sp.get_score(every))
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError, struct.error):
+        except DecodeError:
             is_same = False
         if not is_same:
             raise ValueError("the tokenizer's file is damaged; copy it again")

@@ -11,15 +11,13 @@ piece joins to another is a word by itself. Longer words than necessary do no ha
 
 import ctypes
 import re
-import struct
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from ctypes import POINTER, byref, c_char_p, c_int64, c_void_p
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -32,8 +30,6 @@ OPTIONS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared")
 SPACE = "\u2581"  # as pieces write it
 BORDER = "\ud800"  # in no piece, because it is not valid Unicode
 BPE = 2  # of the types of models
-UNPACK_FLOAT = struct.Struct("<f").unpack
-PLAIN_PIECE = re.compile(rb"\x0a([\x00-\x7f])(.*)\x15(....)(\x18[\x00-\x7f])?", re.DOTALL)  # text, score, type
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # of the types of pieces
 MAX_REMEMBERED = 100_000_000  # bytes, of half a million words (Python) or two millions; then all are forgotten
 WORD_BYTES = 200  # what Python needs for a word besides its characters
@@ -207,59 +203,16 @@ class Recipe:
 
     @classmethod
     def of(cls, serialized: bytes) -> "Recipe":
-        """Read the file of a model; protobuf itself, which knows how to, is not among our dependencies."""
-        pieces, scores, types = [], [], []
-        model_type, text = 1, dict[int, Any]()
-        for field, value in _fields(serialized):
-            if field == 1 and (plain := PLAIN_PIECE.fullmatch(value)) and len(plain[2]) == plain[1][0]:
-                pieces.append(plain[2].decode())  # as nearly all are written: read at once
-                scores.append(UNPACK_FLOAT(plain[3])[0])
-                types.append(plain[4][1] if plain[4] else NORMAL)
-            elif field == 1:
-                piece = dict(_fields(value))
-                pieces.append(piece[1].decode())
-                scores.append(UNPACK_FLOAT(piece.get(2, bytes(4)))[0])
-                types.append(piece.get(3, NORMAL))
-            elif field == 2:
-                model_type = dict(_fields(value)).get(3, 1)
-            elif field == 3:
-                text = dict(_fields(value))
-        # A table of replacements; a space before the text; fewer spaces; spaces unmarked. All but the first by default.
-        keeps = not text.get(2) and (text.get(3, 1), text.get(4, 1), text.get(5, 1)) == (0, 0, 1)
-        return cls(pieces, scores, types, model_type, keeps)
+        """Read the file of a model. DecodeError for what is none."""
+        from sentencepiece import sentencepiece_model_pb2 as proto
 
-
-def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
-    """Number and value of each field of a protobuf message: an int where it is one, else bytes."""
-    at, end = 0, len(message)
-    while at < end:
-        tag, at = _number(message, at)
-        match tag & 7:
-            case 0:
-                value, at = _number(message, at)
-                yield tag >> 3, value
-                continue
-            case 1:
-                size = 8
-            case 2:
-                size, at = _number(message, at)
-            case 5:
-                size = 4
-            case other:
-                raise ValueError(f"a field of unknown type {other}")
-        yield tag >> 3, message[at : at + size]
-        at += size
-
-
-def _number(message: bytes, at: int) -> tuple[int, int]:
-    """A number of any length, and where it ends."""
-    if (byte := message[at]) < 0x80:
-        return byte, at + 1
-    value, shift = byte & 0x7F, 7
-    while True:
-        at += 1
-        byte = message[at]
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, at + 1
-        shift += 7
+        model = proto.ModelProto.FromString(serialized)  # type: ignore[attr-defined]
+        rules = model.normalizer_spec
+        is_kept = not (rules.precompiled_charsmap or rules.add_dummy_prefix or rules.remove_extra_whitespaces)
+        return cls(
+            [piece.piece for piece in model.pieces],
+            [piece.score for piece in model.pieces],
+            [piece.type for piece in model.pieces],
+            model.trainer_spec.model_type,
+            is_kept and rules.escape_whitespaces,
+        )

@@ -3,7 +3,6 @@
 import json
 import shutil
 from collections.abc import Iterator
-from hashlib import sha256
 from random import Random
 
 import pytest
@@ -14,7 +13,7 @@ from nanollm.bundle import load_bundle, read_config
 from nanollm.data.batches import Batch
 from nanollm.data.prepare import PrepareConfig, SourceSplit, prepare
 from nanollm.data.shards import Shards, read_manifest, write_manifest
-from nanollm.durable import sha256_of, write_json
+from nanollm.durable import write_json
 from nanollm.model.transformer import Transformer
 from nanollm.train.checkpoint import find_newest, load_newest, save_checkpoint, verify
 from nanollm.train.loss import next_token_loss
@@ -197,52 +196,30 @@ def test_a_preparation_that_was_stopped_never_goes_on_from_a_damaged_note(tmp_pa
     assert content(stopped) == content(tmp_path / "whole")
 
 
-# --- what older versions wrote ---
+# --- other formats ---
 
 
-def as_before(file, **changed):
-    """Write a JSON file as versions did that knew no seal."""
-    record = {name: value for name, value in json.loads(file.read_bytes()).items() if name not in ("seal", "format")}
-    write_json(file, record | changed)
-
-
-def old_checkpoint(run):
-    state = run / "step-00000002" / "state.json"
-    record = json.loads(state.read_bytes())
-    guarded = json.dumps([record["counters"], record["files"]], sort_keys=True)
-    as_before(state, sha256=sha256(guarded.encode()).hexdigest())
-    return state
-
-
-def test_a_checkpoint_of_an_older_version_is_read_and_guarded_as_it_was(run, start):
-    state, resumed = old_checkpoint(run), start()
-    assert load_newest(run, resumed, World())
-    assert resumed.step == 2
-    state.write_text(state.read_text().replace('"step": 2', '"step": 3'))
-    with pytest.raises(ValueError, match=r"state.json was changed after it was written"):
-        verify(state.parent)
-
-
-def test_a_bundle_of_an_older_version_is_read_and_guarded_as_it_was(bundle):
-    as_before(bundle / "config.json", format=1)
-    as_before(bundle / "provenance.json", files={name: sha256_of(bundle / name) for name in BUNDLE[:3]})
-    assert load_bundle(bundle).provenance["made_by"] == "a test"
-    (bundle / "config.json").write_bytes((bundle / "config.json").read_bytes().replace(b"  ", b" "))
-    with pytest.raises(ValueError, match=r"config.json was changed after it was written"):
-        load_bundle(bundle)
-
-
-def test_token_files_of_an_older_version_are_read_and_not_prepared_again(materials, tmp_path, tokenizer):
-    folder = shutil.copytree(materials["text"], tmp_path / "tokens")
-    as_before(folder / "manifest.json", format="nanollm-shards-1")
-    assert Shards.open(folder, tokenizer_fingerprint=tokenizer.fingerprint).documents > 200
-    words = ["text", "--tokenizer_path", materials["tokenizer"], "--save_dir", folder, "--input", materials["texts"]]
-    assert cli.main([*map(str, ["preprocess", *words, "--val_fraction", 0.1])]) == 0  # nothing to do
-    assert read_manifest(folder)[0]["format"] == "nanollm-shards-1"
+def test_another_format_is_one_line_that_says_what_to_do(run, bundle, materials, tmp_path):
+    tokens = shutil.copytree(materials["text"], tmp_path / "tokens")
+    newest = run / "step-00000002"
+    for file, load, advice in (
+        (newest / "state.json", lambda: verify(newest), "expected format 2, got 1; resume with the version"),
+        (bundle / "config.json", lambda: read_config(bundle), "expected format 2, got 1; take the version"),
+        (bundle / "provenance.json", lambda: load_bundle(bundle), "expected format 2, got 1; take the version"),
+        (tokens / "manifest.json", lambda: read_manifest(tokens), "has format 1, .*; prepare the folder again"),
+    ):
+        whole = file.read_bytes()
+        write_json(file, {**json.loads(whole), "format": 1, "seal": None})
+        with pytest.raises(ValueError, match=f"{file.name} was changed after it was written"):
+            load()
+        write_json(file, {name: each for name, each in json.loads(whole).items() if name != "seal"} | {"format": 1})
+        with pytest.raises(ValueError, match=f"{file.name}:? {advice}"):
+            load()
+        file.write_bytes(whole)
 
 
 @pytest.mark.parametrize("lost", ["seal", "format"])
-def test_a_file_that_lost_its_seal_or_its_format_is_not_taken_for_an_older_one(run, bundle, materials, tmp_path, lost):
+def test_a_file_that_lost_its_seal_or_its_format_is_refused(run, bundle, materials, tmp_path, lost):
     tokens = shutil.copytree(materials["text"], tmp_path / "tokens")
     newest = run / "step-00000002"
     for file, load in (

@@ -418,9 +418,7 @@ def both_verbs(path, tokenizer_path):
 
 def test_a_line_of_64_times_the_limit_is_reported_and_not_held(tmp_path, tokenizer_path, record_property):
     """With limits of a thirty-second of what they are."""
-    limits = {
-        name: getattr(files, name) // 32 for name in ("LINE_BYTES", "DOCUMENT_BYTES", "PAGE_BYTES", "BATCH_BYTES")
-    }
+    limits = {name: getattr(files, name) // 32 for name in ("LINE_BYTES", "DOCUMENT_BYTES", "BATCH_BYTES")}
     size = 64 * limits["LINE_BYTES"]
     small, large = [], []
     for kind in ("jsonl.gz", "quoted.csv", "parquet"):
