@@ -27,7 +27,7 @@ from nanollm.model.transformer import Transformer
 from nanollm.settings import load_preset
 from nanollm.sources import builtin
 from nanollm.stages.bench import Decoding, Memory, some_tokens
-from nanollm.text.learn import Sample, train_on
+from nanollm.text.train_tokenizer import Sample, train_on
 
 PRESETS = ("nano-327m", "nano-327m-fine")
 PROMPT, REPLY = 16, 32

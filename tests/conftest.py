@@ -12,8 +12,8 @@ from typing import Any
 import hypothesis
 import pytest
 
-from nanollm.text.learn import train
 from nanollm.text.tokenizer import Tokenizer
+from nanollm.text.train_tokenizer import train
 
 if "CI" not in os.environ:  # where hypothesis has a profile of its own, which draws the same examples each time
     is_slow = [hypothesis.HealthCheck.too_slow]  # a busy machine is no fault of the code

@@ -26,6 +26,7 @@ from nanollm.data.shards import (
     write_manifest,
 )
 
+MAX_PARTS = 99_999  # their folders have five digits
 PART = re.compile(r"part-(\d{5})-of-(\d{5})")
 
 Header = dict[str, Any]

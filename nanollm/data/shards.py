@@ -25,7 +25,7 @@ from nanollm import durable
 
 FORMAT = "nanollm-shards-2"
 MANIFEST = "manifest.json"
-MOST_MANIFEST_BYTES = 2**28  # it lists every file of the source
+MAX_MANIFEST_BYTES = 2**28  # it lists every file of the source
 PROGRESS = "progress.json"
 
 Verification = Literal["size", "sha256"]
@@ -298,7 +298,7 @@ def read_manifest(folder: Path) -> tuple[dict[str, Any], str]:
 
 def read_sealed_manifest(folder: Path) -> dict[str, Any]:
     """The manifest as it was written, whatever it says and whether the folder is finished."""
-    return durable.read_sealed_json(folder / MANIFEST, FORMAT, "prepare the folder again", MOST_MANIFEST_BYTES)
+    return durable.read_sealed_json(folder / MANIFEST, FORMAT, "prepare the folder again", MAX_MANIFEST_BYTES)
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:

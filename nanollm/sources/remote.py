@@ -12,6 +12,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from nanollm.sources.datasets import one_line
 from nanollm.sources.files import File, find_files, is_readable, need
 
 
@@ -55,7 +56,7 @@ def _find_remote(address: str) -> list[RemoteFile]:
     try:
         entries: dict[str, dict[str, Any]] = system.find(folder, detail=True)
     except Exception as error:  # whatever the network or the store raises
-        raise ValueError(f"cannot look into {address}: {_line(error)}; check the address and the network") from error
+        raise ValueError(f"cannot look into {address}: {one_line(error)}; check the address and the network") from error
     pattern = path if "*" in path else "*"
     files = [
         RemoteFile(system.unstrip_protocol(name), int(entry.get("size") or 0))
@@ -76,9 +77,5 @@ def _system_of(address: str) -> tuple[Any, str]:
     try:
         system, path = fsspec.core.url_to_fs(address)
     except (ImportError, ValueError) as error:
-        raise ValueError(f"cannot open {address}: {_line(error)}") from error
+        raise ValueError(f"cannot open {address}: {one_line(error)}") from error
     return system, path
-
-
-def _line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]

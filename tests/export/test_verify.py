@@ -11,7 +11,7 @@ from nanollm.bundle import load_bundle, save_bundle
 from nanollm.export import engines, verify
 from nanollm.stages.export import Config, run
 from nanollm.text.chat import encode_prompt
-from nanollm.text.learn import Sample, train_on
+from nanollm.text.train_tokenizer import Sample, train_on
 from tests.conftest import STORY
 
 PROMPTS = 6

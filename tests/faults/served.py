@@ -52,7 +52,7 @@ def write_bundle(folder, **sizes):
 
     from nanollm.bundle import save_bundle
     from nanollm.model.transformer import Transformer
-    from nanollm.text.learn import train
+    from nanollm.text.train_tokenizer import train
     from tests.model.conftest import TINY, randomised
 
     tokenizer = train([STORY.read_text(encoding="utf-8")], folder.with_suffix(".model"), vocab_size=600)

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from nanollm.generate.request import Scored
 from nanollm.serve.engine_thread import TokenEvent
-from nanollm.text.learn import EOS_ID, FIRST_LEARNED_ID
 from nanollm.text.tokenizer import END
+from nanollm.text.train_tokenizer import EOS_ID, FIRST_LEARNED_ID
 
 pytest.importorskip("fastapi", reason='fastapi is not installed: pip install -e ".[serve]"')
 from nanollm.serve.streaming import MIN_LOGPROB, Choice, Detokenizer, TextFormatter

@@ -16,7 +16,7 @@ from nanollm import cli
 from nanollm.bundle import load_bundle, save_bundle
 from nanollm.generate.chat_session import Talk
 from nanollm.model.transformer import Transformer
-from nanollm.sources.chats import conversations
+from nanollm.sources.datasets import conversations
 from nanollm.stages import chat
 from tests.stages.conftest import MODEL
 

@@ -161,7 +161,7 @@ def test_a_tokenizer_too_large_for_the_model_is_refused(run_config):
 
 
 def test_token_files_of_another_tokenizer_are_refused(run_config, tmp_path):
-    from nanollm.text.learn import train
+    from nanollm.text.train_tokenizer import train
 
     other = tmp_path / "other.model"
     train(["some other text entirely, with other words " * 50], other, vocab_size=300)

@@ -4,9 +4,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from nanollm.text.learn import FIRST_LEARNED_ID, train
 from nanollm.text.stream import TextStream
 from nanollm.text.tokenizer import USER, Tokenizer
+from nanollm.text.train_tokenizer import FIRST_LEARNED_ID, train
 from tests.conftest import STORY
 
 BYTES = FIRST_LEARNED_ID - 256  # the id of the byte 0x00
