@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from nanollm import __version__, durable
+from nanollm.config import check_seed
 from nanollm.data.executors import RayConfig, SlurmConfig, Step, run_here, submit
 from nanollm.data.merge import finish_merge, is_merged, merge, missing
 from nanollm.data.prepare import Rules, header_of, refuse_other
@@ -24,7 +25,6 @@ from nanollm.data.shards import read_manifest
 from nanollm.evals.contamination import NGRAM_WORDS
 from nanollm.extras import missing_package
 from nanollm.progress import say
-from nanollm.settings import check_seed
 from nanollm.sources import gsm8k
 from nanollm.sources.files import BadRecord, File, find_files, read_texts
 from nanollm.sources.remote import find_everywhere, size_of

@@ -6,12 +6,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from nanollm.config import check_seed
 from nanollm.data.encode import Document
 from nanollm.data.merge import begin_part, finish_merge, is_merged, merge, missing, part_source, refuse_parts
 from nanollm.data.prepare import BAD_RECORDS, Part, Rules, header_of, prepare
 from nanollm.durable import check_writable
 from nanollm.progress import say
-from nanollm.settings import check_seed
 from nanollm.sources import builtin, chats, gsm8k, instructions, openwebtext
 from nanollm.sources.builtin import BUILTIN
 from nanollm.sources.files import OnBad, find_files, format_of, read_texts
