@@ -7,7 +7,7 @@ from types import ModuleType
 
 import pytest
 
-from nanollm.settings import preset_names
+from nanollm.config import preset_names
 
 DOCS = Path(__file__).parent.parent / "docs"
 FIGURES = DOCS / "figures"

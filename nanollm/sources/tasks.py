@@ -14,8 +14,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol, cast
 
+from nanollm.config import check_seed
 from nanollm.progress import say
-from nanollm.settings import check_seed
 from nanollm.sources import gsm8k
 from nanollm.sources.files import BadRecord
 from nanollm.sources.gsm8k import Problem

@@ -123,7 +123,7 @@ def serve() -> None:
     import docstring_parser  # noqa: F401 (so that a fork has them)
     import torch.profiler  # noqa: F401
 
-    import nanollm.options
+    import nanollm.config
     import nanollm.stages.grpo
     import nanollm.stages.preprocess
     import nanollm.stages.pretrain
