@@ -327,7 +327,8 @@ def svg(name: str) -> str:
         for colours in (DARK.keys(), DARK.values())
     )
     style = f"<style>:root {{{light}}} @media (prefers-color-scheme: dark) {{:root {{{dark}}}}}</style>"
-    return drawn.replace("<defs>", f"{style}\n <defs>", 1)
+    drawn = drawn.replace("<defs>", f"{style}\n <defs>", 1)
+    return "".join(f"{line.rstrip()}\n" for line in drawn.splitlines())
 
 
 def main(words: Sequence[str]) -> int:
@@ -338,7 +339,7 @@ def main(words: Sequence[str]) -> int:
         print(*(f"{file.name}: run python docs/figures/draw.py" for file in stale), sep="\n")
         return 1 if stale else 0
     for file in stale:
-        file.write_text("".join(f"{line.rstrip()}\n" for line in drawn[file].splitlines()), encoding="utf-8", newline="\n")
+        file.write_text(drawn[file], encoding="utf-8", newline="\n")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Which source becomes which folder of token files, and what is said about it?"""
+"""A source becomes a folder of token files, and a few lines that say what is in it."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
