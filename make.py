@@ -117,8 +117,8 @@ def check(words: "list[str]") -> int:
     """Style, format, types and floor plan; all of them, even if one fails."""
     if setup([]):
         return 1
-    house = ["tests/test_floor_plan.py", "tests/test_house.py"]
-    checks = [["ruff", "check"], ["ruff", "format", "--check"], ["mypy"], ["pytest", "-q", *house]]
+    house = ["tests/test_floor_plan.py", "tests/test_house.py", "tests/test_size.py"]
+    checks = [["ruff", "check"], ["ruff", "format", "--check"], ["mypy"], ["pytest", "-q", *house], ["tests.test_size"]]
     failed = [" ".join(command) for command in checks if run([str(PYTHON), "-m", *command, *words])]
     return fail(f"not clean: {'; '.join(failed)}") if failed else 0
 

@@ -187,7 +187,7 @@ def one_run(row: str, seed: int, o: argparse.Namespace) -> AblationRun:
 
     torch.set_num_threads(o.threads)
     from benchmarks.variants import ROWS, SEARCH, TRIALS, active_flops_per_token
-    from nanollm.settings import load_preset
+    from nanollm.config import load_preset
     from nanollm.world import World
 
     v = (ROWS | SEARCH | TRIALS)[row]

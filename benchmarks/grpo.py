@@ -156,8 +156,8 @@ def check_of(side: "Ours | Theirs") -> dict[str, Any]:
 
 def shape() -> "ModelConfig":
     """nano-5m's family, 11 million parameters."""
+    from nanollm.config import load_preset
     from nanollm.model.config import ModelConfig
-    from nanollm.settings import load_preset
 
     changes = {"vocab_size": VOCAB, "context_length": CONTEXT, "d_model": 256, "d_ff": 704, "d_expert": 352}
     return ModelConfig(**load_preset("model", "nano-5m") | changes | {"kv_lora_rank": 128})

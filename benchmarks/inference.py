@@ -19,12 +19,12 @@ from torch import Tensor
 
 from benchmarks.measuring import in_turns, matmul_roof, tell
 from benchmarks.peers import transformers_twin
+from nanollm.config import load_preset
 from nanollm.generate.engine import Engine
 from nanollm.generate.request import Quantize, Request
 from nanollm.generate.sampling import SamplingConfig
 from nanollm.model.config import ModelConfig
 from nanollm.model.transformer import Transformer
-from nanollm.settings import load_preset
 from nanollm.stages.bench import Decoding, Memory, decoding_speed, seconds, some_tokens, time_to_first_token
 
 PRESET, CONTEXT, PROMPT, REPLY = "nano-327m", 512, 1500, 32

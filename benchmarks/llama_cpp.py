@@ -20,11 +20,11 @@ import xllamacpp
 
 from benchmarks.measuring import in_turns, tell
 from nanollm.bundle import Bundle
+from nanollm.config import load_preset
 from nanollm.export.gguf import GgufType, write_gguf
 from nanollm.generate.request import Quantize
 from nanollm.model.config import ModelConfig
 from nanollm.model.transformer import Transformer
-from nanollm.settings import load_preset
 from nanollm.sources import builtin
 from nanollm.stages.bench import Decoding, Memory, some_tokens
 from nanollm.text.train_tokenizer import Sample, train_on

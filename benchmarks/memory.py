@@ -89,8 +89,8 @@ def _peak_mb(side: str, case: dict[str, Any], losses: dict[str, float]) -> float
 
 
 def _config(case: dict[str, Any]) -> Any:
+    from nanollm.config import load_preset
     from nanollm.model.config import ModelConfig
-    from nanollm.settings import load_preset
 
     values = load_preset("model", case["preset"])
     return ModelConfig(**(values | ({"context_length": case["length"]} if case["length"] else {})))

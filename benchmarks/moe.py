@@ -32,8 +32,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
+    from nanollm.config import load_preset
     from nanollm.model.config import ModelConfig
-    from nanollm.settings import load_preset
 
     presets = {name: ModelConfig(**load_preset("model", name)) for name in options.presets}
     return {name: of_shape(c, options) for name, c in presets.items()}

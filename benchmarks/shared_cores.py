@@ -94,10 +94,10 @@ def training(preset: str) -> Callable[[], int]:
     """An optimizer step of 4,096 tokens; returns how many there were."""
     import torch
 
+    from nanollm.config import load_preset
     from nanollm.data.batches import Batch
     from nanollm.model.config import ModelConfig
     from nanollm.model.transformer import Transformer
-    from nanollm.settings import load_preset
     from nanollm.train.loss import next_token_loss
     from nanollm.train.optim import OptimConfig
     from nanollm.train.state import TrainState
@@ -115,11 +115,11 @@ def training(preset: str) -> Callable[[], int]:
 
 def decoding() -> Callable[[], int]:
     """A reply of 64 tokens by nano-20m."""
+    from nanollm.config import load_preset
     from nanollm.generate.engine import generate
     from nanollm.generate.sampling import SamplingConfig
     from nanollm.model.config import ModelConfig
     from nanollm.model.transformer import Transformer
-    from nanollm.settings import load_preset
     from nanollm.world import World
 
     world = World.start()
@@ -132,11 +132,11 @@ def decoding() -> Callable[[], int]:
 
 def rollouts() -> Callable[[], int]:
     """64 replies of 32 tokens by nano-1m, and an update by as many rows; returns the tokens of both."""
+    from nanollm.config import load_preset
     from nanollm.generate.engine import generate
     from nanollm.generate.sampling import SamplingConfig
     from nanollm.model.config import ModelConfig
     from nanollm.model.transformer import Transformer
-    from nanollm.settings import load_preset
     from nanollm.world import World
 
     world, update = World.start(), training("nano-1m")

@@ -92,7 +92,7 @@ def step_seconds(v: "Variant", options: argparse.Namespace, text: Text, world: "
 
 
 def started(v: "Variant", options: argparse.Namespace, text: Text, world: "World") -> Run:
-    from nanollm.settings import load_preset
+    from nanollm.config import load_preset
 
     config = v.config(load_preset("model", options.preset), options.context_length)
     return Run.start(v, config, options.seed, text, world)

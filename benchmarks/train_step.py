@@ -108,8 +108,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def shape_of(preset: str, context: int) -> "ModelConfig":
+    from nanollm.config import load_preset
     from nanollm.model.config import ModelConfig
-    from nanollm.settings import load_preset
 
     return dataclasses.replace(ModelConfig(**load_preset("model", preset)), context_length=context)
 

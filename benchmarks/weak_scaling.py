@@ -60,8 +60,8 @@ def launched(processes: int, options: argparse.Namespace) -> dict[str, float]:
 
 def one_rank(preset: str, rows: int, micro_batches: int, steps: int, parallel: str) -> None:
     """What every process does; the main one prints the numbers of all."""
+    from nanollm.config import load_preset
     from nanollm.model.config import ModelConfig
-    from nanollm.settings import load_preset
     from nanollm.world import World
 
     c = ModelConfig(**load_preset("model", preset))

@@ -1,7 +1,7 @@
 """What does each verb take? One page per verb and one for all, written by the code; no word of them is written by hand.
 
 The options, their types, defaults and words are those of `nanollm VERB --help`: the fields of the frozen Config of each
-stage, read by nanollm/options.py. The same names, nested at their dots, are the keys of the YAML files.
+stage, read by nanollm/config.py. The same names, nested at their dots, are the keys of the YAML files.
 """
 
 import html
@@ -20,7 +20,8 @@ from pathlib import Path
 from jsonargparse import SUPPRESS, Unset
 
 import nanollm
-from nanollm import cli, options, settings
+from nanollm import cli
+from nanollm.config import CONFIGS, Kinds, kinds_of, parse_options, parser_of, preset_names
 
 ALSO = ("help", "config", "print_config", "dry_run")  # options that have no key in a YAML file
 CODE = re.compile(r"(`[^`]+`)")
@@ -48,8 +49,8 @@ def index() -> str:
 def page_of(verb: str) -> str:
     """A verb: what it is, its options by their groups, all of them as YAML, and the runs that come with it."""
     stage = importlib.import_module(cli.module_of(verb))
-    kinds = options.kinds_of(stage)
-    parser = options.parser_of(verb, stage, kinds)
+    kinds = kinds_of(stage)
+    parser = parser_of(verb, stage, kinds)
     lines = [f"# nanollm {verb}", "", *map(cell, blank_between(paragraphs(stage.Config)))]
     lines += ["", "```", parser.usage or "", "```", ""]
     if positional := getattr(stage, "POSITIONAL", ()):
@@ -68,7 +69,7 @@ def page_of(verb: str) -> str:
     return "\n".join(lines)
 
 
-def table(actions: list[Action], kinds: options.Kinds | None = None) -> list[str]:
+def table(actions: list[Action], kinds: Kinds | None = None) -> list[str]:
     rows = [
         f"| `--{each.dest}` | {value_of(each)} | {default_of(each)} | {meaning_of(each, kinds)} |" for each in actions
     ]
@@ -84,17 +85,17 @@ def value_of(action: Action) -> str:
 
 def default_of(action: Action) -> str:
     if action.required:
-        return "of the preset" if settings.preset_names(action.dest.partition(".")[0]) else "required"
+        return "of the preset" if preset_names(action.dest.partition(".")[0]) else "required"
     if action.default in (SUPPRESS, Unset):
         return ""
     value = action.default
     return f"`{value if isinstance(value, str | Path) else json.dumps(value)}`"
 
 
-def meaning_of(action: Action, kinds: options.Kinds | None) -> str:
+def meaning_of(action: Action, kinds: Kinds | None) -> str:
     if kinds and is_dataclass(kinds[action.dest]):
         return "all of the settings below at once, from a YAML file" + (
-            " or by a preset's name" if settings.preset_names(action.dest) else ""
+            " or by a preset's name" if preset_names(action.dest) else ""
         )
     return cell(action.help or "")
 
@@ -102,7 +103,7 @@ def meaning_of(action: Action, kinds: options.Kinds | None) -> str:
 def common_options() -> list[Action]:
     """The options of ALSO, as the parser of a verb that has them all describes them."""
     stage = importlib.import_module(cli.module_of("pretrain"))
-    parser = options.parser_of("pretrain", stage, options.kinds_of(stage))
+    parser = parser_of("pretrain", stage, kinds_of(stage))
     return [action for action in parser._actions if action.dest in ALSO]
 
 
@@ -111,7 +112,7 @@ def defaults(verb: str, stage: types.ModuleType) -> str:
     printed = io.StringIO()
     with redirect_stdout(printed):
         try:
-            options.read(verb, stage, ["--print_config"])
+            parse_options(verb, stage, ["--print_config"])
         except SystemExit:
             return printed.getvalue()
     raise AssertionError("--print_config did not end")
@@ -119,7 +120,7 @@ def defaults(verb: str, stage: types.ModuleType) -> str:
 
 def runs_of(verb: str) -> Iterator[str]:
     """The files of configs/VERB with the comments at their tops."""
-    files = sorted((settings.CONFIGS / verb).glob("*.yaml"))
+    files = sorted((CONFIGS / verb).glob("*.yaml"))
     if files:
         yield from ("## Runs that come with it", "")
     for file in files:

@@ -14,7 +14,8 @@ import json
 from itertools import islice
 from pathlib import Path
 
-from nanollm import ModelConfig, settings
+from nanollm import ModelConfig
+from nanollm.config import load_preset
 from nanollm.sources import builtin
 from nanollm.stages import preprocess, pretrain, tokenizer
 from nanollm.train.optim import OptimConfig
@@ -23,7 +24,7 @@ from nanollm.train.run import TrainConfig
 
 def main(text: Path | None, out: Path, steps: int) -> Path:
     text = text or write_texts(out / "texts.jsonl")
-    model = ModelConfig(**settings.load_preset("model", "nano-1m"))
+    model = ModelConfig(**load_preset("model", "nano-1m"))
     learn = tokenizer.Config(corpus=[str(text)], output_dir=out / "tokenizer", vocab_size=model.vocab_size)
     tokens = preprocess.Config(kind="text", input=[text], tokenizer_path=learn.model_path, save_dir=out / "tokens")
     training = pretrain.Config(

@@ -115,10 +115,10 @@ def module_of(verb: str) -> str:
 
 def run_stage(verb: str, stage: ModuleType, arguments: list[str]) -> object:
     """Run a stage with these arguments: the command line wins over --config, which wins over the defaults."""
-    from nanollm import options  # late: `nanollm --help` must not wait for jsonargparse
+    from nanollm.config import parse_options  # late: `nanollm --help` must not wait for jsonargparse
 
     try:
-        config, is_dry_run = options.read(verb, stage, arguments)
+        config, is_dry_run = parse_options(verb, stage, arguments)
     except SystemExit as stop:
         if stop.code:
             raise
@@ -164,7 +164,7 @@ def completion(words: Sequence[str]) -> str:
         raise missing_package("--completion", "shtab", "completion")
     from jsonargparse import ArgumentParser
 
-    from nanollm import options
+    from nanollm.config import kinds_of, parser_of
 
     parser = ArgumentParser("nanollm", add_help=False)
     parser.add_argument("--version", action="store_true", help="Say which version this is, and stop.")
@@ -172,7 +172,7 @@ def completion(words: Sequence[str]) -> str:
     below = parser.add_subcommands(required=False)
     for verb in all_verbs():
         stage = importlib.import_module(module_of(verb))
-        below.add_subcommand(verb, options.parser_of(verb, stage, options.kinds_of(stage)))
+        below.add_subcommand(verb, parser_of(verb, stage, kinds_of(stage)))
     return parser.get_completion_script(f"shtab-{words[0]}")
 
 

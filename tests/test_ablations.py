@@ -17,10 +17,10 @@ from benchmarks.variants import (
     build_optimizers,
     head_cross_entropy_sum,
 )
+from nanollm.config import load_preset
 from nanollm.data.batches import IGNORE
 from nanollm.model.config import ModelConfig
 from nanollm.model.transformer import Transformer
-from nanollm.settings import load_preset
 from nanollm.stages import preprocess
 from nanollm.text.tokenizer import Tokenizer
 from nanollm.train import optim

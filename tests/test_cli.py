@@ -19,7 +19,8 @@ import pytest
 import torch
 
 import nanollm
-from nanollm import __version__, cli, options, settings
+from nanollm import __version__, cli
+from nanollm.config import CONFIGS, kinds_of, load_preset, parse_options, read_mapping, to_yaml
 from nanollm.model.config import ModelConfig
 from nanollm.stages import pretrain
 
@@ -93,7 +94,7 @@ def toy(monkeypatch, tmp_path):
     presets.mkdir(parents=True)
     (presets / "small.yaml").write_text("width: 4\n")
     (presets / "small-wide.yaml").write_text("width: 8\ndepth: 3\n")
-    monkeypatch.setattr(settings, "CONFIGS", tmp_path / "configs")
+    monkeypatch.setattr("nanollm.config.CONFIGS", tmp_path / "configs")
     return stage
 
 
@@ -155,7 +156,7 @@ def test_every_verb_explains_every_option(verb, capsys):
     text = capsys.readouterr().out
     assert " ".join(text.split()).startswith(f"usage: nanollm {verb} ")
     assert not re.search(r"typing\.|<class|Literal|Unset|None\b(?!:)|ITEM|LIST_OF|FILE_OR_CLASS", text)
-    for name in options.kinds_of(stage):
+    for name in kinds_of(stage):
         assert re.search(rf"  --{name}( .*)?\n? {{2,}}\S", text) or name == "help", f"{verb}: {name} has no docstring"
 
 
@@ -179,7 +180,7 @@ def test_the_version_is_told_without_torch(monkeypatch):
 
 def test_a_shell_is_told_every_option_of_every_verb(completion):
     told = dict(re.findall(r"^_shtab_nanollm_(\w+)_option_strings=\((.*)\)$", completion("bash"), re.MULTILINE))
-    options_of = {verb: options.kinds_of(importlib.import_module(cli.module_of(verb))) for verb in cli.all_verbs()}
+    options_of = {verb: kinds_of(importlib.import_module(cli.module_of(verb))) for verb in cli.all_verbs()}
     assert {verb: set(words.split()) - {"-h"} for verb, words in told.items()} == {
         verb: {f"--{name}" for name in kinds} for verb, kinds in options_of.items()
     }
@@ -375,8 +376,8 @@ def test_settings_can_be_printed_before_the_required_ones_are_known(toy, config_
     assert cli.main(["toy", "--print_config", "--optim.lr", "1e-2"]) == 0
     file = tmp_path / "run.yaml"
     file.write_text(capsys.readouterr().out)
-    assert settings.read_mapping(file)["optim"]["lr"] == 1e-2
-    assert "kind" not in settings.read_mapping(file)
+    assert read_mapping(file)["optim"]["lr"] == 1e-2
+    assert "kind" not in read_mapping(file)
     assert config_of("owt", *REQUIRED, "--config", file).optim.lr == 1e-2
 
 
@@ -479,16 +480,16 @@ def test_the_command_line_of_a_real_verb_reads_presets_and_changes_them(capsys, 
     paths = ["--tokenizer_path", "tok", "--data", "tokens", "--out", "run"]
     assert cli.main(["pretrain", *words.split(), *paths, "--print_config"]) == 0
     file.write_text(capsys.readouterr().out)
-    config, is_dry_run = options.read("pretrain", pretrain, ["--config", str(file), "--dry_run"])
+    config, is_dry_run = parse_options("pretrain", pretrain, ["--config", str(file), "--dry_run"])
     assert is_dry_run
     assert dataclasses.asdict(config.model) == asdict_of("nano-5m") | {"context_length": 128}
     assert (config.optim.lr, config.train.steps, config.trackers) == (3e-4, 9, ["tensorboard"])
-    file.write_text(settings.to_yaml(config))
-    assert options.read("pretrain", pretrain, ["--config", str(file)]) == (config, False)
+    file.write_text(to_yaml(config))
+    assert parse_options("pretrain", pretrain, ["--config", str(file)]) == (config, False)
 
 
 def asdict_of(preset):
-    return dataclasses.asdict(ModelConfig(**settings.load_preset("model", preset)))
+    return dataclasses.asdict(ModelConfig(**load_preset("model", preset)))
 
 
 def raising(error):
@@ -524,10 +525,10 @@ def test_an_interrupted_run_exits_130_and_a_saved_one_as_it_says(toy, capsys):
 
 
 def test_a_parser_that_gives_up_does_not_pass_for_done(toy, monkeypatch):
-    monkeypatch.setattr(options, "read", raising(SystemExit(2)))
+    monkeypatch.setattr("nanollm.config.parse_options", raising(SystemExit(2)))
     with pytest.raises(SystemExit, match="2"):
         cli.main(["toy"])
-    monkeypatch.setattr(options, "read", raising(SystemExit(0)))
+    monkeypatch.setattr("nanollm.config.parse_options", raising(SystemExit(0)))
     assert cli.main(["toy"]) == 0
 
 
@@ -569,7 +570,7 @@ def test_of_several_processes_one_prints_the_result(monkeypatch, capsys, world, 
 )
 def test_what_works_in_one_process_is_refused_under_torchrun(monkeypatch, capsys, words, what):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    config = str(settings.CONFIGS / "pretrain" / "nano-327m.yaml")
+    config = str(CONFIGS / "pretrain" / "nano-327m.yaml")
     assert cli.main([word.format(config=config) for word in words]) == 2
     assert f"{what} works in one process, got 2 from torchrun; run it without torchrun" in capsys.readouterr().err
 

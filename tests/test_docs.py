@@ -11,7 +11,8 @@ from urllib.parse import unquote
 import pytest
 
 from docs import build, reference
-from nanollm import cli, options, settings
+from nanollm import cli
+from nanollm.config import CONFIGS, kinds_of, parse_options, read_mapping
 from nanollm.stages import pretrain
 from nanollm.train.metrics import read_metrics
 from tests.stages.conftest import run_config, token_files, tokenizer_path
@@ -40,7 +41,7 @@ def site(tmp_path_factory):
 def test_the_reference_has_a_row_for_every_option_of_every_verb(pages):
     missing = {}
     for verb in cli.all_verbs():
-        kinds = options.kinds_of(importlib.import_module(cli.module_of(verb)))
+        kinds = kinds_of(importlib.import_module(cli.module_of(verb)))
         rows = re.findall(r"^\| `--([\w.]+)` \|", pages[f"{verb}.md"] + pages["index.md"], re.MULTILINE)
         missing[verb] = kinds.keys() - set(rows)
     assert {verb: names for verb, names in missing.items() if names} == {}
@@ -55,10 +56,10 @@ def keys(mapping: Mapping, prefix: str = "") -> Iterator[str]:
 
 def test_the_reference_has_every_key_of_the_yaml_files(pages):
     unknown = []
-    for file in sorted(settings.CONFIGS.rglob("*.yaml")):
+    for file in sorted(CONFIGS.rglob("*.yaml")):
         is_model = file.parent.name == "model"
         rows = pages["pretrain.md" if is_model else f"{file.parent.name}.md"]
-        named = keys(settings.read_mapping(file), "model." if is_model else "")
+        named = keys(read_mapping(file), "model." if is_model else "")
         unknown += [f"{file.name}: {key}" for key in named if f"| `--{key}` |" not in rows and not is_free(key)]
     assert unknown == []
 
@@ -87,12 +88,12 @@ def test_the_reference_shows_yaml_that_the_verb_takes(tmp_path):
     (tmp_path / "all.yaml").write_text(shown, encoding="utf-8")
     stage = importlib.import_module(cli.module_of("generate"))
     words = ["a-bundle", "--prompt", "Once", "--config", str(tmp_path / "all.yaml")]
-    assert options.read("generate", stage, words)[0] == stage.Config(bundle=Path("a-bundle"), prompt=["Once"])
+    assert parse_options("generate", stage, words)[0] == stage.Config(bundle=Path("a-bundle"), prompt=["Once"])
 
 
 def test_the_reference_shows_the_runs_that_come_with_a_verb_and_what_their_files_say():
     text = reference.page_of("sft")
-    for file in (settings.CONFIGS / "sft").glob("*.yaml"):
+    for file in (CONFIGS / "sft").glob("*.yaml"):
         assert f"`configs/sft/{file.name}`\n\n```\nnanollm sft --config configs/sft/{file.name}\n" in text
 
 

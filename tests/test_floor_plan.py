@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "nanollm"
 
 FLOORS = {
-    7: ["__main__", "cli", "options"],
+    7: ["__main__", "cli"],
     6: ["stages"],
     5: ["serve", "export", "evals", "rl", "report", "curate"],
     4: ["generate", "train"],
@@ -22,7 +22,7 @@ FLOORS = {
         "world",
         "heartbeat",
         "progress",
-        "settings",
+        "config",
         "durable",
         "extras",
         "hardware",

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from nanollm import cli, options, settings
+from nanollm import cli
+from nanollm.config import CONFIGS, kinds_of, load_preset, parse_options, preset_names
 from nanollm.model.config import ModelConfig
 from tests.conftest import judge
 
@@ -46,13 +47,13 @@ def canonical(requirement: str) -> str:
 
 def runs() -> list[Path]:
     """The YAML files of runs: configs/<verb>/*.yaml."""
-    return sorted(file for verb in cli.all_verbs() for file in (settings.CONFIGS / verb).glob("*.yaml"))
+    return sorted(file for verb in cli.all_verbs() for file in (CONFIGS / verb).glob("*.yaml"))
 
 
 def config_from(file: Path) -> object:
     """What `nanollm VERB --config FILE` would run."""
     stage = importlib.import_module(cli.module_of(file.parent.name))
-    return options.read(file.parent.name, stage, ["--config", str(file)])[0]
+    return parse_options(file.parent.name, stage, ["--config", str(file)])[0]
 
 
 @pytest.mark.parametrize("file", runs(), ids=lambda file: f"{file.parent.name}/{file.name}")
@@ -60,13 +61,13 @@ def test_every_run_in_configs_is_a_config_of_its_verb(file):
     config_from(file)
 
 
-@pytest.mark.parametrize("name", settings.preset_names("model"))
+@pytest.mark.parametrize("name", preset_names("model"))
 def test_every_model_preset_is_a_model(name):
-    ModelConfig(**settings.load_preset("model", name))
+    ModelConfig(**load_preset("model", name))
 
 
 def test_configs_holds_verbs_and_presets_only():
-    folders = {folder.name for folder in settings.CONFIGS.iterdir() if any(folder.glob("*"))}
+    folders = {folder.name for folder in CONFIGS.iterdir() if any(folder.glob("*"))}
     assert folders <= {"model", *cli.all_verbs()}
 
 
@@ -140,7 +141,7 @@ def test_commands_in_the_documents_exist(name):
         assert verb in cli.all_verbs(), f"{name} names the verb {verb}"
         stage = importlib.import_module(cli.module_of(verb))
         named = {word[2:].partition("=")[0].replace("-", "_") for word in words if re.match(r"--\w", word)}
-        unknown = named - options.kinds_of(stage).keys()
+        unknown = named - kinds_of(stage).keys()
         assert not unknown, f"{name}: nanollm {verb} has no {unknown}"
 
 

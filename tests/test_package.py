@@ -66,7 +66,6 @@ def test_the_wheel_holds_every_file_of_the_package_and_every_preset(wheel):
         ".js",
         ".css",
         ".yaml",
-        ".json",
         ".mjs",
     }
     assert "nanollm/py.typed" in held

@@ -26,7 +26,8 @@ from pathlib import Path
 
 import pytest
 
-from nanollm import cli, options
+from nanollm import cli
+from nanollm.config import parse_options
 from nanollm.sources import builtin
 
 ROOT = Path(__file__).parent.parent
@@ -118,7 +119,7 @@ def test_a_command_of_the_readme_is_understood_word_by_word(command, monkeypatch
     monkeypatch.chdir(ROOT)
     verb, *words = shlex.split(command)
     assert verb in cli.all_verbs()
-    options.read(verb, importlib.import_module(cli.module_of(verb)), words)
+    parse_options(verb, importlib.import_module(cli.module_of(verb)), words)
 
 
 def test_what_the_readme_asks_of_make_and_pip_exists():

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from nanollm import cli, options
+from nanollm import cli
+from nanollm.config import SWITCHES, kinds_of
 from tests.test_floor_plan import PACKAGE, Imports, read_imports
 
 LIMITS = {
@@ -31,12 +32,12 @@ def python_files(folder: Path) -> list[Path]:
 def leaf_options() -> int:
     """Options that hold a value, over all verbs, without --config, --help and the like."""
     stages = [importlib.import_module(cli.module_of(verb)) for verb in cli.all_verbs()]
-    kinds = [kind for stage in stages for name, kind in options.kinds_of(stage).items() if name not in common()]
+    kinds = [kind for stage in stages for name, kind in kinds_of(stage).items() if name not in common()]
     return sum(not is_dataclass(kind) for kind in kinds)
 
 
 def common() -> set[str]:
-    return {"config", *options.SWITCHES}
+    return {"config", *SWITCHES}
 
 
 def closure(module: str, imports: Imports) -> set[str]:

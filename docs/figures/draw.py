@@ -26,9 +26,9 @@ ROOT = HERE.parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
+from nanollm.config import load_preset  # noqa: E402
 from nanollm.model.config import ModelConfig  # noqa: E402
 from nanollm.rl.loss import ObjectiveConfig, surrogate  # noqa: E402
-from nanollm.settings import load_preset  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 PRESETS = ("nano-1m", "nano-5m", "nano-20m", "nano-60m", "nano-327m", "nano-327m-fine")
@@ -327,7 +327,8 @@ def svg(name: str) -> str:
         for colours in (DARK.keys(), DARK.values())
     )
     style = f"<style>:root {{{light}}} @media (prefers-color-scheme: dark) {{:root {{{dark}}}}}</style>"
-    return drawn.replace("<defs>", f"{style}\n <defs>", 1)
+    drawn = drawn.replace("<defs>", f"{style}\n <defs>", 1)
+    return "".join(f"{line.rstrip()}\n" for line in drawn.splitlines())
 
 
 def main(words: Sequence[str]) -> int:

@@ -4,9 +4,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from nanollm.config import check_seed
 from nanollm.data.merge import MAX_PARTS
 from nanollm.data.prepare import PrepareConfig
-from nanollm.settings import check_seed
 
 FASTTEXT_MODEL = "https://dl.fbaipublicfiles.com/fasttext/supervised-models/lid.176.bin"
 

@@ -1,4 +1,4 @@
-"""Which tokens does a rank see at a step, and which of them must it predict?
+"""Batches: the tokens that a rank reads at a step, and those that it must predict.
 
 A batch is a pure function of (seed, step, rank layout): there is no iterator to save, and a run continued on another
 number of ranks sees the same windows, or conversations, in the same global order.

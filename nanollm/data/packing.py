@@ -1,4 +1,4 @@
-"""Which sequences share a row, so that little of it stays empty, and where in the row does each stand?
+"""Packing: sequences share rows, so that little of a row stays empty.
 
 Best-fit decreasing: the longest sequence first, each into the fullest row that still has room; at most 11/9 of the
 fewest possible rows, and one (Johnson, Near-optimal bin packing algorithms, MIT 1973).

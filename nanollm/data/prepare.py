@@ -142,9 +142,6 @@ def prepare(
     `strict` raises ValueError at the first bad record; otherwise they are listed in bad_records.jsonl. A folder without
     a token of train is refused unless it `may_be_empty`, as a share of a larger source may (data/merge.py).
     """
-    for name, value in (("num_workers", num_workers), ("flush_every", flush_every)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
     header = header_of(tokenizer, rules, source)
     splits = dict.fromkeys(split for part in parts for split in ([part.split] if part.split else ["train", "val"]))
     encode = partial(encode_chunk, tokenizer=tokenizer, seed=rules.seed, val_fraction=rules.val_fraction)

@@ -1,4 +1,4 @@
-"""How are token ids kept on disk so that anyone can read them and nobody reads them wrongly?
+"""Shards: token ids on disk that any program can read, checked against a manifest when they are opened.
 
 A prepared folder holds one `manifest.json` and, for each split, numbered files that `np.load(..., mmap_mode="r")`
 opens:

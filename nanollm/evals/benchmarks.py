@@ -29,9 +29,9 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable
 
 from nanollm.bundle import Bundle
+from nanollm.config import read_mapping
 from nanollm.evals.lm_eval import NanoLM
 from nanollm.evals.stats import Figures, Mean, Z, average, mean_interval, paired, ratio
-from nanollm.settings import read_mapping
 
 SUITES = Path(__file__).parent / "suites"
 EXAMPLE = "tasks: {mine: {task: hellaswag, metric: acc_norm, shots: 0}}"

@@ -11,10 +11,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from nanollm.config import read_mapping
 from nanollm.data.shards import read_manifest
 from nanollm.durable import read_json
 from nanollm.model.config import ModelConfig
-from nanollm.settings import read_mapping
 from nanollm.train.run import STARTS
 
 Line = Mapping[str, Any]

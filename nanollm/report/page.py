@@ -14,12 +14,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from nanollm import __version__
+from nanollm.config import to_yaml
 from nanollm.durable import write_file
 from nanollm.progress import duration, say
 from nanollm.report.charts import Series, all_positive, heat_map, key, line_chart, short
 from nanollm.report.folder import Run, read_run
 from nanollm.report.tables import differences_of, differing_settings, facts, notes_of, scores_of
-from nanollm.settings import to_yaml
 from nanollm.world import World
 
 HERE = Path(__file__).parent

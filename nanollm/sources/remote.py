@@ -1,4 +1,4 @@
-"""How are files of an object store or of the hub found, and opened like files here?
+"""Files of an object store or of the hub, found and opened like local ones.
 
 An address has `://` in it: hf://datasets/OWNER/NAME/FOLDER, s3://BUCKET/FOLDER, gs://..., each a file, a folder that is
 searched through, or a pattern with *. fsspec opens them, with the package that it names if that is missing. Anything
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from nanollm.sources.datasets import one_line
-from nanollm.sources.files import File, find_files, is_readable, need
+from nanollm.sources.files import File, find_files, format_of, need
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def _find_remote(address: str) -> list[RemoteFile]:
         for name, entry in sorted(entries.items())
         if entry["type"] == "file" and fnmatch(name, pattern)
     ]
-    if not (readable := [file for file in files if is_readable(file)]):
+    if not (readable := [file for file in files if format_of(file)]):
         raise FileNotFoundError(
             f"{address} holds no file to read (expected .txt, .jsonl, .csv or .parquet, also .gz or .zst), "
             f"or does not exist"

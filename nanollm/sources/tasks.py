@@ -1,4 +1,4 @@
-"""What is a model asked, and who says whether its reply is right?
+"""Tasks: what a model is asked, and how its replies are graded.
 
 A task has problems, by split, and grades replies: evaluation and reinforcement learning see nothing else of it. Two are
 here, GSM8K and the generated word problems; any other is a class of your own (see Task).
@@ -14,8 +14,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol, cast
 
+from nanollm.config import check_seed
 from nanollm.progress import say
-from nanollm.settings import check_seed
 from nanollm.sources import gsm8k
 from nanollm.sources.files import BadRecord
 from nanollm.sources.gsm8k import Problem

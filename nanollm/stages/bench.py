@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from nanollm.bundle import load_bundle
+from nanollm.config import load_preset, preset_names
 from nanollm.generate.engine import Engine
 from nanollm.generate.request import Kernels, Quantize, Request
 from nanollm.generate.sampling import SamplingConfig
 from nanollm.model.config import ModelConfig
 from nanollm.model.transformer import Transformer
-from nanollm.settings import load_preset, preset_names
 from nanollm.world import DeviceName, DtypeName, World
 
 READ_BYTES = 512 * 2**20  # far beyond any cache

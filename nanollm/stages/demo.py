@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from nanollm import settings
 from nanollm.bundle import load_bundle
+from nanollm.config import check_seed, load_config
 from nanollm.durable import write_file, write_json
 from nanollm.evals.problems import Accuracy, Judged, judge, solve
 from nanollm.evals.stats import paired
@@ -65,7 +65,7 @@ class Config:
         for name in ("steps", "sft_steps", "grpo_steps", "exam"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        settings.check_seed(self.seed)
+        check_seed(self.seed)
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Step:
 
 def run(c: Config) -> Path:
     """Do what is not done yet; returns summary.json."""
-    model = ModelConfig(**settings.load_preset("model", c.model))
+    model: ModelConfig = load_config("model", c.model, ModelConfig)
     path = c.out / "summary.json"
     summary = begin(c, path)
     steps = journey(c, model)

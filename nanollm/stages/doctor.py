@@ -22,6 +22,7 @@ import torch
 
 from nanollm import __version__, hardware
 from nanollm.bundle import load_bundle
+from nanollm.config import load_preset
 from nanollm.durable import sha256_of, write_file
 from nanollm.extras import how_to_install
 from nanollm.generate import cpu_runner as native
@@ -32,7 +33,6 @@ from nanollm.hardware import GB
 from nanollm.kernels import build
 from nanollm.model.config import ModelConfig
 from nanollm.progress import say, set_quiet
-from nanollm.settings import load_preset
 from nanollm.sources import builtin
 from nanollm.stages import preprocess, pretrain, tokenizer
 from nanollm.text import words

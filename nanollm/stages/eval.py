@@ -67,7 +67,7 @@ class EvalTask(TaskConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(SamplingConfig):
+class Config:
     """Measure a model: problems solved, with a 95 % interval, bits per byte, and against another model.
 
     Ask for --task.name, --text, --data or --harness, in one call for several. Figures go to eval.json, every reply to
@@ -88,6 +88,8 @@ class Config(SamplingConfig):
     """Tries of pass@k, up to --samples; none: 1 and --samples."""
     temperature: float = 1.0
     """Of --samples; divides the logits."""
+    top_p: float = 1.0
+    """Of --samples: choose among the likeliest tokens that together reach this probability."""
     against: Path | None = None
     """Another bundle to measure on the same problems and texts, with its own tokenizer."""
     text: list[Path] = field(default_factory=list)
@@ -122,7 +124,7 @@ class Config(SamplingConfig):
     """What to compute in."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        _ = self.sampling  # which checks it
         if not (self.has_task or self.text or self.data or self.harness_names):
             raise ValueError(ASK)
         for name in ("n", "max_tokens", "rows", "ngram"):
@@ -150,6 +152,11 @@ class Config(SamplingConfig):
     def harness_names(self) -> list[str]:
         """The tasks of --harness one by one."""
         return [name for word in self.harness for name in word.split(",") if name]
+
+    @property
+    def sampling(self) -> SamplingConfig:
+        """Of --samples."""
+        return SamplingConfig(temperature=self.temperature, top_p=self.top_p)
 
     @property
     def tries(self) -> list[int]:
@@ -274,7 +281,9 @@ def measure(c: Config, inputs: Inputs, world: World) -> Measured:
         found["greedy"] = results.greedy_figures(replies["greedy"]) | seconds_since(began)
     if inputs.task is not None and c.samples:
         began = time.monotonic()
-        replies["samples"] = judge(attempt(c, max_tokens=c.max_tokens, samples=c.samples), graders(inputs.task))
+        replies["samples"] = judge(
+            attempt(c.sampling, max_tokens=c.max_tokens, samples=c.samples), graders(inputs.task)
+        )
         found["samples"] = results.sample_figures(replies["samples"], c.samples, c.tries) | seconds_since(began)
     texts = [Bits.of_text(path, c.text_column, bundle) for path in c.text]
     prepared = [Bits.of_prepared(c.data, bundle)] if c.data else []

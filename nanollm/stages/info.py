@@ -6,9 +6,9 @@ from typing import Any, Literal
 
 import torch
 
+from nanollm.config import load_config
 from nanollm.kernels import attention as fused
 from nanollm.model.config import ModelConfig
-from nanollm.settings import load_preset
 from nanollm.train.memory import training_memory
 from nanollm.world import World
 
@@ -42,7 +42,7 @@ def run(c: Config) -> str:
 
 def describe(c: Config) -> dict[str, Any]:
     """All facts, as plain numbers with their units in the names."""
-    m = ModelConfig(**load_preset("model", c.model))
+    m: ModelConfig = load_config("model", c.model, ModelConfig)
     width: Literal[2, 4] = 4 if c.dtype == "float32" else 2
     memory = training_memory(
         m,

@@ -10,16 +10,17 @@ import math
 import shlex
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from nanollm import hardware
+from nanollm.config import load_config, load_preset, preset_names
 from nanollm.hardware import GPUS, GPUS_PER_HOST, TERA, Hardware
 from nanollm.kernels import attention as fused
 from nanollm.model.config import ModelConfig
 from nanollm.progress import say
-from nanollm.settings import load_preset, preset_names
 from nanollm.stages.info import size
 from nanollm.train.memory import TrainingMemory, training_memory
 from nanollm.world import World
@@ -54,8 +55,8 @@ class Config:
     Without --gpu it plans for this machine, which is measured for a quarter of a second. The optimizer is Muon.
     """
 
-    model: ModelConfig
-    """A preset's name, a YAML file, or single values."""
+    model: str
+    """A preset's name, such as nano-20m, or a YAML file."""
     tokens: float | None = None
     """Tokens to train on, such as 9e9; null: 20 for each parameter (arXiv:2203.15556)."""
     gpu: str | None = None
@@ -192,17 +193,17 @@ def good_batch_size(m: ModelConfig, tokens: float, gpus: int = 1) -> int:
 
 def describe(c: Config, h: Hardware) -> dict[str, Any]:
     """All facts, as plain numbers with their units in the names. ValueError where nothing fits."""
-    m, words = c.model, model_words(c.model)
+    m: ModelConfig = load_config("model", c.model, ModelConfig)
     tokens = c.tokens if c.tokens is not None else TOKENS_PER_PARAMETER * m.total_parameters
     batch_size = c.batch_size or good_batch_size(m, tokens, c.gpus)
     layout = choose(m, h, batch_size, c.gpus)
     if layout is None:
-        raise ValueError(nothing_fits(m, h, batch_size, c.gpus, words[1]))
+        raise ValueError(nothing_fits(m, h, batch_size, c.gpus, c.model))
     steps = math.ceil(tokens / (batch_size * m.context_length))
     memory, libraries = memory_of(m, h, layout), LIBRARIES[h.kind]
     time = time_facts(m, h, layout, steps)
     return {
-        "model": " ".join(words[1:]),
+        "model": c.model,
         "parameters": {"total": m.total_parameters, "active": m.active_parameters},
         "context_length": m.context_length,
         "tokens": steps * batch_size * m.context_length,
@@ -212,7 +213,7 @@ def describe(c: Config, h: Hardware) -> dict[str, Any]:
         "memory_bytes": asdict(memory) | {"libraries": libraries, "total": memory.total + libraries, "of": h.memory},
         "time": time,
         "cost": None if c.price is None or time is None else c.price * time["gpu_hours"],
-        "command": command(c, layout, steps, words),
+        "command": command(c, layout, steps),
     }
 
 
@@ -253,30 +254,19 @@ def preset(name: str) -> ModelConfig:
     return ModelConfig(**load_preset("model", name))
 
 
-def model_words(m: ModelConfig) -> list[str]:
-    """The options that make this model: the preset that is most like it, and where it differs from that."""
-    differing = {
-        name: {key: value for key, value in asdict(m).items() if value != asdict(preset(name))[key]}
-        for name in preset_names("model")
-    }
-    name = min(differing, key=lambda name: len(differing[name]))
-    changes = [word for key, value in differing[name].items() for word in (f"--model.{key}", str(value).lower())]
-    return ["--model", name, *changes]
-
-
-def command(c: Config, layout: Layout, steps: int, words: list[str]) -> str:
+def command(c: Config, layout: Layout, steps: int) -> str:
     """What to type; TOKENIZER and TOKENS stand for the folders that tokenizer and preprocess made."""
     start = ["nanollm", "pretrain"]
     if layout.gpus > GPUS_PER_HOST:
         start = ["sbatch", f"--nodes={layout.gpus // GPUS_PER_HOST}", "recipes/pretrain.sbatch"]
     elif layout.gpus > 1:
         start = ["torchrun", "--standalone", f"--nproc-per-node={layout.gpus}", "-m", *start]
-    paths = ["--tokenizer_path", "TOKENIZER", "--data", "TOKENS", "--out", f"runs/{words[1]}"]
+    paths = ["--tokenizer_path", "TOKENIZER", "--data", "TOKENS", "--out", f"runs/{Path(c.model).stem}"]
     numbers = {"steps": steps, "batch_size": layout.batch_size, "micro_batch_size": layout.micro_batch_size}
     train = [word for name, value in numbers.items() for word in (f"--train.{name}", str(value))]
     more = ["--parallel", layout.parallel] * (layout.gpus > 1) + ["--speed.recompute"] * layout.recompute
     more += ["--device", "cpu"] * (c.cpu and World.start().device.type != "cpu")
-    return shlex.join([*start, *words, *paths, *train, *more])
+    return shlex.join([*start, "--model", c.model, *paths, *train, *more])
 
 
 # --- for people ---

@@ -1,4 +1,4 @@
-"""Which source becomes which folder of token files, and what is said about it?"""
+"""A source becomes a folder of token files, and a few lines that say what is in it."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -6,11 +6,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from nanollm.config import check_seed
 from nanollm.data.merge import MAX_PARTS, begin_part, finish_merge, is_merged, merge, missing, part_source, refuse_parts
 from nanollm.data.prepare import BAD_RECORDS, Document, PrepareConfig, SourceSplit, header_of, prepare
 from nanollm.durable import check_writable
 from nanollm.progress import say
-from nanollm.settings import check_seed
 from nanollm.sources import builtin, gsm8k
 from nanollm.sources.builtin import BUILTIN
 from nanollm.sources.datasets import chats, openwebtext, stream_rows, super_natural_instructions

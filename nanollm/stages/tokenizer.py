@@ -8,9 +8,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from nanollm.config import check_seed
 from nanollm.durable import check_writable, sha256_of, write_json
 from nanollm.progress import Progress, say
-from nanollm.settings import check_seed
 from nanollm.sources import builtin
 from nanollm.sources.builtin import BUILTIN
 from nanollm.sources.datasets import stream_rows

@@ -1,4 +1,4 @@
-"""How does a conversation look to the model, which of its ids are trained, and what did the model reply?
+"""Chat format: the ids of a conversation, which of them are trained, and the text of a reply.
 
 <s> then, for each message, <|role|> content <|end|>. The marks are control symbols and each content is encoded by
 itself, so no content can end a message or begin another. Trained: what the assistant says and the <|end|> after it.

@@ -1,4 +1,4 @@
-"""Which ids spell a text, and which text do ids spell?
+"""The tokenizer: text to ids and back, without loss.
 
 SentencePiece (arXiv:1808.06226), set up so that nothing is lost: `decode(encode(text)) == text` for every text that
 is valid Unicode. Identity normalisation, no dummy prefix, no whitespace removal, digits one by one, and 256 byte

@@ -1,4 +1,4 @@
-"""Where may a text be cut so that its parts, spelled one by one, have the ids of the whole?
+"""Spelling word by word: a text is cut where its parts, spelled one by one, have the ids of the whole.
 
 Byte pair encoding starts from the characters and only ever joins two neighbours that together are a piece. Two
 characters that stand side by side in no piece are therefore never joined, and what is left of them cannot change what

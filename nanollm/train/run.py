@@ -27,11 +27,11 @@ import torch
 
 from nanollm import __version__
 from nanollm.bundle import save_bundle
+from nanollm.config import check_seed, read_mapping, to_yaml
 from nanollm.durable import check_writable, lock_folder, read_json, write_file, write_json
 from nanollm.model.config import ModelConfig
 from nanollm.origin import commit, hardware
 from nanollm.progress import Progress, say
-from nanollm.settings import check_seed, read_mapping, to_yaml
 from nanollm.text.tokenizer import Tokenizer
 from nanollm.train.checkpoint import Checkpoints, checkpoints, load_newest
 from nanollm.train.compile import SpeedConfig, compile_blocks

@@ -86,13 +86,6 @@ def test_each_bad_record_is_listed_once(tmp_path, documents, merged):
     assert whole["bad_records"] == len(lines) == len(set(lines)) == len(documents)
 
 
-def test_a_merged_folder_is_one_that_a_single_job_has_prepared(tmp_path, documents, prepared, merged):
-    whole = merged(tmp_path, documents)
-    before = content(tmp_path)
-    assert prepared(tmp_path, documents) == whole
-    assert content(tmp_path) == before
-
-
 def test_more_parts_than_documents_leave_some_empty(tmp_path, documents, prepared, merged, tokenizer):
     items = documents[:5]
     merged(tmp_path / "parts", items, parts=8, val_fraction=0.0)

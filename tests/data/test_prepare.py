@@ -295,9 +295,3 @@ def test_a_source_without_text_is_refused_and_may_be_repaired(tmp_path, document
 def test_impossible_rules_are_refused(wrong):
     with pytest.raises(ValueError, match=rf"{next(iter(wrong))} must be at least"):
         PrepareConfig(kind="text", **wrong)
-
-
-@pytest.mark.parametrize("wrong", [{"num_workers": 0}, {"flush_every": 0}])
-def test_impossible_counts_are_refused(tmp_path, documents, prepared, wrong):
-    with pytest.raises(ValueError, match=rf"{next(iter(wrong))} must be at least 1, got 0"):
-        prepared(tmp_path, documents, **wrong)

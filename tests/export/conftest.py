@@ -8,9 +8,9 @@ import torch
 from torch.nn import functional as F
 
 from nanollm.bundle import save_bundle
+from nanollm.config import load_preset
 from nanollm.model.config import ModelConfig
 from nanollm.model.transformer import Transformer
-from nanollm.settings import load_preset
 from nanollm.sources.tasks import TaskConfig, open_task
 from nanollm.text.tokenizer import Tokenizer
 

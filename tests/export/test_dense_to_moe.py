@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from nanollm.bundle import build_model
+from nanollm.config import load_preset, preset_names
 from nanollm.export.dense_to_moe import Placement, dense_to_moe, moe_to_dense
 from nanollm.model.config import ModelConfig
 from nanollm.model.transformer import Transformer
-from nanollm.settings import load_preset, preset_names
 from tests.model.conftest import TINY, randomised
 
 TOP_1 = replace(TINY, n_routed_experts=3, experts_per_token=1, norm_topk_prob=False)

@@ -8,11 +8,11 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from nanollm.bundle import Bundle
+from nanollm.config import load_preset
 from nanollm.export import hf
 from nanollm.export.dense_to_moe import exported_shape
 from nanollm.model.config import ModelConfig
 from nanollm.model.transformer import Transformer
-from nanollm.settings import load_preset
 from tests.model.conftest import TINY, randomised
 
 FORMS = ["compact", "deepseek-v3"]

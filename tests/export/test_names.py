@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from nanollm.config import load_preset, preset_names
 from nanollm.export import names
 from nanollm.export.hf import hf_config
 from nanollm.model.config import ModelConfig
 from nanollm.model.transformer import Transformer
-from nanollm.settings import load_preset, preset_names
 from tests.model.conftest import TINY, randomised
 
 

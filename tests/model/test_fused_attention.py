@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from nanollm.config import load_preset
 from nanollm.kernels import attention as fused
 from nanollm.model.config import ModelConfig
 from nanollm.model.transformer import Transformer
-from nanollm.settings import load_preset
 from tests.model.conftest import randomised
 
 pytestmark = pytest.mark.skipif(

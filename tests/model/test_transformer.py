@@ -6,10 +6,10 @@ import math
 import pytest
 import torch
 
+from nanollm.config import load_preset, preset_names
 from nanollm.model.config import ModelConfig
 from nanollm.model.layers import rotary_table, rotate
 from nanollm.model.transformer import Transformer
-from nanollm.settings import load_preset, preset_names
 from tests.model.conftest import TINY
 
 SIZES = {

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from nanollm.settings import to_yaml
+from nanollm.config import to_yaml
 from tests.stages.conftest import run_config, token_files, tokenizer_path
 
 __all__ = ["run_config", "token_files", "tokenizer_path"]

@@ -8,10 +8,10 @@ import torch
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 
+from nanollm.config import load_preset
 from nanollm.data.batches import Batch
 from nanollm.model.config import ModelConfig
 from nanollm.model.transformer import Transformer
-from nanollm.settings import load_preset
 from nanollm.train.checkpoint import Checkpoints, load_newest
 from nanollm.train.compile import SpeedConfig, compile_blocks
 from nanollm.train.loss import next_token_loss

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from nanollm.settings import to_yaml
+from nanollm.config import to_yaml
 from tests.stages.conftest import MODEL, run_config, token_files, tokenizer_path
 
 __all__ = ["run_config", "token_files", "tokenizer_path"]

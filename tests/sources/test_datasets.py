@@ -140,11 +140,3 @@ def test_what_is_no_conversation_is_reported_with_file_and_line(tmp_path, line, 
     assert list(chats([path], bad.append)) == [Conversation.of("Who?", " Me.\n")] * 2
     assert [(record.path, record.line) for record in bad] == [(str(path), 3)]
     assert reason in bad[0].reason
-
-
-def test_a_file_without_conversations_is_reported(tmp_path):
-    path = tmp_path / "chats.jsonl"
-    path.write_text("\n")
-    bad: list[BadRecord] = []
-    assert list(chats([path], bad.append)) == []
-    assert bad == [BadRecord(str(path), 0, "holds no records")]

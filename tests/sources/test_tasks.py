@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from nanollm import options
+from nanollm.config import parse_options
 from nanollm.sources.gsm8k import Problem
 from nanollm.sources.tasks import Gsm8k, Task, TaskConfig, open_task
 from nanollm.sources.word_problems import WordProblems
@@ -231,9 +231,9 @@ def test_a_task_is_chosen_on_the_command_line():
         """What is asked."""
 
     stage = types.SimpleNamespace(Config=Config)
-    read, _ = options.read("eval", stage, ["--task.name", "gsm8k", "--task.input", "a", "b"])
+    read, _ = parse_options("eval", stage, ["--task.name", "gsm8k", "--task.input", "a", "b"])
     assert read.task == TaskConfig(name="gsm8k", input=[Path("a"), Path("b")])
-    read, _ = options.read("eval", stage, ["--task.levels", "3", "4", "--task.largest", "50", "--task.seed", "1"])
+    read, _ = parse_options("eval", stage, ["--task.levels", "3", "4", "--task.largest", "50", "--task.seed", "1"])
     assert read.task == TaskConfig(levels=[3, 4], largest=50, seed=1)
     with pytest.raises(ValueError, match=r"task\.largest must be at least 5, got 1"):
-        options.read("eval", stage, ["--task.largest", "1"])
+        parse_options("eval", stage, ["--task.largest", "1"])

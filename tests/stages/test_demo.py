@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from nanollm.settings import load_preset
+from nanollm.config import load_preset
 from nanollm.sources import builtin
 from nanollm.stages import demo, preprocess
 

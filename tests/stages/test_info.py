@@ -36,6 +36,17 @@ def test_recomputation_keeps_a_fraction_of_the_activations_and_nothing_else_chan
     }
 
 
+def test_a_mistake_in_the_file_of_a_model_is_told_in_the_words_of_an_option(tmp_path):
+    file = tmp_path / "mine.yaml"
+    for text, said in (
+        ("d_modle: 3", "unknown option model.d_modle; did you mean"),
+        ("d_ff: wide", "model.d_ff: expected int"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=said):
+            run(Config(model=str(file)))
+
+
 def test_the_table_is_for_people():
     text = run(Config(model="nano-327m"))
     assert "327,007,232 in all, 264,781,568 active per token" in text

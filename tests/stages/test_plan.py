@@ -4,23 +4,24 @@ import dataclasses
 import importlib
 import json
 import shlex
+from pathlib import Path
 
 import pytest
 import torch
 
-from nanollm import cli, hardware, options
+from nanollm import cli, hardware
+from nanollm.config import load_preset, parse_options, to_yaml
 from nanollm.hardware import GPUS
 from nanollm.model.config import ModelConfig
-from nanollm.settings import load_preset
 from nanollm.stages import plan
-from nanollm.stages.plan import Config, Layout, command, duration, good_batch_size, machine_bytes, model_words, run
+from nanollm.stages.plan import Config, Layout, command, duration, good_batch_size, machine_bytes, run
 from nanollm.world import World
 
 H200 = GPUS["h200"]
 
 
-def planned(name="nano-327m", **settings):
-    return json.loads(run(Config(model=preset(name), json=True, **settings)))
+def planned(name: str | Path = "nano-327m", **settings):
+    return json.loads(run(Config(model=str(name), json=True, **settings)))
 
 
 def preset(name: str, **changes) -> ModelConfig:
@@ -39,7 +40,7 @@ def refused(capsys, *words: str) -> str:
 def pretrain_config(line: str):
     words = shlex.split(line)
     verb = words.index("pretrain")
-    return options.read("pretrain", importlib.import_module(cli.module_of("pretrain")), words[verb + 1 :])[0]
+    return parse_options("pretrain", importlib.import_module(cli.module_of("pretrain")), words[verb + 1 :])[0]
 
 
 def test_a_plan_adds_up():
@@ -78,20 +79,19 @@ def test_the_command_at_the_end_is_one_that_pretrain_takes_and_says_the_same(set
     assert typed.parallel == layout["parallel"]
 
 
-def test_a_model_of_ones_own_is_typed_as_the_preset_that_is_most_like_it_and_what_differs():
-    m = preset("nano-60m", context_length=2048, norm_topk_prob=True, experts_per_token=2)
-    words = model_words(m)
-    assert words[:2] == ["--model", "nano-60m"]
-    assert set(words[2::2]) == {"--model.context_length", "--model.norm_topk_prob", "--model.experts_per_token"}
-    line = f"pretrain {shlex.join(words)} --tokenizer_path t --data d --out o --train.steps 1"
-    assert pretrain_config(line).model == m
+def test_a_model_of_ones_own_is_planned_from_its_file(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(to_yaml(m := preset("nano-60m", context_length=2048)))
+    facts = planned(file, gpu="h200", tokens=1e9)
+    assert (facts["model"], facts["context_length"]) == (str(file), 2048)
+    typed = pretrain_config(facts["command"])
+    assert (typed.model, typed.out) == (m, Path("runs/mine"))
 
 
 def test_one_gpu_is_started_plainly_a_host_by_torchrun_and_hosts_by_slurm():
     def start(gpus: int) -> str:
         layout = Layout(micro_batch_size=1, micro_batches=1, gpus=gpus, parallel="ddp", recompute=False)
-        words = ["--model", "nano-20m"]
-        return command(Config(model=preset("nano-20m")), layout, 1, words).partition(" --model")[0]
+        return command(Config(model="nano-20m"), layout, 1).partition(" --model")[0]
 
     assert start(1) == "nanollm pretrain"
     assert start(8) == "torchrun --standalone --nproc-per-node=8 -m nanollm pretrain"
@@ -143,12 +143,12 @@ def test_a_gpu_of_which_only_the_memory_is_known_is_told_what_fits_and_hours_wit
     facts = planned("nano-60m", gpu="8GB", price=1)
     assert facts["memory_bytes"]["total"] < 8e9
     assert facts["time"] is None and facts["cost"] is None
-    assert "say how fast it is, such as --tflops 40" in run(Config(model=preset("nano-60m"), gpu="8GB"))
+    assert "say how fast it is, such as --tflops 40" in run(Config(model="nano-60m", gpu="8GB"))
     assert planned("nano-60m", gpu="8GB", tflops=40)["time"]["hours"] > 0
 
 
 def test_the_table_names_its_source_and_a_command_with_no_folder_of_another_model():
-    text = run(Config(model=preset("nano-5m"), gpu="h200", price=2))
+    text = run(Config(model="nano-5m", gpu="h200", price=2))
     assert "h200: 141.0 GB, 989.4 TFLOP/s, 4,800 GB/s" in text
     assert "38% of the peak, as measured with nano-327m on one H200; not counted: validation, saving\n" in text
     assert text.splitlines()[-1].startswith("nanollm pretrain --model nano-5m --tokenizer_path TOKENIZER --data TOKENS")
@@ -175,7 +175,7 @@ def test_a_cpu_is_measured_and_planned_for_by_its_own_memory():
 
 def test_where_the_system_does_not_say_its_memory_what_training_takes_is_said_alone(monkeypatch):
     monkeypatch.setattr(hardware, "memory", lambda: None)
-    text = run(Config(model=preset("nano-1m"), cpu=True, tokens=1e6))
+    text = run(Config(model="nano-1m", cpu=True, tokens=1e6))
     assert "memory unknown" in text and " at the peak (weights " in text
 
 
@@ -195,11 +195,12 @@ def test_an_unknown_gpu_is_answered_with_the_nearest_and_those_that_are_known(ca
     assert "b200; of another give the memory: --gpu 24GB" in refused(capsys, "nano-1m", "--gpu", "8TB")
 
 
-def test_where_nothing_fits_the_least_that_would_is_said(capsys):
+def test_where_nothing_fits_the_least_that_would_is_said(capsys, tmp_path):
     said = refused(capsys, "nano-327m", "--gpu", "2GB")
     assert "nano-327m does not fit into 2.0 GB: its smallest step takes a machine of 6." in said
     assert " GB, which t4 has; nano-60m is the largest preset that fits" in said
-    said = refused(capsys, "nano-327m", "--model.n_blocks", "4000", "--gpu", "b200")
+    (tmp_path / "deep.yaml").write_text(to_yaml(preset("nano-327m", n_blocks=4000)))
+    said = refused(capsys, str(tmp_path / "deep.yaml"), "--gpu", "b200")
     assert ", which no known GPU has; nano-327m-fine is the largest preset that fits" in said
 
 

@@ -16,7 +16,6 @@ import pytest
 
 from nanollm import cli
 from nanollm.data.shards import Shards, ShardWriter
-from nanollm.durable import lock_folder
 from nanollm.sources.gsm8k import extract_answer
 from nanollm.sources.word_problems import WordProblems
 from nanollm.stages.preprocess import Config, WordsConfig, run
@@ -71,12 +70,6 @@ def test_a_folder_of_text_becomes_token_files_and_a_few_lines_say_what(tmp_path,
         ("part-2.jsonl", 1),
         ("part-3.jsonl", 1000),
     ]
-
-
-def test_strict_names_file_and_line(tmp_path, articles, tokenizer_path):
-    config = Config(kind="text", tokenizer_path=tokenizer_path, save_dir=tmp_path, input=[articles], strict=True)
-    with pytest.raises(ValueError, match=r"part-0.jsonl:11: malformed JSON"):
-        run(config)
 
 
 def test_val_may_come_from_files_of_its_own(tmp_path, tokenizer_path, tokenizer):
@@ -223,41 +216,6 @@ def test_the_built_in_text_needs_no_network(tmp_path, tokenizer_path):
     assert Shards.open(tmp_path, tokenizer_fingerprint=None).tokens_total == 20_000
 
 
-def test_conversations_of_ones_own(tmp_path, tokenizer_path, tokenizer):
-    messages = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "Four, I think."}]
-    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": messages}) + "\n[]\n")
-    config = Config(
-        kind="chat", tokenizer_path=tokenizer_path, save_dir=tmp_path / "out", input=[tmp_path], val_fraction=0
-    )
-    run(config)
-    ((ids, flags),) = documents_of(tmp_path / "out", "train")
-    assert tokenizer.decode(ids[flags == 1]) == "Four, I think."
-
-
-def test_chats_that_teach_nothing_or_speak_out_of_turn_are_listed_with_their_lines(tmp_path, tokenizer_path):
-    user, assistant = {"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}
-    system = {"role": "system", "content": "Be brief."}
-    chats = [
-        [user, assistant],
-        [user, {"role": "robot", "content": "Beep."}],
-        [user, {"role": "assistant", "content": ""}],
-        [system, system, user, assistant],
-        [user],
-        [system, user, assistant],
-    ]
-    path, out = tmp_path / "chats.jsonl", tmp_path / "out"
-    path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in chats))
-    run(Config(kind="chat", tokenizer_path=tokenizer_path, save_dir=out, input=[path], val_fraction=0.0))
-    bad = [json.loads(line) for line in (out / "bad_records.jsonl").read_text().splitlines()]
-    assert [(record["line"], record["reason"]) for record in bad] == [
-        (2, "a message's role must be one of system, user, assistant, got 'robot'"),
-        (3, "message 2: content is empty"),
-        (4, "a conversation has at most one system message, got 2; join them"),
-        (5, "the assistant says nothing, so there is nothing to learn"),
-    ]
-    assert Shards.open(out, tokenizer_fingerprint=None).documents == 2
-
-
 def test_a_message_that_spells_marks_is_kept_as_plain_characters(tmp_path, tokenizer_path, tokenizer):
     spelled = "<|end|><|assistant|>Yes.</s><s><|reserved_0|><pad>"
     messages = [{"role": "user", "content": spelled}, {"role": "assistant", "content": spelled}]
@@ -318,32 +276,6 @@ def test_every_gsm8k_answer_survives_exactly(tmp_path, shared_data, tokenizer_pa
         assert Counter(map(extract_answer, decoded)) == Counter(map(extract_answer, source))
         total += len(decoded)
     assert total == 8_792
-
-
-@pytest.mark.realdata
-def test_real_parquet_with_two_processes_equals_one(tmp_path, shared_data, tokenizer_path):
-    for workers in (1, 2):
-        config = Config(
-            kind="owt",
-            tokenizer_path=tokenizer_path,
-            save_dir=tmp_path / str(workers),
-            input=[shared_data / "openwebtext"],
-            max_tokens_train=1_000_000,
-            shard_tokens=300_000,
-            num_workers=workers,
-        )
-        run(config)
-    assert content(tmp_path / "1") == content(tmp_path / "2")
-    run(
-        Config(
-            kind="sni",
-            tokenizer_path=tokenizer_path,
-            save_dir=tmp_path / "sni",
-            input=[shared_data / "supernatural-instructions"],
-            max_tokens_train=100_000,
-        )
-    )
-    assert 99_000 < Shards.open(tmp_path / "sni", tokenizer_fingerprint=None).tokens_total <= 100_000
 
 
 # Killed.
@@ -550,6 +482,8 @@ def test_wrong_combinations_are_refused(tmp_path):
         ({"kind": "words", "input": [tmp_path]}, "words are generated: they take --words.count"),
         ({"kind": "words", "dataset_name": "x"}, "words are generated: they take --words.count"),
         ({"kind": "gsm8k", "words": WordsConfig(count=3)}, "--words.count and its like are for words"),
+        ({"kind": "owt", "num_workers": 0}, "num_workers must be at least 1, got 0"),
+        ({"kind": "owt", "flush_every": 0}, "flush_every must be at least 1, got 0"),
         ({"kind": "owt", "parts": 0}, "--parts must be at least 1, got 0"),
         ({"kind": "owt", "parts": 8}, "--parts 8 needs --part, from 0 to 7"),
         ({"kind": "owt", "part": 8, "parts": 8}, "--part must be from 0 to --parts - 1 = 7, got 8"),
@@ -558,19 +492,6 @@ def test_wrong_combinations_are_refused(tmp_path):
     ]:
         with pytest.raises(ValueError, match=complaint):
             Config(**common, **options)
-
-
-@pytest.mark.parametrize(
-    ("options", "complaint"),
-    [
-        ({"count": 0}, "words.count must be at least 1, got 0"),
-        ({"levels": [5]}, "words.levels must be"),
-        ({"largest": 1}, "words.largest must be at least"),
-    ],
-)
-def test_problems_that_cannot_be_generated_are_refused(options, complaint):
-    with pytest.raises(ValueError, match=complaint):
-        WordsConfig(**options)
 
 
 def test_missing_and_empty_files_and_folders_that_cannot_be_written_are_reported(tmp_path, tokenizer_path):
@@ -597,19 +518,6 @@ def complaint_of(capfd, tokenizer_path, save_dir):
     said = capfd.readouterr()
     assert (said.out, said.err.count("\n")) == ("", 1)
     return said.err.removeprefix("nanollm preprocess: ").rstrip()
-
-
-def test_a_file_that_is_no_tokenizer_is_one_line(tmp_path, capfd):
-    for number, foreign in enumerate((b"", b"text", bytes(100), b"\n\x07\n\x05<unk>")):
-        (tmp_path / f"{number}.model").write_bytes(foreign)
-        said = complaint_of(capfd, tmp_path / f"{number}.model", tmp_path / "out")
-        assert said.startswith(f"{tmp_path / str(number)}.model is not a SentencePiece model; make one with")
-
-
-def test_a_second_job_in_the_same_folder_is_one_line(tmp_path, tokenizer_path, capfd):
-    with lock_folder(tmp_path):
-        said = complaint_of(capfd, tokenizer_path, tmp_path)
-    assert said.startswith(f"{tmp_path} is in use by another process")
 
 
 def test_a_folder_that_cannot_be_written_is_one_line_with_its_option(tmp_path, tokenizer_path, capfd, monkeypatch):

@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file
 
 from nanollm.bundle import load_bundle
+from nanollm.config import read_mapping, to_yaml
 from nanollm.data.shards import Shards
 from nanollm.durable import lock_folder
-from nanollm.settings import read_mapping, to_yaml
 from nanollm.stages import pretrain
 from nanollm.stages.pretrain import Config
 from nanollm.train.checkpoint import checkpoints

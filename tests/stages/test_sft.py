@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanollm import cli, options
+from nanollm import cli
 from nanollm.bundle import load_bundle, save_bundle
+from nanollm.config import parse_options, read_mapping, to_yaml
 from nanollm.data.batches import IGNORE
 from nanollm.model.transformer import Transformer
-from nanollm.settings import read_mapping, to_yaml
 from nanollm.stages import preprocess, sft
 from nanollm.stages.sft import ChatTrainConfig, Config
 from nanollm.text.train_tokenizer import train as train_tokenizer
@@ -302,11 +302,11 @@ def test_portions_below_one_are_refused():
 def test_data_is_typed_as_a_folder_or_as_folders_with_weights(tmp_path, monkeypatch, words, expected):
     monkeypatch.chdir(tmp_path)
     Path("two.yaml").write_text("data:\n  data/sni: 3\n  data/gsm8k: 1\n")
-    c, _ = options.read("sft", sft, [*words, "--bundle", "b", "--out", "o", "--train.steps", "1"])
+    c, _ = parse_options("sft", sft, [*words, "--bundle", "b", "--out", "o", "--train.steps", "1"])
     assert c.weights == expected
     assert list(c.weights) == list(expected)
     Path("again.yaml").write_text(to_yaml(c))
-    assert options.read("sft", sft, ["--config", "again.yaml"])[0] == c
+    assert parse_options("sft", sft, ["--config", "again.yaml"])[0] == c
 
 
 def test_weights_that_are_no_numbers_are_one_line(capsys):

@@ -152,15 +152,6 @@ def test_only_models_whose_texts_may_be_cut_are_spelled_word_by_word(options, is
         assert spelled(Words(recipe, processor.encode), [text]) == [processor.encode(text)]
 
 
-def test_a_recipe_says_what_sentencepiece_says_of_its_model(plain):
-    recipe, processor = Recipe.of(plain.serialized), sentencepiece.SentencePieceProcessor(model_proto=plain.serialized)
-    tokens = range(processor.vocab_size())
-    assert recipe.pieces == [processor.id_to_piece(token) for token in tokens]
-    assert recipe.scores == [processor.get_score(token) for token in tokens]
-    assert [type_ == module.BYTE for type_ in recipe.types] == [processor.is_byte(token) for token in tokens]
-    assert [type_ == module.CONTROL for type_ in recipe.types] == [processor.is_control(token) for token in tokens]
-
-
 def test_a_tokenizer_that_remembers_words_gives_the_same_ids(plain, tmp_path):
     for native in (False, True):
         quick = Tokenizer(plain.serialized)

@@ -5,10 +5,10 @@ import dataclasses
 import pytest
 import torch
 
+from nanollm.config import load_preset
 from nanollm.kernels import attention as fused
 from nanollm.model.config import ModelConfig
 from nanollm.model.transformer import Transformer
-from nanollm.settings import load_preset
 from nanollm.train.loss import next_token_loss
 from nanollm.train.memory import kept_bytes_per_token, training_memory
 from nanollm.train.optim import OptimConfig

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from nanollm.settings import read_mapping
+from nanollm.config import read_mapping
 from nanollm.train.run import claim_folder
 
 SETTINGS = {"seed": 0, "data": {"data/sni": 0.7}, "optim": {"lr": 0.003, "betas": (0.9, 0.95)}, "out": Path("runs/x")}

@@ -1,35 +1,124 @@
-"""How do a YAML file and the words of a command line become the frozen Config of a stage?
+"""YAML, presets and options: how a file and the words of a command line become the frozen Config of a stage.
 
 jsonargparse does it: types, nesting, help, --print_config. It gets two mappings: --config with its presets, and above
-that the command line. Here is only what it lacks: the forms that people type, presets by name, mistakes in one line.
+that the command line. Here is what it lacks: the forms that people type, presets by name, mistakes in one line. Presets
+are the files `configs/<kind>/<name>.yaml`; the build copies them into an installed wheel.
 """
 
 import argparse
+import dataclasses
 import difflib
 import inspect
 import re
 import types
 import typing
+from argparse import SUPPRESS
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from jsonargparse import SUPPRESS, ArgumentParser, DefaultHelpFormatter, set_parsing_settings
+import yaml
 
-from nanollm.settings import load_preset, preset_names, read_mapping, to_yaml
-
-# The sentinel tells a field without a value from one that is null, so that null is refused where it makes no sense.
-set_parsing_settings(docstring_parse_attribute_docstrings=True, unset_sentinel=True)
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser  # elsewhere imported late: it takes a third of a second
 
 SWITCHES = {"help": "--help", "print_config": "--print_config=skip_unset", "dry_run": "--dry_run"}
+MAX_DIGITS = 18  # of a whole number: what 64 bits hold in any case
 
-MOST_DIGITS = {"int": 18, "float": 308}  # what 64 bits can hold in any case
+_PACKAGE = Path(__file__).resolve().parent
+CONFIGS = inside if (inside := _PACKAGE / "configs").is_dir() else _PACKAGE.parent / "configs"
 
 Kinds = Mapping[str, Any]  # dotted name of an option -> type of its value
 
 
-def read(verb: str, stage: types.ModuleType, words: Sequence[str]) -> tuple[Any, bool]:
+# --- YAML and presets ---
+
+
+class Loader(yaml.SafeLoader):
+    """YAML with the numbers of YAML 1.2 (3e-4), without dates. No key counts twice, and nothing stands for a copy."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [(tag, pattern) for tag, pattern in pairs if not tag.endswith(":timestamp")]
+        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):  # a few lines of copies of copies would be millions of values
+            raise yaml.MarkedYAMLError(problem="*copies are not read; write them out", problem_mark=self.get_mark())
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        first = {key.value: key for key in reversed(keys)}
+        if twice := [key for key in keys if first[key.value] is not key]:
+            raise yaml.MarkedYAMLError(problem=f"{twice[0].value} is given twice", problem_mark=twice[0].start_mark)
+        return super().construct_mapping(node, deep)
+
+
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The settings in a YAML file, which must hold `key: value` lines at its top."""
+    try:
+        settings = Loader(path.read_text(encoding="utf-8-sig")).get_single_data()
+    except RecursionError:
+        raise ValueError(f"{path}: not valid YAML: nested too deeply") from None
+    except (yaml.YAMLError, ValueError) as error:  # the latter: not UTF-8, or a number of 5,000 digits
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}, line {mark.line + 1}" if mark else str(path)
+        what = getattr(error, "problem", None) or " ".join(str(error).split())
+        raise ValueError(f"{where}: not valid YAML: {what}") from None
+    if settings is None:
+        return {}
+    if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
+        raise ValueError(f"{path}: expected `key: value` lines, got {type(settings).__name__}")
+    return settings
+
+
+def to_yaml(config: Any) -> str:
+    """A config (a dataclass or a mapping) as YAML that reads back as the same config."""
+    return yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True, width=120)
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value):
+        value = vars(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return value.as_posix() if isinstance(value, Path) else value
+
+
+def preset_names(kind: str) -> list[str]:
+    """Names of the presets of a kind, nano-5m before nano-20m; empty for a kind without any."""
+    return sorted((path.stem for path in (CONFIGS / kind).glob("*.yaml")), key=lambda name: (len(name), name))
+
+
+def load_preset(kind: str, name: str) -> dict[str, Any]:
+    """The settings of a preset, by its name or by the path of a YAML file."""
+    if name.endswith((".yaml", ".yml")):
+        return read_mapping(Path(name))
+    if name in (names := preset_names(kind)):
+        return read_mapping(CONFIGS / kind / f"{name}.yaml")
+    near = difflib.get_close_matches(name, names, n=1)
+    hint = f"did you mean {near[0]}? Known" if near else "known"
+    raise ValueError(f"no {kind} preset is called {name!r}; {hint}: {', '.join(names) or 'none'}; or give a .yaml file")
+
+
+def check_seed(seed: int, name: str = "seed") -> None:
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"{name} must be from 0 to 2**63 - 1, got {seed}")
+
+
+# --- options ---
+
+
+def parse_options(verb: str, stage: types.ModuleType, words: Sequence[str]) -> tuple[Any, bool]:
     """The Config of a stage, and whether --dry_run was given. --help and --print_config end in SystemExit."""
     kinds = kinds_of(stage)
     above = sort_words(words, kinds, getattr(stage, "POSITIONAL", ()))
@@ -48,7 +137,16 @@ def read(verb: str, stage: types.ModuleType, words: Sequence[str]) -> tuple[Any,
     except argparse.ArgumentError as error:
         raise ValueError(explain(str(error), kinds)) from None
     values = parser.instantiate(parsed)
-    return stage.Config(**{field.name: values[field.name] for field in fields(stage.Config)}), "dry_run" in parsed
+    config = stage.Config(**{field.name: values[field.name] for field in dataclasses.fields(stage.Config)})
+    return config, "dry_run" in parsed
+
+
+def load_config(kind: str, name: str, cls: type[Any]) -> Any:
+    """A preset, or the YAML file of one, as its dataclass; refused in the words that an option would be."""
+    stage = types.ModuleType(kind)
+    vars(stage)["Config"] = dataclasses.make_dataclass("Config", [(kind, cls)], frozen=True, kw_only=True)
+    config, _ = parse_options(kind, stage, [f"--{kind}={name}"])
+    return getattr(config, kind)
 
 
 def kinds_of(stage: types.ModuleType) -> Kinds:
@@ -89,34 +187,38 @@ def sort_words(words: Sequence[str], kinds: Kinds, positional: Sequence[str]) ->
     return given | dict(zip(positional, extra, strict=False))
 
 
-def refuse_odd(given: Mapping[str, Any], kinds: Kinds) -> None:
+def refuse_odd(given: Any, kinds: Kinds, name: str = "") -> None:
     """Refuse what jsonargparse takes or breaks at: paths of no letter, and whole numbers that are endless."""
-    for name, value in leaves(given):
-        kind = kinds.get(name) or kinds.get(name.rpartition(".")[0])  # the latter: of a mapping's values
-        if kind is None:
-            continue
-        if value == "" and "path" in notation(kind):
+    if isinstance(given, dict):
+        for key, value in given.items():
+            refuse_odd(value, kinds, f"{name}.{key}".lstrip("."))
+    for value in given if isinstance(given, list) else [given]:
+        kind = notation(kinds.get(name) or kinds.get(name.rpartition(".")[0]) or str)  # the latter: of a mapping
+        if value == "" and "path" in kind:
             raise ValueError(f"{name}: expected a path, got an empty text")
-        number = re.search(r"\b(int|float)\b", notation(kind))
-        is_whole = isinstance(value, int) or (isinstance(value, str) and "path" not in notation(kind))
-        if number and is_whole and re.fullmatch(rf"[-+]?\d{{{MOST_DIGITS[number[1]] + 1},}}", str(value)):
-            raise ValueError(f"{name}: expected {notation(kind)}, got a number of {len(str(value))} digits")
-
-
-def leaves(given: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted name and value of everything; of a list, each of its values."""
-    for name, value in given.items():
-        if isinstance(value, dict):
-            yield from leaves(value, f"{prefix}{name}.")
-        else:
-            yield from ((f"{prefix}{name}", one) for one in (value if isinstance(value, list) else [value]))
+        if re.search(r"\b(int|float)\b", kind) and re.fullmatch(rf"[-+]?\d{{{MAX_DIGITS + 1},}}", str(value)):
+            raise ValueError(f"{name}: expected {kind}, got a number of {len(str(value))} digits")
 
 
 def is_sequence(kind: Any) -> bool:
     return typing.get_origin(kind) in (list, tuple)
 
 
-def parser_of(verb: str, stage: types.ModuleType, kinds: Kinds) -> ArgumentParser:
+def parser_of(verb: str, stage: types.ModuleType, kinds: Kinds) -> "ArgumentParser":
+    from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
+
+    class Help(DefaultHelpFormatter):
+        """jsonargparse's help, where the placeholders alone say what to type."""
+
+        def _get_type_str(self, action: argparse.Action) -> None:
+            return None
+
+        def _get_help_string(self, action: argparse.Action) -> str:
+            text = super()._get_help_string(action).replace("required, default: %(default)s", "required")
+            return text.removesuffix(" (required)") if preset_names(action.dest.partition(".")[0]) else text
+
+    # The sentinel tells a field without a value from one that is null, so that null is refused where it makes no sense.
+    set_parsing_settings(docstring_parse_attribute_docstrings=True, unset_sentinel=True)
     usage = " ".join(["nanollm", verb, *map(str.upper, getattr(stage, "POSITIONAL", ())), "[--option value ...]"])
     about = inspect.cleandoc(stage.Config.__doc__).partition("\n\n")[0]
     parser = ArgumentParser(usage=usage, description=about, exit_on_error=False, formatter_class=Help)
@@ -131,17 +233,6 @@ def parser_of(verb: str, stage: types.ModuleType, kinds: Kinds) -> ArgumentParse
         if action.dest == "print_config":
             action.metavar, action.help = "", "Print all settings as YAML, ready for --config; stop."
     return parser
-
-
-class Help(DefaultHelpFormatter):
-    """jsonargparse's help, where the placeholders alone say what to type."""
-
-    def _get_type_str(self, action: argparse.Action) -> None:
-        return None
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        text = super()._get_help_string(action).replace("required, default: %(default)s", "required")
-        return text.removesuffix(" (required)") if preset_names(action.dest.partition(".")[0]) else text
 
 
 def notation(kind: Any, name: str = "") -> str:
