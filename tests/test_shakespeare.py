@@ -57,6 +57,7 @@ def test_the_loss_counts_each_character_but_the_first_once(count):
     assert loss_per_character(model, ids, rows=2) == pytest.approx(expected.item(), abs=1e-5)
 
 
+@pytest.mark.long
 def test_training_learns_within_its_clock_which_stands_still_while_it_is_measured():
     state, rates, now = start(RECIPE, 0, World()), [], SteppedTime()
     state.optimizers[0].register_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))

@@ -67,6 +67,7 @@ def test_a_run_leaves_config_metrics_checkpoints_and_a_bundle_that_speaks(run_co
     assert loaded.provenance["tokens_seen"] == 12 * 4 * 32
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows ends a process at once and knows no SIGTERM")
 def test_stopped_by_a_signal_it_saves_and_the_same_command_ends_with_the_same_bits(run_config, tmp_path):
     expected, stopped = run_config(steps=200, out="expected"), run_config(steps=200, out="stopped")
