@@ -1,5 +1,6 @@
 """Functions called in several processes at once, each a rank of one World: what torchrun does, for a test."""
 
+import multiprocessing
 import os
 import pickle
 import socket
@@ -9,9 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.multiprocessing import spawn
+from torch.multiprocessing import start_processes
 
 from nanollm.world import World
+
+# Ranks are forked from a process that has imported what their functions need, which takes seconds.
+START = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+multiprocessing.set_forkserver_preload(["tests.ranks.test_grpo", "tests.rl.promises"])
 
 
 def together(size: int, function: Callable[..., Any], *arguments: Any, **of_world: str) -> list[Any]:
@@ -20,7 +25,8 @@ def together(size: int, function: Callable[..., Any], *arguments: Any, **of_worl
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
         free.close()
-        spawn(_rank, (size, port, Path(folder), function, arguments, {"device": "cpu", **of_world}), nprocs=size)
+        given = (size, port, Path(folder), function, arguments, {"device": "cpu", **of_world})
+        start_processes(_rank, given, nprocs=size, start_method=START)
         return [pickle.loads((Path(folder) / str(rank)).read_bytes()) for rank in range(size)]
 
 
