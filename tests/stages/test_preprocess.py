@@ -1,3 +1,5 @@
+"""Text of any source becomes the same token files, however often the job is stopped and by however many."""
+
 import gzip
 import json
 import os
@@ -20,15 +22,7 @@ from nanollm.durable import lock_folder
 from nanollm.sources.gsm8k import extract_answer
 from nanollm.sources.word_problems import WordProblems
 from nanollm.stages.preprocess import Config, WordsConfig, run
-
-STORY = Path(__file__).parents[1] / "story.txt"
-
-
-@pytest.fixture(scope="session")
-def tokenizer_path(tokenizer, tmp_path_factory):
-    path = tmp_path_factory.mktemp("preprocess") / "story.model"
-    tokenizer.save(path)
-    return path
+from tests.conftest import STORY
 
 
 @pytest.fixture(scope="session")
@@ -71,22 +65,6 @@ def test_a_folder_of_text_becomes_token_files_and_a_few_lines_say_what(tmp_path,
         ("part-2.jsonl", 1),
         ("part-3.jsonl", 1000),
     ]
-
-
-def test_strict_names_file_and_line(tmp_path, articles, tokenizer_path):
-    config = Config(kind="text", tokenizer_path=tokenizer_path, save_dir=tmp_path, input=[articles], strict=True)
-    with pytest.raises(ValueError, match=r"part-0.jsonl:11: malformed JSON"):
-        run(config)
-
-
-def test_val_may_come_from_files_of_its_own(tmp_path, tokenizer_path, tokenizer):
-    for name in ("train", "val"):
-        (tmp_path / f"{name}.txt").write_text(f"This is for {name}.")
-    out = tmp_path / "out"
-    inputs = {"input": [tmp_path / "train.txt"], "val_input": [tmp_path / "val.txt"]}
-    run(Config(kind="text", tokenizer_path=tokenizer_path, save_dir=out, **inputs))
-    for name in ("train", "val"):
-        assert [tokenizer.decode(ids) for ids, _ in documents_of(out, name)] == [f"This is for {name}."]
 
 
 @pytest.mark.parametrize(("documents", "advice"), [(2, "--val_input FILE"), (120, "a larger --val_fraction, or with")])
@@ -144,7 +122,7 @@ def test_one_text_without_borders_is_cut_where_it_can_be_and_nothing_is_lost(tmp
     assert not val or len(val[0]) == pytest.approx(len(text) / 10, rel=0.6)
 
 
-def test_one_text_in_many_pieces_with_a_broken_one_comes_out_the_same_for_any_workers_kills_and_parts(
+def test_one_text_in_many_pieces_comes_out_the_same_for_any_workers_kills_and_parts(
     tmp_path, tokenizer_path, tokenizer, monkeypatch
 ):
     """A large .txt is read in pieces; a piece that is not UTF-8 is one bad record, not two."""
@@ -223,41 +201,6 @@ def test_the_built_in_text_needs_no_network(tmp_path, tokenizer_path):
     assert Shards.open(tmp_path, tokenizer_fingerprint=None).tokens_total == 20_000
 
 
-def test_conversations_of_ones_own(tmp_path, tokenizer_path, tokenizer):
-    messages = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "Four, I think."}]
-    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": messages}) + "\n[]\n")
-    config = Config(
-        kind="chat", tokenizer_path=tokenizer_path, save_dir=tmp_path / "out", input=[tmp_path], val_fraction=0
-    )
-    run(config)
-    ((ids, flags),) = documents_of(tmp_path / "out", "train")
-    assert tokenizer.decode(ids[flags == 1]) == "Four, I think."
-
-
-def test_chats_that_teach_nothing_or_speak_out_of_turn_are_listed_with_their_lines(tmp_path, tokenizer_path):
-    user, assistant = {"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}
-    system = {"role": "system", "content": "Be brief."}
-    chats = [
-        [user, assistant],
-        [user, {"role": "robot", "content": "Beep."}],
-        [user, {"role": "assistant", "content": ""}],
-        [system, system, user, assistant],
-        [user],
-        [system, user, assistant],
-    ]
-    path, out = tmp_path / "chats.jsonl", tmp_path / "out"
-    path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in chats))
-    run(Config(kind="chat", tokenizer_path=tokenizer_path, save_dir=out, input=[path], val_fraction=0.0))
-    bad = [json.loads(line) for line in (out / "bad_records.jsonl").read_text().splitlines()]
-    assert [(record["line"], record["reason"]) for record in bad] == [
-        (2, "a message's role must be one of system, user, assistant, got 'robot'"),
-        (3, "message 2: content is empty"),
-        (4, "a conversation has at most one system message, got 2; join them"),
-        (5, "the assistant says nothing, so there is nothing to learn"),
-    ]
-    assert Shards.open(out, tokenizer_fingerprint=None).documents == 2
-
-
 def test_a_message_that_spells_marks_is_kept_as_plain_characters(tmp_path, tokenizer_path, tokenizer):
     spelled = "<|end|><|assistant|>Yes.</s><s><|reserved_0|><pad>"
     messages = [{"role": "user", "content": spelled}, {"role": "assistant", "content": spelled}]
@@ -323,35 +266,23 @@ def test_every_gsm8k_answer_survives_exactly(tmp_path, shared_data, tokenizer_pa
 @pytest.mark.realdata
 def test_real_parquet_with_two_processes_equals_one(tmp_path, shared_data, tokenizer_path):
     for workers in (1, 2):
-        config = Config(
-            kind="owt",
-            tokenizer_path=tokenizer_path,
-            save_dir=tmp_path / str(workers),
-            input=[shared_data / "openwebtext"],
-            max_tokens_train=1_000_000,
-            shard_tokens=300_000,
-            num_workers=workers,
-        )
-        run(config)
+        owt = {"kind": "owt", "input": [shared_data / "openwebtext"], "max_tokens_train": 1_000_000}
+        paths = {"tokenizer_path": tokenizer_path, "save_dir": tmp_path / str(workers)}
+        run(Config(**owt, **paths, shard_tokens=300_000, num_workers=workers))
     assert content(tmp_path / "1") == content(tmp_path / "2")
-    run(
-        Config(
-            kind="sni",
-            tokenizer_path=tokenizer_path,
-            save_dir=tmp_path / "sni",
-            input=[shared_data / "supernatural-instructions"],
-            max_tokens_train=100_000,
-        )
-    )
+    sni = {"kind": "sni", "input": [shared_data / "supernatural-instructions"], "max_tokens_train": 100_000}
+    run(Config(**sni, tokenizer_path=tokenizer_path, save_dir=tmp_path / "sni"))
     assert 99_000 < Shards.open(tmp_path / "sni", tokenizer_fingerprint=None).tokens_total <= 100_000
 
 
 # Killed.
 
 
-def start(articles, tokenizer_path, out, workers):
-    options = {"input": articles, "tokenizer_path": tokenizer_path, "save_dir": out, "num_workers": workers}
-    options |= {"flush_every": 3_000, "shard_tokens": 50_000, "max_tokens_train": 500_000}
+LIMITS = {"shard_tokens": 50_000, "max_tokens_train": 500_000}
+
+
+def start(articles, tokenizer_path, out, **options):
+    options |= {"input": articles, "tokenizer_path": tokenizer_path, "save_dir": out, "flush_every": 3_000}
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     return subprocess.Popen([sys.executable, "-m", "nanollm", "preprocess", "text", *words], stderr=subprocess.PIPE)
 
@@ -370,10 +301,6 @@ def wait_until(happened, process):
     assert process.poll() in (None, 0), process.communicate()[1].decode()
 
 
-def wait_for_change(path, before, process):
-    wait_until(lambda: bytes_of(path) != before, process)
-
-
 def bytes_of(path):
     try:
         return path.read_bytes()
@@ -384,17 +311,18 @@ def bytes_of(path):
 @pytest.mark.parametrize("kills", [3, pytest.param(15, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_it_ends_in_the_same_bytes(tmp_path, articles, tokenizer_path, kills):
     """With two workers; with one: faults/test_kills.py."""
-    workers = 2
-    finish(start(articles, tokenizer_path, tmp_path / "whole", 1))
+    finish(start(articles, tokenizer_path, tmp_path / "whole", **LIMITS))
     out = tmp_path / "killed"
     progress = out / "progress.json"
-    rng, struck, started = random.Random(workers), 0, 0
+    rng, struck, started = random.Random(2), 0, 0
     while struck < kills:
         started += 1
         assert started < 10 * kills, f"only {struck} kills struck"
         before = bytes_of(progress)
-        process = start(articles, tokenizer_path, out, workers)
-        wait_for_change(progress, before, process)  # it is past its start, and has done new work
+        process = start(articles, tokenizer_path, out, num_workers=2, **LIMITS)
+        wait_until(
+            lambda seen=before: bytes_of(progress) != seen, process
+        )  # it is past its start, and has done new work
         time.sleep(rng.uniform(0, 0.2))
         if process.poll() is None:
             struck += 1
@@ -406,13 +334,13 @@ def test_killed_at_random_moments_it_ends_in_the_same_bytes(tmp_path, articles, 
             assert content(out) == content(tmp_path / "whole")
             for path in out.iterdir():
                 path.unlink()
-    finish(start(articles, tokenizer_path, out, workers))
+    finish(start(articles, tokenizer_path, out, num_workers=2, **LIMITS))
     assert content(out) == content(tmp_path / "whole")
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="there is no SIGKILL on Windows")
 def test_workers_end_with_their_parent(tmp_path, articles, tokenizer_path):
-    process = start(articles, tokenizer_path, tmp_path / "out", 2)
+    process = start(articles, tokenizer_path, tmp_path / "out", num_workers=2)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     if not children.exists():
         process.kill()
@@ -451,17 +379,8 @@ def test_memory_stays_flat(tmp_path, tokenizer_path, workers):
         file, out = tmp_path / f"{documents}.jsonl", tmp_path / str(documents)
         with file.open("w", encoding="utf-8") as lines:
             lines.writelines(json.dumps({"text": f"{n} {story}"}) + "\n" for n in range(documents))
-        options = [
-            "--input",
-            file,
-            "--tokenizer_path",
-            tokenizer_path,
-            "--save_dir",
-            out,
-            "--num_workers",
-            str(workers),
-        ]
-        command = [sys.executable, "-c", code, "preprocess", "text", *options]
+        paths = ["--input", file, "--tokenizer_path", tokenizer_path, "--save_dir", out]
+        command = [sys.executable, "-c", code, "preprocess", "text", *paths, "--num_workers", str(workers)]
         output = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout
         peaks.append(int(output.split()[-1]) / 1024)
     assert peaks[1] - peaks[0] < 30, peaks
@@ -475,12 +394,6 @@ def counted(folder):
     return {split: Counter(ids.tobytes() for ids, _ in documents_of(folder, split)) for split in ("train", "val")}
 
 
-def start_part(articles, tokenizer_path, out, part, parts):
-    options = {"input": articles, "tokenizer_path": tokenizer_path, "save_dir": out, "part": part, "parts": parts}
-    words = [word for name, value in (options | {"flush_every": 3_000}).items() for word in (f"--{name}", str(value))]
-    return subprocess.Popen([sys.executable, "-m", "nanollm", "preprocess", "text", *words], stderr=subprocess.PIPE)
-
-
 @pytest.mark.parametrize("parts", [3, 6])  # of 4 files: whole files, and every 6th document
 def test_jobs_at_once_of_which_one_is_killed_prepare_what_one_job_does(tmp_path, articles, tokenizer_path, parts):
     common = {"kind": "text", "tokenizer_path": tokenizer_path, "input": [articles]}
@@ -488,12 +401,12 @@ def test_jobs_at_once_of_which_one_is_killed_prepare_what_one_job_does(tmp_path,
     out = tmp_path / "parts"
     for part in range(2, parts):
         run(Config(**common, save_dir=out, part=part, parts=parts))
-    jobs = [start_part(articles, tokenizer_path, out, part, parts) for part in (0, 1)]
+    jobs = [start(articles, tokenizer_path, out, part=part, parts=parts) for part in (0, 1)]
     wait_until((out / f"part-00001-of-{parts:05d}" / "progress.json").exists, jobs[1])
     jobs[1].kill()
     jobs[1].communicate()
     finish(jobs[0])
-    finish(start_part(articles, tokenizer_path, out, 1, parts))
+    finish(start(articles, tokenizer_path, out, part=1, parts=parts))
     assert counted(out) == counted(tmp_path / "one")
     assert [path.name for path in out.iterdir() if path.is_dir()] == []
     bad = [json.loads(line) for line in (out / "bad_records.jsonl").read_text().splitlines()]
@@ -537,42 +450,6 @@ def test_conversations_are_shared_as_well(tmp_path, tokenizer_path, kind):
 # What the user gets wrong.
 
 
-def test_wrong_combinations_are_refused(tmp_path):
-    common = {"tokenizer_path": tmp_path, "save_dir": tmp_path}
-    for options, complaint in [
-        ({"kind": "chat"}, "chat needs --input"),
-        ({"kind": "text"}, "text needs either --input"),
-        ({"kind": "text", "input": [tmp_path], "dataset_name": "x"}, "text needs either --input"),
-        ({"kind": "owt", "input": [tmp_path], "dataset_name": "x"}, "owt reads --input or --dataset_name, not both"),
-        ({"kind": "gsm8k", "dataset_name": "x"}, "--dataset_name is for owt, sni and text"),
-        ({"kind": "sni", "val_input": [tmp_path]}, "--val_input is for text and chat"),
-        ({"kind": "words", "val_input": [tmp_path]}, "--val_input is for text and chat"),
-        ({"kind": "words", "input": [tmp_path]}, "words are generated: they take --words.count"),
-        ({"kind": "words", "dataset_name": "x"}, "words are generated: they take --words.count"),
-        ({"kind": "gsm8k", "words": WordsConfig(count=3)}, "--words.count and its like are for words"),
-        ({"kind": "owt", "parts": 0}, "--parts must be at least 1, got 0"),
-        ({"kind": "owt", "parts": 8}, "--parts 8 needs --part, from 0 to 7"),
-        ({"kind": "owt", "part": 8, "parts": 8}, "--part must be from 0 to --parts - 1 = 7, got 8"),
-        ({"kind": "owt", "part": 1}, "--part 1 needs --parts, the number of jobs"),
-        ({"kind": "owt", "part": 1, "parts": 2, "max_tokens_train": 9}, "no part knows how far the others are"),
-    ]:
-        with pytest.raises(ValueError, match=complaint):
-            Config(**common, **options)
-
-
-@pytest.mark.parametrize(
-    ("options", "complaint"),
-    [
-        ({"count": 0}, "words.count must be at least 1, got 0"),
-        ({"levels": [5]}, "words.levels must be"),
-        ({"largest": 1}, "words.largest must be at least"),
-    ],
-)
-def test_problems_that_cannot_be_generated_are_refused(options, complaint):
-    with pytest.raises(ValueError, match=complaint):
-        WordsConfig(**options)
-
-
 def test_missing_and_empty_files_and_folders_that_cannot_be_written_are_reported(tmp_path, tokenizer_path):
     def prepare(file, save_dir=tmp_path / "out"):
         run(Config(kind="text", tokenizer_path=tokenizer_path, save_dir=save_dir, input=[file]))
@@ -589,38 +466,6 @@ def test_missing_and_empty_files_and_folders_that_cannot_be_written_are_reported
     prepare(STORY)  # into the folder where the empty file failed
 
 
-def complaint_of(capfd, tokenizer_path, save_dir):
-    """The one line that this preparation of the story ends with."""
-    capfd.readouterr()
-    paths = ["--input", str(STORY), "--tokenizer_path", str(tokenizer_path), "--save_dir", str(save_dir)]
-    assert cli.main(["preprocess", "text", *paths]) == 2
-    said = capfd.readouterr()
-    assert (said.out, said.err.count("\n")) == ("", 1)
-    return said.err.removeprefix("nanollm preprocess: ").rstrip()
-
-
-def test_a_file_that_is_no_tokenizer_is_one_line(tmp_path, capfd):
-    for number, foreign in enumerate((b"", b"text", bytes(100), b"\n\x07\n\x05<unk>")):
-        (tmp_path / f"{number}.model").write_bytes(foreign)
-        said = complaint_of(capfd, tmp_path / f"{number}.model", tmp_path / "out")
-        assert said.startswith(f"{tmp_path / str(number)}.model is not a SentencePiece model; make one with")
-
-
-def test_a_second_job_in_the_same_folder_is_one_line(tmp_path, tokenizer_path, capfd):
-    with lock_folder(tmp_path):
-        said = complaint_of(capfd, tokenizer_path, tmp_path)
-    assert said.startswith(f"{tmp_path} is in use by another process")
-
-
-def test_a_folder_that_cannot_be_written_is_one_line_with_its_option(tmp_path, tokenizer_path, capfd, monkeypatch):
-    (tmp_path / "file").touch()
-    said = complaint_of(capfd, tokenizer_path, tmp_path / "file" / "out")
-    assert said.startswith(f"cannot write to {tmp_path / 'file' / 'out'} (")
-    assert said.endswith("); choose another --save_dir")
-
-    def forbid(path, *args, **options):
-        raise PermissionError(13, "Permission denied", str(path))
-
-    monkeypatch.setattr(Path, "touch", forbid)
-    said = complaint_of(capfd, tokenizer_path, tmp_path)
-    assert said == f"cannot write to {tmp_path} (Permission denied); choose another --save_dir"
+def test_a_second_job_in_the_same_folder_is_refused(tmp_path, tokenizer_path):
+    with lock_folder(tmp_path), pytest.raises(ValueError, match="is in use by another process"):
+        run(Config(kind="text", tokenizer_path=tokenizer_path, save_dir=tmp_path, input=[STORY]))
