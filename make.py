@@ -117,8 +117,8 @@ def check(words: "list[str]") -> int:
     """Style, format, types and floor plan; all of them, even if one fails."""
     if setup([]):
         return 1
-    house = ["tests/test_floor_plan.py", "tests/test_house.py"]
-    checks = [["ruff", "check"], ["ruff", "format", "--check"], ["mypy"], ["pytest", "-q", *house]]
+    house = ["tests/test_floor_plan.py", "tests/test_house.py", "tests/test_size.py"]
+    checks = [["ruff", "check"], ["ruff", "format", "--check"], ["mypy"], ["pytest", "-q", *house], ["tests.test_size"]]
     failed = [" ".join(command) for command in checks if run([str(PYTHON), "-m", *command, *words])]
     return fail(f"not clean: {'; '.join(failed)}") if failed else 0
 
@@ -149,7 +149,7 @@ def faults(words: "list[str]") -> int:
 
 
 def soak(words: "list[str]") -> int:
-    """An hour of training, serving and attacks, with nothing beside it; its figures go into docs/reliability.md."""
+    """An hour of training and serving, with nothing beside it; its figures go into docs/reliability.md."""
     failed = setup([])
     if failed:
         return failed
@@ -157,7 +157,7 @@ def soak(words: "list[str]") -> int:
     figures.mkdir(exist_ok=True)
     ends = [
         run([str(PYTHON), "-m", f"tests.faults.{name}", "--json", str(figures / f"{name}.json"), *words])
-        for name in ("training_soak", "server_soak", "server_attack")
+        for name in ("training_soak", "server_soak")
     ]
     return run([str(PYTHON), "-m", "tests.faults.report"]) or max(ends)
 

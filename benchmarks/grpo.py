@@ -165,7 +165,7 @@ def shape() -> "ModelConfig":
 
 def small_tokenizer() -> "Tokenizer":
     from nanollm.sources import builtin
-    from nanollm.text.learn import Sample, train_on
+    from nanollm.text.train_tokenizer import Sample, train_on
 
     return train_on(Sample([text.encode() for text in builtin.documents()], 0), vocab_size=VOCAB, model_type="bpe")
 

@@ -27,7 +27,7 @@ from nanollm.model.config import ModelConfig
 from nanollm.model.transformer import Transformer
 from nanollm.sources import builtin
 from nanollm.stages.bench import Decoding, Memory, some_tokens
-from nanollm.text.learn import Sample, train_on
+from nanollm.text.train_tokenizer import Sample, train_on
 
 PRESETS = ("nano-327m", "nano-327m-fine")
 PROMPT, REPLY = 16, 32

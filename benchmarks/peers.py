@@ -11,7 +11,7 @@ from nanollm.model.transformer import Transformer
 
 def reference_settings(c: ModelConfig) -> dict[str, object]:
     """Our shape in the reference's words."""
-    return names.words_of(c) | {"attn_implementation": "eager"}
+    return names.to_hf_config(c) | {"attn_implementation": "eager"}
 
 
 def reference_weights(weights: dict[str, Tensor], c: ModelConfig) -> dict[str, Tensor]:

@@ -18,9 +18,9 @@ import numpy as np
 import sentencepiece
 
 from benchmarks.measuring import add_data_option, data_folder, in_turns, seconds, tell
-from nanollm.sources.openwebtext import documents
+from nanollm.sources.datasets import openwebtext
 from nanollm.stages import preprocess
-from nanollm.text.learn import train
+from nanollm.text.train_tokenizer import train
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +32,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     source = data_folder(options, "openwebtext") / "openwebtext"
     with tempfile.TemporaryDirectory() as name:
-        folder, texts = Path(name), list(documents([source], on_bad=refuse))
+        folder, texts = Path(name), list(openwebtext([source], on_bad=refuse))
         tokenizer = train(texts, folder / "tokenizer.model", vocab_size=options.vocab_size)
         tokenizer.remember_words()  # compiles
         size = sum(len(text.encode()) for text in texts)
@@ -68,7 +68,7 @@ def one_by_one(source: Path, folder: Path, most_ids: int) -> None:
     sp = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     ids = np.memmap(folder / "original.bin", dtype=np.uint16, mode="w+", shape=(most_ids,))
     end = 0
-    for text in documents([source], on_bad=refuse):
+    for text in openwebtext([source], on_bad=refuse):
         tokens = [sp.bos_id(), *sp.encode(text), sp.eos_id()]
         ids[end : end + len(tokens)] = tokens
         end += len(tokens)

@@ -20,10 +20,10 @@ from typing import Any
 import sentencepiece
 
 from benchmarks.measuring import ROOT, add_data_option, data_folder, in_turns, peak_memory_gb, seconds, spread_of
+from nanollm.sources.datasets import openwebtext
 from nanollm.sources.files import read_rows
-from nanollm.sources.openwebtext import documents
-from nanollm.text.learn import train
 from nanollm.text.tokenizer import Tokenizer
+from nanollm.text.train_tokenizer import train
 
 MEMORY_LIMIT_GB = 2.0
 
@@ -35,7 +35,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     folder = data_folder(options, "openwebtext", "gsm8k")
-    size = sum(len(text.encode()) for text in documents([folder / "openwebtext"], refuse))
+    size = sum(len(text.encode()) for text in openwebtext([folder / "openwebtext"], refuse))
     unseen = ["\n".join(row) for row in read_rows([folder / "gsm8k" / "train.jsonl"], ["question", "answer"], refuse)]
     peaks: dict[str, list[float]] = {side: [] for side in SIDES}
     spelled: dict[str, float] = {}
@@ -81,7 +81,7 @@ def bytes_per_token(model: Path, texts: list[str]) -> float:
 def as_the_original(source: Path, model: Path, vocab_size: int) -> None:
     corpus = model.with_suffix(".txt")
     with corpus.open("w", encoding="utf-8") as file:
-        for text in documents([source], refuse):
+        for text in openwebtext([source], refuse):
             file.write(text.replace("\n", " ") + "\n")
     sentencepiece.SentencePieceTrainer.train(
         input=str(corpus),
@@ -100,7 +100,7 @@ def as_the_original(source: Path, model: Path, vocab_size: int) -> None:
 
 
 def as_we_do(source: Path, model: Path, vocab_size: int) -> None:
-    train(documents([source], refuse), model, vocab_size=vocab_size)
+    train(openwebtext([source], refuse), model, vocab_size=vocab_size)
 
 
 SIDES: dict[str, Callable[[Path, Path, int], None]] = {"as the original": as_the_original, "nanollm": as_we_do}

@@ -27,7 +27,7 @@ INTERVAL_S = 0.5
 SLICE_NS = 100_000
 SCHED_SETATTR = {"x86_64": 314, "aarch64": 274}
 """The system call's number; Python and C libraries have no name for it."""
-CONTENDED = 0.1
+CONTENDED = 0.25
 """Seconds per second that this process's threads stand in line for a core, from which the cores count as contended."""
 
 

@@ -69,6 +69,7 @@ def test_the_page_is_the_table_of_the_committed_runs() -> None:
     assert len(RUNS) == 103
 
 
+@pytest.mark.long
 def test_a_campaign_runs_what_is_missing_in_processes_and_never_repeats_a_finished_run(
     prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -63,6 +63,7 @@ def run_script(monkeypatch, tmp_path, capsys):
     return run
 
 
+@pytest.mark.long
 def test_the_notebook_runs_top_to_bottom_and_ends_with_a_bundle(tmp_path):
     printed = run_notebook(tmp_path, DOCUMENTS=40, PROBLEMS=300, STEPS=4, LESSONS=2)
     assert re.search(r"^loss \d\.\d\d at step 4, \d\.\d\d at step 4$", printed, re.MULTILINE)
@@ -81,6 +82,7 @@ def test_the_notebook_is_committed_without_outputs_and_names_no_machine():
     assert len({cell["id"] for cell in NOTEBOOK["cells"]}) == len(NOTEBOOK["cells"])
 
 
+@pytest.mark.long
 def test_the_scripts_train_a_model_let_it_write_and_let_it_learn_a_task(run_script, tmp_path):
     base = run_script("train.py", "--out", "runs/mine", "--steps", 2)
     assert base == f"{Path('runs/mine/pretrain/bundle')}\n"

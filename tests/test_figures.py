@@ -11,6 +11,7 @@ from nanollm.config import preset_names
 
 DOCS = Path(__file__).parent.parent / "docs"
 FIGURES = DOCS / "figures"
+ROOT = DOCS.parent
 BY_HAND = {"architecture", "flow"}
 CONCEPTS = sorted((DOCS / "concepts").glob("*.md"))
 
@@ -85,3 +86,20 @@ def test_the_tables_of_the_concept_pages_are_those_of_the_measured_files():
     for each in grpo["group"]["replies"]:
         reply = each["reply"].replace("\n", " ").removeprefix("Anna has ")
         assert f"| `{reply}` | {each['reward']:.0f} | {each['advantage']:+.1f} |".replace("-0.5", "−0.5") in page
+
+
+def test_what_the_demo_reaches_is_said_as_the_range_of_its_repetitions():
+    repetitions = json.loads((FIGURES / "demo_repetitions.json").read_text(encoding="utf-8"))
+    assert len(repetitions) >= 3
+
+    def spread(split, moment):
+        shares = [each[split][moment] for each in repetitions]
+        return f"{min(shares):.0f} to {max(shares):.0f} %"
+
+    before, after = spread("test", 0), spread("test", 1)
+    for page in ("docs/results.md", "docs/tutorial.md", "configs/grpo/nano-1m-words.yaml"):
+        text = (ROOT / page).read_text(encoding="utf-8")
+        assert before in text, page
+        assert after in text, page
+    assert before in (ROOT / "configs/sft/nano-1m-words.yaml").read_text(encoding="utf-8")
+    assert f"| {spread('heldout', 0)} | {spread('heldout', 1)} |" in (ROOT / "docs/tutorial.md").read_text("utf-8")

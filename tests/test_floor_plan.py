@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "nanollm"
 FLOORS = {
     7: ["__main__", "cli"],
     6: ["stages"],
-    5: ["serve", "export", "evals", "rl", "report"],
+    5: ["serve", "export", "evals", "rl", "report", "curate"],
     4: ["generate", "train"],
     3: ["data", "bundle"],
     2: ["sources"],

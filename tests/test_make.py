@@ -246,18 +246,29 @@ def output(*command, cwd, **variables):
     return done.returncode, done.stdout, done.stderr
 
 
+CORE = 'import runpy, sys; sys.exit(runpy.run_path("make.py")["setup"]([], "core"))'  # what `make demo` does first
+TOKENIZER, BUNDLE = "made/tokenizer", "made/run/bundle"
+ROAD = (  # from text to a bundle, and to text again
+    f"tokenizer --corpus tests/story.txt --output_dir {TOKENIZER} --vocab_size 600",
+    f"preprocess text --input tests/story.txt --tokenizer_path {TOKENIZER} --save_dir made/tokens",
+    f"pretrain --model nano-1m --model.vocab_size 600 --model.context_length 64 --tokenizer_path {TOKENIZER} "
+    "--data made/tokens --out made/run --train.steps 1 --train.batch_size 2 --train.micro_batch_size 2",
+    f"generate {BUNDLE} --prompt The --max_tokens 4",
+)
+
+
 @pytest.fixture(scope="module")
 def core(tmp_path_factory):
-    """A checkout in which `make demo` has run, the shortest one, with nothing installed before."""
+    """A checkout with the core alone, and a bundle that was made with it."""
     folder = tmp_path_factory.mktemp("core") / "checkout"
     here = [".git", ".venv", "runs", "node_modules", ".*_cache", "__pycache__"]
     shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*here))
-    code, _, err = output(sys.executable, "make.py", *DEMO, cwd=folder)
+    code, _, err = output(sys.executable, "-c", CORE, cwd=folder)
     assert code == 0, err
+    for words in ROAD:
+        code, _, err = output(python_of(folder / ".venv"), "-m", "nanollm", *words.split(), cwd=folder)
+        assert code == 0, err
     return folder
-
-
-DEMO = ["demo", "--steps", "2", "--sft_steps", "1", "--grpo_steps", "1", "--exam", "2"]
 
 
 def python_of(environment):
@@ -276,14 +287,29 @@ def test_the_core_is_lean(core):
 @pytest.mark.slow
 def test_a_second_demo_needs_no_network(core):
     nowhere = "http://127.0.0.1:9"
-    shutil.rmtree(core / "runs" / "demo" / "grpo")
-    code, out, err = output(
-        sys.executable, "make.py", *DEMO, cwd=core, http_proxy=nowhere, https_proxy=nowhere, PIP_INDEX_URL=nowhere
-    )
-    assert (code, out) == (0, f"{Path('runs/demo/summary.json')}\n"), err
+    away = dict.fromkeys(("http_proxy", "https_proxy", "PIP_INDEX_URL", "UV_DEFAULT_INDEX"), nowhere)
+    code, out, err = output(sys.executable, "make.py", "demo", "--help", cwd=core, **away)
+    assert code == 0, err
+    assert "--grpo_steps" in out
+    assert "installing" not in err
 
 
-TOKENIZER, BUNDLE = "runs/demo/tokenizer", "runs/demo/pretrain/bundle"
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system binds no process to a core")
+def test_without_a_compiler_and_on_one_core_it_goes_on_and_says_what_is_slower(core, tmp_path):
+    one = "import os, runpy; os.sched_setaffinity(0, [0]); runpy.run_module('nanollm', run_name='__main__')"
+    none = {"PATH": str(tmp_path), "CXX": "", "XDG_CACHE_HOME": str(tmp_path)}
+    said = ""
+    for words in ROAD:
+        again = words.replace("made/", "again/")
+        code, _, err = output(python_of(core / ".venv"), "-c", one, *again.split(), cwd=core, **none)
+        assert code == 0, err
+        said += err
+    why = "no C++ compiler was found (on Debian and Ubuntu: sudo apt install g++)"
+    for slower in ("words are counted slowly", "takes several times as long", "several times slower"):
+        assert f"{slower}: {why}" in said
+
+
 CURATE = f"curate --input texts.jsonl --tokenizer_path {TOKENIZER} --save_dir curated --evals.enabled false"
 NO_SERVER = "--executor ray --ray.address ray://127.0.0.1:9"
 WITHOUT = {  # what each extra is for: a command, its code once the extra is there, and a word of what it says then
@@ -293,7 +319,7 @@ WITHOUT = {  # what each extra is for: a command, its code once the extra is the
     "eval": (f"eval {BUNDLE} --harness none", 2, "none"),
     "data": (CURATE, 0, "what was removed is listed"),
     "data,ray": (f"{CURATE}_by_ray {NO_SERVER}", 1, "127.0.0.1:9"),
-    "track": ("pretrain --config runs/demo/pretrain/config.yaml --out runs/tracked --trackers tensorboard", 0, ""),
+    "track": ("pretrain --config made/run/config.yaml --out made/tracked --trackers tensorboard", 0, ""),
 }
 
 

@@ -318,7 +318,7 @@ def svg(name: str) -> str:
     """The chart as SVG that follows the reader's light or dark scheme."""
     text = StringIO()
     CHARTS[name]().savefig(text, format="svg", metadata={"Date": None, "Title": name})
-    drawn = re.sub(r" *\n(?=[LCQz])", " ", text.getvalue())
+    drawn = re.sub(r" +$", "", re.sub(r" *\n(?=[LCQz])", " ", text.getvalue()), flags=re.MULTILINE)
     drawn = re.sub(r'"[^"]*"', tenths, drawn)
     for number, colour in enumerate(DARK):
         drawn = drawn.replace(colour, f"var(--c{number})")
@@ -327,7 +327,8 @@ def svg(name: str) -> str:
         for colours in (DARK.keys(), DARK.values())
     )
     style = f"<style>:root {{{light}}} @media (prefers-color-scheme: dark) {{:root {{{dark}}}}}</style>"
-    return drawn.replace("<defs>", f"{style}\n <defs>", 1)
+    drawn = drawn.replace("<defs>", f"{style}\n <defs>", 1)
+    return "".join(f"{line.rstrip()}\n" for line in drawn.splitlines())
 
 
 def main(words: Sequence[str]) -> int:

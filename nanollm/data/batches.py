@@ -1,4 +1,4 @@
-"""Which tokens does a rank see at a step, and which of them must it predict?
+"""Batches: the tokens that a rank reads at a step, and those that it must predict.
 
 A batch is a pure function of (seed, step, rank layout): there is no iterator to save, and a run continued on another
 number of ranks sees the same windows, or conversations, in the same global order.
@@ -14,9 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanollm.data.mixture import Mixture
-from nanollm.data.order import Indices, epoch_seed, permute, sample_indices
-from nanollm.data.packing import Layout
+from nanollm.data.order import Indices, Mixture, epoch_seed, permute, sample_indices
+from nanollm.data.packing import PackedLayout
 from nanollm.data.shards import Shards
 from nanollm.text.chat import Cut, Marks, Shortened, shorten
 
@@ -43,7 +42,7 @@ class Batch:
         return int((self.targets != IGNORE).sum())
 
     @classmethod
-    def of(cls, sequences: Sequence[Shortened], layout: Layout) -> "Batch":
+    def of(cls, sequences: Sequence[Shortened], layout: PackedLayout) -> "Batch":
         """Sequences of n ids in n - 1 places each; every empty place is a text of its own, a token that sees itself."""
         ids = [torch.from_numpy(sequence.ids.astype(np.int64)) for sequence in sequences]
         targets = [
@@ -56,7 +55,7 @@ class Batch:
             positions=layout.place([torch.arange(length) for length in layout.lengths]),
         )
 
-    def portions(self, rows: int) -> list["Batch"]:
+    def split_micro_batches(self, rows: int) -> list["Batch"]:
         """The same rows in batches of that many."""
         parts = (self.tokens.split(rows), self.targets.split(rows))
         if self.positions is None:
@@ -179,12 +178,13 @@ class ChatShards:
         chosen = _spread(len(self), limit)
         for first in range(0, len(chosen), PACKED_TOGETHER):
             conversations = [self[number] for number in chosen[first : first + PACKED_TOGETHER]]
-            yield from Batch.of(conversations, layout_of(conversations, self.context_length, rows)).portions(rows)
+            layout = layout_of(conversations, self.context_length, rows)
+            yield from Batch.of(conversations, layout).split_micro_batches(rows)
 
 
-def layout_of(conversations: Sequence[Shortened], context_length: int, multiple: int) -> Layout:
+def layout_of(conversations: Sequence[Shortened], context_length: int, multiple: int) -> PackedLayout:
     """Where the conversations stand in as few rows as packing finds, and empty rows up to a multiple."""
-    return Layout.of([len(each.ids) - 1 for each in conversations], context_length, multiple)
+    return PackedLayout.of([len(each.ids) - 1 for each in conversations], context_length, multiple)
 
 
 class Conversations:
@@ -235,4 +235,4 @@ class Conversations:
         assert 0 <= rank < world
         conversations = self.draw(step, batch_size)
         layout = layout_of(conversations, self.context_length, micro_batch_size * world)
-        return Batch.of(conversations, layout).portions(micro_batch_size)[rank::world]
+        return Batch.of(conversations, layout).split_micro_batches(micro_batch_size)[rank::world]

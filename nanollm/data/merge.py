@@ -1,4 +1,4 @@
-"""How do the parts that several jobs prepared become one folder, whoever ends last and whoever is killed?
+"""Merging: the parts that several jobs prepared become one folder, whoever ends last and whoever is killed.
 
 Each job fills `part-00003-of-00008/` inside the folder, by data/prepare.py. Whoever finds all of them finished takes
 the folder's lock, moves their files up under consecutive numbers, writes bad_records.jsonl and then, in one moment, the
@@ -26,6 +26,7 @@ from nanollm.data.shards import (
     write_manifest,
 )
 
+MAX_PARTS = 99_999  # their folders have five digits
 PART = re.compile(r"part-(\d{5})-of-(\d{5})")
 
 Header = dict[str, Any]

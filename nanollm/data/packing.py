@@ -1,4 +1,4 @@
-"""Which sequences share a row, so that little of it stays empty, and where in the row does each stand?
+"""Packing: sequences share rows, so that little of a row stays empty.
 
 Best-fit decreasing: the longest sequence first, each into the fullest row that still has room; at most 11/9 of the
 fewest possible rows, and one (Johnson, Near-optimal bin packing algorithms, MIT 1973).
@@ -64,7 +64,7 @@ def even_rows(rows: int, most: int) -> int:
 
 
 @dataclass(frozen=True)
-class Layout:
+class PackedLayout:
     """Where sequences stand in rows of T places; whatever goes with their tokens is put into the same places."""
 
     lengths: Sequence[int]
@@ -75,7 +75,7 @@ class Layout:
     """T"""
 
     @classmethod
-    def of(cls, lengths: Sequence[int], width: int, multiple: int = 1) -> "Layout":
+    def of(cls, lengths: Sequence[int], width: int, multiple: int = 1) -> "PackedLayout":
         """Pack the sequences; empty rows make the number of rows a multiple of `multiple`, and at least that."""
         rows = pack(lengths, width)
         wanted = max(1, -(-len(rows) // multiple)) * multiple
@@ -98,7 +98,7 @@ class Layout:
         return torch.tensor(starts)
 
     @cached_property
-    def places(self) -> Tensor:
+    def token_indices(self) -> Tensor:
         """The place in the flattened rows of every token of every sequence, in their order: (sum of lengths,) int64."""
         lengths = torch.tensor(self.lengths)
         ends = lengths.cumsum(0)
@@ -110,7 +110,7 @@ class Layout:
         vectors: (length,) each, all of one type; returns (B, T) of that type.
         """
         values = torch.cat(list(vectors))
-        assert values.shape == self.places.shape
+        assert values.shape == self.token_indices.shape
         rows = values.new_full((len(self.rows) * self.width,), empty)
-        rows[self.places.to(values.device)] = values
+        rows[self.token_indices.to(values.device)] = values
         return rows.view(-1, self.width)

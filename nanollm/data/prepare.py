@@ -1,25 +1,35 @@
-"""How does text become shards, each document exactly once, however often the job is stopped?
+"""Text becomes shards, each document exactly once, however often the job is stopped.
 
-One process reads the source, writes the files and notes in `progress.json` how far both are; workers only encode.
-Killed and started again, the job cuts the files back to that note, reads past the documents before it, and goes on: the
-finished folder has the same bytes as that of a job that was never stopped, for any number of workers.
+One process reads the source, writes the files and notes in `progress.json` how far both are; others only encode. The
+documents travel to them in chunks: large enough to hide the journey, small enough that a few per worker keep memory
+flat. Killed and started again, the job cuts the files back to that note, reads past the documents before it, and goes
+on: the finished folder has the same bytes as that of a job that was never stopped, for any number of workers.
 """
 
 import json
+import signal
 import sys
+import threading
 import zlib
+from array import array
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from functools import partial
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any, Literal, Self
 
+import numpy as np
+
 from nanollm import durable
-from nanollm.data.encode import Document, EncodedParcel, Parcel, all_text, encode_parcel, encoder
 from nanollm.data.shards import (
     FORMAT,
     MANIFEST,
-    MOST_MANIFEST_BYTES,
+    MAX_MANIFEST_BYTES,
     PROGRESS,
     Flags,
     Ids,
@@ -30,14 +40,19 @@ from nanollm.data.shards import (
 )
 from nanollm.progress import Progress, say
 from nanollm.sources.files import BadRecord, OnBad
+from nanollm.sources.split import hash_to_unit
+from nanollm.text.chat import Conversation, encode_conversation
 from nanollm.text.tokenizer import MAX_VOCAB_SIZE, Tokenizer
 
 BAD_RECORDS = "bad_records.jsonl"
-PARCEL_BYTES = 1_000_000  # of text
+CHUNK_BYTES = 1_000_000  # of text
+CHUNKS_PER_WORKER = 3  # one at work, and two waiting while this process is busy
+
+Document = str | Conversation
 
 
 @dataclass(frozen=True)
-class Part:
+class SourceSplit:
     """A stretch of the source; each call of `read` gives the same documents in the same order."""
 
     read: Callable[[OnBad], Iterable[Document]]
@@ -46,7 +61,7 @@ class Part:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rules:
+class PrepareConfig:
     """What decides the bytes of a prepared folder, besides its source and its tokenizer."""
 
     kind: Literal["text", "chat"]
@@ -69,11 +84,51 @@ class Rules:
         return sys.maxsize if given is None else given
 
 
+@dataclass
+class Chunk:
+    """Documents that are encoded together."""
+
+    documents: list[Document] = field(default_factory=list)
+    bad: list[list[BadRecord]] = field(default_factory=list)
+    """For each document, the bad records of the source between the one before and itself."""
+    bad_after: list[BadRecord] = field(default_factory=list)
+    """Bad records after the last document of the source."""
+    checksum: int = 0
+    """CRC-32 of everything that the source gave up to the last document of the chunk."""
+
+    def append(self, document: Document, bad: Iterable[BadRecord]) -> None:
+        self.documents.append(document)
+        self.bad.append(list(bad))
+
+
+@dataclass(frozen=True)
+class EncodedChunk:
+    """What a worker gives back: numbers in a few long vectors, which travel fast."""
+
+    ids: Ids  # of all documents, one after the other
+    flags: Flags | None  # 1 = trained; conversations only
+    lengths: list[int]  # ids per document
+    text_bytes: list[int]  # bytes of text per document
+    is_val: list[bool]
+
+    def documents(self) -> Iterator[tuple[Ids, Flags | None, int, bool]]:
+        """Ids, flags, bytes of text and "is it for validation?" of each document."""
+        start = 0
+        for length, text_bytes, is_val in zip(self.lengths, self.text_bytes, self.is_val, strict=True):
+            end = start + length
+            yield self.ids[start:end], None if self.flags is None else self.flags[start:end], text_bytes, is_val
+            start = end
+
+
+Encode = Callable[[list[Document]], EncodedChunk]
+Encoded = Iterator[tuple[Chunk, EncodedChunk]]
+
+
 def prepare(
-    parts: Sequence[Part],
+    parts: Sequence[SourceSplit],
     tokenizer: Tokenizer,
     folder: Path,
-    rules: Rules,
+    rules: PrepareConfig,
     *,
     source: dict[str, Any],
     num_workers: int = 1,
@@ -87,16 +142,9 @@ def prepare(
     `strict` raises ValueError at the first bad record; otherwise they are listed in bad_records.jsonl. A folder without
     a token of train is refused unless it `may_be_empty`, as a share of a larger source may (data/merge.py).
     """
-    for name, value in (("num_workers", num_workers), ("flush_every", flush_every)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    if tokenizer.vocab_size > MAX_VOCAB_SIZE:
-        raise ValueError(
-            f"token files hold uint16: at most {MAX_VOCAB_SIZE:,} pieces, this tokenizer has {tokenizer.vocab_size:,}"
-        )
     header = header_of(tokenizer, rules, source)
     splits = dict.fromkeys(split for part in parts for split in ([part.split] if part.split else ["train", "val"]))
-    encode = partial(encode_parcel, tokenizer=tokenizer, seed=rules.seed, val_fraction=rules.val_fraction)
+    encode = partial(encode_chunk, tokenizer=tokenizer, seed=rules.seed, val_fraction=rules.val_fraction)
     with durable.lock_folder(folder):
         progress = _find_progress(folder, header)
         if progress is None:
@@ -108,8 +156,8 @@ def prepare(
         ):
             while job.part < len(parts):
                 part = parts[job.part]
-                for parcel, encoded in encode_in_order(_parcels(part, job, min(PARCEL_BYTES, 4 * flush_every))):
-                    is_full = not job.take(parcel, encoded, part.split, flush_every)
+                for chunk, encoded in encode_in_order(_chunks(part, job, min(CHUNK_BYTES, 4 * flush_every))):
+                    is_full = not job.take(chunk, encoded, part.split, flush_every)
                     bar.advance(job.train_tokens - bar.done)
                     if is_full:
                         break
@@ -124,7 +172,7 @@ class _Job:
         self,
         folder: Path,
         tokenizer: Tokenizer,
-        rules: Rules,
+        rules: PrepareConfig,
         splits: list[str],
         progress: dict[str, Any],
         *,
@@ -157,20 +205,20 @@ class _Job:
     def train_tokens(self) -> int:
         return self.writers["train"].entry["tokens"]
 
-    def take(self, parcel: Parcel, encoded: EncodedParcel, split: str | None, flush_every: int) -> bool:
-        """Write a parcel; False when train is full, so that no more has to be read."""
+    def take(self, chunk: Chunk, encoded: EncodedChunk, split: str | None, flush_every: int) -> bool:
+        """Write a chunk; False when train is full, so that no more has to be read."""
         for place, (ids, flags, text_bytes, is_val) in enumerate(encoded.documents()):
-            self._list_bad(parcel.bad[place])
+            self._list_bad(chunk.bad[place])
             name = split or ("val" if is_val else "train")
             self._add(name, ids, flags, text_bytes)
             if name == "train" and name in self.full:
                 return False
-        self.documents_read += len(parcel.documents)
-        self.checksum = parcel.checksum
+        self.documents_read += len(chunk.documents)
+        self.checksum = chunk.checksum
         if self.unsafe_tokens >= flush_every:
             self.sync()
         # After the sync, because a job that goes on from it meets these again.
-        self._list_bad(parcel.bad_after)
+        self._list_bad(chunk.bad_after)
         return True
 
     def _add(self, split: str, ids: Ids, flags: Flags | None, text_bytes: int) -> None:
@@ -248,8 +296,12 @@ class _Job:
         self.close()
 
 
-def header_of(tokenizer: Tokenizer, rules: Rules, source: dict[str, Any]) -> dict[str, Any]:
+def header_of(tokenizer: Tokenizer, rules: PrepareConfig, source: dict[str, Any]) -> dict[str, Any]:
     """All that decides the bytes of a folder; the first part of its manifest."""
+    if tokenizer.vocab_size > MAX_VOCAB_SIZE:
+        raise ValueError(
+            f"token files hold uint16: at most {MAX_VOCAB_SIZE:,} pieces, this tokenizer has {tokenizer.vocab_size:,}"
+        )
     return {
         "kind": rules.kind,
         "dtype": "uint16",
@@ -282,7 +334,7 @@ def write_progress(folder: Path, progress: dict[str, Any]) -> None:
 def read_progress(folder: Path) -> dict[str, Any]:
     """How far a folder is; FileNotFoundError if it is not begun, or finished."""
     return durable.read_sealed_json(
-        folder / PROGRESS, FORMAT, "remove the folder and prepare it again", MOST_MANIFEST_BYTES
+        folder / PROGRESS, FORMAT, "remove the folder and prepare it again", MAX_MANIFEST_BYTES
     )
 
 
@@ -317,28 +369,28 @@ def _already_prepared(folder: Path, strict: bool) -> dict[str, Any]:
     return manifest
 
 
-def _parcels(part: Part, job: _Job, parcel_bytes: int) -> Iterator[Parcel]:
-    """The documents of a part that are not written yet, cut into parcels by their size."""
+def _chunks(part: SourceSplit, job: _Job, chunk_bytes: int) -> Iterator[Chunk]:
+    """The documents of a part that are not written yet, cut into chunks by their size."""
     skip, expected = job.documents_read, job.checksum
     number = size = checksum = 0
-    parcel, bad = Parcel(), list[BadRecord]()
+    chunk, bad = Chunk(), list[BadRecord]()
     for number, document in enumerate(part.read(bad.append), start=1):
         text = all_text(document)
         checksum = zlib.crc32(text, checksum)
         if number > skip:
-            parcel.append(document, bad)
+            chunk.append(document, bad)
             size += len(text)
         elif number == skip:
             _refuse_changed(job.folder, checksum == expected)
             say(f"{job.folder}: {skip:,} documents are done, going on after them")
         bad.clear()
-        if size >= parcel_bytes:
-            parcel.checksum = checksum
-            yield parcel
-            parcel, size = Parcel(), 0
+        if size >= chunk_bytes:
+            chunk.checksum = checksum
+            yield chunk
+            chunk, size = Chunk(), 0
     _refuse_changed(job.folder, number >= skip)
-    parcel.checksum, parcel.bad_after = checksum, bad
-    yield parcel
+    chunk.checksum, chunk.bad_after = checksum, bad
+    yield chunk
 
 
 def _refuse_changed(folder: Path, is_same: bool) -> None:
@@ -347,3 +399,123 @@ def _refuse_changed(folder: Path, is_same: bool) -> None:
             f"the source no longer begins with the documents that {folder} holds; "
             f"remove that folder to prepare it again, or bring the source back"
         )
+
+
+# --- documents become ids, on several cores, and come back in their order ---
+
+
+def encode_chunk(documents: list[Document], *, tokenizer: Tokenizer, seed: int, val_fraction: float) -> EncodedChunk:
+    """Ids of documents, all of them text or all conversations, and for each the side of the split it falls on."""
+    assert tokenizer.vocab_size <= MAX_VOCAB_SIZE
+    tokenizer.remember_words()
+    texts = [document for document in documents if isinstance(document, str)]
+    conversations = [document for document in documents if not isinstance(document, str)]
+    assert not texts or not conversations
+    ids, flags, lengths = _spell_conversations(conversations, tokenizer) if conversations else _spell(texts, tokenizer)
+    spoken = texts or ["".join(message.content for message in document.messages) for document in conversations]
+    return EncodedChunk(
+        ids=ids,
+        flags=flags,
+        lengths=lengths,
+        text_bytes=[len(text.encode()) for text in spoken],
+        is_val=[falls_into_val(document, seed, val_fraction) for document in documents],
+    )
+
+
+def _spell(texts: list[str], tokenizer: Tokenizer) -> tuple[Ids, None, list[int]]:
+    """Each text between its marks, as Tokenizer.encode_document puts it: ids, no flags, ids per text."""
+    inside, lengths = tokenizer.encode_all(texts)
+    ends = np.cumsum(lengths + 2)
+    ids = np.empty(inside.size + 2 * len(texts), dtype=np.uint16)
+    is_inside = np.ones(ids.size, dtype=np.bool_)
+    for places, mark in ((ends - lengths - 2, tokenizer.bos_id), (ends - 1, tokenizer.eos_id)):
+        ids[places], is_inside[places] = mark, False
+    ids[is_inside] = inside
+    return ids, None, (lengths + 2).tolist()
+
+
+def _spell_conversations(conversations: list[Conversation], tokenizer: Tokenizer) -> tuple[Ids, Flags, list[int]]:
+    ids, flags, lengths = array("H"), bytearray(), list[int]()
+    for conversation in conversations:
+        encoded = encode_conversation(conversation, tokenizer)
+        ids.fromlist(encoded.ids)
+        flags += bytes(encoded.trained)
+        lengths.append(len(encoded.ids))
+    return np.array(ids, dtype=np.uint16), np.array(flags, dtype=np.uint8), lengths
+
+
+def falls_into_val(document: Document, seed: int, val_fraction: float) -> bool:
+    """Draw by the text itself, so that no document stands on both sides; of a conversation, by what is asked."""
+    if isinstance(document, str):
+        asked = document
+    else:
+        asked = "\0".join(message.content for message in document.messages if message.role != "assistant")
+    return hash_to_unit(asked, f"split {seed}") < val_fraction
+
+
+def all_text(document: Document) -> bytes:
+    """Everything that a document says."""
+    if isinstance(document, str):
+        return document.encode()
+    return "\0".join(f"{message.role}\0{message.content}" for message in document.messages).encode()
+
+
+@contextmanager
+def encoder(encode: Encode, num_workers: int) -> Iterator[Callable[[Iterable[Chunk]], Encoded]]:
+    """A function that encodes a stream of chunks in order, in `num_workers` processes, of which this one is one."""
+    others = num_workers - 1
+    if others == 0:
+        yield lambda chunks: ((chunk, encode(chunk.documents)) for chunk in chunks)
+        return
+    # Fresh processes: a fork would copy locks that the threads of this one (Arrow's, torch's) may hold.
+    pool = ProcessPoolExecutor(others, get_context("spawn"), initializer=_start_worker, initargs=(encode,))
+    try:
+        for _ in range(others):
+            pool.submit(int)  # a process starts at the first call: let them all start while the source is opened
+        yield lambda chunks: _share(pool, others, encode, chunks)
+    except BrokenProcessPool:
+        raise ChildProcessError(
+            "a worker process died, perhaps for lack of memory; run the same command again, it goes on where it was "
+            "(a smaller --num_workers needs less memory)"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _share(pool: ProcessPoolExecutor, others: int, encode: Encode, chunks: Iterable[Chunk]) -> Encoded:
+    """Keep the other processes supplied; while they are, encode here. Give everything back in order."""
+    waiting: deque[tuple[Chunk, Future[EncodedChunk]]] = deque()
+    for chunk in chunks:
+        if sum(not future.done() for _, future in waiting) < CHUNKS_PER_WORKER * others:
+            future = pool.submit(_work, chunk.documents)
+        else:
+            future = Future()
+            future.set_result(encode(chunk.documents))
+        waiting.append((chunk, future))
+        while waiting and (waiting[0][1].done() or len(waiting) > 4 * CHUNKS_PER_WORKER * others):
+            chunk, future = waiting.popleft()
+            yield chunk, future.result()
+    for chunk, future in waiting:
+        yield chunk, future.result()
+
+
+_encode: Encode  # of a worker process, set once when it starts
+
+
+def _start_worker(encode: Encode) -> None:
+    global _encode
+    _encode = encode
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the first one ends the others
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would wait for work forever."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    signal.raise_signal(signal.SIGTERM)
+
+
+def _work(documents: list[Document]) -> EncodedChunk:
+    return _encode(documents)

@@ -1,4 +1,4 @@
-"""How are token ids kept on disk so that anyone can read them and nobody reads them wrongly?
+"""Shards: token ids on disk that any program can read, checked against a manifest when they are opened.
 
 A prepared folder holds one `manifest.json` and, for each split, numbered files that `np.load(..., mmap_mode="r")`
 opens:
@@ -25,7 +25,7 @@ from nanollm import durable
 
 FORMAT = "nanollm-shards-2"
 MANIFEST = "manifest.json"
-MOST_MANIFEST_BYTES = 2**28  # it lists every file of the source
+MAX_MANIFEST_BYTES = 2**28  # it lists every file of the source
 PROGRESS = "progress.json"
 
 Verification = Literal["size", "sha256"]
@@ -298,7 +298,7 @@ def read_manifest(folder: Path) -> tuple[dict[str, Any], str]:
 
 def read_sealed_manifest(folder: Path) -> dict[str, Any]:
     """The manifest as it was written, whatever it says and whether the folder is finished."""
-    return durable.read_sealed_json(folder / MANIFEST, FORMAT, "prepare the folder again", MOST_MANIFEST_BYTES)
+    return durable.read_sealed_json(folder / MANIFEST, FORMAT, "prepare the folder again", MAX_MANIFEST_BYTES)
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from itertools import repeat
 import numpy as np
 import numpy.typing as npt
 
-from nanollm.text.learn import cut
+from nanollm.text.train_tokenizer import cut
 
 NGRAM_WORDS = 13
 FEWEST_WORDS = 8

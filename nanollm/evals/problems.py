@@ -21,7 +21,7 @@ from nanollm.generate.request import Completion, Request
 from nanollm.generate.sampling import SamplingConfig
 from nanollm.model.transformer import Transformer
 from nanollm.progress import Progress, say
-from nanollm.sources import calculator, gsm8k
+from nanollm.sources import gsm8k
 from nanollm.sources.gsm8k import Problem
 from nanollm.sources.tasks import Gsm8k, Task
 from nanollm.sources.word_problems import WordProblems
@@ -179,8 +179,8 @@ def graders(task: Task) -> dict[str, Grader]:
 
 def holds_true_notes(reply: str) -> bool:
     """Whether a reply has calculator notes, and all of them are true."""
-    notes = calculator.NOTE.findall(reply)
-    return 0 < len(notes) == reply.count(calculator.MARK) and all(calculator.is_true(*note) for note in notes)
+    notes = gsm8k.NOTE.findall(reply)
+    return 0 < len(notes) == reply.count(gsm8k.NOTE_MARK) and all(gsm8k.is_true(*note) for note in notes)
 
 
 def majority(judged: Judged, grader: str) -> list[bool] | None:

@@ -19,14 +19,15 @@ from nanollm.export.dense_to_moe import Format, exported_shape
 from nanollm.export.provenance import Record, folders, name_of, public, stages
 from nanollm.model.config import ModelConfig
 from nanollm.progress import say
-from nanollm.sources import gsm8k, instructions, openwebtext
+from nanollm.sources import gsm8k
+from nanollm.sources.datasets import OPENWEBTEXT, SUPER_NATURAL_INSTRUCTIONS
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
 
 CARD = "README.md"
 LIBRARIES = {"compact": "transformers", "deepseek-v3": "transformers", "gguf": "llama.cpp"}
-HUB_NAMES = {"owt": openwebtext.NAME, "sni": instructions.NAME, "gsm8k": gsm8k.NAME}
+HUB_NAMES = {"owt": OPENWEBTEXT, "sni": SUPER_NATURAL_INSTRUCTIONS, "gsm8k": gsm8k.NAME}
 DIGITS = 12  # of a sha256 that are shown
 
 VLLM_WIDTHS = (320, 576)

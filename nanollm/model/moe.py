@@ -164,7 +164,8 @@ class MoE(nn.Module):
         routed = self.experts(flat, experts, weights * c.routed_scaling_factor, chosen.sum((0, 1)))
         if self.training and torch.is_grad_enabled():
             self.load += (chosen if is_text is None else chosen & is_text.flatten()[:, None, None]).sum((0, 1))
-        routing = Routing(experts.view(*x.shape[:2], -1), scores.view(*x.shape[:2], -1))
+        shape = x.shape[:2]
+        routing = Routing(experts.view(*shape, c.experts_per_token), scores.view(*shape, c.n_routed_experts))
         return self.shared(x) + routed.view_as(x), routing
 
     @torch.no_grad()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nanollm.data.order import epoch_seed, sample_indices
-from nanollm.data.packing import Layout, best_width, even_rows, pack
+from nanollm.data.packing import PackedLayout, best_width, even_rows, pack
 from nanollm.model.transformer import Transformer
 from nanollm.progress import say
 from nanollm.rl.loss import ObjectiveConfig, RolloutBatch, Seen, count_of, grpo_loss, policy_logprobs, token_weights
@@ -233,7 +233,7 @@ def in_rows(
 ) -> RolloutBatch:
     """Rollouts with their advantages, packed into a multiple of `rows` rows of `width` places."""
     ids = [torch.tensor(rollout.prompt_ids + rollout.reply_ids) for rollout, _ in kept]
-    layout = Layout.of([len(each) - 1 for each in ids], width, rows)
+    layout = PackedLayout.of([len(each) - 1 for each in ids], width, rows)
     order = layout.starts.argsort()  # replies as they stand in the rows
     rollouts = [kept[index][0] for index in order.tolist()]
     lengths = torch.tensor([len(rollout.reply_ids) for rollout in rollouts])  # (R,)

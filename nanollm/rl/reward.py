@@ -13,8 +13,7 @@ from dataclasses import dataclass, field
 from typing import Self
 
 from nanollm.rl.sandbox import Judge, Verdict
-from nanollm.sources.calculator import true_share
-from nanollm.sources.gsm8k import ANSWER_MARK, Problem, extract_answer, number_of
+from nanollm.sources.gsm8k import ANSWER_MARK, Problem, extract_answer, number_of, true_share
 from nanollm.sources.tasks import Task
 
 OWN = ("correct", "calculations", "format", "length")

@@ -1,4 +1,4 @@
-"""What does the server count for Prometheus, and which requests?"""
+"""Counters and histograms for Prometheus, and the middleware that counts requests."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -9,7 +9,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from nanollm.serve.worker import Figures
+from nanollm.serve.engine_thread import EngineStats
 
 FIRST_TOKEN_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
@@ -20,7 +20,7 @@ CLIENT_GONE = "499"  # the client hung up before the answer began
 class Metrics:
     """The numbers of one server."""
 
-    def __init__(self, figures: Callable[[], Figures]) -> None:
+    def __init__(self, stats: Callable[[], EngineStats]) -> None:
         self._registry = CollectorRegistry()
         self.requests = Counter("nanollm_requests", "Answers.", ["route", "status"], registry=self._registry)
         self.request_s = Histogram(
@@ -38,21 +38,21 @@ class Metrics:
             buckets=TOKEN_S,
             registry=self._registry,
         )
-        self._registry.register(_EngineFigures(figures))
+        self._registry.register(_EngineCollector(stats))
 
     def exposition(self) -> bytes:
         """All numbers in Prometheus' text format."""
         return generate_latest(self._registry)
 
 
-class _EngineFigures(Collector):
+class _EngineCollector(Collector):
     """The engine's own counters, read when somebody asks."""
 
-    def __init__(self, figures: Callable[[], Figures]) -> None:
-        self._figures = figures
+    def __init__(self, stats: Callable[[], EngineStats]) -> None:
+        self._stats = stats
 
     def collect(self) -> Iterator[Metric]:
-        now = self._figures()
+        now = self._stats()
         yield CounterMetricFamily("nanollm_prompt_tokens", "Prompt tokens read.", now.prompt_tokens)
         yield CounterMetricFamily("nanollm_reused_tokens", "Prompt tokens found in the cache.", now.reused_tokens)
         yield CounterMetricFamily("nanollm_generated_tokens", "Tokens drawn.", now.drawn_tokens)

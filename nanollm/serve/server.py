@@ -1,139 +1,204 @@
-"""Who listens on the port, tells when it is ready, and ends in good order?
+"""The door: who may come in and with how much, and uvicorn, which listens.
 
-uvicorn, with a few things added: the address on stdout, limits of time and of work, our form for what is not HTTP, and
-a word to those whose replies are cut short at the end.
+`Guard` is ASGI middleware around everything: the key, the name by which the server was called, a body's size and time,
+the headers that browsers need, and an answer in our form when a route fails. What lies below HTTP is uvicorn's:
+malformed requests get its plain 400, and slow clients are a proxy's to cut off.
 """
 
 import asyncio
+import base64
 import gc
-import json
+import hashlib
+import hmac
+import ipaddress
+import logging
 import math
 import os
-import re
 import signal
 import socket
 import sys
-from http import HTTPStatus
-from typing import Any
 
-import h11
 import uvicorn
 from fastapi import FastAPI
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from nanollm.serve.errors import LONGEST_ECHO, error_body
+from nanollm.serve.protocol import ApiError
+from nanollm.serve.streaming import ClientGone
 
-HEADERS_TIMEOUT_S = 10.0
-"""How long a connection may be without a whole request."""
-READER_TIMEOUT_S = 60.0
-"""How long a reader may leave what was sent to it where it is."""
+log = logging.getLogger(__name__)
+
+OPEN_PATHS = frozenset({"/health"})
+BODY_TIMEOUT_S = 10.0
+"""Until a request's body must have arrived."""
+MAX_DRAINED = 8
+"""A body that is too large is read up to this many times the limit, so that its sender gets to hear the answer."""
+MAX_HEAD_BYTES = 16_384
+"""Of a request before its body."""
 BACKLOG = 2048
 GO_ON_S = 4.0
 """How long replies may go on after the server was asked to stop; then their readers are told that it stops."""
-MOST_HEAD_BYTES = 16_384
-MOST_HEAD_LINES = 100
-"""Bytes and lines of a request before its body."""
-FREE_PIECES = 256
-LEAST_MEAN_PIECE = 256
-"""A body may come in this many pieces of any size; of more, the mean must have at least this many bytes."""
-MOST_UNHEARD_BYTES = 1_048_576
-"""What is still read of a body after the answer, so that its sender gets to hear the answer."""
+CLOSE = {"Connection": "close"}  # of a refusal while the body may still be coming
+SECURITY_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cache-Control": "no-store",
+}
 
-END_OF_HEAD = re.compile(rb"\n\r?\n")
 
+class Guard:
+    """Lets in what carries the key and is not too large; without a key, what was sent to a name of this machine."""
 
-class Connection(h11.Connection):
-    """h11's, which parses in Python while everybody else waits, and is therefore not given everything to parse."""
+    def __init__(self, app: ASGIApp, api_key: str, max_body_bytes: int) -> None:
+        self.app, self.max_body_bytes = app, max_body_bytes
+        self._key = _digest(api_key) if api_key else None  # the key itself is not kept
 
-    _pieces = _body_bytes = 0
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        has_begun = False
 
-    def next_event(self) -> Any:
-        if self.their_state is h11.IDLE:
-            self._check_head()
-        event = super().next_event()
-        if isinstance(event, h11.Request):
-            self._pieces = self._body_bytes = 0
-            if {b"content-length", b"transfer-encoding"} <= {name for name, _ in event.headers}:
-                raise h11.RemoteProtocolError("Content-Length and Transfer-Encoding differ about where the body ends")
-        elif isinstance(event, h11.Data):
-            self._check_body(len(event.data))
-        return event
+        async def send_guarded(message: Message) -> None:
+            nonlocal has_begun
+            if message["type"] == "http.response.start":
+                has_begun = True
+                headers = MutableHeaders(scope=message)
+                for name, value in SECURITY_HEADERS.items():
+                    headers.setdefault(name, value)
+            await send(message)
 
-    def _check_head(self) -> None:
-        head = END_OF_HEAD.split(self.trailing_data[0], maxsplit=1)[0]
-        if len(head) > MOST_HEAD_BYTES or head.count(b"\n") > MOST_HEAD_LINES:
-            message = f"expected at most {MOST_HEAD_LINES} headers and {MOST_HEAD_BYTES:,} bytes of them; send fewer"
-            raise h11.RemoteProtocolError(message, error_status_hint=431)
+        try:
+            self._check(scope)
+            body = await self._read(scope, receive)
+            await self.app(scope, _replay(body, receive), send_guarded)
+        except ApiError as error:
+            await error.response(scope, receive, send_guarded)
+        except ClientGone:
+            log.debug("a client hung up before its request was complete")
+        except Exception:
+            if has_begun:
+                raise
+            log.exception("%s %r failed", scope["method"], scope["path"][:200])  # quoted: it may hold line ends
+            await ApiError(500, "the server failed; its log says why").response(scope, receive, send_guarded)
 
-    def _check_body(self, size: int) -> None:
-        self._pieces += 1
-        self._body_bytes += size
-        if self._pieces > FREE_PIECES and self._body_bytes < LEAST_MEAN_PIECE * self._pieces:
-            raise h11.RemoteProtocolError(
-                f"the body comes in pieces of under {LEAST_MEAN_PIECE} bytes; send larger ones"
+    def _check(self, scope: Scope) -> None:
+        headers = Headers(scope=scope)
+        if "content-length" in headers and "transfer-encoding" in headers:  # two readers may see two ends
+            message = "Content-Length and Transfer-Encoding differ about where the body ends"
+            raise ApiError(400, message, headers=CLOSE)
+        if self._key is None:
+            host = headers.get("host", "")
+            name = host[: host.find("]") + 1] if host.startswith("[") else host.partition(":")[0]
+            if not is_loopback(name):  # another site's name, made to point here
+                message = (
+                    f"without a key this server answers only to localhost, got {host[:100]!r}; set NANOLLM_API_KEY"
+                )
+                raise ApiError(403, message, headers=CLOSE)
+        elif scope["path"] not in OPEN_PATHS and not hmac.compare_digest(self._key, _digest(given_key(headers))):
+            scheme = "Basic" if scope["path"] == "/" else "Bearer"  # a browser then asks for a password
+            raise ApiError(
+                401,
+                "the key is missing or wrong; send the header Authorization: Bearer KEY",
+                headers=CLOSE | {"WWW-Authenticate": f'{scheme} realm="nanollm"'},
             )
-        if self.our_state is h11.DONE and self._body_bytes > MOST_UNHEARD_BYTES:
-            raise h11.RemoteProtocolError("the answer was given long ago, and the body does not end")
+
+    async def _read(self, scope: Scope, receive: Receive) -> bytes:
+        """The body; 413 if it is too large, 408 if it takes too long."""
+        headers = Headers(scope=scope)
+        declared, limit = headers.get("content-length", "0"), self.max_body_bytes
+        is_hopeless = declared.isdigit() and int(declared) > limit * (1 if "expect" in headers else MAX_DRAINED)
+        try:
+            async with asyncio.timeout(BODY_TIMEOUT_S):
+                body = None if is_hopeless else await _receive_all(receive, limit)
+        except TimeoutError:
+            message = f"the body did not arrive within {BODY_TIMEOUT_S:g} seconds"
+            raise ApiError(408, message, headers=CLOSE) from None
+        if body is None:
+            raise ApiError(413, f"the body must have at most {limit:,} bytes; send less", headers=CLOSE)
+        return body
 
 
-class PatientOnlySoLong(H11Protocol):
-    """uvicorn's protocol, without its patience for who sends a request or reads an answer too slowly, or never."""
+class Cors(CORSMiddleware):
+    """Starlette's, with refusals in our form."""
 
-    _headers_timer: asyncio.TimerHandle | None = None
-    _reader_timer: asyncio.TimerHandle | None = None
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.conn = Connection(h11.SERVER, MOST_HEAD_BYTES)
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self._watch_headers()
-
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        self._watch_headers()
-
-    def on_response_complete(self) -> None:
-        super().on_response_complete()
-        self._watch_headers()
-
-    def pause_writing(self) -> None:
-        super().pause_writing()
-        self._reader_timer = self.loop.call_later(READER_TIMEOUT_S, self.transport.abort)
-
-    def resume_writing(self) -> None:
-        super().resume_writing()
-        _cancel(self._reader_timer)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        super().connection_lost(exc)
-        _cancel(self._headers_timer)
-        _cancel(self._reader_timer)
-
-    def send_400_response(self, msg: str) -> None:
-        """Called while an error of h11 is handled, which knows better than `msg` what was wrong."""
-        error = sys.exception()
-        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):  # otherwise there is an answer already
-            status = 431 if isinstance(error, h11.ProtocolError) and error.error_status_hint == 431 else 400
-            body = json.dumps(error_body(status, f"this cannot be read: {str(error or msg)[:LONGEST_ECHO]}")).encode()
-            head = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\ncontent-type: application/json\r\n"
-            head += f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
-            self.transport.write(head.encode() + body)
-        self.transport.close()
-
-    def _watch_headers(self) -> None:
-        """The time runs while no request is being answered, from the first moment of that on."""
-        if self.cycle is not None and not self.cycle.response_complete:
-            _cancel(self._headers_timer)
-            self._headers_timer = None
-        elif self._headers_timer is None:
-            self._headers_timer = self.loop.call_later(HEADERS_TIMEOUT_S, self.timeout_keep_alive_handler)
+    def preflight_response(self, request_headers: Headers) -> Response:
+        response = super().preflight_response(request_headers)
+        if response.status_code < 400:
+            return response
+        return ApiError(400, "this origin is not among the server's --cors_origins").response
 
 
-def _cancel(timer: asyncio.TimerHandle | None) -> None:
-    if timer is not None:
-        timer.cancel()
+def checked_key(key: str, host: str) -> str:
+    """The key, if it is one and this host is safe with it."""
+    if key and not (key.isascii() and key.isprintable() and " " not in key):
+        raise ValueError("the key must be printable ASCII without spaces, as it travels in a header")
+    if not key and not is_loopback(host):
+        raise ValueError(
+            f"host {host} can be reached from other machines, so a key is needed: set NANOLLM_API_KEY; "
+            f"or serve this machine only, with --host 127.0.0.1"
+        )
+    return key
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach a host's name or address."""
+    name = host.strip("[]").rstrip(".").lower()
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return name == "localhost" or name.endswith(".localhost")
+
+
+def given_key(headers: Headers) -> str:
+    """The key in a request: a bearer token, or the password of HTTP Basic with any user name; empty if none."""
+    scheme, _, value = headers.get("authorization", "").partition(" ")
+    value = value.strip()
+    if scheme.lower() == "bearer":
+        return value
+    if scheme.lower() == "basic":
+        try:
+            return base64.b64decode(value, validate=True).decode().partition(":")[2]
+        except ValueError:  # not ASCII, not base64, or not UTF-8 in it
+            return ""
+    return ""
+
+
+def _digest(key: str) -> bytes:
+    """Of equal length for all keys, so that comparing takes equal time."""
+    return hashlib.sha256(key.encode()).digest()
+
+
+async def _receive_all(receive: Receive, limit: int) -> bytes | None:
+    """The whole body; None if it is longer than the limit."""
+    body, size, is_last = bytearray(), 0, False
+    while not is_last and size <= MAX_DRAINED * limit:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        part = message.get("body", b"")
+        size += len(part)
+        if size <= limit:
+            body += part
+        is_last = not message.get("more_body", False)
+    return bytes(body) if size <= limit else None
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """A receive that gives the body at once, and after it what the server says: that the client hung up."""
+    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def give() -> Message:
+        return messages.pop() if messages else await receive()
+
+    return give
+
+
+# --- uvicorn ---
 
 
 class Server(uvicorn.Server):
@@ -146,7 +211,7 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         assert isinstance(self.config.app, FastAPI)
-        give_up = asyncio.get_running_loop().call_later(GO_ON_S, self.config.app.state.service.worker.end)
+        give_up = asyncio.get_running_loop().call_later(GO_ON_S, self.config.app.state.service.engine.end)
         await super().shutdown(sockets=sockets)
         give_up.cancel()
 
@@ -155,7 +220,8 @@ def build_server(app: FastAPI) -> Server:
     """A server of this app, to be run with the socket that `listen` opens."""
     config = uvicorn.Config(
         app,
-        http=PatientOnlySoLong,
+        http="h11",
+        h11_max_incomplete_event_size=MAX_HEAD_BYTES,
         ws="none",
         access_log=False,
         log_level="warning",
@@ -197,7 +263,7 @@ def run(app: FastAPI, host: str, port: int) -> None:
     server, listener = build_server(app), listen(host, port)
     before = signal.signal(signal.SIGTERM, leave)  # uvicorn ends in good order, and then raises the signal again
     try:
-        app.state.service.worker.start()  # here a mistake is still one line; within uvicorn it would be a traceback
+        app.state.service.engine.start()  # here a mistake is still one line; within uvicorn it would be a traceback
         gc.collect()
         gc.freeze()  # what is there by now stays; to look through all of it again would hold everybody up
         server.run(sockets=[listener])

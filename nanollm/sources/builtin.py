@@ -1,4 +1,4 @@
-"""What English is on every machine that can run this, without a network?
+"""English text that is on every machine that can run this, without a network.
 
 The interpreter's own language reference (`pydoc_data.topics`) and the documentation strings of the standard library
 and of the packages that nanollm always brings with it. The sources are parsed where they lie, at run time: nothing is

@@ -1,4 +1,4 @@
-"""How do files become texts, and what happens to a record that is broken?
+"""Files become texts, and broken records are reported.
 
 Formats: .txt (one document per file), .jsonl, .csv and .parquet (one record per line or row), each also .gz or .zst.
 Everything is read as a stream. A broken record is never dropped silently and never stops the rest: it goes to
@@ -89,11 +89,6 @@ def find_files(inputs: Sequence[Path], split: str | None = None) -> list[Path]:
 def is_named(path: Path, split: str) -> bool:
     """Whether the word stands in a file's name: test in test-00000.parquet, but not in latest.txt."""
     return split in re.split(r"[^a-z]+", path.name.lower())
-
-
-def is_readable(file: File) -> bool:
-    """Whether a file has a format that is read here, by its name."""
-    return format_of(file) is not None
 
 
 def read_texts(paths: Iterable[File], text_column: str, on_bad: OnBad) -> Iterator[str]:

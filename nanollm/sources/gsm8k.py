@@ -2,19 +2,23 @@
 
 A solution is kept exactly as written, with its calculator notes <<48/2=24>> and its last line "#### 24". The answer
 is the text after the mark, exactly as well: "1,080" stays "1,080". Two answers are the same if their numbers are,
-exactly: 1,080 = 1080.0, 3/4 = 0.75, and 0.33 is not 1/3.
+exactly: 1,080 = 1080.0, 3/4 = 0.75, and 0.33 is not 1/3. A calculator note is checked as exactly, and without knowing
+the problem, so a solution can be judged step by step.
 """
 
+import ast
+import operator
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
+from nanollm.sources.datasets import stream_rows
 from nanollm.sources.files import BadRecord, OnBad, find_files, is_named, problem, read_records
-from nanollm.sources.hub import stream_rows
 from nanollm.text.chat import Conversation
 
 NAME, CONFIG = "openai/gsm8k", "main"
@@ -41,6 +45,15 @@ AFTER = re.compile(
 )
 POWER_OF_UNIT = re.compile(r"(?<=[A-Za-z])[²³]")  # 24 m²
 MINUS_SIGNS = str.maketrans(dict.fromkeys("−–‐‑﹣－", "-"))
+
+NOTE = re.compile(r"<<([0-9+*/().-]{1,60})=(-?[0-9]{0,20}(?:\.[0-9]{1,20})?)>>")
+NOTE_MARK = "<<"
+OPERATORS: Mapping[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+}
 
 
 @dataclass(frozen=True)
@@ -156,3 +169,41 @@ def grade(reply: str, answer: str, how: How = "strict") -> bool:
         raise ValueError(f"a solution must end in '{ANSWER_MARK} <number>', this one ends in {answer[-40:]!r}")
     given = extract_answer(reply, how)
     return given is not None and number_of(given) == gold
+
+
+def true_share(solution: str) -> float:
+    """Share of the steps of a solution that hold a true note: 0 to 1. Never raises.
+
+    Steps are the lines before the answer. One without a note is not true either, and one with several needs all of
+    them: a model rewarded for the share of its notes that are true learned to leave out those it was not sure of.
+    """
+    before_answer = takewhile(lambda line: not line.startswith(ANSWER_MARK), solution.split("\n"))
+    steps = [line for line in before_answer if line.strip()]
+    return sum(map(_holds_true_notes, steps)) / len(steps) if steps else 0.0
+
+
+def _holds_true_notes(step: str) -> bool:
+    notes = NOTE.findall(step)
+    return 0 < len(notes) == step.count(NOTE_MARK) and all(is_true(expression, value) for expression, value in notes)
+
+
+def is_true(expression: str, value: str) -> bool:
+    """Whether an expression of + - * / and brackets has this value: exactly, or rounded to decimals if it has any."""
+    if not re.search(r"[0-9)][-+*/]", expression):
+        return False  # 3=3 says nothing
+    try:
+        exact, written = _evaluate(ast.parse(expression, mode="eval").body), Fraction(value)
+    except (SyntaxError, ValueError, ArithmeticError, RecursionError, MemoryError):
+        return False
+    return abs(exact - written) <= Fraction(1, 2 * 10 ** len(value.partition(".")[2])) * ("." in value)
+
+
+def _evaluate(node: ast.expr) -> Fraction:
+    match node:
+        case ast.BinOp(left, op, right) if type(op) in OPERATORS:
+            return OPERATORS[type(op)](_evaluate(left), _evaluate(right))
+        case ast.UnaryOp(ast.USub(), operand):
+            return -_evaluate(operand)
+        case ast.Constant(int() | float()):
+            return Fraction(ast.unparse(node))
+    raise ValueError("a note holds numbers and + - * / only")

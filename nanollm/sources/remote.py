@@ -1,4 +1,4 @@
-"""How are files of an object store or of the hub found, and opened like files here?
+"""Files of an object store or of the hub, found and opened like local ones.
 
 An address has `://` in it: hf://datasets/OWNER/NAME/FOLDER, s3://BUCKET/FOLDER, gs://..., each a file, a folder that is
 searched through, or a pattern with *. fsspec opens them, with the package that it names if that is missing. Anything
@@ -12,7 +12,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from nanollm.sources.files import File, find_files, is_readable, need
+from nanollm.sources.datasets import one_line
+from nanollm.sources.files import File, find_files, format_of, need
 
 
 @dataclass(frozen=True)
@@ -55,14 +56,14 @@ def _find_remote(address: str) -> list[RemoteFile]:
     try:
         entries: dict[str, dict[str, Any]] = system.find(folder, detail=True)
     except Exception as error:  # whatever the network or the store raises
-        raise ValueError(f"cannot look into {address}: {_line(error)}; check the address and the network") from error
+        raise ValueError(f"cannot look into {address}: {one_line(error)}; check the address and the network") from error
     pattern = path if "*" in path else "*"
     files = [
         RemoteFile(system.unstrip_protocol(name), int(entry.get("size") or 0))
         for name, entry in sorted(entries.items())
         if entry["type"] == "file" and fnmatch(name, pattern)
     ]
-    if not (readable := [file for file in files if is_readable(file)]):
+    if not (readable := [file for file in files if format_of(file)]):
         raise FileNotFoundError(
             f"{address} holds no file to read (expected .txt, .jsonl, .csv or .parquet, also .gz or .zst), "
             f"or does not exist"
@@ -76,9 +77,5 @@ def _system_of(address: str) -> tuple[Any, str]:
     try:
         system, path = fsspec.core.url_to_fs(address)
     except (ImportError, ValueError) as error:
-        raise ValueError(f"cannot open {address}: {_line(error)}") from error
+        raise ValueError(f"cannot open {address}: {one_line(error)}") from error
     return system, path
-
-
-def _line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]

@@ -1,4 +1,4 @@
-"""What is a model asked, and who says whether its reply is right?
+"""Tasks: what a model is asked, and how its replies are graded.
 
 A task has problems, by split, and grades replies: evaluation and reinforcement learning see nothing else of it. Two are
 here, GSM8K and the generated word problems; any other is a class of your own (see Task).

@@ -1,4 +1,4 @@
-"""Where do endless school problems come from that even a very small model can learn to solve?
+"""Generated school problems, as many as wanted, that even a very small model can learn to solve.
 
 From the stories of `word_templates`: one is drawn, then names, things and numbers, and the worked solution is written
 in GSM8K's form (arXiv:2110.14168): one sum per line with its calculator note, "7+5=<<7+5=12>>12", then "#### 12".
@@ -13,16 +13,16 @@ from random import Random
 from typing import overload
 
 from nanollm.sources.gsm8k import ANSWER_MARK, Problem, grade
+from nanollm.sources.split import hash_to_unit
 from nanollm.sources.word_templates import BOXES, ITEMS, PEOPLE, TEMPLATES, Template
-from nanollm.text.draw import draw
 
 SPLITS = ("train", "test", "new_numbers", "heldout")
 LEVELS = (1, 2, 3, 4)
 LENGTH = 2**31 - 1  # of each split: as good as endless
 TEST_SHARE = 0.1
 TEST_KEY = "word problems: test"  # without the seed: who trains with another seed must not meet the test either
-SMALLEST_LARGEST = 5  # below it some stories hardly find numbers that fit
-LARGEST_COUNT = 9
+MIN_LARGEST = 5  # below it some stories hardly find numbers that fit
+MAX_COUNT = 9
 TRIES = 10_000  # of numbers for one story; the rarest take 30 on average
 
 Values = dict[str, int]  # by letter
@@ -72,7 +72,7 @@ class Story:
     def draw_numbers(self, rng: Random, largest: int) -> Values:
         """Numbers for all letters; each is whole, at least 2 (the texts say "apples") and at most 5 * largest."""
         limit = 5 * largest
-        tops = {"j": LARGEST_COUNT, "k": LARGEST_COUNT, "p": limit}
+        tops = {"j": MAX_COUNT, "k": MAX_COUNT, "p": limit}
         spans = [(name, tops.get(name, largest) - 1) for name in self.drawn]
         for _ in range(TRIES):
             values = {name: 2 + int(rng.random() * span) for name, span in spans}
@@ -137,8 +137,8 @@ class WordProblems:
         if not self.levels or not set(self.levels) <= set(LEVELS) or len(set(self.levels)) < len(self.levels):
             known = ", ".join(map(str, LEVELS))
             raise ValueError(f"levels must be one or more of {known}, each once, got {list(self.levels)}")
-        if self.largest < SMALLEST_LARGEST:
-            raise ValueError(f"largest must be at least {SMALLEST_LARGEST}, got {self.largest}")
+        if self.largest < MIN_LARGEST:
+            raise ValueError(f"largest must be at least {MIN_LARGEST}, got {self.largest}")
 
     def problems(self, split: str) -> "Generated":
         """The problems of a split: endless, each made when it is asked for."""
@@ -165,9 +165,9 @@ class WordProblems:
 
 def split_of(question: str, without_words: str) -> str:
     """Where a question belongs, unless its story is held out; `without_words` has blanks for names and things."""
-    if draw(without_words, TEST_KEY) < TEST_SHARE:
+    if hash_to_unit(without_words, TEST_KEY) < TEST_SHARE:
         return "new_numbers"
-    return "test" if draw(question, TEST_KEY) < TEST_SHARE else "train"
+    return "test" if hash_to_unit(question, TEST_KEY) < TEST_SHARE else "train"
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Which stories do the generated word problems tell, and how is each one solved?
+"""The stories that the generated word problems tell, and the steps that solve them.
 
 Letters: a b c d numbers from 2 to `largest`; j k counts, multipliers and divisors from 2 to 9; p a number up to the
 largest that a problem may hold. {t=a*k} in a question is a number that is worked out first, so that a division has no

@@ -1,4 +1,4 @@
-"""Which source becomes which folder of token files, and what is said about it?"""
+"""A source becomes a folder of token files, and a few lines that say what is in it."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -7,22 +7,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nanollm.config import check_seed
-from nanollm.data.encode import Document
-from nanollm.data.merge import begin_part, finish_merge, is_merged, merge, missing, part_source, refuse_parts
-from nanollm.data.prepare import BAD_RECORDS, Part, Rules, header_of, prepare
+from nanollm.data.merge import MAX_PARTS, begin_part, finish_merge, is_merged, merge, missing, part_source, refuse_parts
+from nanollm.data.prepare import BAD_RECORDS, Document, PrepareConfig, SourceSplit, header_of, prepare
 from nanollm.durable import check_writable
 from nanollm.progress import say
-from nanollm.sources import builtin, chats, gsm8k, instructions, openwebtext
+from nanollm.sources import builtin, gsm8k
 from nanollm.sources.builtin import BUILTIN
+from nanollm.sources.datasets import chats, openwebtext, stream_rows, super_natural_instructions
 from nanollm.sources.files import OnBad, find_files, format_of, read_texts
-from nanollm.sources.held_out import hold_out
-from nanollm.sources.hub import stream_rows
-from nanollm.sources.share import share
+from nanollm.sources.split import hold_out, share
 from nanollm.sources.word_problems import LENGTH, WordProblems
 from nanollm.text.tokenizer import Tokenizer
 
 POSITIONAL = ("kind",)
-MAX_PARTS = 99_999  # their folders have five digits
 OF_DOCUMENTS, OF_ONE_TEXT = 0.01, 0.1  # becomes val
 FEW_DOCUMENTS = 100
 ENOUGH_BYTES, ADVISED = 500_000, "1 MB (200,000 words)"
@@ -160,8 +157,8 @@ class Config:
             )
 
     @property
-    def rules(self) -> Rules:
-        return Rules(
+    def rules(self) -> PrepareConfig:
+        return PrepareConfig(
             kind="text" if self.kind in ("owt", "text") else "chat",
             seed=self.seed,
             val_fraction=OF_DOCUMENTS if self.val_fraction is None else self.val_fraction,
@@ -202,19 +199,19 @@ def run(config: Config) -> Path:
     return config.save_dir
 
 
-def open_source(config: Config) -> tuple[list[Part], dict[str, Any]]:
+def open_source(config: Config) -> tuple[list[SourceSplit], dict[str, Any]]:
     """What to read, in order, and how the manifest describes it. With --parts each stretch is this job's share."""
     source: dict[str, Any] = {"dataset": config.dataset_name or config.kind}
     if config.kind == "words":
         chosen = config.words.problems().problems("train")[: config.words.count]
         conversations = _mine(config, lambda files, on_bad: (problem.conversation for problem in chosen), None)
-        return [Part(conversations)], source | asdict(config.words)
+        return [SourceSplit(conversations)], source | asdict(config.words)
     if config.kind == "text":
         source["column"] = config.text_column
     if config.kind == "gsm8k":
         train, test = (gsm8k.files_of(config.input, split) if config.input else None for split in ("train", "test"))
         source["files"] = _sizes([*(train or []), *(test or [])]) if config.input else None
-        return [Part(_open(config, train, "train")), Part(_open(config, test, "test"), "test")], source
+        return [SourceSplit(_open(config, train, "train")), SourceSplit(_open(config, test, "test"), "test")], source
     if config.input == [Path(BUILTIN)]:
         source["dataset"] = BUILTIN
         read = _mine(config, lambda files, on_bad: builtin.documents(), None)
@@ -227,14 +224,14 @@ def open_source(config: Config) -> tuple[list[Part], dict[str, Any]]:
             begin, end = hold_out(lambda on_bad: read_texts(files or [], config.text_column, on_bad), share_of_one)
             source["held_out"] = share_of_one
             return [
-                Part(_mine(config, lambda _, on_bad: begin(on_bad), None), "train"),
-                Part(_mine(config, lambda _, on_bad: end(on_bad), None), "val"),
+                SourceSplit(_mine(config, lambda _, on_bad: begin(on_bad), None), "train"),
+                SourceSplit(_mine(config, lambda _, on_bad: end(on_bad), None), "val"),
             ], source
     if not config.val_input:
-        return [Part(read)], source
+        return [SourceSplit(read)], source
     val_files = find_files(config.val_input)
     source["val_files"] = _sizes(val_files)
-    return [Part(read, "train"), Part(_open(config, val_files), "val")], source
+    return [SourceSplit(read, "train"), SourceSplit(_open(config, val_files), "val")], source
 
 
 def _open(config: Config, files: Sequence[Path] | None, split: str = "train") -> Callable[[OnBad], Iterable[Document]]:
@@ -249,15 +246,16 @@ def _mine(config: Config, read: Reader, files: Sequence[Path] | None) -> Callabl
 def _reader(config: Config, split: str) -> Reader:
     """What reads files of this kind, or the hub where they are None."""
     name = config.dataset_name
+    named = {"name": name} if name else {}
     match config.kind:
         case "owt":
-            return lambda files, on_bad: openwebtext.documents(files, on_bad, name or openwebtext.NAME)
+            return lambda files, on_bad: openwebtext(files, on_bad, **named)
         case "sni":
-            return lambda files, on_bad: instructions.conversations(files, split, on_bad, name or instructions.NAME)
+            return lambda files, on_bad: super_natural_instructions(files, split, on_bad, **named)
         case "gsm8k":
             return lambda files, on_bad: gsm8k.conversations(files, split, on_bad)
         case "chat":
-            return lambda files, on_bad: chats.conversations(files or [], on_bad)
+            return lambda files, on_bad: chats(files or [], on_bad)
     if name is None:
         return lambda files, on_bad: read_texts(files or [], config.text_column, on_bad)
     return lambda files, on_bad: (row[0] for row in stream_rows(name, split, [config.text_column], on_bad))

@@ -9,7 +9,6 @@ from nanollm.extras import missing_package
 from nanollm.generate.engine import Engine
 from nanollm.generate.request import Quantize
 from nanollm.progress import say
-from nanollm.serve.limits import Limits, is_loopback
 from nanollm.world import DeviceName, DtypeName, World
 
 POSITIONAL = ("bundle",)
@@ -17,7 +16,7 @@ KEY_VARIABLE = "NANOLLM_API_KEY"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Limits):
+class Config:
     """Serve a bundle over HTTP: /v1/chat/completions, /v1/completions and a chat page at /."""
 
     bundle: Path
@@ -36,23 +35,40 @@ class Config(Limits):
     """What to compute in."""
     quantize: Quantize = "none"
     """int8: weights in one byte each, with a scale per output."""
+    max_running: int = 16
+    """Replies that are written at once; each has a row of the cache."""
+    max_waiting: int = 64
+    """Replies that may wait for a row; beyond that the server answers 429."""
+    max_body_bytes: int = 1_048_576
+    """Most bytes of a request's body."""
+    deadline_s: float = 300.0
+    """Seconds until a reply must be complete."""
+    cors_origins: list[str] = field(default_factory=list)
+    """Origins of other pages that may call the server from a browser, such as http://localhost:3000."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if not 0 <= self.port <= 65_535:
             raise ValueError(f"port must be from 0 to 65,535, got {self.port}")
         if not self.model_name or not self.model_name.isprintable() or "/" in self.model_name:
             raise ValueError(f"model_name must be printable text without /, got {self.model_name!r}")
+        for name, least in (("max_running", 1), ("max_waiting", 0), ("max_body_bytes", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if not 0 < self.deadline_s < 1e6:
+            raise ValueError(f"deadline_s must be above 0 seconds and below a million, got {self.deadline_s}")
+        if "*" in self.cors_origins:
+            raise ValueError("cors_origins must list origins one by one, got *: any page could use the model")
 
 
 def run(c: Config) -> None:
     """Serve until a signal comes; prints the address when it is ready."""
-    key = checked_key(c.api_key or os.environ.get(KEY_VARIABLE, ""), c.host)
     try:
-        from nanollm.serve.app import ServeConfig, build_app
+        from nanollm.serve.app import build_app
+        from nanollm.serve.server import checked_key
         from nanollm.serve.server import run as run_server
     except ModuleNotFoundError as error:
         raise missing_package("serve", error.name, "serve") from error
+    key = checked_key(c.api_key or os.environ.get(KEY_VARIABLE, ""), c.host)
     world = World.start(c.device, c.dtype)
     bundle = load_bundle(c.bundle, world.dtype, world.device)
     shape = bundle.model.config
@@ -62,19 +78,12 @@ def run(c: Config) -> None:
     )
     app = build_app(
         bundle,
-        ServeConfig(model_name=c.model_name, api_key=key, limits=c),
         lambda: Engine(bundle.model, rows=c.max_running, quantize=c.quantize),
+        model_name=c.model_name,
+        api_key=key,
+        capacity=c.max_running + c.max_waiting,
+        max_body_bytes=c.max_body_bytes,
+        deadline_s=c.deadline_s,
+        cors_origins=c.cors_origins,
     )
     run_server(app, c.host, c.port)
-
-
-def checked_key(key: str, host: str) -> str:
-    """The key, if it is one and this host is safe with it."""
-    if key and not (key.isascii() and key.isprintable() and " " not in key):
-        raise ValueError("the key must be printable ASCII without spaces, as it travels in a header")
-    if not key and not is_loopback(host):
-        raise ValueError(
-            f"host {host} can be reached from other machines, so a key is needed: set {KEY_VARIABLE}; "
-            f"or serve this machine only, with --host 127.0.0.1"
-        )
-    return key

@@ -9,7 +9,7 @@ import torch
 
 from nanollm.bundle import TOKENIZER, WEIGHTS, Bundle, load_bundle
 from nanollm.data.batches import ChatShards, Conversations, layout_of
-from nanollm.data.mixture import Mixture
+from nanollm.data.order import Mixture
 from nanollm.data.shards import Shards, Verification, read_manifest
 from nanollm.generate.engine import generate
 from nanollm.generate.sampling import SamplingConfig

@@ -13,11 +13,11 @@ from nanollm.durable import check_writable, sha256_of, write_json
 from nanollm.progress import Progress, say
 from nanollm.sources import builtin
 from nanollm.sources.builtin import BUILTIN
+from nanollm.sources.datasets import stream_rows
 from nanollm.sources.files import BadRecord, OnBad, find_files, read_texts
-from nanollm.sources.hub import stream_rows
-from nanollm.text.draw import draw
-from nanollm.text.learn import SAMPLE_BYTES, check_sizes, cut, sample, train_on
+from nanollm.sources.split import hash_to_unit
 from nanollm.text.tokenizer import ModelType, Tokenizer
+from nanollm.text.train_tokenizer import SAMPLE_BYTES, check_sizes, cut, sample, train_on
 
 HELD_OUT_BYTES = 2_000_000  # enough to measure on
 SECTION_CHARS = 16_384  # a longer document is held out by sections, so that one huge file still gives some
@@ -189,7 +189,7 @@ class HeldOut:
         for document in documents:
             self.documents += 1
             for section in cut(document, SECTION_CHARS):
-                if first or draw(section, self.key) >= self.fraction:
+                if first or hash_to_unit(section, self.key) >= self.fraction:
                     yield section
                 elif len(section.encode()) <= self._room:
                     self.texts.append(section)

@@ -1,4 +1,4 @@
-"""How does a conversation look to the model, which of its ids are trained, and what did the model reply?
+"""Chat format: the ids of a conversation, which of them are trained, and the text of a reply.
 
 <s> then, for each message, <|role|> content <|end|>. The marks are control symbols and each content is encoded by
 itself, so no content can end a message or begin another. Trained: what the assistant says and the <|end|> after it.
@@ -21,7 +21,7 @@ Cut = Literal["dropped turns", "cut reply", "cut question"]
 
 MARK_OF: dict[str, str] = {"system": SYSTEM, "user": USER, "assistant": ASSISTANT}
 TURNS = "an optional system message, then user and assistant in turn"
-LEAST_LIMIT = 7
+MIN_LIMIT = 7
 """Ids that no cut can spare: <s>, the marks around system message and question, <|assistant|> and one id after it."""
 
 
@@ -138,12 +138,10 @@ def shorten(ids: Ids, trained: Trained, limit: int, marks: Marks) -> Shortened:
     is left and too long, its reply loses its end, but keeps a quarter of `limit`; a reply that was cut has no <|end|>,
     so the model does not learn to stop there. If that is not enough, the longer of question and system message, and
     then both, lose their middle: a question's beginning states the task, its end often the input.
-    ValueError if `limit` is below LEAST_LIMIT.
+    ValueError if `limit` is below MIN_LIMIT.
     """
-    if limit < LEAST_LIMIT:
-        raise ValueError(
-            f"a conversation needs room for at least {LEAST_LIMIT} ids, got {limit}; give a longer context"
-        )
+    if limit < MIN_LIMIT:
+        raise ValueError(f"a conversation needs room for at least {MIN_LIMIT} ids, got {limit}; give a longer context")
     if len(ids) <= limit:
         return Shortened(ids, trained)
     keep = _without_old_turns(ids, limit, marks)

@@ -1,4 +1,4 @@
-"""How does text appear while ids are still being drawn, and where does it end at a stop text?
+"""Incremental detokenization: text appears while ids are still being sampled, and ends before a stop text.
 
 A character may be spelled by several byte pieces, and a stop text by several tokens. So text is held back while it
 could still be half a character or the beginning of a stop text; each token is looked at once.

@@ -1,4 +1,4 @@
-"""Which ids spell a text, and which text do ids spell?
+"""The tokenizer: text to ids and back, without loss.
 
 SentencePiece (arXiv:1808.06226), set up so that nothing is lost: `decode(encode(text)) == text` for every text that
 is valid Unicode. Identity normalisation, no dummy prefix, no whitespace removal, digits one by one, and 256 byte
@@ -28,7 +28,7 @@ SYSTEM, USER, ASSISTANT, END = "<|system|>", "<|user|>", "<|assistant|>", "<|end
 RESERVED = tuple(f"<|reserved_{n}|>" for n in range(12))
 MARKS = (SYSTEM, USER, ASSISTANT, END, *RESERVED)
 MAX_VOCAB_SIZE = 65_536  # token files hold uint16
-MOST_BYTES = 2**25  # of a model's file; one of 65,536 pieces has about a million
+MAX_BYTES = 2**25  # of a model's file; one of 65,536 pieces has about a million
 SPACE_MARK = "\u2581"  # how SentencePiece writes a space; a text may hold it literally
 
 
@@ -36,8 +36,8 @@ def read_model(path: Path) -> bytes:
     """The bytes of a .model file, if it can be one."""
     if not path.is_file():
         raise ValueError(f"{path} is not a file; name the .model file, or its folder")
-    if (size := path.stat().st_size) > MOST_BYTES:
-        raise ValueError(f"{path} has {size:,} bytes, expected at most {MOST_BYTES:,}; it is no tokenizer")
+    if (size := path.stat().st_size) > MAX_BYTES:
+        raise ValueError(f"{path} has {size:,} bytes, expected at most {MAX_BYTES:,}; it is no tokenizer")
     return path.read_bytes()
 
 

@@ -1,4 +1,4 @@
-"""Where may a text be cut so that its parts, spelled one by one, have the ids of the whole?
+"""Spelling word by word: a text is cut where its parts, spelled one by one, have the ids of the whole.
 
 Byte pair encoding starts from the characters and only ever joins two neighbours that together are a piece. Two
 characters that stand side by side in no piece are therefore never joined, and what is left of them cannot change what
@@ -31,7 +31,7 @@ SPACE = "\u2581"  # as pieces write it
 BORDER = "\ud800"  # in no piece, because it is not valid Unicode
 BPE = 2  # of the types of models
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # of the types of pieces
-MOST_REMEMBERED = 100_000_000  # bytes, of half a million words (Python) or two millions; then all are forgotten
+MAX_REMEMBERED = 100_000_000  # bytes, of half a million words (Python) or two millions; then all are forgotten
 WORD_BYTES = 200  # what Python needs for a word besides its characters
 
 
@@ -73,7 +73,7 @@ class _Memory(dict[str, bytes]):
 
     def __missing__(self, word: str) -> bytes:
         ids = np.array(self.spell(word), dtype=np.int32).tobytes()
-        if self.size > MOST_REMEMBERED:
+        if self.size > MAX_REMEMBERED:
             self.clear()
             self.size = 0
         self[word] = ids
@@ -121,7 +121,7 @@ class NativeWords:
             len(pieces),
             byte_tokens,
             kind_of,
-            MOST_REMEMBERED,
+            MAX_REMEMBERED,
         )
 
     def __del__(self) -> None:
@@ -137,7 +137,7 @@ class NativeWords:
 
 
 def count_words(texts: Sequence[bytes]) -> dict[bytes, int]:
-    """How often each word comes in texts (UTF-8), by spelling.cpp. What a word is there, text/learn.py says."""
+    """How often each word comes in texts (UTF-8), by spelling.cpp; text/train_tokenizer.py says what a word is."""
     joined, ends = b"".join([*texts, bytes(16)]), np.cumsum([*map(len, texts)], dtype=np.int64)
     words, size = c_int64(), c_int64()
     counter = library().count_words(joined, ends, len(texts), byref(words), byref(size))

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from nanollm.data.prepare import Part, Rules, prepare
+from nanollm.data.prepare import PrepareConfig, SourceSplit, prepare
 from nanollm.data.shards import read_manifest
 from nanollm.text.chat import Conversation
 from nanollm.text.tokenizer import Tokenizer
@@ -30,8 +30,8 @@ def prepared(tokenizer: Tokenizer) -> Prepare:
 
     def fill(folder: Path, items: Any, *, num_workers: int = 1, flush_every: int = 200, **rules: Any) -> Any:
         kind = "chat" if isinstance(items, list) and isinstance(items[0], Conversation) else "text"
-        chosen = Rules(**{"kind": kind, "val_fraction": 0.2, "shard_tokens": 300} | rules)
-        parts = [Part(lambda on_bad: items)]
+        chosen = PrepareConfig(**{"kind": kind, "val_fraction": 0.2, "shard_tokens": 300} | rules)
+        parts = [SourceSplit(lambda on_bad: items)]
         source = {"dataset": "test"}
         return prepare(
             parts, tokenizer, folder, chosen, source=source, num_workers=num_workers, flush_every=flush_every

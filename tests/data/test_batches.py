@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from nanollm.data.batches import IGNORE, Batch, ChatShards, Conversations, Windows, layout_of, sequential_batches
-from nanollm.data.mixture import Mixture
-from nanollm.data.packing import Layout
-from nanollm.data.prepare import Part, Rules, prepare
+from nanollm.data.order import Mixture
+from nanollm.data.packing import PackedLayout
+from nanollm.data.prepare import PrepareConfig, SourceSplit, prepare
 from nanollm.data.shards import Shards
 from nanollm.model.transformer import Transformer
 from nanollm.text.chat import Conversation, Marks, encode_conversation
@@ -22,8 +22,8 @@ T = 16
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory, documents, tokenizer):
     folder = tmp_path_factory.mktemp("shards")
-    rules = Rules(kind="text", val_fraction=0.0, shard_tokens=300)
-    prepare([Part(lambda on_bad: documents)], tokenizer, folder, rules, source={})
+    rules = PrepareConfig(kind="text", val_fraction=0.0, shard_tokens=300)
+    prepare([SourceSplit(lambda on_bad: documents)], tokenizer, folder, rules, source={})
     return Shards.open(folder, tokenizer_fingerprint=tokenizer.fingerprint)
 
 
@@ -119,8 +119,8 @@ def chat_folders(tmp_path_factory, conversations, tokenizer):
     others = [Conversation.of(f"Say {n}!", f"{n}, as you wish.") for n in range(7)]
     folders = [tmp_path_factory.mktemp(name) for name in ("sixty", "seven")]
     for folder, items in zip(folders, (conversations, others), strict=True):
-        rules = Rules(kind="chat", val_fraction=0.0, shard_tokens=300)
-        prepare([Part(lambda on_bad, items=items: items)], tokenizer, folder, rules, source={})
+        rules = PrepareConfig(kind="chat", val_fraction=0.0, shard_tokens=300)
+        prepare([SourceSplit(lambda on_bad, items=items: items)], tokenizer, folder, rules, source={})
     return folders
 
 
@@ -255,7 +255,7 @@ def test_packed_rows_equal_separate_rows(splits, model):
     talks = Conversations(splits(), Mixture([1, 1]), seed=0).draw(0, 12)
     packed = Batch.of(talks, layout_of(talks, LONG, 1))
     lengths = [len(each.ids) - 1 for each in talks]
-    separate = Batch.of(talks, Layout(lengths, [[number] for number in range(12)], LONG))
+    separate = Batch.of(talks, PackedLayout(lengths, [[number] for number in range(12)], LONG))
     assert len(packed.tokens) < len(separate.tokens) == 12
     loss, grads = gradients(model, [packed])
     expected_loss, expected_grads = gradients(model, [Batch(separate.tokens, separate.targets)])

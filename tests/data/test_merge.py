@@ -9,10 +9,10 @@ from threading import Barrier, Thread
 import pytest
 
 from nanollm.data.merge import begin_part, finish_merge, merge, missing, part_folder, part_source, refuse_parts
-from nanollm.data.prepare import Part, Rules, header_of, prepare
+from nanollm.data.prepare import PrepareConfig, SourceSplit, header_of, prepare
 from nanollm.data.shards import Shards
 from nanollm.sources.files import BadRecord
-from nanollm.sources.share import share
+from nanollm.sources.split import share
 from nanollm.text.chat import Conversation
 from tests.data.conftest import content, manifest_of
 
@@ -28,7 +28,7 @@ def texts_of(folder, split, tokenizer):
 
 def rules_of(items, **rules):
     kind = "chat" if isinstance(items[0], Conversation) else "text"
-    return Rules(**{"kind": kind, "val_fraction": 0.2, "shard_tokens": 300} | rules)
+    return PrepareConfig(**{"kind": kind, "val_fraction": 0.2, "shard_tokens": 300} | rules)
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def prepare_part(tokenizer):
 
         chosen = rules_of(items, **rules)
         into = begin_part(folder, part, parts, header_of(tokenizer, chosen, SOURCE))
-        stretches = [Part(share(read, None, part, parts))]
+        stretches = [SourceSplit(share(read, None, part, parts))]
         source = part_source(SOURCE, part, parts)
         return prepare(stretches, tokenizer, into, chosen, source=source, flush_every=100, may_be_empty=True)
 
@@ -84,13 +84,6 @@ def test_each_bad_record_is_listed_once(tmp_path, documents, merged):
     whole = merged(tmp_path, documents, bad=True)
     lines = (tmp_path / "bad_records.jsonl").read_text().splitlines()
     assert whole["bad_records"] == len(lines) == len(set(lines)) == len(documents)
-
-
-def test_a_merged_folder_is_one_that_a_single_job_has_prepared(tmp_path, documents, prepared, merged):
-    whole = merged(tmp_path, documents)
-    before = content(tmp_path)
-    assert prepared(tmp_path, documents) == whole
-    assert content(tmp_path) == before
 
 
 def test_more_parts_than_documents_leave_some_empty(tmp_path, documents, prepared, merged, tokenizer):

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanollm.data.packing import STEP, Layout, best_width, even_rows, pack
+from nanollm.data.packing import STEP, PackedLayout, best_width, even_rows, pack
 
 CAPACITY = 50
 LENGTHS = st.lists(st.integers(1, CAPACITY), max_size=60)
@@ -53,7 +53,7 @@ def test_a_sequence_that_fits_no_row_is_refused(length):
 @given(lengths=st.lists(st.integers(1, CAPACITY), min_size=1, max_size=30), multiple=st.integers(1, 4))
 @settings(deadline=None)
 def test_what_goes_with_the_tokens_is_found_again_in_their_places(lengths, multiple):
-    layout = Layout.of(lengths, CAPACITY, multiple)
+    layout = PackedLayout.of(lengths, CAPACITY, multiple)
     vectors = [torch.rand(length) + index + 1 for index, length in enumerate(lengths)]
     placed = layout.place(vectors, empty=-1.0)
     assert placed.shape == (len(layout.rows), CAPACITY)
@@ -63,12 +63,12 @@ def test_what_goes_with_the_tokens_is_found_again_in_their_places(lengths, multi
         assert torch.equal(placed[row, column : column + len(vector)], vector)
     assert int((placed == -1).sum()) == placed.numel() - sum(lengths)
     assert layout.fill == pytest.approx(sum(lengths) / placed.numel())
-    assert torch.equal(placed.flatten()[layout.places], torch.cat(vectors))
+    assert torch.equal(placed.flatten()[layout.token_indices], torch.cat(vectors))
 
 
 def test_no_sequence_at_all_still_gives_rows_of_the_same_shape():
-    assert Layout.of([3], 10, multiple=4).rows == [[0], [], [], []]
-    assert Layout.of([], 10, multiple=4).rows == [[], [], [], []]
+    assert PackedLayout.of([3], 10, multiple=4).rows == [[0], [], [], []]
+    assert PackedLayout.of([], 10, multiple=4).rows == [[], [], [], []]
 
 
 @given(

@@ -8,7 +8,7 @@ from gguf import GGUFReader
 from nanollm.bundle import Bundle, load_bundle
 from nanollm.export import gguf
 from nanollm.model.transformer import Transformer
-from nanollm.text.learn import Sample, train_on
+from nanollm.text.train_tokenizer import Sample, train_on
 from tests.conftest import STORY
 from tests.model.conftest import TINY
 

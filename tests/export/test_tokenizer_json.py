@@ -10,10 +10,10 @@ from transformers import AutoTokenizer
 
 from nanollm.export.import_model import import_tokenizer
 from nanollm.export.tokenizer_json import TOKENIZER_FILES, write_tokenizer
-from nanollm.sources.openwebtext import documents
+from nanollm.sources.datasets import openwebtext
 from nanollm.text.chat import Conversation, encode_conversation, encode_prompt
-from nanollm.text.learn import train
 from nanollm.text.tokenizer import MARKS, Tokenizer
+from nanollm.text.train_tokenizer import train
 from tests.conftest import STORY
 from tests.export.foreign import sentencepiece_model
 from tests.export.strings import (
@@ -98,7 +98,7 @@ def test_a_literal_space_mark_is_spelled_in_bytes_and_comes_back(tokenizer, tmp_
 @pytest.mark.slow
 @pytest.mark.realdata
 def test_100_000_strings_have_the_same_ids_with_50_304_pieces(shared_data, tmp_path):
-    corpus = documents([shared_data / "openwebtext" / "train-00000-of-00004.parquet"], on_bad=pytest.fail)
+    corpus = openwebtext([shared_data / "openwebtext" / "train-00000-of-00004.parquet"], on_bad=pytest.fail)
     tokenizer, strings = train(corpus, tmp_path / "owt.model", vocab_size=50_304), many_texts()
     there = ids_there(read_back(tokenizer, tmp_path), strings)
     assert first_difference(strings, map(tokenizer.encode, strings), there) is None

@@ -5,13 +5,14 @@ import shutil
 from dataclasses import replace
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from nanollm.bundle import load_bundle, save_bundle
 from nanollm.export import engines, verify
 from nanollm.stages.export import Config, run
 from nanollm.text.chat import encode_prompt
-from nanollm.text.learn import Sample, train_on
+from nanollm.text.train_tokenizer import Sample, train_on
 from tests.conftest import STORY
 
 PROMPTS = 6
@@ -43,6 +44,8 @@ def exported(bundle, form, dtype, folder):
 
 
 def compare(form, path, bundle, dtype):
+    if dtype == "q8_0" and torch.cpu._is_amx_tile_supported():
+        pytest.skip("llama.cpp's kernels for AMX fail on q8_0 matrices this small (GGML_ASSERT in ggml-backend.cpp)")
     compare_in = engines.compare_in_llama_cpp if form == "gguf" else engines.compare_in_transformers
     return list(compare_in(path, load_bundle(bundle), dtype, PROMPTS))
 
@@ -56,6 +59,7 @@ def test_an_export_says_what_the_bundle_says(form, dtype, trained, tmp_path, req
     assert len(checks) == (5 if form == "gguf" else 7)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("form, dtype", [("compact", "f32"), ("gguf", "f32"), ("gguf", "q8_0")])
 def test_another_models_export_is_told_apart(form, dtype, trained, tmp_path, request):
     if form == "gguf":

@@ -135,3 +135,9 @@ def job_of(materials: dict[str, Path], tmp_path: Path):
         return Job(verb, list(map(str, [verb, *words[verb], *options])), out)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def left_alone() -> dict[tuple[str, ...], tuple[int, dict[str, object]]]:
+    """By the words of a command: how often it changes its files, and what it makes, if nothing happens to it."""
+    return {}

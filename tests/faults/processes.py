@@ -120,10 +120,14 @@ def nursery(folder: Path) -> Iterator[Nursery]:
 
 def serve() -> None:
     """Fork for each order on stdin and tell the pid; wait for its end, and tell the status, when asked to."""
+    import docstring_parser  # noqa: F401 (so that a fork has them)
+    import torch.profiler  # noqa: F401
+
+    import nanollm.config
     import nanollm.stages.grpo
     import nanollm.stages.preprocess
     import nanollm.stages.pretrain
-    import nanollm.stages.sft  # noqa: F401 (so that a fork has them)
+    import nanollm.stages.sft  # noqa: F401
 
     disk, pid = ctypes.CDLL(None), 0
     for line in sys.stdin:

@@ -61,11 +61,11 @@ def promise_of(module: str) -> str:
 
 def section() -> str:
     """The part of the page that is computed."""
-    return "\n".join([*battery_lines(), *soak_lines(), *attack_lines()])
+    return "\n".join([*battery_lines(), *soak_lines()])
 
 
 def battery_lines() -> list[str]:
-    """Each area's promise, how many of its tests held, and its figures; nothing before the first `make faults`."""
+    """Each area's promise and how many of its tests held; nothing before the first `make faults`."""
     if not (FIGURES / "battery.json").exists():
         return []
     battery = json.loads((FIGURES / "battery.json").read_bytes())
@@ -75,16 +75,12 @@ def battery_lines() -> list[str]:
         f"({machine['processor']}), torch {machine['torch']}.",
         "",
     ]
+    lines += ["| promise | tests | seconds |", "|---|---|---|"]
     for name, area in battery["areas"].items():
         skipped = f", {area['skipped']} skipped" if area["skipped"] else ""
-        lines += [
-            f"**{promise_of(name)}**",
-            f"`tests/faults/{name}.py`: {area['passed']} tests passed{skipped}, {area['seconds']:,.0f} s.",
-            "",
-            *(f"- {figure}" for figure in sorted(area["figures"])),
-            *[""] * bool(area["figures"]),
-        ]
-    return lines
+        tests = f"[{name}](../tests/faults/{name}.py): {area['passed']} passed{skipped}"
+        lines.append(f"| {promise_of(name)} | {tests} | {area['seconds']:,.0f} |")
+    return [*lines, "", "What each counted is in [battery.json](../tests/faults/figures/battery.json).", ""]
 
 
 def soak_lines() -> list[str]:
@@ -93,7 +89,7 @@ def soak_lines() -> list[str]:
     for file in sorted(FIGURES.glob("*_soak.json")):
         seen = json.loads(file.read_bytes())
         title = f"**{file.stem.replace('_', ' ').capitalize()}**, {seen['minutes']:.0f} minutes"
-        lines += [f"{title} (`python -m tests.faults.{file.stem}`)", "", *(f"- {line}" for line in told(seen)), ""]
+        lines += [f"{title} (`python -m tests.faults.{file.stem}`): {'; '.join(told(seen))}.", ""]
     return lines
 
 
@@ -118,20 +114,6 @@ def flat(value: object) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name.replace('_', ' ')} {flat(each)}" for name, each in value.items()) or "none"
     return " to ".join(map(flat, value)) if isinstance(value, list) else f"{value:,}"
-
-
-def attack_lines() -> list[str]:
-    """Of each class of attack, what those notice who read their replies meanwhile."""
-    file = FIGURES / "server_attack.json"
-    lines = []
-    for one in json.loads(file.read_bytes()) if file.exists() else []:
-        gap, (least, middle, most) = one["token_gap"], one["token_gap"]["ratio_of_pairs"]
-        lines.append(
-            f"- {one['attack']}: {gap['attacked_p99_ms']} ms, quiet {gap['quiet_p99_ms']} ms: x {gap['ratio']:.2f} "
-            f"(pairs of windows {least:.2f} to {most:.2f}, median {middle:.2f}), {one['strikes_per_s']} strikes/s"
-        )
-    title = "**Those who read while others attack**: 99th percentile of the time between two tokens"
-    return [title, "", *lines, ""] if lines else []
 
 
 def main() -> None:

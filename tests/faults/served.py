@@ -52,7 +52,7 @@ def write_bundle(folder, **sizes):
 
     from nanollm.bundle import save_bundle
     from nanollm.model.transformer import Transformer
-    from nanollm.text.learn import train
+    from nanollm.text.train_tokenizer import train
     from tests.model.conftest import TINY, randomised
 
     tokenizer = train([STORY.read_text(encoding="utf-8")], folder.with_suffix(".model"), vocab_size=600)
@@ -72,10 +72,6 @@ class Reply:
     is_whole: bool = False
     at: list[float] = field(default_factory=list)
     """Seconds from the question to each piece; the last is the end."""
-
-    @property
-    def gaps(self):
-        return [later - earlier for earlier, later in zip(self.at[:-1], self.at[1:], strict=False)]
 
 
 def request(body, key=""):

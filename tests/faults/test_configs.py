@@ -291,11 +291,8 @@ IMPOSSIBLE = [
     *((CURATE, {name: value}, [name]) for name in ("tasks", "workers") for value in (0, 10**9)),
     (CURATE, {"executor": "slurm"}, ["--executor", "--slurm.partition"]),
     (CURATE, {"slurm.mem_gb": 0}, ["slurm.mem_gb"]),
-    (CURATE, {"slurm.time": ""}, ["slurm.time"]),
     (CURATE, {"ray.mem_gb": 0.0}, ["ray.mem_gb"]),
-    (CURATE, {"filters.min_words": 10, "filters.max_words": 9}, ["filters.min_words", "filters.max_words"]),
     (CURATE, {"filters.language": "en"}, ["filters.language", "filters.language_model"]),
-    *((CURATE, {name: ""}, [name]) for name in ("text_column", "evals.column")),
     (CURATE, {"val_fraction": 1.0}, ["val_fraction"]),
 ]
 

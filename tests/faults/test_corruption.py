@@ -10,7 +10,7 @@ import torch
 
 from nanollm.bundle import load_bundle, read_config
 from nanollm.data.batches import Batch
-from nanollm.data.prepare import Part, Rules, prepare
+from nanollm.data.prepare import PrepareConfig, SourceSplit, prepare
 from nanollm.data.shards import Shards, read_manifest, write_manifest
 from nanollm.durable import write_json
 from nanollm.model.transformer import Transformer
@@ -167,8 +167,8 @@ def test_a_preparation_that_was_stopped_never_goes_on_from_a_damaged_note(tmp_pa
         raise KeyboardInterrupt
 
     def go_on(folder, read=lambda: texts):
-        rules = Rules(kind="text", shard_tokens=100)
-        return prepare([Part(lambda on_bad: read())], tokenizer, folder, rules, source={}, flush_every=50)
+        rules = PrepareConfig(kind="text", shard_tokens=100)
+        return prepare([SourceSplit(lambda on_bad: read())], tokenizer, folder, rules, source={}, flush_every=50)
 
     stopped = tmp_path / "stopped"
     with pytest.raises(KeyboardInterrupt):

@@ -2,12 +2,15 @@
 
 import random
 import subprocess
+from itertools import cycle
 
 import pytest
 
 from nanollm.train.checkpoint import checkpoints, verify
 from tests.faults.processes import Fault
-from tests.faults.test_kills import VERBS, Shot, short
+from tests.faults.test_kills import VERBS, short, shot_of
+
+__all__ = ["shot_of"]
 
 REASON = {Fault.FULL: "No space left on device", Fault.BROKEN: "Input/output error"}
 
@@ -22,14 +25,10 @@ def check_refused(shot, code, said, reason):
     shot.end()
 
 
-@pytest.mark.parametrize("every", [53, pytest.param(1, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("fault", [Fault.FULL, Fault.BROKEN], ids=["full", "broken"])
-@pytest.mark.parametrize("verb", VERBS)
-def test_from_a_disk_that_fails_at_any_write_a_job_recovers(
-    job_of, children, tmp_path, record_property, verb, fault, every
-):
-    shot, struck, harmless = Shot(job_of(verb, *short(verb)), children, tmp_path), 0, 0
-    for moment in range(0, shot.moments, every):
+def strike(shot, faults):
+    """A run for each (moment, fault): it recovers from it, or comes to its end. How many did the one and the other."""
+    struck = harmless = 0
+    for moment, fault in faults:
         child = shot.start(fault, moment)
         if (code := child.wait()) == 0:  # as where only a file is deleted after it
             assert shot.job.outcome() == shot.expected
@@ -39,6 +38,21 @@ def test_from_a_disk_that_fails_at_any_write_a_job_recovers(
             check_refused(shot, code, child.said, REASON[fault])
             struck += 1
     assert struck > harmless
+    return struck, harmless
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_from_a_disk_that_fails_a_job_recovers(shot_of, verb):
+    shot = shot_of(verb, *short(verb))
+    strike(shot, zip(range(0, shot.moments, 53), cycle(REASON), strict=False))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", REASON, ids=["full", "broken"])
+@pytest.mark.parametrize("verb", VERBS)
+def test_from_a_disk_that_fails_at_any_write_a_job_recovers(shot_of, record_property, verb, fault):
+    shot = shot_of(verb, *short(verb))
+    struck, harmless = strike(shot, ((moment, fault) for moment in range(shot.moments)))
     how = "the disk was full from there on" if fault is Fault.FULL else "the disk failed once"
     record_property(
         "figure", f"{verb}: {struck} of {struck} moments where {how}; it came to its end in spite of {harmless} others"
@@ -63,10 +77,10 @@ def small_disk(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("verb", VERBS)
 def test_on_a_disk_that_is_really_full_a_job_stops_and_goes_on_when_there_is_room(
-    job_of, children, tmp_path, small_disk, record_property, verb
+    small_disk, shot_of, record_property, verb
 ):
     small_disk("100m")
-    shot, draw, refused = Shot(job_of(verb, *short(verb)), children, tmp_path), random.Random(verb), 0
+    shot, draw, refused = shot_of(verb, *short(verb)), random.Random(verb), 0
     needed = 2 * 2**20 if shot.job.is_training else 2**17
     for size in sorted(draw.randrange(4096, needed, 4096) for _ in range(25)):
         small_disk(size)

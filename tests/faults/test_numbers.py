@@ -104,7 +104,7 @@ def test_of_a_run_that_meets_nothing_finite_the_weights_stay_and_its_batches_are
 ):
     calls = 0
 
-    def spoiled(model, batch, balance_weight=0.0):
+    def spoiled(model, batch, **options):
         nonlocal calls
         calls += 1
         return poisoned(model, batch, of_loss=1.0 if calls <= 2 * 5 else math.nan)  # of two micro-batches a step

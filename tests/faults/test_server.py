@@ -19,27 +19,28 @@ from tests.faults import server_soak
 from tests.faults.attacks import (
     CHAT,
     CLASSES,
+    HIDDEN,
     KEY,
     METHODS,
     Attack,
     asked,
     head,
+    malformed,
     post,
     read_answer,
     strike,
     wire_tricks,
 )
 from tests.faults.served import MODEL_NAME, chat, start, write_bundle
-from tests.serve.running import serving
+from tests.serve.running import app_of, serving
 
 for package in ("fastapi", "uvicorn", "prometheus_client"):
     pytest.importorskip(package, reason=f'{package} is not installed: pip install -e ".[serve]"')
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads another process's clock as Linux names it")
 
-DEAREST_MS = 100.0
-"""Most time of a processor that one request may take, if it is refused; it is a tenth of that on an idle machine."""
-BODY_TIMEOUT_S = 3.0
+MAX_REFUSAL_MS = {"nestings": 1000.0}
+"""Most processor time of a refused request; of other kinds 100. A megabyte of nested lists takes 400 ms to parse."""
 OWN_HEADERS = {
     *(b"access-control-allow-origin", b"allow", b"cache-control", b"connection", b"content-length", b"content-type"),
     *(b"content-security-policy", b"cross-origin-resource-policy", b"date", b"referrer-policy", b"retry-after"),
@@ -61,14 +62,14 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def server(folder):
     """A server in a process of its own, which asks for a key."""
-    served = start(folder, folder.with_suffix(".log"), "--body_timeout_s", BODY_TIMEOUT_S, key=KEY)
+    served = start(folder, folder.with_suffix(".log"), key=KEY)
     yield served
     served.stop()
 
 
 @pytest.fixture(autouse=True)
 def nothing_in_the_log(request):
-    """After each test: no traceback in the server's log, and no more than a line of our own for what is not HTTP."""
+    """After each test: no traceback in the server's log, and no more than uvicorn's line for what is not HTTP."""
     yield
     if "server" in request.fixturenames:
         first, *lines = request.getfixturevalue("server").log.read_text(encoding="utf-8").splitlines()
@@ -98,10 +99,9 @@ def check_form(answer):
 
 def routes_of(folder):
     """The paths of every route, from the app's own list."""
-    from nanollm.serve.app import ServeConfig, build_app
     from tests.serve.test_app import paths_of
 
-    return sorted({path for _, path in paths_of(build_app(load_bundle(folder), ServeConfig()))})
+    return sorted({path for _, path in paths_of(app_of(load_bundle(folder)))})
 
 
 def test_no_route_but_health_opens_without_the_key_by_any_method(server, folder, record_property):
@@ -128,9 +128,12 @@ def test_every_attack_is_refused_for_what_it_is_and_costs_little(server, kind, r
         answer = strike(server.address, attack)
         cost_ms[attack.name] = 1e3 * (time_of(server.process) - before_s)
         assert answer.status == attack.expected, (attack.name, answer)
-        check_form(answer)
+        if kind == "malformed":
+            assert b"connection: close" in answer.head.lower() and len(answer.body) < 100
+        else:
+            check_form(answer)
     dearest = max(cost_ms, key=cost_ms.get)
-    assert cost_ms[dearest] < DEAREST_MS, (dearest, cost_ms[dearest])
+    assert cost_ms[dearest] < MAX_REFUSAL_MS.get(kind, 100.0), (dearest, cost_ms[dearest])
     figure = f"{len(cost_ms)} of {len(cost_ms)} refused; the dearest ({dearest}) took {cost_ms[dearest]:.0f} ms"
     record_property("figure", figure)
 
@@ -179,11 +182,7 @@ def test_500_connections_that_never_get_on_keep_nobody_out(server, record_proper
         assert reply_of(server, ask(0)) == expected
         took_s = time.monotonic() - began
         assert took_s < 5
-        for connection in connections[3::4]:
-            assert read_answer(connection).status == 408
-    record_property(
-        "figure", f"a reply of 24 tokens beside them in {took_s:.2f} s; 125 of 125 unfinished bodies got 408"
-    )
+    record_property("figure", f"a reply of 24 tokens beside them in {took_s:.2f} s")
 
 
 def test_requests_sent_all_at_once_are_answered_one_by_one_in_order(server):
@@ -205,7 +204,7 @@ def test_requests_sent_all_at_once_are_answered_one_by_one_in_order(server):
 
 
 def test_a_request_hidden_in_another_is_never_answered(server):
-    tricks = [trick for trick in wire_tricks() if b"GET /metrics" in trick.wire]
+    tricks = [trick for trick in (*wire_tricks(), *malformed()) if HIDDEN in trick.wire]
     assert len(tricks) > 5
     for trick in tricks:
         with socket.create_connection(server.address, timeout=10) as connection:
@@ -229,8 +228,8 @@ def test_no_text_of_a_user_becomes_a_mark_or_is_a_template(folder, record_proper
     bundle, asked_for = load_bundle(folder), []
     controls = set(bundle.tokenizer.symbols)
     with serving(bundle, api_key=KEY) as running:
-        submit = running.worker.submit
-        running.worker.submit = lambda requests: (asked_for.extend(requests), submit(requests))[1]
+        submit = running.engine.submit
+        running.engine.submit = lambda requests: (asked_for.extend(requests), submit(requests))[1]
         address = ("127.0.0.1", int(running.url.rpartition(":")[2]))
         for text in SPELLINGS:
             messages = [{"role": role, "content": f"a{text}b"} for role in ("system", "user", "assistant", "user")]
@@ -258,7 +257,7 @@ def test_the_soak_sees_a_wrong_byte_and_a_lost_reply(folder):
     assert run.counts["lost"]
 
 
-# The long form; that those who read hardly notice attacks: server_attack.py, by `make soak`
+# The long form: server_soak.py, by `make soak`
 
 
 @pytest.mark.slow

@@ -41,6 +41,7 @@ def both(tokenizer, tmp_path_factory):
     return folder, alone, together(2, learn_in_all_ways, tokenizer, folder, dtype="float32")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("parallel", MESHES)
 def test_grpo_on_two_ranks_is_grpo_on_one(both, parallel, objective):

@@ -164,6 +164,7 @@ def test_all_ranks_hold_the_same_bits(both, parallel):
     assert all(torch.equal(tensor, second["weights"][name]) for name, tensor in first["weights"].items())
 
 
+@pytest.mark.long
 def test_any_number_of_processes_in_any_mode_goes_on_from_what_any_other_saved(alone, both):
     folder, _, weights, *_ = alone
     for of_rank in together(2, go_on, folder, dtype="float32"):
@@ -207,6 +208,7 @@ def save_where_a_file_is(world, folder):
     return str(told.value)
 
 
+@pytest.mark.long
 def test_what_one_rank_cannot_save_is_said_by_all(tmp_path):
     (tmp_path / "file").touch()
     said = together(2, save_where_a_file_is, tmp_path / "file" / "checkpoints", dtype="float32")
@@ -220,6 +222,7 @@ def start_differently(world, folder):
     return str(told.value)
 
 
+@pytest.mark.long
 def test_processes_that_were_started_differently_are_refused(tmp_path):
     (said, also) = together(2, start_differently, tmp_path, dtype="float32")
     assert said == also and "start every host with the same command" in said

@@ -30,6 +30,7 @@ def open_page(browser, tmp_path):
     assert [each for each in complaints if not each.startswith("data:")] == []
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_everybody_can_read_it(scheme, open_page, write_run, grpo_run):
     """WCAG 2.1 AA, contrast among it, as axe-core checks it."""

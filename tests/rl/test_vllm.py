@@ -20,6 +20,7 @@ from nanollm.generate.sampling import SamplingConfig
 from nanollm.model.transformer import Transformer
 from nanollm.rl.rollout import RolloutConfig, roll_out
 from nanollm.rl.vllm import VllmServer
+from nanollm.stages.grpo import export_for_vllm
 from nanollm.text.chat import reply_ends
 from tests.model.conftest import TINY, randomised
 from tests.rl.conftest import EndsSoon

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from nanollm.generate.engine import Engine
+
 MODEL_NAME = "tiny"
 
 
@@ -21,18 +23,18 @@ class Running:
         return self.app.state.service
 
     @property
-    def worker(self):
-        return self.service.worker
+    def engine(self):
+        return self.service.engine
 
     def settle(self, timeout_s: float = 5.0) -> None:
         """Wait until nothing runs or waits any more; the engine's figures are told after its step."""
-        wait_until(lambda: self.worker.load == 0 and self.is_idle, timeout_s)
+        wait_until(lambda: self.engine.load == 0 and self.is_idle, timeout_s)
 
     @property
     def is_idle(self) -> bool:
         """Whether the engine says that it has nothing to do."""
-        figures = self.worker.figures
-        return figures.running == figures.waiting == 0
+        stats = self.engine.stats
+        return stats.running == stats.waiting == 0
 
 
 def wait_until(is_so, timeout_s: float = 5.0) -> None:
@@ -42,16 +44,23 @@ def wait_until(is_so, timeout_s: float = 5.0) -> None:
         time.sleep(0.005)
 
 
+def app_of(bundle, make_engine=None, **settings):
+    """The app of a server with these settings, those of `nanollm.stages.serve.Config`."""
+    from nanollm.serve.app import build_app
+
+    max_running = settings.pop("max_running", 8)
+    capacity = max_running + settings.pop("max_waiting", 64)
+    make_engine = make_engine or (lambda: Engine(bundle.model, rows=max_running))
+    defaults = {"api_key": "", "max_body_bytes": 1 << 20, "deadline_s": 30.0, "cors_origins": []}
+    return build_app(bundle, make_engine, model_name=MODEL_NAME, capacity=capacity, **defaults | settings)
+
+
 @contextmanager
-def serving(bundle, *, api_key: str = "", make_engine=None, **limits) -> Iterator[Running]:
-    """A server of this bundle on a free port, with these limits."""
-    from nanollm.serve.app import ServeConfig, build_app
-    from nanollm.serve.limits import Limits
+def serving(bundle, **settings) -> Iterator[Running]:
+    """A server of this bundle on a free port."""
     from nanollm.serve.server import address_of, build_server, listen
 
-    defaults = {"max_running": 8, "max_waiting": 64, "max_tokens": 64, "deadline_s": 30.0}
-    config = ServeConfig(model_name=MODEL_NAME, api_key=api_key, limits=Limits(**defaults | limits))
-    app = build_app(bundle, config, make_engine)
+    app = app_of(bundle, **settings)
     server, listener = build_server(app), listen("127.0.0.1", 0)
     url = address_of(listener)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})

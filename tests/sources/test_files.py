@@ -63,16 +63,6 @@ def test_a_txt_file_is_one_document(tmp_path, packing):
     assert read(pack(path, packing), column="whatever") == (["line one\n\nline two\n"], [])
 
 
-def test_byte_order_marks_and_windows_newlines_are_understood(tmp_path):
-    mark = b"\xef\xbb\xbf"
-    (tmp_path / "a.txt").write_bytes(mark + b"one\r\ntwo\r\n")
-    (tmp_path / "b.jsonl").write_bytes(mark + b'{"text": "one"}\r\n{"text": "two"}\r\n')
-    (tmp_path / "c.csv").write_bytes(mark + b"text,id\r\none,1\r\ntwo,2\r\n")
-    assert read(tmp_path / "a.txt") == (["one\ntwo\n"], [])
-    assert read(tmp_path / "b.jsonl") == (["one", "two"], [])
-    assert read(tmp_path / "c.csv") == (["one", "two"], [])
-
-
 def test_columns_come_in_the_order_asked_for(tmp_path):
     table = {"a": ["1", "2"], "b": ["x", "y"], "c": ["p", "q"]}
     pq.write_table(pa.table(table), tmp_path / "t.parquet")
@@ -80,65 +70,6 @@ def test_columns_come_in_the_order_asked_for(tmp_path):
     (tmp_path / "t.jsonl").write_text('{"a": "1", "b": "x", "c": "p"}\n{"a": "2", "b": "y", "c": "q"}\n')
     for path in tmp_path.iterdir():
         assert list(read_rows([path], ["c", "a"], pytest.fail)) == [("p", "1"), ("q", "2")]
-
-
-def test_bad_lines_of_jsonl_are_reported_and_the_rest_is_read(tmp_path):
-    path = tmp_path / "a.jsonl"
-    lines = [
-        b'{"text": "good"}',
-        b'{"text": "cut off',
-        b" ",
-        b'{"txet": "misspelt"}',
-        b'{"text": 7}',
-        b'{"text": null}',
-        b'{"text": " \\n "}',
-        b'{"text": "lone \\ud800 surrogate"}',
-        b'{"text": "not \xff UTF-8"}',
-        b'["text"]',
-        b"[" * 100_000,
-        b'{"text": 1' + b"0" * 5000 + b"}",
-        b'{"text": "good too"}',
-    ]
-    path.write_bytes(b"\n".join(lines))
-    texts, bad = read(path)
-    assert texts == ["good", "good too"]
-    assert [line for _, line, _ in bad] == [2, 4, 5, 6, 7, 8, 9, 10, 11, 12]
-    expected = [
-        "malformed JSON: Invalid control character",
-        "no text here, only txet",
-        "text must be text, got int",
-        "text is missing",
-        "text is empty",
-        "text is not valid Unicode",
-        "not UTF-8",
-        "expected a JSON object, got list",
-        "malformed JSON: nested too deeply",
-        "malformed JSON: Exceeds the limit",
-    ]
-    for (_, _, reason), words in zip(bad, expected, strict=True):
-        assert reason.startswith(words)
-
-
-def test_bad_rows_of_csv_are_reported_by_row_and_the_rest_is_read(tmp_path):
-    path = tmp_path / "a.csv"
-    rows = [b"id,text", b'1,"two\nlines"', b"2", b"3,", b"4,not \xff UTF-8", b"5,a,b", b'6,"a"b', b"", b"7,good"]
-    path.write_bytes(b"\n".join(rows))
-    texts, bad = read(path)
-    assert texts == ["two\nlines", "good"]
-    assert [(line, reason.split(" at ")[0]) for _, line, reason in bad] == [
-        (2, "expected 2 fields, got 1"),
-        (3, "text is empty"),
-        (4, "text is not valid Unicode (a byte that is not UTF-8, or a lone surrogate)"),
-        (5, "expected 2 fields, got 3"),
-        (6, "malformed CSV"),
-    ]
-
-
-def test_an_unclosed_quote_of_csv_is_reported(tmp_path):
-    (tmp_path / "a.csv").write_bytes(b'text\ngood\n"never closed\nrest\n')
-    texts, bad = read(tmp_path / "a.csv")
-    assert texts == ["good"]
-    assert bad == [("a.csv", 2, "malformed CSV at line 4: unexpected end of data")]
 
 
 def test_bad_rows_of_parquet_are_reported_by_row_and_the_rest_is_read(tmp_path):
@@ -160,47 +91,6 @@ def test_bad_rows_of_parquet_are_reported_by_row_and_the_rest_is_read(tmp_path):
 def test_a_column_that_is_not_there_is_reported_with_those_that_are(tmp_path, kind):
     path = WRITERS[kind](tmp_path / f"a.{kind}", ["x"])
     assert read(path, column="body") == ([], [(path.name, 0, "no body here, only id, text")])
-
-
-@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv", "a.parquet", "a.txt.gz", "a.jsonl.zst", "a.parquet.gz"])
-def test_an_empty_file_is_reported(tmp_path, name):
-    (tmp_path / name).write_bytes(b"")
-    texts, bad = read(tmp_path / name)
-    assert texts == []
-    assert len(bad) == 1
-
-
-@pytest.mark.parametrize("packing", [".gz", ".zst"])
-@pytest.mark.parametrize("kind", [*WRITERS, "txt"])
-def test_a_packed_file_that_was_cut_short_is_reported(tmp_path, kind, packing):
-    texts = [f"{n} {n * 7919 % 1000} some text" for n in range(2000)]
-    if kind == "txt":
-        (tmp_path / "a.txt").write_text("\n".join(texts))
-    else:
-        WRITERS[kind](tmp_path / f"a.{kind}", texts)
-    path = pack(tmp_path / f"a.{kind}", packing)
-    path.write_bytes(path.read_bytes()[:-20])
-    found, bad = read(path)
-    assert found == texts[: len(found)] and len(found) < len(texts)
-    assert [name for name, _, _ in bad] == [path.name]
-    assert "cannot be read" in bad[0][2]
-
-
-@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.csv.zst", "a.txt.gz", "a.parquet", "a.parquet.zst"])
-def test_a_file_that_is_not_what_its_name_says_is_reported(tmp_path, name):
-    (tmp_path / name).write_bytes(b"this is something else entirely " * 10)
-    texts, bad = read(tmp_path / name)
-    assert texts == []
-    assert [(file, line) for file, line, _ in bad] == [(name, 0)]
-    assert bad[0][2].startswith("cannot be read at all: ")
-
-
-def test_a_parquet_file_without_its_footer_does_not_stop_the_others(tmp_path):
-    broken, whole = write_parquet(tmp_path / "a.parquet", TEXTS), write_parquet(tmp_path / "b.parquet", TEXTS)
-    broken.write_bytes(broken.read_bytes()[:-6])
-    texts, bad = read(broken, whole)
-    assert texts == TEXTS
-    assert [(file, line) for file, line, _ in bad] == [("a.parquet", 0)]
 
 
 def test_several_zstd_frames_are_one_file(tmp_path):
@@ -238,11 +128,6 @@ def test_a_huge_txt_file_is_cut_at_blank_lines(tmp_path, monkeypatch):
     texts, bad = read(tmp_path / "a.txt")
     assert texts == ["a paragraph\nof two lines\n\n", "another paragraph\n\n", "and the last one"]
     assert bad == []
-
-
-def test_a_txt_file_that_is_not_utf8_is_reported_with_its_line(tmp_path):
-    (tmp_path / "a.txt").write_bytes("one\ntwo\nna\u00efve".encode("latin-1"))
-    assert read(tmp_path / "a.txt") == ([], [("a.txt", 3, "not UTF-8; convert the file")])
 
 
 def test_a_folder_is_searched_in_a_fixed_order(tmp_path):

@@ -16,7 +16,7 @@ from nanollm import cli
 from nanollm.bundle import load_bundle, save_bundle
 from nanollm.generate.chat_session import Talk
 from nanollm.model.transformer import Transformer
-from nanollm.sources.chats import conversations
+from nanollm.sources.datasets import chats
 from nanollm.stages import chat
 from tests.stages.conftest import MODEL
 
@@ -161,7 +161,7 @@ def test_a_saved_conversation_is_read_by_preprocess_and_not_overwritten(type_lin
     assert f"5 messages written to {file}\n" in err
     assert f"{file} is there already; choose another name\n" in err
     bad = []
-    assert list(conversations([file], bad.append)) == [talk.conversation()]
+    assert list(chats([file], bad.append)) == [talk.conversation()]
     assert bad == []
 
 

@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 
 from nanollm import cli, durable
-from nanollm.data.executors import RayConfig, SlurmConfig
+from nanollm.curate.config import Config, EvalsConfig, FilterConfig, RayConfig, SlurmConfig
 from nanollm.data.shards import Shards
-from nanollm.stages.curate import Config, DedupConfig, EvalsConfig, FilterConfig, plan, run
+from nanollm.stages.curate import plan, run
 
 pytest.importorskip("datatrove", reason='datatrove is not installed: pip install -e ".[data]"')
 # datatrove starts a Manager by fork, from Python 3.12 on with this warning.
@@ -67,8 +67,8 @@ def config(web, tmp_path):
 
     def make(**options):
         common = {"input": web.inputs, "tokenizer_path": web.folder / "tokenizer", "save_dir": tmp_path / "out"}
-        common |= {"tasks": TASKS, "val_fraction": 0.1, "shard_tokens": 2_000}
-        common |= {"dedup": DedupConfig(buckets=8), "evals": EvalsConfig(input=[str(web.folder / "evals")])}
+        common |= {"tasks": TASKS, "val_fraction": 0.1}
+        common |= {"evals": EvalsConfig(input=[str(web.folder / "evals")])}
         return Config(**common | options)
 
     return make
@@ -80,7 +80,7 @@ def curated(web, tmp_path_factory):
     out = tmp_path_factory.mktemp("curated") / "out"
     evals = EvalsConfig(input=[str(web.folder / "evals")])
     common = {"tokenizer_path": web.folder / "tokenizer", "save_dir": out, "input": web.inputs, "tasks": TASKS}
-    run(Config(**common, val_fraction=0.1, shard_tokens=2_000, dedup=DedupConfig(buckets=8), evals=evals))
+    run(Config(**common, val_fraction=0.1, evals=evals))
     return out
 
 
@@ -163,7 +163,7 @@ def test_manifest_and_curation_count_what_was_removed(curated, web):
 
 
 def test_each_step_can_be_left_out(config, web, tokenizer):
-    off = {"filters": FilterConfig(gopher_repetition=False, gopher_quality=False), "dedup": DedupConfig(enabled=False)}
+    off = {"filters": FilterConfig(gopher_repetition=False, gopher_quality=False), "dedup": False}
     c = config(**off, evals=EvalsConfig(enabled=False))
     run(c)
     assert Counter(documents_of(c.save_dir, tokenizer)) == Counter(text for some in web.texts.values() for text in some)
@@ -187,14 +187,14 @@ def test_c4_lists_the_lines_that_it_takes_out(config, tmp_path, tokenizer):
 def test_a_language_is_told_by_a_fasttext_model(monkeypatch, tmp_path):
     from datatrove.data import Document
 
-    from nanollm.data.filters import InLanguage  # here, because without datatrove this module is skipped
+    from nanollm.curate.filters import InLanguage  # here, because without datatrove this module is skipped
 
     def predict(text, k):
         return ("__label__en", "__label__de"), ((0.9, 0.1) if "the" in text.split() else (0.2, 0.8))
 
     model = types.SimpleNamespace(load_model=lambda path: types.SimpleNamespace(predict=predict))
     monkeypatch.setitem(sys.modules, "fasttext", model)
-    keep = InLanguage("en", 0.65, tmp_path / "model.bin", None)
+    keep = InLanguage("en", tmp_path / "model.bin", None)
     assert keep.filter(Document(text="in the\nhouse", id="")) is True
     assert keep.filter(Document(text="im Haus", id="")) == (False, "language")
 
@@ -266,7 +266,7 @@ def test_two_processes_write_what_one_writes(config, curated):
 def test_ray_writes_what_one_process_writes(config, curated):
     pytest.importorskip("ray", reason="ray is not installed: pip install ray")
     c = config()
-    words = ["--executor", "ray", "--workers", "2", "--ray.mem_gb", "0.2", "--dedup.buckets", "8"]
+    words = ["--executor", "ray", "--workers", "2", "--ray.mem_gb", "0.2"]
     assert command(c, *words).returncode == 0
     assert content(c.save_dir) == content(curated)
 
@@ -293,7 +293,7 @@ def test_slurm_writes_what_one_process_writes(config, curated, tmp_path, monkeyp
         file.chmod(file.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
     c = config()
-    words = ["--executor", "slurm", "--slurm.partition", "cpu", "--dedup.buckets", "8"]
+    words = ["--executor", "slurm", "--slurm.partition", "cpu"]
     done = command(c, *words)
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
     assert "Slurm has the jobs, the last is 7" in done.stderr
@@ -304,7 +304,7 @@ def test_slurm_writes_what_one_process_writes(config, curated, tmp_path, monkeyp
 def command(c, *words):
     """The command line of a config, in a process of its own."""
     options = {"tokenizer_path": c.tokenizer_path, "save_dir": c.save_dir, "tasks": c.tasks}
-    options |= {"val_fraction": c.val_fraction, "shard_tokens": c.shard_tokens, "evals.input": c.evals.input[0]}
+    options |= {"val_fraction": c.val_fraction, "evals.input": c.evals.input[0]}
     line = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     return subprocess.run(
         [sys.executable, "-m", "nanollm", "curate", *line, "--input", *c.input, *words],
@@ -319,25 +319,24 @@ def command(c, *words):
 
 def test_a_dry_run_says_what_would_be_done(config):
     said = plan(config())
-    assert "2 files of" in said and "2 questions to be left out; filter (3 tasks), buckets (8 tasks)" in said
+    assert "2 files of" in said and "2 questions to be left out; filter (3 tasks), buckets (14 tasks)" in said
     assert not config().save_dir.exists()
 
 
 def test_impossible_settings_are_one_line(config):
     for options, complaint in [
         ({"input": []}, "curate needs --input"),
-        ({"tasks": 0}, "--tasks must be at least 1, got 0"),
-        ({"workers": 0}, "--workers must be at least 1, got 0"),
+        ({"tasks": 0}, "--tasks must be from 1 to 99,999, got 0"),
+        ({"workers": 0}, "--workers must be from 1 to 99,999, got 0"),
         ({"executor": "slurm"}, "--executor slurm needs --slurm.partition NAME"),
         ({"val_fraction": 1.0}, "val_fraction must be at least 0 and below 1, got 1.0"),
     ]:
         with pytest.raises(ValueError, match=complaint):
             config(**options)
     for section, options, complaint in [
-        (FilterConfig, {"min_words": 0}, "filters.min_words must be from 1 to filters.max_words, got 0 and 100000"),
+        (FilterConfig, {"min_words": 0}, "filters.min_words must be at least 1, got 0"),
         (FilterConfig, {"min_letters": 1.5}, "filters.min_letters must be above 0 and at most 1, got 1.5"),
         (FilterConfig, {"language": "en"}, "filters.language needs filters.language_model FILE; fastText's is at"),
-        (DedupConfig, {"buckets": 0}, "dedup.buckets must be at least 1, got 0"),
     ]:
         with pytest.raises(ValueError, match=complaint):
             section(**options)

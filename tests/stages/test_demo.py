@@ -38,6 +38,7 @@ def test_the_demo_runs_offline_and_the_model_learns(short_corpus, tmp_path, caps
     assert "[4/8] nano-1m: 1,206,016 parameters learn to write" in said
 
 
+@pytest.mark.long
 def test_an_interrupted_demo_goes_on_where_it_stopped(short_corpus, tmp_path, capsys, monkeypatch):
     c = demo.Config(out=tmp_path / "demo", steps=2, **SHORT)
     with monkeypatch.context() as broken:
@@ -49,6 +50,7 @@ def test_an_interrupted_demo_goes_on_where_it_stopped(short_corpus, tmp_path, ca
     assert set(json.loads((c.out / "summary.json").read_text())["seconds"]) == STEPS
 
 
+@pytest.mark.long
 def test_another_demo_does_not_pass_for_this_one(short_corpus, tmp_path):
     c = demo.Config(out=tmp_path / "demo", steps=1, **SHORT)
     demo.run(c)

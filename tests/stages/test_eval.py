@@ -13,7 +13,7 @@ from nanollm.durable import sha256_of
 from nanollm.evals.stats import paired, pass_at_k, wilson
 from nanollm.model.transformer import Transformer
 from nanollm.stages.eval import Config, EvalTask, plan, run
-from nanollm.text.learn import train
+from nanollm.text.train_tokenizer import train
 from tests.conftest import STORY
 from tests.evals.eval_json import undocumented
 from tests.stages.conftest import MODEL

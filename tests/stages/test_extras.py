@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from nanollm import cli, extras
-from nanollm.export import adopt
+from nanollm.export import import_model
 from nanollm.train.metrics import start_tracker
 
 ROOT = Path(__file__).parents[2]
@@ -34,7 +34,7 @@ TYPED = [  # an extra, a package of it, what is typed, and how the line begins
     ("data", "zstandard", f"{PREPROCESS} --input x.jsonl.zst", "nanollm preprocess: zstandard is needed to read .zst "),
 ]
 CALLED = [  # the same for what a verb reaches late: an extra, a package of it, who says so, and a call
-    ("export", "google.protobuf.message", "import", lambda folder: adopt.parse(b"")),
+    ("export", "google.protobuf.message", "import", lambda folder: import_model.parse(b"")),
     ("track", "wandb", "tracker wandb", lambda folder: start_tracker("wandb", folder, {})),
     ("track", "trackio", "tracker trackio", lambda folder: start_tracker("trackio", folder, {})),
     ("track", "tensorboard", "tracker tensorboard", lambda folder: start_tracker("tensorboard", folder, {})),

@@ -14,7 +14,7 @@ from nanollm.rl.reward import RewardConfig
 from nanollm.rl.rollout import RolloutConfig
 from nanollm.sources.tasks import TaskConfig
 from nanollm.stages import grpo
-from nanollm.text.learn import train
+from nanollm.text.train_tokenizer import train
 from nanollm.train.checkpoint import checkpoints
 from nanollm.train.metrics import TIMED
 from nanollm.train.optim import OptimConfig

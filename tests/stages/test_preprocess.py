@@ -18,7 +18,6 @@ import pytest
 
 from nanollm import cli
 from nanollm.data.shards import Shards, ShardWriter
-from nanollm.durable import lock_folder
 from nanollm.sources.gsm8k import extract_answer
 from nanollm.sources.word_problems import WordProblems
 from nanollm.stages.preprocess import Config, WordsConfig, run
@@ -263,18 +262,6 @@ def test_every_gsm8k_answer_survives_exactly(tmp_path, shared_data, tokenizer_pa
     assert total == 8_792
 
 
-@pytest.mark.realdata
-def test_real_parquet_with_two_processes_equals_one(tmp_path, shared_data, tokenizer_path):
-    for workers in (1, 2):
-        owt = {"kind": "owt", "input": [shared_data / "openwebtext"], "max_tokens_train": 1_000_000}
-        paths = {"tokenizer_path": tokenizer_path, "save_dir": tmp_path / str(workers)}
-        run(Config(**owt, **paths, shard_tokens=300_000, num_workers=workers))
-    assert content(tmp_path / "1") == content(tmp_path / "2")
-    sni = {"kind": "sni", "input": [shared_data / "supernatural-instructions"], "max_tokens_train": 100_000}
-    run(Config(**sni, tokenizer_path=tokenizer_path, save_dir=tmp_path / "sni"))
-    assert 99_000 < Shards.open(tmp_path / "sni", tokenizer_fingerprint=None).tokens_total <= 100_000
-
-
 # Killed.
 
 
@@ -464,8 +451,3 @@ def test_missing_and_empty_files_and_folders_that_cannot_be_written_are_reported
         with pytest.raises(OSError, match=rf"cannot write to {re.escape(str(in_the_way))} \(.*\); .* --save_dir"):
             prepare(STORY, save_dir=in_the_way)
     prepare(STORY)  # into the folder where the empty file failed
-
-
-def test_a_second_job_in_the_same_folder_is_refused(tmp_path, tokenizer_path):
-    with lock_folder(tmp_path), pytest.raises(ValueError, match="is in use by another process"):
-        run(Config(kind="text", tokenizer_path=tokenizer_path, save_dir=tmp_path, input=[STORY]))

@@ -67,6 +67,7 @@ def test_a_run_leaves_config_metrics_checkpoints_and_a_bundle_that_speaks(run_co
     assert loaded.provenance["tokens_seen"] == 12 * 4 * 32
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows ends a process at once and knows no SIGTERM")
 def test_stopped_by_a_signal_it_saves_and_the_same_command_ends_with_the_same_bits(run_config, tmp_path):
     expected, stopped = run_config(steps=200, out="expected"), run_config(steps=200, out="stopped")
@@ -161,7 +162,7 @@ def test_a_tokenizer_too_large_for_the_model_is_refused(run_config):
 
 
 def test_token_files_of_another_tokenizer_are_refused(run_config, tmp_path):
-    from nanollm.text.learn import train
+    from nanollm.text.train_tokenizer import train
 
     other = tmp_path / "other.model"
     train(["some other text entirely, with other words " * 50], other, vocab_size=300)

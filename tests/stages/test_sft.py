@@ -15,7 +15,7 @@ from nanollm.data.batches import IGNORE
 from nanollm.model.transformer import Transformer
 from nanollm.stages import preprocess, sft
 from nanollm.stages.sft import ChatTrainConfig, Config
-from nanollm.text.learn import train as train_tokenizer
+from nanollm.text.train_tokenizer import train as train_tokenizer
 from nanollm.train.checkpoint import checkpoints
 from nanollm.train.metrics import TIMED, read_metrics
 from nanollm.train.optim import OptimConfig

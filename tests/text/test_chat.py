@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from nanollm.text.chat import (
-    LEAST_LIMIT,
+    MIN_LIMIT,
     TEMPLATE,
     Conversation,
     Marks,
@@ -234,7 +234,7 @@ def question_of(ids, marks):
     return ids[start : start + np.flatnonzero(ids[start:] == marks.end)[0]].tolist()
 
 
-@given(conversation=conversations(st.text("abc de\n", min_size=1, max_size=60)), limit=st.integers(LEAST_LIMIT, 120))
+@given(conversation=conversations(st.text("abc de\n", min_size=1, max_size=60)), limit=st.integers(MIN_LIMIT, 120))
 @settings(max_examples=300, deadline=None)
 def test_a_shortened_conversation_fits_is_well_formed_and_still_teaches(tokenizer, marks, conversation, limit):
     ids, trained = arrays(conversation, tokenizer)
@@ -323,4 +323,4 @@ def test_a_long_system_message_gives_before_a_short_question(tokenizer, marks):
 
 def test_too_little_room_for_any_conversation_is_refused(tokenizer, marks):
     with pytest.raises(ValueError, match="needs room for at least 7 ids, got 6; give a longer context"):
-        shorten(*arrays(TALK, tokenizer), LEAST_LIMIT - 1, marks)
+        shorten(*arrays(TALK, tokenizer), MIN_LIMIT - 1, marks)

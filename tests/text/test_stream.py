@@ -4,9 +4,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from nanollm.text.learn import FIRST_LEARNED_ID, train
 from nanollm.text.stream import TextStream
-from nanollm.text.tokenizer import USER, Tokenizer
+from nanollm.text.tokenizer import Tokenizer
+from nanollm.text.train_tokenizer import FIRST_LEARNED_ID, train
 from tests.conftest import STORY
 
 BYTES = FIRST_LEARNED_ID - 256  # the id of the byte 0x00
@@ -107,23 +107,6 @@ def test_a_character_appears_with_its_last_byte(tokenizer):
     assert pushed(TextStream(tokenizer), spell("é😀")) == ["", "é", "", "", "", "😀", ""]
 
 
-@pytest.mark.parametrize(
-    ("spelled", "expected"),
-    [
-        (b"\xf0\x9f\x98", "\ufffd\ufffd\ufffd"),  # the reply was cut inside a character
-        (b"\xc3A", "\ufffdA"),
-        (b"\xed\xa0\x80", "\ufffd\ufffd\ufffd"),  # a surrogate is no character
-        (b"\xc0\xafz", "\ufffd\ufffdz"),
-    ],
-)
-def test_bytes_that_are_no_character_become_replacement_characters(tokenizer, spelled, expected):
-    assert "".join(pushed(TextStream(tokenizer), [BYTES + byte for byte in spelled])) == expected
-
-
-def test_marks_and_ids_beyond_the_tokenizer_say_nothing(tokenizer):
-    assert pushed(TextStream(tokenizer), [0, 1, 2, 3, tokenizer.mark_id(USER), 600, 70_000]) == [""] * 8
-
-
 def test_a_space_mark_that_was_spelled_stays_one_and_a_learned_one_is_a_space(tokenizer):
     ids = tokenizer.encode("the \u2581 sea")
     assert "".join(pushed(TextStream(tokenizer), ids)) == "the \u2581 sea"
@@ -137,23 +120,10 @@ def test_text_that_may_become_a_stop_text_waits_and_nothing_else_does(tokenizer)
     assert not stream.is_stopped
 
 
-def test_after_a_stop_text_nothing_more_is_said(tokenizer):
-    stream = TextStream(tokenizer, ["b"])
-    assert pushed(stream, spell("abc")) == ["a", "", "", ""]
-    assert (stream.text, stream.is_stopped) == ("a", True)
-
-
 def test_a_stop_text_that_begins_another_ends_the_text_at_once(tokenizer):
     stream = TextStream(tokenizer, ["abc", "ab"])
     assert [stream.stops_at(token) for token in spell("xab")] == [False, False, True]
     assert stream.text == "x"
-
-
-def test_a_stop_text_inside_one_that_may_have_begun_earlier_waits_for_it(tokenizer):
-    for text, expected in (("xabcd", "x"), ("xabe", "xa"), ("xab", "xa")):
-        stream = TextStream(tokenizer, ["b", "abcd"])
-        assert "".join(pushed(stream, spell(text))) == expected
-        assert stream.is_stopped
 
 
 def test_an_empty_stop_text_is_refused(tokenizer):

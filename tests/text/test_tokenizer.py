@@ -7,9 +7,9 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanollm.text import learn as module
-from nanollm.text.learn import cut, sample, train
+from nanollm.text import train_tokenizer as module
 from nanollm.text.tokenizer import ASSISTANT, END, MARKS, SYSTEM, USER, Tokenizer
+from nanollm.text.train_tokenizer import cut, sample, train
 
 STORY = (Path(__file__).parents[1] / "story.txt").read_text(encoding="utf-8")
 TYPES = ("bpe", "unigram", "char", "word")
@@ -302,10 +302,10 @@ def test_a_sample_holds_no_more_than_its_budget_while_reading(monkeypatch):
 
 @pytest.mark.realdata
 def test_real_documents_come_back(shared_data, tokenizer):
-    from nanollm.sources.openwebtext import documents
+    from nanollm.sources.datasets import openwebtext
 
     file = shared_data / "openwebtext" / "train-00000-of-00004.parquet"
-    for number, text in zip(range(200), documents([file], on_bad=pytest.fail), strict=False):
+    for number, text in zip(range(200), openwebtext([file], on_bad=pytest.fail), strict=False):
         assert tokenizer.decode(tokenizer.encode(text)) == text, number
 
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from nanollm.kernels import build
 from nanollm.text import words as module
-from nanollm.text.learn import train
 from nanollm.text.tokenizer import Tokenizer
+from nanollm.text.train_tokenizer import train
 from nanollm.text.words import NativeWords, Recipe, Words, kinds_of, pattern_of
 from tests.text.test_tokenizer import HARD, STORY, texts
 
@@ -76,7 +76,7 @@ def test_hard_texts_and_long_ones_have_the_ids_of_sentencepiece(plain, way):
 
 @pytest.mark.parametrize("how", ["python", "native"])
 def test_words_that_were_forgotten_are_spelled_again(plain, how, monkeypatch):
-    monkeypatch.setattr(module, "MOST_REMEMBERED", 2000)
+    monkeypatch.setattr(module, "MAX_REMEMBERED", 2000)
     way, several = speller(plain, how), [STORY, PROGRAM, STORY]
     assert spelled(way, several) == [plain.encode(text) for text in several]
     if isinstance(way, Words):
@@ -152,15 +152,6 @@ def test_only_models_whose_texts_may_be_cut_are_spelled_word_by_word(options, is
         assert spelled(Words(recipe, processor.encode), [text]) == [processor.encode(text)]
 
 
-def test_a_recipe_says_what_sentencepiece_says_of_its_model(plain):
-    recipe, processor = Recipe.of(plain.serialized), sentencepiece.SentencePieceProcessor(model_proto=plain.serialized)
-    tokens = range(processor.vocab_size())
-    assert recipe.pieces == [processor.id_to_piece(token) for token in tokens]
-    assert recipe.scores == [processor.get_score(token) for token in tokens]
-    assert [type_ == module.BYTE for type_ in recipe.types] == [processor.is_byte(token) for token in tokens]
-    assert [type_ == module.CONTROL for type_ in recipe.types] == [processor.is_control(token) for token in tokens]
-
-
 def test_a_tokenizer_that_remembers_words_gives_the_same_ids(plain, tmp_path):
     for native in (False, True):
         quick = Tokenizer(plain.serialized)
@@ -212,9 +203,9 @@ def test_a_lone_surrogate_is_refused_with_its_place_in_the_text(plain):
 @pytest.mark.slow
 @pytest.mark.realdata
 def test_all_real_documents_have_the_ids_of_sentencepiece(shared_data, tmp_path):
-    from nanollm.sources.openwebtext import documents
+    from nanollm.sources.datasets import openwebtext
 
-    several = list(documents([shared_data / "openwebtext"], on_bad=pytest.fail))
+    several = list(openwebtext([shared_data / "openwebtext"], on_bad=pytest.fail))
     rng = random.Random(0)
     mixed = ["".join(rng.choices("".join(rng.sample(several, 3)), k=5000)) for _ in range(500)]  # letters at random
     for vocab_size in (1000, 50_304):

@@ -1,10 +1,11 @@
-"""Which documents of the web are worth training on?
+"""Filters of datatrove for documents of the web that are not worth training on, or hold a question of an evaluation.
 
-datatrove's filters after Gopher (arXiv:2112.11446, appendix A) and C4 (arXiv:1910.10683), with words and sentences by
-two regular expressions. Its own way of finding them is spaCy, which takes several times as long; of 400 texts quality
-kept or dropped 391 alike, and repetition 390. For English, as the rules are.
+They follow Gopher (arXiv:2112.11446, appendix A) and C4 (arXiv:1910.10683), with words and sentences by two
+regular expressions: datatrove's own way is spaCy, which takes several times as long; of 400 texts quality kept or
+dropped 391 alike, and repetition 390. For English, as the rules are.
 """
 
+import json
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -17,11 +18,15 @@ from datatrove.pipeline.filters.base_filter import BaseFilter
 from datatrove.pipeline.filters.c4_filters import CITATION_REGEX, C4QualityFilter
 from datatrove.utils.word_tokenizers import WordTokenizer
 
+from nanollm.evals.contamination import NGRAM_WORDS, Finder
+
 WORD = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]+")  # marks are words of their own, as the rules count them
 SENTENCE_END = re.compile(r"[.!?…]+[\"'”’)\]]*(?=\s|\Z)")
 
+LANGUAGE_SCORE = 0.65  # the least probability of a language that is kept
 
-class Words(WordTokenizer):  # type: ignore[misc]  # datatrove has no types
+
+class RegexWords(WordTokenizer):  # type: ignore[misc]  # datatrove has no types
     """Words and sentences of European languages, to datatrove's filters and MinHash."""
 
     def word_tokenize(self, text: str) -> list[str]:
@@ -49,7 +54,7 @@ class C4Quality(C4QualityFilter):  # type: ignore[misc]
     Lines that it takes out of a document that stays are listed; blank lines and notes such as [1] go unlisted.
     """
 
-    def __init__(self, words: Words, removed: Any, lines: Any) -> None:
+    def __init__(self, words: RegexWords, removed: Any, lines: Any) -> None:
         """removed, lines: writers of datatrove's, for documents and for lines."""
         super().__init__(removed, filter_no_terminal_punct=False, language=words)
         self.lines = lines
@@ -81,14 +86,14 @@ def _gone(before: list[str], after: list[str]) -> list[str]:
 
 
 class InLanguage(BaseFilter):  # type: ignore[misc]
-    """Keep what a fastText model takes for a language, with at least this probability."""
+    """Keep what a fastText model takes for a language."""
 
     name = "language"
 
-    def __init__(self, language: str, score: float, model: Path, removed: Any) -> None:
+    def __init__(self, language: str, model: Path, removed: Any) -> None:
         """model: such as lid.176.bin, with labels like __label__en; removed: a writer of datatrove's."""
         super().__init__(removed)
-        self.language, self.score, self.model_file = language, score, model
+        self.language, self.model_file = language, model
         self.model: Any = None
 
     def filter(self, doc: Document) -> bool | tuple[bool, str]:
@@ -97,4 +102,32 @@ class InLanguage(BaseFilter):  # type: ignore[misc]
         labels, scores = self.model.predict(" ".join(doc.text.split()), k=-1)
         found = dict(zip(labels, scores, strict=True)).get(f"__label__{self.language}", 0.0)
         doc.metadata["score"] = float(found)
-        return bool(found >= self.score) or (False, "language")
+        return bool(found >= LANGUAGE_SCORE) or (False, "language")
+
+
+class DropContaminated(BaseFilter):  # type: ignore[misc]
+    """Leave out the documents that have 13 words in a row in common with a question.
+
+    Their metadata then lists the questions, how much of each was found, and the first n-gram of each.
+    """
+
+    name = "contaminated"
+
+    def __init__(self, questions: Path, removed: Any) -> None:
+        """questions: a JSON list of {"where": ..., "text": ...}; removed: a writer of datatrove's."""
+        super().__init__(removed)
+        self.questions_file = questions
+        self.questions: list[dict[str, str]] = []
+        self.finder: Finder | None = None
+
+    def filter(self, doc: Document) -> bool | tuple[bool, str]:
+        if self.finder is None:  # here, in the task, so that it need not travel
+            self.questions = json.loads(self.questions_file.read_bytes())
+            self.finder = Finder([question["text"] for question in self.questions], NGRAM_WORDS)
+        found = self.finder.overlaps(doc.id, doc.text)
+        if not found:
+            return True
+        doc.metadata["questions"] = [
+            self.questions[overlap.question - 1] | {"share": overlap.share, "ngram": overlap.ngram} for overlap in found
+        ]
+        return False, "question"

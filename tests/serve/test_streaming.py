@@ -1,4 +1,4 @@
-"""Do the tokens of a reply become its text, and is of each token told what is true?"""
+"""The tokens of a reply become its text, and what is said of each token is true."""
 
 import itertools
 import random
@@ -8,30 +8,34 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanollm.generate.request import Scored
-from nanollm.serve.choice import LEAST_LOGPROB, Choice, Speller
-from nanollm.serve.worker import News
-from nanollm.text.learn import EOS_ID, FIRST_LEARNED_ID
+from nanollm.serve.engine_thread import TokenEvent
 from nanollm.text.tokenizer import END
+from nanollm.text.train_tokenizer import EOS_ID, FIRST_LEARNED_ID
+
+pytest.importorskip("fastapi", reason='fastapi is not installed: pip install -e ".[serve]"')
+from nanollm.serve.streaming import MIN_LOGPROB, Choice, Detokenizer, TextFormatter
 
 BYTES = FIRST_LEARNED_ID - 256  # the id of the byte 0x00
 SCORED = Scored(-1.0, [(9, -1.0)], [[0]])
 
 
-def news(ids, finish):
+def events(ids, finish):
     """The tokens as the engine would hand them over."""
-    return [News(0, token, SCORED, finish if place == len(ids) - 1 else None, 0.0) for place, token in enumerate(ids)]
+    return [
+        TokenEvent(0, token, SCORED, finish if place == len(ids) - 1 else None, 0.0) for place, token in enumerate(ids)
+    ]
 
 
 def told(tokenizer, ids, finish="length", stops=(), cuts=()):
     """All parts of a reply that comes in pieces, joined: its text, its entries, why it ended."""
-    choice, text, entries, reason = Choice(0, Speller(tokenizer), stops), "", [], None
-    arrived = news(ids, finish)
+    choice, text, entries, reason = Choice(0, Detokenizer(tokenizer), stops), "", [], None
+    arrived = events(ids, finish)
     borders = [0, *sorted(cuts), len(arrived)]
     for start, end in itertools.pairwise(borders):
-        part = choice.take(arrived[start:end])
-        text += part.text
-        entries += part.entries
-        reason = part.finish
+        delta = choice.take(arrived[start:end])
+        text += delta.text
+        entries += delta.entries
+        reason = delta.finish
     return text, entries, reason
 
 
@@ -128,31 +132,29 @@ def test_offsets_count_characters(tokenizer):
     ],
 )
 def test_every_id_has_a_name(tokenizer, token, expected):
-    assert Speller(tokenizer).spell(token) == expected
+    assert Detokenizer(tokenizer).spell(token) == expected
 
 
 def test_no_two_ids_share_a_name(tokenizer):
-    names = [Speller(tokenizer).spell(token)[0] for token in range(tokenizer.vocab_size + 2)]
+    names = [Detokenizer(tokenizer).spell(token)[0] for token in range(tokenizer.vocab_size + 2)]
     assert len(set(names)) == len(names)
 
 
-def test_the_likeliest_tokens_are_all_there_though_two_spell_the_same_character(tokenizer, serve_extra):
-    from nanollm.serve.answers import TextForm
-
+def test_the_likeliest_tokens_are_all_there_though_two_spell_the_same_character(tokenizer):
     (learned,) = tokenizer.encode("a")
     scored = Scored(-1.0, [(learned, -1.0), (BYTES + ord("a"), -2.0)], [])
-    choice = Choice(0, Speller(tokenizer), ())
-    part = choice.take([News(0, learned, scored, "length", 0.0)])
-    told = TextForm("tiny", Speller(tokenizer), has_logprobs=True).whole(part)["logprobs"]
+    choice = Choice(0, Detokenizer(tokenizer), ())
+    delta = choice.take([TokenEvent(0, learned, scored, "length", 0.0)])
+    told = TextFormatter("tiny", Detokenizer(tokenizer), has_logprobs=True).choice(delta)["logprobs"]
     assert told["top_logprobs"] == [{"a": -1.0, "bytes:\\x61": -2.0}]
 
 
 def test_a_mark_has_its_own_name(tokenizer):
-    assert Speller(tokenizer).spell(tokenizer.mark_id(END)) == (END, b"")
+    assert Detokenizer(tokenizer).spell(tokenizer.mark_id(END)) == (END, b"")
 
 
 def test_minus_infinity_becomes_a_number_that_json_has(tokenizer):
-    choice = Choice(0, Speller(tokenizer), ())
+    choice = Choice(0, Detokenizer(tokenizer), ())
     scored = Scored(float("-inf"), [(9, float("-inf"))], [])
-    (entry,) = choice.take([News(0, 300, scored, "length", 0.0)]).entries
-    assert (entry.logprob, entry.top) == (LEAST_LOGPROB, [(9, LEAST_LOGPROB)])
+    (entry,) = choice.take([TokenEvent(0, 300, scored, "length", 0.0)]).entries
+    assert (entry.logprob, entry.top) == (MIN_LOGPROB, [(9, MIN_LOGPROB)])

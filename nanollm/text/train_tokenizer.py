@@ -1,4 +1,4 @@
-"""How are the pieces of a tokenizer learned from a corpus that need not fit into memory?
+"""Training a tokenizer on a corpus that need not fit into memory.
 
 A uniform sample of the corpus, drawn while it is read once, goes line by line to SentencePiece's trainer, which is set
 up so that nothing is lost (see text/tokenizer.py).

@@ -1,13 +1,13 @@
 import numpy as np
 import pytest
 
-from nanollm.text.draw import draw
+from nanollm.sources.split import hash_to_unit
 
 
 def test_equal_texts_draw_equal_numbers_and_keys_are_unrelated():
     texts = [f"text {n}" for n in range(20_000)]
-    one, other = (np.array([draw(text, key) for text in texts]) for key in ("a", "b"))
-    assert (one == [draw(text, "a") for text in texts]).all()
+    one, other = (np.array([hash_to_unit(text, key) for text in texts]) for key in ("a", "b"))
+    assert (one == [hash_to_unit(text, "a") for text in texts]).all()
     assert one.mean() == pytest.approx(0.5, abs=0.01) and one.std() == pytest.approx(12**-0.5, abs=0.01)
     assert abs(np.corrcoef(one, other)[0, 1]) < 0.03
 
@@ -19,9 +19,9 @@ def test_a_number_is_below_one_whatever_the_hash(monkeypatch):
         def digest(self):
             return b"\xff" * 8
 
-    monkeypatch.setattr("nanollm.text.draw.blake2b", Highest)
-    assert 0.999 < draw("text", "key") < 1
+    monkeypatch.setattr("nanollm.sources.split.blake2b", Highest)
+    assert 0.999 < hash_to_unit("text", "key") < 1
 
 
 def test_a_key_of_any_length_is_taken():
-    assert 0 <= draw("text", "k" * 1000) < 1
+    assert 0 <= hash_to_unit("text", "k" * 1000) < 1

@@ -1,0 +1,141 @@
+"""Options of `nanollm curate`. They are read without datatrove, so that --help needs no extra package."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from nanollm.config import check_seed
+from nanollm.data.merge import MAX_PARTS
+from nanollm.data.prepare import PrepareConfig
+
+FASTTEXT_MODEL = "https://dl.fbaipublicfiles.com/fasttext/supervised-models/lid.176.bin"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilterConfig:
+    """What a document must be like to stay. The rules are for English."""
+
+    gopher_repetition: bool = True
+    """Drop what repeats lines, paragraphs or words in a row."""
+    gopher_quality: bool = True
+    """Drop what has too few or over 100,000 words, words too short or long, too many symbols, or no common words."""
+    min_words: int = 50
+    """Fewest words of a document, for gopher_quality."""
+    min_letters: float = 0.8
+    """Least share of the words of a document that have a letter in them, for gopher_quality; marks are words, too, so
+    that text with code or tables asks for less, such as 0.6."""
+    c4: bool = False
+    """Drop what has a curly bracket, "lorem ipsum" or fewer than 5 sentences, and take lines of fewer than 3 words and
+    about cookies or Javascript out of the others: the one filter that changes documents."""
+    language: str | None = None
+    """Keep this language only, such as en; null: all. Needs filters.language_model."""
+    language_model: Path | None = None
+    """A fastText model that tells languages, such as lid.176.bin."""
+
+    def __post_init__(self) -> None:
+        if self.min_words < 1:
+            raise ValueError(f"filters.min_words must be at least 1, got {self.min_words}")
+        if not 0 < self.min_letters <= 1:
+            raise ValueError(f"filters.min_letters must be above 0 and at most 1, got {self.min_letters}")
+        if self.language and self.language_model is None:
+            raise ValueError(
+                f"filters.language needs filters.language_model FILE; fastText's is at {FASTTEXT_MODEL} (126 MB)"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalsConfig:
+    """Which evaluations' questions no document may hold."""
+
+    enabled: bool = True
+    """Drop documents that have 13 words in a row in common with a question."""
+    input: list[str] = field(default_factory=list)
+    """Files with questions, or folders, of which the files with `test` in their names are taken; none: GSM8K's test,
+    from the hub."""
+    column: str = "question"
+    """Column (.jsonl key) that holds the question."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlurmConfig:
+    """For --executor slurm. Further settings of sbatch go into its environment variables, such as SBATCH_QOS."""
+
+    partition: str | None = None
+    """Where to queue; required."""
+    time: str = "24:00:00"
+    """Limit of a task."""
+    mem_gb: int = 4
+    """Memory of a task."""
+
+    def __post_init__(self) -> None:
+        if self.mem_gb < 1:
+            raise ValueError(f"slurm.mem_gb must be at least 1, got {self.mem_gb}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RayConfig:
+    """For --executor ray."""
+
+    address: str | None = None
+    """Of the cluster, HOST:PORT, or auto for one that runs on this machine; null: $RAY_ADDRESS, else a new one here."""
+    mem_gb: float = 2
+    """Memory of a task."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.mem_gb < float("inf"):
+            raise ValueError(f"ray.mem_gb must be above 0, got {self.mem_gb}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Turn text of the web into token files: filtered, without duplicates, without questions of evaluations.
+
+    Needs `pip install -e ".[data]"`. Stopped at any moment, the same command goes on: a task that is done is not done
+    again. All machines see save_dir and local inputs under the same paths.
+    """
+
+    tokenizer_path: Path
+    """The .model file of the tokenizer, or the folder that holds it."""
+    save_dir: Path
+    """Folder to fill."""
+    input: list[str]
+    """Files or folders (.txt, .jsonl, .csv, .parquet, each also .gz or .zst), or addresses such as
+    hf://datasets/OWNER/NAME/FOLDER and s3://BUCKET/FOLDER, also with *."""
+    text_column: str = "text"
+    """Column (.jsonl key) that holds the text."""
+    executor: Literal["local", "slurm", "ray"] = "local"
+    """Who runs the tasks: processes of this machine, Slurm, or Ray."""
+    tasks: int = 1
+    """Shares of the input, each of them one part of the result: whole files if there are enough, otherwise each task
+    reads everything and takes every N-th document."""
+    workers: int = 1
+    """Tasks at once."""
+    filters: FilterConfig = field(default_factory=FilterConfig)
+    """What a document must be like to stay."""
+    dedup: bool = True
+    """Of documents that share about 72 % or more of their runs of 5 words (MinHash), keep one."""
+    evals: EvalsConfig = field(default_factory=EvalsConfig)
+    """Which evaluations' questions no document may hold."""
+    val_fraction: float = 0.0005
+    """Share of the documents that becomes val, drawn by a hash of the text."""
+    seed: int = 0
+    """Of the draw between train and val."""
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
+    """For --executor slurm."""
+    ray: RayConfig = field(default_factory=RayConfig)
+    """For --executor ray."""
+
+    def __post_init__(self) -> None:
+        if not self.input:
+            raise ValueError("curate needs --input FILE_OR_FOLDER_OR_ADDRESS ...")
+        for name in ("tasks", "workers"):
+            if not 1 <= getattr(self, name) <= MAX_PARTS:
+                raise ValueError(f"--{name} must be from 1 to {MAX_PARTS:,}, got {getattr(self, name):,}")
+        if self.executor == "slurm" and not self.slurm.partition:
+            raise ValueError("--executor slurm needs --slurm.partition NAME")
+        _ = self.prepare  # which checks its values
+        check_seed(self.seed)
+
+    @property
+    def prepare(self) -> PrepareConfig:
+        return PrepareConfig(kind="text", seed=self.seed, val_fraction=self.val_fraction)

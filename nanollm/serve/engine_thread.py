@@ -1,0 +1,265 @@
+"""The engine's thread: requests go in, every sampled token comes out to the event loop that asked.
+
+The thread takes submissions and cancellations between two engine steps. A fault in a step ends the replies that were
+running; the engine is built anew and the thread lives on.
+"""
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from nanollm.generate.engine import Engine
+from nanollm.generate.request import Completion, Drawn, Finish, Request, Scored
+
+log = logging.getLogger(__name__)
+
+STOPPED = "the engine has stopped; start the server again"
+
+
+class QueueFull(Exception):
+    """There is no room for so many replies now."""
+
+
+class EngineStopped(Exception):
+    """The engine's thread has ended; only a new server helps."""
+
+
+class EngineFault(Exception):
+    """The engine failed while it was replying to this request, which need not be the cause."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """One more token of one of the replies to a submission."""
+
+    index: int
+    token: int
+    scored: Scored | None
+    finish: Finish | None
+    at: float
+    """When it was sampled, by time.perf_counter."""
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """The engine's counters after its latest step."""
+
+    waiting: int = 0
+    running: int = 0
+    prompt_tokens: int = 0
+    reused_tokens: int = 0
+    drawn_tokens: int = 0
+    cache_bytes: int = 0
+
+    @classmethod
+    def of(cls, engine: Engine) -> "EngineStats":
+        return cls(**{name: getattr(engine, name) for name in cls.__dataclass_fields__})
+
+
+class Submission:
+    """Requests that were submitted together, and their tokens on the way to the event loop that submitted them."""
+
+    def __init__(self, requests: Sequence[Request]) -> None:
+        self.requests = requests
+        self.loop = asyncio.get_running_loop()
+        self.completions: list[Completion] = []  # the engine's thread alone looks at these
+        self.unfinished = len(requests)  # the same
+        self._events: list[TokenEvent] = []
+        self._fault: Exception | None = None
+        self._arrived = asyncio.Event()
+
+    async def events(self) -> list[TokenEvent]:
+        """Wait until there are some, and take all: a slow reader gets several tokens at once."""
+        await self._arrived.wait()
+        self._arrived.clear()
+        if self._fault is not None:
+            raise self._fault
+        events, self._events = self._events, []
+        return events
+
+    def receive(self, events: list[TokenEvent], fault: Exception | None) -> None:
+        """On the event loop: take tokens, or the reason why no more will come."""
+        self._events += events
+        self._fault = self._fault or fault
+        self._arrived.set()
+
+
+Delivery = tuple[Submission, list[TokenEvent], Exception | None]
+
+
+class EngineThread:
+    """Owns the engine. `submit` and `cancel` are called from an event loop and return at once."""
+
+    def __init__(self, make_engine: Callable[[], Engine], capacity: int) -> None:
+        """capacity: how many replies, running and waiting together, are taken on at once."""
+        self.capacity = capacity
+        self.stats = EngineStats()
+        self.load = 0
+        """Replies taken on and not finished."""
+        self._make_engine = make_engine
+        self._submitted: list[Submission] = []  # since the latest step
+        self._cancelled: list[Submission] = []  # the same
+        self._changed = threading.Condition()
+        self._is_stopping = False
+        self._open: dict[int, Submission] = {}  # by id; the engine's thread alone
+        self._owners: dict[int, tuple[Submission, int]] = {}  # id of a completion -> submission and index; the same
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._started = threading.Event()
+        self._failed_start: Exception | None = None
+
+    def start(self) -> None:
+        """Build the engine and begin, unless that was done already; raises what building it raised."""
+        if not self._thread.ident:
+            self._thread.start()
+        self._started.wait()
+        if self._failed_start is not None:
+            raise self._failed_start
+
+    def stop(self) -> None:
+        """End the thread after its step, and wait for that."""
+        self.end()
+        self._thread.join()
+
+    def end(self) -> None:
+        """End the thread after its step; replies that are not complete are given up."""
+        with self._changed:
+            self._is_stopping = True
+            self._changed.notify()
+
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive() and not self._is_stopping
+
+    def submit(self, requests: Sequence[Request]) -> Submission:
+        """Take on all of the requests, or none: QueueFull, or EngineStopped."""
+        with self._changed:
+            if not self.is_alive:
+                raise EngineStopped(STOPPED)
+            if self.load + len(requests) > self.capacity:
+                raise QueueFull(
+                    f"{self.load} replies are running or waiting and {len(requests)} more were asked for, the server "
+                    f"takes {self.capacity}; try again in a moment"
+                )
+            submission = Submission(requests)
+            self.load += len(requests)
+            self._submitted.append(submission)
+            self._changed.notify()
+        return submission
+
+    def cancel(self, submission: Submission) -> None:
+        """Give up what is not finished of it; before the next step its rows are free."""
+        with self._changed:
+            self._cancelled.append(submission)
+            self._changed.notify()
+
+    # --- the engine's thread ---
+
+    def _run(self) -> None:
+        try:
+            engine = self._make_engine()
+        except Exception as error:
+            self._failed_start = error
+            return
+        finally:
+            self._started.set()
+        try:
+            while not self._serve(engine):
+                del engine  # its cache goes before the next one's comes
+                engine = self._make_engine()
+        except Exception:
+            log.exception("the engine's thread has ended")
+        finally:
+            with self._changed:
+                self._is_stopping = True
+                self._open |= {id(submission): submission for submission in self._submitted}
+            self._give_up(EngineStopped(STOPPED))
+
+    def _serve(self, engine: Engine) -> bool:
+        """Step until the end (true), or until the engine fails (false)."""
+        while True:
+            self.stats = EngineStats.of(engine)
+            with self._changed:
+                self._changed.wait_for(
+                    lambda: self._submitted or self._cancelled or self._is_stopping or engine.has_work
+                )
+                if self._is_stopping:
+                    return True
+                submitted, self._submitted = self._submitted, []
+                cancelled, self._cancelled = self._cancelled, []
+            # All are open before the first is begun: whatever fails now, each hears of it.
+            self._open |= {id(submission): submission for submission in submitted}
+            try:
+                for submission in submitted:
+                    self._begin(engine, submission)
+                for submission in cancelled:
+                    self._abort(engine, submission)
+                if engine.has_work:
+                    self._hand_out(engine.step())
+            except Exception:
+                log.exception("the engine failed; what was running is given up and the engine is built anew")
+                self._give_up(EngineFault("the engine failed while it was replying; try again"))
+                return False
+
+    def _begin(self, engine: Engine, submission: Submission) -> None:
+        try:
+            for index, request in enumerate(submission.requests):
+                completion = engine.submit(request)
+                self._owners[id(completion)] = (submission, index)
+                submission.completions.append(completion)
+        except ValueError as error:  # the engine refuses this request, and is well
+            self._abort(engine, submission)
+            _deliver([(submission, [], error)])
+
+    def _abort(self, engine: Engine, submission: Submission) -> None:
+        if self._open.pop(id(submission), None) is None:
+            return  # all of it was finished
+        for completion in submission.completions:
+            engine.cancel(completion)
+            self._owners.pop(id(completion), None)
+        self._unload(submission.unfinished)
+
+    def _hand_out(self, drawn: list[Drawn]) -> None:
+        now, finished = time.perf_counter(), 0
+        deliveries: dict[int, Delivery] = {}
+        for one in drawn:
+            finish = one.completion.finish
+            submission, index = self._owners[id(one.completion)]
+            _, events, _ = deliveries.setdefault(id(submission), (submission, [], None))
+            events.append(TokenEvent(index, one.token, one.scored, finish, now))
+            if finish is not None:
+                finished += 1
+                submission.unfinished -= 1
+                del self._owners[id(one.completion)]
+                if not submission.unfinished:
+                    del self._open[id(submission)]
+        self._unload(finished)
+        _deliver(list(deliveries.values()))
+
+    def _give_up(self, reason: Exception) -> None:
+        """Tell all open submissions why they end."""
+        given_up = list(self._open.values())
+        self._open.clear()
+        self._owners.clear()
+        self._unload(sum(submission.unfinished for submission in given_up))
+        _deliver([(submission, [], reason) for submission in given_up])
+
+    def _unload(self, count: int) -> None:
+        with self._changed:
+            self.load -= count
+
+
+def _deliver(deliveries: list[Delivery]) -> None:
+    """Hand over to each event loop with one call: every call wakes it, and a step has one delivery for each client."""
+    for loop in {submission.loop for submission, _, _ in deliveries}:
+        try:
+            loop.call_soon_threadsafe(_receive_all, [one for one in deliveries if one[0].loop is loop])
+        except RuntimeError:
+            log.debug("an event loop was closed before its replies were complete")
+
+
+def _receive_all(deliveries: list[Delivery]) -> None:
+    for submission, events, fault in deliveries:
+        submission.receive(events, fault)

@@ -1,0 +1,371 @@
+"""From sampled tokens to what a client reads: text and log-probabilities of each choice, as JSON at once or as events.
+
+A stream of server-sent events ends with [DONE], or with an error event. When the reader hangs up or takes too long, the
+engine is told to stop. A token is spoken of once some of its text is out, so that what a stop text cuts off is never
+mentioned.
+"""
+
+import asyncio
+import json
+import logging
+import time
+import uuid
+from abc import ABC, abstractmethod
+from bisect import bisect_left
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import TypeVar
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from nanollm.generate.request import Scored
+from nanollm.serve.engine_thread import EngineFault, EngineStopped, EngineThread, Submission, TokenEvent
+from nanollm.serve.metrics import Metrics
+from nanollm.serve.protocol import ApiError, FinishReason, Json, error_body
+from nanollm.text.stream import TextStream
+from nanollm.text.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+MIN_LOGPROB = -9999.0
+"""JSON has no minus infinity."""
+GRACE_S = 5.0
+"""After the deadline, how long a reader has to take what is left for it."""
+
+
+# --- tokens become text ---
+
+
+class Detokenizer:
+    """The name and the bytes of each id, as a client should see them."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self._names = tokenizer.symbols
+        self.spell = cache(self._spell)
+
+    def _spell(self, token: int) -> tuple[str, bytes]:
+        """No two ids share a name. A mark has no bytes; a part of a character is named by its byte."""
+        spelled = self.tokenizer.bytes_of(token)
+        if token in self._names or token >= self.tokenizer.vocab_size:
+            return self._names.get(token, f"<{token}>"), b""
+        if not self.tokenizer.is_byte(token):
+            return spelled.decode(), spelled
+        # Where a learned piece spells the same character, the byte piece is named by its byte, too.
+        is_character = spelled.isascii() and self.tokenizer.encode(spelled.decode()) == [token]
+        return spelled.decode() if is_character else f"bytes:\\x{spelled[0]:02x}", spelled
+
+
+@dataclass(frozen=True)
+class LogprobEntry:
+    """A token of a reply and how likely it was."""
+
+    token: int
+    scored: Scored
+    offset: int
+    """Where in the reply it begins, in characters."""
+
+    @property
+    def logprob(self) -> float:
+        return max(self.scored.logprob, MIN_LOGPROB)
+
+    @property
+    def top(self) -> list[tuple[int, float]]:
+        return [(token, max(logprob, MIN_LOGPROB)) for token, logprob in self.scored.top]
+
+
+@dataclass
+class Delta:
+    """What is new of a choice."""
+
+    index: int
+    text: str = ""
+    entries: list[LogprobEntry] = field(default_factory=list)
+    finish: FinishReason | None = None
+
+
+class Choice:
+    """One of the replies to a request, from its first token to its last."""
+
+    def __init__(self, index: int, detokenizer: Detokenizer, stops: Sequence[str]) -> None:
+        self.index = index
+        self.tokens = 0
+        """Tokens sampled, an end token among them not counted."""
+        self._text = TextStream(detokenizer.tokenizer, stops)
+        self._pending: deque[TokenEvent] = deque()
+        self._emitted = 0
+
+    def take(self, events: Sequence[TokenEvent]) -> Delta:
+        """What these tokens add to the text, and which tokens may be spoken of now."""
+        delta = Delta(self.index)
+        for event in events:
+            if event.finish != "end":
+                self.tokens += 1
+                self._pending.append(event)
+                delta.text += self._text.push(event.token)
+            if event.finish is not None:
+                delta.text += self._text.close()
+                delta.finish = "length" if event.finish == "length" and not self._text.is_stopped else "stop"
+        delta.entries = self._emit(everything=delta.finish is not None and not self._text.is_stopped)
+        return delta
+
+    def _emit(self, *, everything: bool) -> list[LogprobEntry]:
+        """Of the pending tokens, those that begin in the text that is out, or all."""
+        begins = self._text.begins
+        end = len(begins) if everything else bisect_left(begins, len(self._text.text), self._emitted)
+        ready = [(self._pending.popleft(), begin) for begin in begins[self._emitted : end]]
+        self._emitted = end
+        return [LogprobEntry(event.token, event.scored, begin) for event, begin in ready if event.scored is not None]
+
+
+class Generation:
+    """All choices of one HTTP request, until its deadline."""
+
+    def __init__(
+        self, engine: EngineThread, metrics: Metrics, submission: Submission, choices: list[Choice], deadline_s: float
+    ) -> None:
+        self.choices = choices
+        self.deadline_s = deadline_s
+        self.deadline = asyncio.get_running_loop().time() + deadline_s
+        self.unfinished = len(choices)
+        self._engine, self._metrics, self._submission = engine, metrics, submission
+        self._began = time.perf_counter()
+        self._first_at: float | None = None
+
+    @property
+    def usage(self) -> Json:
+        """Tokens of all prompts (the samples of a prompt share it, as one object) and of all replies."""
+        prompts = {id(request.prompt): len(request.prompt) for request in self._submission.requests}
+        read, written = sum(prompts.values()), sum(choice.tokens for choice in self.choices)
+        return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
+
+    async def next_deltas(self) -> list[Delta]:
+        """Wait for tokens: one delta for each choice that has some. ApiError when no more will come."""
+        try:
+            async with asyncio.timeout_at(self.deadline):
+                events = await self._submission.events()
+        except TimeoutError:
+            raise ApiError(504, f"the reply was not complete after {self.deadline_s:g} seconds; ask for less") from None
+        except EngineStopped as error:
+            raise ApiError(503, str(error)) from error
+        except EngineFault as error:
+            raise ApiError(500, str(error)) from error
+        except ValueError as error:
+            raise ApiError(400, str(error)) from error
+        deltas = [
+            self.choices[index].take([event for event in events if event.index == index])
+            for index in sorted({event.index for event in events})
+        ]
+        self.unfinished -= sum(delta.finish is not None for delta in deltas)
+        self._measure(events[0].at, events[-1].at)
+        return deltas
+
+    async def collect(self) -> list[Delta]:
+        """Everything until the end, one delta for each choice."""
+        whole = [Delta(choice.index) for choice in self.choices]
+        while self.unfinished:
+            for delta in await self.next_deltas():
+                whole[delta.index].text += delta.text
+                whole[delta.index].entries += delta.entries
+                whole[delta.index].finish = delta.finish
+        return whole
+
+    def close(self) -> None:
+        """Give up what is not complete."""
+        if self.unfinished:
+            self._engine.cancel(self._submission)
+            self.unfinished = 0
+
+    def _measure(self, first_at: float, last_at: float) -> None:
+        if self._first_at is None:
+            self._first_at = first_at
+            self._metrics.first_token_s.observe(first_at - self._began)
+        later = sum(choice.tokens for choice in self.choices) - len(self.choices)
+        if not self.unfinished and later > 0:
+            self._metrics.token_s.observe((last_at - self._first_at) * len(self.choices) / later)
+
+
+# --- text becomes JSON ---
+
+
+class Formatter(ABC):
+    """Writes the choices of one request down as OpenAI's JSON."""
+
+    kind: str
+    chunk_kind: str
+    prefix: str
+
+    def __init__(self, model: str, detokenizer: Detokenizer, *, has_logprobs: bool, has_experts: bool = False) -> None:
+        self.detokenizer = detokenizer
+        self.has_logprobs, self.has_experts = has_logprobs, has_experts
+        self.model = model
+        self.id = f"{self.prefix}-{uuid.uuid4().hex}"
+        self.created = int(time.time())
+
+    def whole(self, generation: Generation, deltas: Sequence[Delta]) -> Json:
+        """The answer at once."""
+        choices = [self.choice(delta) for delta in deltas]
+        return self._head(self.kind, choices) | {"usage": generation.usage}
+
+    def chunks(self, delta: Delta, *, is_first: bool) -> list[Json]:
+        """Some of a choice, as one or two chunks of a stream: the reason why it ended comes by itself."""
+        choices = []
+        if delta.text or delta.entries or is_first:
+            choices.append(self.chunk_choice(replace(delta, finish=None), is_first=is_first))
+        if delta.finish is not None:
+            choices.append(self.chunk_choice(Delta(delta.index, finish=delta.finish), is_first=False))
+        return [self.chunk([choice]) for choice in choices]
+
+    def chunk(self, choices: list[Json]) -> Json:
+        return self._head(self.chunk_kind, choices)
+
+    def _head(self, kind: str, choices: list[Json]) -> Json:
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices}
+
+    @abstractmethod
+    def choice(self, delta: Delta) -> Json:
+        """A choice of a whole answer."""
+
+    @abstractmethod
+    def chunk_choice(self, delta: Delta, *, is_first: bool) -> Json:
+        """A choice of a chunk."""
+
+
+class ChatFormatter(Formatter):
+    """Of /v1/chat/completions."""
+
+    kind, chunk_kind, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
+
+    def choice(self, delta: Delta) -> Json:
+        message = {"role": "assistant", "content": delta.text, "refusal": None}
+        logprobs = {"content": [self._token(entry) for entry in delta.entries]} if self.has_logprobs else None
+        return {"index": delta.index, "message": message, "logprobs": logprobs, "finish_reason": delta.finish}
+
+    def chunk_choice(self, delta: Delta, *, is_first: bool) -> Json:
+        message = {"role": "assistant"} if is_first else {}
+        if delta.finish is None:
+            message["content"] = delta.text
+        logprobs = {"content": [self._token(entry) for entry in delta.entries]} if delta.entries else None
+        return {"index": delta.index, "delta": message, "logprobs": logprobs, "finish_reason": delta.finish}
+
+    def _token(self, entry: LogprobEntry) -> Json:
+        token = self._logprob(entry.token, entry.logprob)
+        token["top_logprobs"] = [self._logprob(*pair) for pair in entry.top]
+        return token | {"experts": entry.scored.experts} if self.has_experts else token
+
+    def _logprob(self, token: int, logprob: float) -> Json:
+        name, spelled = self.detokenizer.spell(token)
+        return {"token": name, "logprob": logprob, "bytes": list(spelled)}
+
+
+class TextFormatter(Formatter):
+    """Of /v1/completions."""
+
+    kind, chunk_kind, prefix = "text_completion", "text_completion", "cmpl"
+
+    def choice(self, delta: Delta) -> Json:
+        logprobs = self._logprobs(delta.entries) if self.has_logprobs else None
+        return {"index": delta.index, "text": delta.text, "logprobs": logprobs, "finish_reason": delta.finish}
+
+    def chunk_choice(self, delta: Delta, *, is_first: bool) -> Json:
+        logprobs = self._logprobs(delta.entries) if delta.entries else None
+        return {"index": delta.index, "text": delta.text, "logprobs": logprobs, "finish_reason": delta.finish}
+
+    def _logprobs(self, entries: Sequence[LogprobEntry]) -> Json:
+        return {
+            "tokens": [self._name(entry.token) for entry in entries],
+            "token_logprobs": [entry.logprob for entry in entries],
+            "top_logprobs": [{self._name(token): logprob for token, logprob in entry.top} for entry in entries],
+            "text_offset": [entry.offset for entry in entries],
+        }
+
+    def _name(self, token: int) -> str:
+        return self.detokenizer.spell(token)[0]
+
+
+# --- JSON travels while it is written ---
+
+
+class ClientGone(Exception):
+    """Nobody listens any more."""
+
+
+class EventStream(Response):
+    """The answer to a request with `stream`; `first` are the deltas that have come already."""
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self, formatter: Formatter, generation: Generation, first: Sequence[Delta], *, has_usage: bool
+    ) -> None:
+        super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self.formatter, self.generation, self.first, self.has_usage = formatter, generation, first, has_usage
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            async with asyncio.timeout_at(self.generation.deadline + GRACE_S):
+                await while_listening(self._write(send), receive)
+        except ClientGone:
+            log.debug("a reader hung up")
+        except TimeoutError:
+            log.warning("a reader did not take its reply in time; the connection is closed")
+        finally:
+            self.generation.close()
+
+    async def _write(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        async for events in self._events():
+            await send({"type": "http.response.body", "body": events, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def _events(self) -> AsyncIterator[bytes]:
+        """One event for each chunk; those that are ready together travel together."""
+        begun: set[int] = set()
+        deltas = self.first
+        no_usage: Json = {"usage": None} if self.has_usage else {}
+        try:
+            while True:
+                chunks: list[Json] = []
+                for delta in deltas:
+                    chunks += self.formatter.chunks(delta, is_first=delta.index not in begun)
+                    begun.add(delta.index)
+                yield b"".join(encode_event(chunk | no_usage) for chunk in chunks)
+                if not self.generation.unfinished:
+                    break
+                deltas = await self.generation.next_deltas()
+            if self.has_usage:
+                yield encode_event(self.formatter.chunk([]) | {"usage": self.generation.usage})
+            yield b"data: [DONE]\n\n"
+        except ApiError as error:
+            yield encode_event(error.body)
+        except Exception:
+            log.exception("a reply failed while it was streamed")
+            yield encode_event(error_body(500, "the server failed while it was replying"))
+
+
+def encode_event(message: Json) -> bytes:
+    return b"data: " + json.dumps(message, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+async def while_listening(work: Awaitable[T], receive: Receive) -> T:
+    """The outcome of the work; ClientGone, and the work is cancelled, if the client hangs up before."""
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_hung_up(receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientGone
+        return task.result()
+    finally:
+        for one in (task, gone):
+            one.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _hung_up(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
