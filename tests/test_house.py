@@ -1,4 +1,4 @@
-"""Do the files around the code say what is true?"""
+"""The files around the code say what is true."""
 
 import ast
 import importlib
@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from nanollm import cli
-from nanollm.config import CONFIGS, kinds_of, load_preset, parse_options, preset_names
-from nanollm.model.config import ModelConfig
+from nanollm.config import CONFIGS, kinds_of
 from tests.conftest import judge
 
 ROOT = Path(__file__).parent.parent
@@ -43,27 +42,6 @@ def texts() -> dict[Path, str]:
 def canonical(requirement: str) -> str:
     """The name in a requirement, as package indexes compare names."""
     return re.sub(r"[-_.]+", "-", re.split(r"[\s<>=!~;\[]", requirement)[0]).lower()
-
-
-def runs() -> list[Path]:
-    """The YAML files of runs: configs/<verb>/*.yaml."""
-    return sorted(file for verb in cli.all_verbs() for file in (CONFIGS / verb).glob("*.yaml"))
-
-
-def config_from(file: Path) -> object:
-    """What `nanollm VERB --config FILE` would run."""
-    stage = importlib.import_module(cli.module_of(file.parent.name))
-    return parse_options(file.parent.name, stage, ["--config", str(file)])[0]
-
-
-@pytest.mark.parametrize("file", runs(), ids=lambda file: f"{file.parent.name}/{file.name}")
-def test_every_run_in_configs_is_a_config_of_its_verb(file):
-    config_from(file)
-
-
-@pytest.mark.parametrize("name", preset_names("model"))
-def test_every_model_preset_is_a_model(name):
-    ModelConfig(**load_preset("model", name))
 
 
 def test_configs_holds_verbs_and_presets_only():

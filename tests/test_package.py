@@ -1,4 +1,4 @@
-"""Is what people install, cite and report with whole, and does it say what is true?"""
+"""What people install, cite and report with is whole, and says what is true."""
 
 import os
 import shutil
@@ -48,32 +48,15 @@ def metadata(wheel):
         return message_from_string(archive.read(f"{STEM}.dist-info/METADATA").decode())
 
 
-def test_the_wheel_is_pure_python_for_every_system(wheel):
-    assert wheel.name == f"{STEM}-py3-none-any.whl"
-
-
 def test_the_wheel_holds_every_file_of_the_package_and_every_preset(wheel):
     with zipfile.ZipFile(wheel) as archive:
         held = {name for name in archive.namelist() if ".dist-info/" not in name}
     package = {path.relative_to(ROOT).as_posix() for path in tracked("nanollm")}
     presets = {f"nanollm/{path.relative_to(ROOT).as_posix()}" for path in tracked("configs")}
     assert held == package | presets
-    assert {Path(name).suffix for name in held} >= {
-        ".py",
-        ".cpp",
-        ".h",
-        ".html",
-        ".js",
-        ".css",
-        ".yaml",
-        ".mjs",
-    }
-    assert "nanollm/py.typed" in held
-
-
-def test_the_name_in_package_indexes_is_ours_and_the_command_is_nanollm(metadata):
-    assert metadata["Name"] == PROJECT["name"] == extras.DISTRIBUTION != "nanollm"
-    assert PROJECT["scripts"] == {"nanollm": "nanollm.cli:main"}
+    kinds = {".py", ".cpp", ".h", ".html", ".js", ".css", ".yaml", ".mjs"}
+    assert {Path(name).suffix for name in held} >= kinds and "nanollm/py.typed" in held
+    assert wheel.name == f"{STEM}-py3-none-any.whl"  # pure Python, for every system
 
 
 def tracked(folder):
@@ -83,6 +66,8 @@ def tracked(folder):
 
 def test_the_wheel_says_on_which_pythons_it_runs_and_what_it_needs(metadata):
     assert metadata["Requires-Python"] == ">=3.11"
+    assert metadata["Name"] == PROJECT["name"] == extras.DISTRIBUTION != "nanollm"
+    assert PROJECT["scripts"] == {"nanollm": "nanollm.cli:main"}
     classifiers = metadata.get_all("Classifier")
     prefix = "Programming Language :: Python :: "
     assert [each.removeprefix(prefix) for each in classifiers if each.startswith(prefix)] == ["3 :: Only", *PYTHONS]
@@ -157,20 +142,6 @@ def test_an_issue_form_is_one_that_github_shows(path):
     assert len({part["id"] for part in asked}) == len(asked)
 
 
-def test_a_bug_is_reported_with_all_that_is_needed_to_repeat_it():
-    form = yaml.safe_load((GITHUB / "ISSUE_TEMPLATE" / "bug.yml").read_text(encoding="utf-8"))
-    assert {
-        part["id"]: part.get("validations", {}).get("required", False) for part in form["body"] if "id" in part
-    } == {
-        "command": True,
-        "expected": True,
-        "seen": True,
-        "doctor": True,
-        "config": False,
-        "version": True,
-    }
-
-
 def workflow(name):
     return yaml.safe_load((GITHUB / "workflows" / f"{name}.yml").read_text(encoding="utf-8"))
 
@@ -183,12 +154,8 @@ def test_every_system_and_every_python_is_tried(name, job):
 
 def test_a_release_is_installed_before_it_is_published_and_no_secret_is_kept():
     jobs = workflow("release")["jobs"]
-    assert [jobs[name].get("needs") for name in ("build", "install", "publish", "release")] == [
-        None,
-        "build",
-        "install",
-        "publish",
-    ]
+    order = ["build", "install", "publish", "release"]
+    assert [jobs[name].get("needs") for name in order] == [None, *order[:-1]]
     assert jobs["publish"]["permissions"] == {"id-token": "write"}
     assert "secrets." not in (GITHUB / "workflows" / "release.yml").read_text(encoding="utf-8")
 

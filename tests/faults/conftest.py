@@ -108,17 +108,8 @@ def job_of(materials: dict[str, Path], tmp_path: Path):
         out.parent.mkdir(exist_ok=True)
         steps = ["--train.steps", 3 * SAVE_EVERY[verb], "--train.save_every", SAVE_EVERY[verb], "--train.log_every", 1]
         training = [
-            *steps,
-            "--train.validate_every",
-            4,
-            "--optim.warmup_steps",
-            2,
-            "--device",
-            "cpu",
-            "--dtype",
-            "float32",
-            "--out",
-            out,
+            *(*steps, "--train.validate_every", 4, "--optim.warmup_steps", 2),
+            *("--device", "cpu", "--dtype", "float32", "--out", out),
         ]
         portions = ["--train.batch_size", 4, "--train.micro_batch_size", 2, "--sample_prompts"]  # none
         words: dict[str, list[object]] = {

@@ -128,10 +128,13 @@ def spoilt(bundle, file, content):
 
 
 @pytest.mark.parametrize("file", ["config.json", "model.safetensors", "tokenizer.model", "provenance.json"])
-def test_a_pickle_in_place_of_a_bundles_file_never_runs(bundle, bombs, refused, file):
+def test_a_pickle_or_a_file_without_end_in_place_of_a_bundles_is_refused(bundle, bombs, refused, file):
     for bomb in bombs.values():
         spoilt(bundle, file, bomb)
         assert file in refused("generate", bundle, "--prompt", "Once")
+    (bundle / file).unlink()
+    (bundle / file).symlink_to("/dev/zero")
+    assert file in refused("generate", bundle, "--prompt", "Once")
 
 
 @pytest.mark.parametrize("verb", [*VERBS, "sft", "grpo"])
@@ -261,9 +264,7 @@ def test_safetensors_that_lie_are_refused_as_a_bundle_and_as_a_model_to_import(
 
 
 @pytest.mark.parametrize(
-    "words",
-    [{"num_hidden_layers": 3.0}, {"hidden_size": float("nan")}, {"vocab_size": "480"}],
-    ids=str,
+    "words", [{"num_hidden_layers": 3.0}, {"hidden_size": float("nan")}, {"vocab_size": "480"}], ids=str
 )
 def test_a_model_to_import_with_absurd_sizes_is_refused(foreign, tmp_path, refused, words):
     """Others of them: tests/stages/test_import.py."""
@@ -314,12 +315,6 @@ def test_a_checkpoint_with_a_pickle_or_a_lying_header_is_not_resumed(checkpoint,
         assert_not_resumed(checkpoint, "holds no tensors that can be read|not a whole safetensors|holds another model")
 
 
-def test_a_pickle_in_place_of_a_checkpoints_state_never_runs(checkpoint, bombs):
-    for bomb in bombs.values():
-        (checkpoint / "state.json").write_bytes(bomb)
-        assert_not_resumed(checkpoint, "every checkpoint in .* is damaged")
-
-
 @pytest.mark.parametrize("name", ["../../secret", "/dev/zero", "..", "", "sub/file"])
 def test_a_checkpoint_that_names_files_elsewhere_is_not_resumed_and_they_are_not_read(checkpoint, name):
     (checkpoint.parent.parent / "secret").write_text("x")
@@ -334,11 +329,14 @@ def test_a_checkpoint_without_the_counters_of_a_run_is_not_resumed(checkpoint, c
     assert_not_resumed(checkpoint, "every checkpoint in .* is damaged")
 
 
-def test_pickles_that_other_programs_look_for_in_a_checkpoint_are_not_read(checkpoint, bombs):
+def test_pickles_beside_a_checkpoint_or_in_place_of_its_state_never_run(checkpoint, bombs):
     """torch.distributed.checkpoint's own reader would unpickle .metadata."""
     for name in (".metadata", "__0_0.distcp", "optimizer.pt", "pytorch_model.bin"):
         (checkpoint / name).write_bytes(bombs["pickle"])
     assert load_newest(checkpoint.parent, fresh_state(), World())
+    for bomb in bombs.values():
+        (checkpoint / "state.json").write_bytes(bomb)
+        assert_not_resumed(checkpoint, "every checkpoint in .* is damaged")
 
 
 def test_the_command_line_refuses_to_go_on_from_a_pickle(job_of, bombs, refused):
@@ -544,13 +542,6 @@ def test_links_are_followed_because_a_model_may_lie_on_another_disk(bundle, tmp_
         file.symlink_to(tmp_path / file.name)
     assert cli.main(["generate", str(bundle), "--prompt", "Once", "--max_tokens", "1"]) == 0
     assert capsys.readouterr().out
-
-
-@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "tokenizer.model", "provenance.json"])
-def test_what_has_no_end_is_not_read(bundle, refused, file):
-    (bundle / file).unlink()
-    (bundle / file).symlink_to("/dev/zero")
-    assert file in refused("generate", bundle, "--prompt", "Once")
 
 
 # --- memory ---

@@ -66,12 +66,7 @@ TEXT_FILES = [
     ("list.jsonl", ONE + b'{"text": ["x"]}\n' + TWO, [(2, "text must be text, got list")], GOOD),
     ("object.jsonl", ONE + b'{"text": {"text": "x"}}\n' + TWO, [(2, "text must be text, got dict")], GOOD),
     ("null.jsonl", ONE + b'{"text": null}\n' + TWO, [(2, "text is missing")], GOOD),
-    (
-        "nan.jsonl",
-        ONE + b'{"text": NaN}\n{"text": -Infinity}\n' + TWO,
-        [(2, "text must be"), (3, "text must be")],
-        GOOD,
-    ),
+    ("nan.jsonl", ONE + b'{"text": NaN}\n' + TWO, [(2, "text must be")], GOOD),
     ("nan-beside.jsonl", ONE + b'{"text": "good two", "score": NaN}\n', [], GOOD),
     ("array.jsonl", ONE + b'["text", "x"]\n' + TWO, [(2, "expected a JSON object, got list")], GOOD),
     ("latin-1.jsonl", ONE + b'{"text": "na\xefve"}\n' + TWO, [(2, "not UTF-8")], GOOD),
@@ -85,17 +80,12 @@ TEXT_FILES = [
     ("raw-half.jsonl", ONE + b'{"text": "\xed\xa0\x80"}\n' + TWO, [(2, "not UTF-8")], GOOD),
     ("pair.jsonl", b'{"text": "\\ud83d\\ude00"}\n', [], ["\U0001f600"]),
     ("half-key.jsonl", ONE + b'{"\\ud800\\u001b[2J": 1}\n' + TWO, [(2, r"no text here, only \ud800\x1b[2J")], GOOD),
-    (
-        "long-key.jsonl",
-        ONE + b'{"' + b"k" * 9999 + b'": 1}\n' + TWO,
-        [(2, f"no text here, only {'k' * 281} ...")],
-        GOOD,
-    ),
+    ("long-key.jsonl", ONE + b'{"' + b"k" * 9999 + b'": 1}\n' + TWO, [(2, f"no text here, only {'k' * 281} ..")], GOOD),
     ("deep.jsonl", ONE + b"[" * 100_000 + b"]" * 100_000 + b"\n" + TWO, [(2, "malformed JSON: nested too dee")], GOOD),
     (
         "deep-beside.jsonl",
-        ONE + b'{"text": "x", "more": ' + b'{"a":' * 100_000 + b"1" + b"}" * 100_000 + b"}\n" + TWO,
-        [(2, "malformed JSON: nested too deeply")],
+        ONE + b'{"more": ' + b'{"a":' * 100_000 + b"1" + b"}" * 100_001 + b"\n" + TWO,
+        [(2, "malformed JSON: nested")],
         GOOD,
     ),
     ("huge-number.jsonl", ONE + b'{"text": 1' + b"0" * 5000 + b"}\n" + TWO, [(2, "malformed JSON: Exceeds the")], GOOD),
@@ -118,12 +108,7 @@ TEXT_FILES = [
     # CSV
     ("open.csv", b'text\ngood one\n"never closed\nrest\n', [(2, "malformed CSV at line 4: unexpected end")], GOOD[:1]),
     ("quote.csv", b'text\ngood one\n"a" b\n"good two"\n', [(2, "malformed CSV at line 3: ',' expected")], GOOD),
-    (
-        "fields.csv",
-        b"id,text\n1,good one\n2\n3,a,b\n4,good two\n",
-        [(2, "expected 2 fie"), (3, "expected 2 fie")],
-        GOOD,
-    ),
+    ("fields.csv", b"id,text\n1,good one\n2\n3,a,b\n4,good two\n", [(2, "expected 2"), (3, "expected 2")], GOOD),
     ("latin-1.csv", b"text\ngood one\nna\xefve\ngood two\n", [(2, SURROGATE)], GOOD),
     ("nul.csv", b"text\na\0b\n", [], ["a\0b"]),
     ("mark.csv", b"\xef\xbb\xbftext\r\ngood one\r\ngood two\r\n", [], GOOD),
@@ -168,6 +153,7 @@ TEXT_FILES = [
 ]
 
 HI, YES = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}
+SYSTEM = {"role": "system", "content": "Be brief."}
 TALK = json.dumps({"messages": [HI, YES]}).encode() + b"\n"
 
 
@@ -180,6 +166,9 @@ CHAT_FILES = [
     ("texts.jsonl", TALK + b'{"messages": ["Hi", "Yes"]}\n' + TALK, [(2, "messages must be a list")], ["Yes", "Yes"]),
     ("number.jsonl", TALK + chat(HI, YES | {"content": 7}), [(2, "message 2: content must be text, got int")], ["Yes"]),
     ("role.jsonl", TALK + chat(HI | {"role": "r" * 9999}, YES), [(2, "a message's role must be one of sys")], ["Yes"]),
+    ("empty.jsonl", TALK + chat(HI, YES | {"content": ""}), [(2, "message 2: content is empty")], ["Yes"]),
+    ("systems.jsonl", TALK + chat(SYSTEM, SYSTEM, HI, YES), [(2, "a conversation has at most one sys")], ["Yes"]),
+    ("system.jsonl", chat(SYSTEM, HI, YES), [], ["Yes"]),
     ("half.jsonl", TALK + chat(HI, YES | {"content": "\ud800"}), [(2, "message 2: content is not valid Uni")], ["Yes"]),
     ("deep.jsonl", TALK + b'{"messages": ' + b"[" * 100_000 + b"\n", [(2, "malformed JSON: nested")], ["Yes"]),
     ("nested.parquet", parquet(pa.table({"messages": [[HI, YES], [HI]]})), [(2, "the assistant says noth")], ["Yes"]),
@@ -200,18 +189,8 @@ SNI_FILES = [
     ("c.parquet", parquet(pa.table({"prompt": ["Hi"], "response": [1]})), [(1, "response must be text, got int")], []),
 ]
 GSM8K_FILES = [
-    (
-        "train.jsonl",
-        SUM + b'{"question": "Hi", "answer": "seven"}\n' + SUM,
-        [(2, "answer must end in")],
-        ["#### 7"] * 2,
-    ),
-    (
-        "train.csv",
-        b"question,answer\nHi,#### 7\nHi,7\n",
-        [(2, "answer must end in '#### <number>', got '7'")],
-        ["#### 7"],
-    ),
+    ("train.jsonl", SUM + b'{"question": "Hi", "answer": "seven"}\n' + SUM, [(2, "answer must")], ["#### 7"] * 2),
+    ("train.csv", b"question,answer\nHi,#### 7\nHi,7\n", [(2, "answer must end in '#### <number>'")], ["#### 7"]),
 ]
 VERBS = {"text": TEXT_FILES, "owt": TEXT_FILES[:3], "chat": CHAT_FILES, "sni": SNI_FILES, "gsm8k": GSM8K_FILES}
 
@@ -262,7 +241,7 @@ def check(cases, folder, out, tokenizer):
 
 
 @pytest.mark.parametrize("kind", VERBS)
-def test_each_bad_record_is_named_with_file_line_and_reason_and_the_good_ones_survive(
+def test_each_bad_record_is_named_and_the_good_ones_survive(
     tmp_path, tokenizer_path, tokenizer, capsys, record_property, kind
 ):
     folder, out = lay_out(kind, VERBS[kind], tmp_path / "in"), tmp_path / "out"
@@ -279,7 +258,7 @@ def test_strict_stops_at_the_first_bad_record_in_one_line_that_names_it(tmp_path
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", VERBS)
-def test_each_file_alone_is_read_or_refused_in_one_line_and_strict_stops_at_it(
+def test_each_file_alone_is_read_or_refused_and_strict_stops_at_it(
     tmp_path, tokenizer_path, tokenizer, capsys, record_property, kind
 ):
     for case in VERBS[kind]:
@@ -313,7 +292,8 @@ def test_a_tokenizer_learns_from_the_good_records_and_its_report_names_the_bad_o
     (corpus / "zz-story.txt").write_bytes(STORY.read_bytes())
     out = tmp_path / "out"
     assert cli.main(["tokenizer", "--corpus", str(corpus), "--output_dir", str(out), "--vocab_size", "600"]) == 0
-    assert "Traceback" not in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"skipped {corpus / 'array.jsonl'}:2: expected a JSON object" in said and "Traceback" not in said
     report = json.loads((out / "bpe_tokenizer.json").read_bytes())
     expected = [
         (f"{corpus / name}:{line}" if line else str(corpus / name), reason)
@@ -332,19 +312,9 @@ def test_a_tokenizer_learns_from_the_good_records_and_its_report_names_the_bad_o
 SUMMED = parquet(pa.table({"id": list(range(40)), "text": MANY}), row_group_size=10, write_page_checksum=True)
 
 
-def test_a_flipped_byte_of_a_parquet_file_gives_no_traceback_and_no_text_that_was_not_there(tmp_path, record_property):
-    flip_and_read(tmp_path, range(0, len(SUMMED), 11), record_property)
-
-
-@pytest.mark.slow
-def test_every_flipped_byte_of_a_parquet_file_gives_no_traceback_and_no_text_that_was_not_there(
-    tmp_path, record_property
-):
-    flip_and_read(tmp_path, range(len(SUMMED)), record_property)
-
-
-def flip_and_read(tmp_path, places, record_property):
-    path, found, silent = tmp_path / "a.parquet", 0, 0
+@pytest.mark.parametrize("every", [11, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_flipped_byte_of_a_parquet_file_gives_no_text_that_was_not_there(tmp_path, record_property, every):
+    path, places, found, silent = tmp_path / "a.parquet", range(0, len(SUMMED), every), 0, 0
     for place in places:
         path.write_bytes(with_bytes(SUMMED, place, bytes([SUMMED[place] ^ 1 << place % 8])))
         bad = []

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import distributed
-from torch.distributed.device_mesh import init_device_mesh
 
 from nanollm.config import load_preset
 from nanollm.data.batches import Batch
@@ -19,7 +18,7 @@ from nanollm.train.optim import OptimConfig
 from nanollm.train.state import TrainState
 from nanollm.train.step import train_step
 from nanollm.world import World
-from tests.ranks.test_training import EMBED
+from tests.ranks.test_training import EMBED, on_mesh
 
 pytestmark = [
     pytest.mark.gpu,
@@ -29,6 +28,7 @@ pytestmark = [
 CUDA = torch.device("cuda", 0)
 SHAPE = ModelConfig(**load_preset("model", "nano-1m"))
 OPTIM = OptimConfig(lr=1e-2, warmup_steps=0)
+ONE_RANK = {"ddp": (1, 1), "fsdp": (1,)}
 ALONE = World(device=CUDA, dtype=torch.bfloat16)
 
 
@@ -38,13 +38,6 @@ def one_rank() -> Iterator[World]:
     distributed.init_process_group("cpu:gloo,cuda:nccl", store=store, rank=0, world_size=1, device_id=CUDA)
     yield dataclasses.replace(ALONE, saving=distributed.new_group(backend="gloo"))
     distributed.destroy_process_group()
-
-
-def with_mesh(world: World, parallel: str) -> World:
-    shape = {"ddp": (1, 1), "fsdp": (1,)}[parallel]
-    return dataclasses.replace(
-        world, mesh=init_device_mesh("cuda", shape, mesh_dim_names=("copy", "part")[-len(shape) :])
-    )
 
 
 def begin(world: World, compile: str = "off") -> TrainState:
@@ -67,7 +60,7 @@ def steps(state: TrainState, world: World, count: int) -> list[float]:
 @pytest.mark.parametrize("compile", ["off", "on"])
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_a_sharded_model_trains_as_a_whole_one(one_rank, parallel, compile):
-    alone, world = begin(ALONE), with_mesh(one_rank, parallel)
+    alone, world = begin(ALONE), on_mesh(one_rank, ONE_RANK[parallel])
     expected, state = steps(alone, ALONE, 8), begin(world, compile)
     torch.testing.assert_close(torch.tensor(steps(state, world, 8)), torch.tensor(expected), atol=0.02, rtol=0)
     seen = state.whole_model()
@@ -77,7 +70,7 @@ def test_a_sharded_model_trains_as_a_whole_one(one_rank, parallel, compile):
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_what_is_saved_beside_training_is_the_state_of_its_moment(one_rank, parallel, tmp_path):
-    world = with_mesh(one_rank, parallel)
+    world = on_mesh(one_rank, ONE_RANK[parallel])
     state = begin(world)
     steps(state, world, 3)
     before = {name: tensor.clone() for name, tensor in state.bundle_weights().items()}

@@ -16,28 +16,12 @@ from tests.stages.conftest import MODEL
 pytestmark = pytest.mark.dist
 
 SHORT = [
-    "--train.steps",
-    "3",
-    "--train.log_every",
-    "1",
-    "--train.save_every",
-    "2",
-    "--dtype",
-    "float32",
-    "--device",
-    "cpu",
+    *("--train.steps", "3", "--train.log_every", "1", "--train.save_every", "2"),
+    *("--dtype", "float32", "--device", "cpu"),
 ]
 GRPO = [
-    "--task.name",
-    "words",
-    "--task.largest",
-    "5",
-    "--rollout.prompts",
-    "3",
-    "--rollout.group_size",
-    "3",
-    "--rollout.max_tokens",
-    "8",
+    *("--task.name", "words", "--task.largest", "5"),
+    *("--rollout.prompts", "3", "--rollout.group_size", "3", "--rollout.max_tokens", "8"),
 ]
 
 

@@ -55,10 +55,12 @@ def steps(state: TrainState, world: World, count: int, **options: bool) -> list[
 
 def with_mesh(world: World, parallel: str) -> World:
     """The same ranks, holding the model in another way."""
-    shape = (MESHES | MESHES_OF_FOUR)[parallel]
-    return dataclasses.replace(
-        world, mesh=init_device_mesh("cpu", shape, mesh_dim_names=("copy", "part")[-len(shape) :])
-    )
+    return on_mesh(world, (MESHES | MESHES_OF_FOUR)[parallel])
+
+
+def on_mesh(world: World, shape: tuple[int, ...]) -> World:
+    names = ("copy", "part")[-len(shape) :]
+    return dataclasses.replace(world, mesh=init_device_mesh(world.device.type, shape, mesh_dim_names=names))
 
 
 def train_in_all_ways(world, folder):

@@ -55,20 +55,10 @@ def reply_to(bundle, *questions, **settings):
     return "".join(pieces)
 
 
-def test_a_question_in_a_pipe_gives_the_reply_and_nothing_else(piped, bundle):
-    code, out, err = piped(b"Who?\n", *ENDLESS)
-    assert (code, out, err) == (0, reply_to(bundle, "Who?") + "\n", "")
-
-
 def test_the_lines_of_a_pipe_are_one_conversation(piped, bundle):
-    _, out, _ = piped(b"\xef\xbb\xbfWho?\r\n\n  \nWhy?", *ENDLESS)
-    assert out == reply_to(bundle, "Who?") + "\n" + reply_to(bundle, "Who?", "Why?") + "\n"
-
-
-def test_a_line_of_a_pipe_is_never_a_command(piped):
-    code, out, err = piped(b"/exit\n", *ENDLESS)
+    code, out, err = piped(b"\xef\xbb\xbfWho?\r\n\n  \n/exit", *ENDLESS)  # never a command
+    assert out == reply_to(bundle, "Who?") + "\n" + reply_to(bundle, "Who?", "/exit") + "\n"
     assert (code, err) == (0, "")
-    assert len(out) > 1
 
 
 @pytest.mark.parametrize(
@@ -87,11 +77,6 @@ def test_a_mistake_in_a_pipe_is_one_line_and_exit_code_2(piped, stdin, words, me
     assert (code, out) == (2, "")
     assert err.startswith("nanollm chat: ") and err.count("\n") == 1
     assert message in err
-
-
-def test_a_folder_that_is_no_bundle_is_a_mistake_in_one_line(capsys):
-    assert cli.main(["chat", "nowhere"]) == 2
-    assert capsys.readouterr().err.startswith("nanollm chat: nowhere is not a bundle (no such folder)")
 
 
 # Commands
@@ -126,31 +111,21 @@ def test_a_message_is_replied_to_on_stdout_and_figures_go_to_stderr(type_lines):
     assert "3 tokens, " in err and " tokens/s, first after " in err and "cut at max_tokens" in err
 
 
-def test_a_backslash_at_the_end_continues_the_message(type_lines):
-    talk, *_ = type_lines("one\\", "two\\", " three ")
-    assert talk.messages[0].content == "one\ntwo\n three"
-
-
-def test_a_space_lets_a_message_begin_with_a_slash(type_lines):
-    talk, *_ = type_lines(" /usr is")
-    assert talk.messages[0].content == "/usr is"
-
-
-def test_exit_leaves_and_nothing_after_it_is_read(type_lines):
-    talk, out, _ = type_lines("/exit", "Who?")
-    assert (talk.messages, out) == ([], "")
-
-
-def test_ctrl_c_at_the_prompt_does_not_leave(type_lines):
-    talk, _, err = type_lines(KeyboardInterrupt(), "Who?")
-    assert "Ctrl-D or /exit leaves" in err
-    assert len(talk.messages) == 2
-
-
-def test_reset_forgets_the_conversation(type_lines):
-    talk, _, err = type_lines("Who?", "/reset")
-    assert (talk.messages, talk.replies) == ([], 0)
-    assert "the conversation is forgotten" in err
+@pytest.mark.parametrize(
+    ("lines", "questions", "said"),
+    [
+        (["one\\", "two\\", " three "], ["one\ntwo\n three"], ""),
+        ([" /usr is"], ["/usr is"], ""),  # a space before it
+        (["/exit", "Who?"], [], ""),
+        ([KeyboardInterrupt(), "Who?"], ["Who?"], "Ctrl-D or /exit leaves"),
+        (["Who?", "/reset"], [], "the conversation is forgotten"),
+        (["Who?", "/save none/talk.jsonl"], ["Who?"], "talk.jsonl cannot be written (No such file or directory)"),
+    ],
+)
+def test_what_is_typed_becomes_messages_and_commands(type_lines, lines, questions, said):
+    talk, _, err = type_lines(*lines)
+    assert [message.content for message in talk.messages[::2]] == questions
+    assert said in err
 
 
 def test_the_system_message_is_shown_and_set(type_lines):
@@ -217,11 +192,6 @@ def test_a_mistake_is_one_line_and_the_conversation_goes_on(type_lines, line, me
     talk, _, err = type_lines(line, "Who?")
     assert err.startswith(message) or message in err.splitlines()[0]
     assert len(talk.messages) == 2
-
-
-def test_a_file_that_cannot_be_written_is_a_mistake_in_one_line(type_lines, tmp_path):
-    _, _, err = type_lines("Who?", f"/save {tmp_path}/none/talk.jsonl")
-    assert "talk.jsonl cannot be written (No such file or directory); choose another name\n" in err
 
 
 # A terminal

@@ -7,7 +7,6 @@ import shutil
 
 import pytest
 
-from nanollm.config import load_preset
 from nanollm.sources import builtin
 from nanollm.stages import demo, preprocess
 
@@ -60,12 +59,3 @@ def test_another_demo_does_not_pass_for_this_one(short_corpus, tmp_path):
     shutil.rmtree(c.out / "pretrain")
     demo.run(c)  # what is gone is made again
     assert (c.out / "pretrain" / "bundle").is_dir()
-
-
-def test_a_demo_of_no_steps_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
-        demo.Config(out=tmp_path, steps=0)
-
-
-def test_the_demos_model_is_a_shipped_preset():
-    assert load_preset("model", demo.Config().model)

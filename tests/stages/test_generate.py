@@ -77,11 +77,6 @@ def continued(loaded, seed, stops=()):
     return completion
 
 
-def test_plain_output_is_prompt_and_text(bundle):
-    text = run(Config(bundle=bundle, prompt=["The"], max_tokens=3, dtype="float32"))
-    assert text.startswith("The")
-
-
 def test_a_line_of_dashes_stands_between_continuations(bundle):
     one, other = run(Config(bundle=bundle, prompt=["The", "Once"], max_tokens=3, dtype="float32")).split(
         f"\n{BETWEEN}\n"

@@ -1,3 +1,5 @@
+"""Text of any source becomes the same token files, however often the job is stopped and by however many."""
+
 import gzip
 import json
 import os
@@ -19,15 +21,7 @@ from nanollm.data.shards import Shards, ShardWriter
 from nanollm.sources.gsm8k import extract_answer
 from nanollm.sources.word_problems import WordProblems
 from nanollm.stages.preprocess import Config, WordsConfig, run
-
-STORY = Path(__file__).parents[1] / "story.txt"
-
-
-@pytest.fixture(scope="session")
-def tokenizer_path(tokenizer, tmp_path_factory):
-    path = tmp_path_factory.mktemp("preprocess") / "story.model"
-    tokenizer.save(path)
-    return path
+from tests.conftest import STORY
 
 
 @pytest.fixture(scope="session")
@@ -70,16 +64,6 @@ def test_a_folder_of_text_becomes_token_files_and_a_few_lines_say_what(tmp_path,
         ("part-2.jsonl", 1),
         ("part-3.jsonl", 1000),
     ]
-
-
-def test_val_may_come_from_files_of_its_own(tmp_path, tokenizer_path, tokenizer):
-    for name in ("train", "val"):
-        (tmp_path / f"{name}.txt").write_text(f"This is for {name}.")
-    out = tmp_path / "out"
-    inputs = {"input": [tmp_path / "train.txt"], "val_input": [tmp_path / "val.txt"]}
-    run(Config(kind="text", tokenizer_path=tokenizer_path, save_dir=out, **inputs))
-    for name in ("train", "val"):
-        assert [tokenizer.decode(ids) for ids, _ in documents_of(out, name)] == [f"This is for {name}."]
 
 
 @pytest.mark.parametrize(("documents", "advice"), [(2, "--val_input FILE"), (120, "a larger --val_fraction, or with")])
@@ -137,7 +121,7 @@ def test_one_text_without_borders_is_cut_where_it_can_be_and_nothing_is_lost(tmp
     assert not val or len(val[0]) == pytest.approx(len(text) / 10, rel=0.6)
 
 
-def test_one_text_in_many_pieces_with_a_broken_one_comes_out_the_same_for_any_workers_kills_and_parts(
+def test_one_text_in_many_pieces_comes_out_the_same_for_any_workers_kills_and_parts(
     tmp_path, tokenizer_path, tokenizer, monkeypatch
 ):
     """A large .txt is read in pieces; a piece that is not UTF-8 is one bad record, not two."""
@@ -281,9 +265,11 @@ def test_every_gsm8k_answer_survives_exactly(tmp_path, shared_data, tokenizer_pa
 # Killed.
 
 
-def start(articles, tokenizer_path, out, workers):
-    options = {"input": articles, "tokenizer_path": tokenizer_path, "save_dir": out, "num_workers": workers}
-    options |= {"flush_every": 3_000, "shard_tokens": 50_000, "max_tokens_train": 500_000}
+LIMITS = {"shard_tokens": 50_000, "max_tokens_train": 500_000}
+
+
+def start(articles, tokenizer_path, out, **options):
+    options |= {"input": articles, "tokenizer_path": tokenizer_path, "save_dir": out, "flush_every": 3_000}
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     return subprocess.Popen([sys.executable, "-m", "nanollm", "preprocess", "text", *words], stderr=subprocess.PIPE)
 
@@ -302,10 +288,6 @@ def wait_until(happened, process):
     assert process.poll() in (None, 0), process.communicate()[1].decode()
 
 
-def wait_for_change(path, before, process):
-    wait_until(lambda: bytes_of(path) != before, process)
-
-
 def bytes_of(path):
     try:
         return path.read_bytes()
@@ -316,17 +298,18 @@ def bytes_of(path):
 @pytest.mark.parametrize("kills", [3, pytest.param(15, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_it_ends_in_the_same_bytes(tmp_path, articles, tokenizer_path, kills):
     """With two workers; with one: faults/test_kills.py."""
-    workers = 2
-    finish(start(articles, tokenizer_path, tmp_path / "whole", 1))
+    finish(start(articles, tokenizer_path, tmp_path / "whole", **LIMITS))
     out = tmp_path / "killed"
     progress = out / "progress.json"
-    rng, struck, started = random.Random(workers), 0, 0
+    rng, struck, started = random.Random(2), 0, 0
     while struck < kills:
         started += 1
         assert started < 10 * kills, f"only {struck} kills struck"
         before = bytes_of(progress)
-        process = start(articles, tokenizer_path, out, workers)
-        wait_for_change(progress, before, process)  # it is past its start, and has done new work
+        process = start(articles, tokenizer_path, out, num_workers=2, **LIMITS)
+        wait_until(
+            lambda seen=before: bytes_of(progress) != seen, process
+        )  # it is past its start, and has done new work
         time.sleep(rng.uniform(0, 0.2))
         if process.poll() is None:
             struck += 1
@@ -338,13 +321,13 @@ def test_killed_at_random_moments_it_ends_in_the_same_bytes(tmp_path, articles, 
             assert content(out) == content(tmp_path / "whole")
             for path in out.iterdir():
                 path.unlink()
-    finish(start(articles, tokenizer_path, out, workers))
+    finish(start(articles, tokenizer_path, out, num_workers=2, **LIMITS))
     assert content(out) == content(tmp_path / "whole")
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="there is no SIGKILL on Windows")
 def test_workers_end_with_their_parent(tmp_path, articles, tokenizer_path):
-    process = start(articles, tokenizer_path, tmp_path / "out", 2)
+    process = start(articles, tokenizer_path, tmp_path / "out", num_workers=2)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     if not children.exists():
         process.kill()
@@ -383,17 +366,8 @@ def test_memory_stays_flat(tmp_path, tokenizer_path, workers):
         file, out = tmp_path / f"{documents}.jsonl", tmp_path / str(documents)
         with file.open("w", encoding="utf-8") as lines:
             lines.writelines(json.dumps({"text": f"{n} {story}"}) + "\n" for n in range(documents))
-        options = [
-            "--input",
-            file,
-            "--tokenizer_path",
-            tokenizer_path,
-            "--save_dir",
-            out,
-            "--num_workers",
-            str(workers),
-        ]
-        command = [sys.executable, "-c", code, "preprocess", "text", *options]
+        paths = ["--input", file, "--tokenizer_path", tokenizer_path, "--save_dir", out]
+        command = [sys.executable, "-c", code, "preprocess", "text", *paths, "--num_workers", str(workers)]
         output = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout
         peaks.append(int(output.split()[-1]) / 1024)
     assert peaks[1] - peaks[0] < 30, peaks
@@ -407,12 +381,6 @@ def counted(folder):
     return {split: Counter(ids.tobytes() for ids, _ in documents_of(folder, split)) for split in ("train", "val")}
 
 
-def start_part(articles, tokenizer_path, out, part, parts):
-    options = {"input": articles, "tokenizer_path": tokenizer_path, "save_dir": out, "part": part, "parts": parts}
-    words = [word for name, value in (options | {"flush_every": 3_000}).items() for word in (f"--{name}", str(value))]
-    return subprocess.Popen([sys.executable, "-m", "nanollm", "preprocess", "text", *words], stderr=subprocess.PIPE)
-
-
 @pytest.mark.parametrize("parts", [3, 6])  # of 4 files: whole files, and every 6th document
 def test_jobs_at_once_of_which_one_is_killed_prepare_what_one_job_does(tmp_path, articles, tokenizer_path, parts):
     common = {"kind": "text", "tokenizer_path": tokenizer_path, "input": [articles]}
@@ -420,12 +388,12 @@ def test_jobs_at_once_of_which_one_is_killed_prepare_what_one_job_does(tmp_path,
     out = tmp_path / "parts"
     for part in range(2, parts):
         run(Config(**common, save_dir=out, part=part, parts=parts))
-    jobs = [start_part(articles, tokenizer_path, out, part, parts) for part in (0, 1)]
+    jobs = [start(articles, tokenizer_path, out, part=part, parts=parts) for part in (0, 1)]
     wait_until((out / f"part-00001-of-{parts:05d}" / "progress.json").exists, jobs[1])
     jobs[1].kill()
     jobs[1].communicate()
     finish(jobs[0])
-    finish(start_part(articles, tokenizer_path, out, 1, parts))
+    finish(start(articles, tokenizer_path, out, part=1, parts=parts))
     assert counted(out) == counted(tmp_path / "one")
     assert [path.name for path in out.iterdir() if path.is_dir()] == []
     bad = [json.loads(line) for line in (out / "bad_records.jsonl").read_text().splitlines()]
@@ -469,31 +437,6 @@ def test_conversations_are_shared_as_well(tmp_path, tokenizer_path, kind):
 # What the user gets wrong.
 
 
-def test_wrong_combinations_are_refused(tmp_path):
-    common = {"tokenizer_path": tmp_path, "save_dir": tmp_path}
-    for options, complaint in [
-        ({"kind": "chat"}, "chat needs --input"),
-        ({"kind": "text"}, "text needs either --input"),
-        ({"kind": "text", "input": [tmp_path], "dataset_name": "x"}, "text needs either --input"),
-        ({"kind": "owt", "input": [tmp_path], "dataset_name": "x"}, "owt reads --input or --dataset_name, not both"),
-        ({"kind": "gsm8k", "dataset_name": "x"}, "--dataset_name is for owt, sni and text"),
-        ({"kind": "sni", "val_input": [tmp_path]}, "--val_input is for text and chat"),
-        ({"kind": "words", "val_input": [tmp_path]}, "--val_input is for text and chat"),
-        ({"kind": "words", "input": [tmp_path]}, "words are generated: they take --words.count"),
-        ({"kind": "words", "dataset_name": "x"}, "words are generated: they take --words.count"),
-        ({"kind": "gsm8k", "words": WordsConfig(count=3)}, "--words.count and its like are for words"),
-        ({"kind": "owt", "num_workers": 0}, "num_workers must be at least 1, got 0"),
-        ({"kind": "owt", "flush_every": 0}, "flush_every must be at least 1, got 0"),
-        ({"kind": "owt", "parts": 0}, "--parts must be at least 1, got 0"),
-        ({"kind": "owt", "parts": 8}, "--parts 8 needs --part, from 0 to 7"),
-        ({"kind": "owt", "part": 8, "parts": 8}, "--part must be from 0 to --parts - 1 = 7, got 8"),
-        ({"kind": "owt", "part": 1}, "--part 1 needs --parts, the number of jobs"),
-        ({"kind": "owt", "part": 1, "parts": 2, "max_tokens_train": 9}, "no part knows how far the others are"),
-    ]:
-        with pytest.raises(ValueError, match=complaint):
-            Config(**common, **options)
-
-
 def test_missing_and_empty_files_and_folders_that_cannot_be_written_are_reported(tmp_path, tokenizer_path):
     def prepare(file, save_dir=tmp_path / "out"):
         run(Config(kind="text", tokenizer_path=tokenizer_path, save_dir=save_dir, input=[file]))
@@ -508,27 +451,3 @@ def test_missing_and_empty_files_and_folders_that_cannot_be_written_are_reported
         with pytest.raises(OSError, match=rf"cannot write to {re.escape(str(in_the_way))} \(.*\); .* --save_dir"):
             prepare(STORY, save_dir=in_the_way)
     prepare(STORY)  # into the folder where the empty file failed
-
-
-def complaint_of(capfd, tokenizer_path, save_dir):
-    """The one line that this preparation of the story ends with."""
-    capfd.readouterr()
-    paths = ["--input", str(STORY), "--tokenizer_path", str(tokenizer_path), "--save_dir", str(save_dir)]
-    assert cli.main(["preprocess", "text", *paths]) == 2
-    said = capfd.readouterr()
-    assert (said.out, said.err.count("\n")) == ("", 1)
-    return said.err.removeprefix("nanollm preprocess: ").rstrip()
-
-
-def test_a_folder_that_cannot_be_written_is_one_line_with_its_option(tmp_path, tokenizer_path, capfd, monkeypatch):
-    (tmp_path / "file").touch()
-    said = complaint_of(capfd, tokenizer_path, tmp_path / "file" / "out")
-    assert said.startswith(f"cannot write to {tmp_path / 'file' / 'out'} (")
-    assert said.endswith("); choose another --save_dir")
-
-    def forbid(path, *args, **options):
-        raise PermissionError(13, "Permission denied", str(path))
-
-    monkeypatch.setattr(Path, "touch", forbid)
-    said = complaint_of(capfd, tokenizer_path, tmp_path)
-    assert said == f"cannot write to {tmp_path} (Permission denied); choose another --save_dir"

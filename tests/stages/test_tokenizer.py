@@ -1,3 +1,5 @@
+"""A tokenizer is learned from any corpus, measured on text it has not seen, and never overwritten."""
+
 import json
 import subprocess
 import sys
@@ -74,16 +76,6 @@ def test_the_builtin_corpus_needs_no_file(tmp_path, monkeypatch):
     assert report["measured_on"] == "training text"  # one document cannot be held out
 
 
-def test_bad_records_are_counted_named_and_said(corpus, tmp_path, capsys):
-    with corpus.open("a") as file:
-        file.write('\n{"text": 7}\n{"text"')
-    lines = len(corpus.read_text().splitlines())
-    report = report_of(run(config(corpus, tmp_path / "out")))
-    assert report["bad_records"] == 2
-    assert report["first_bad_records"][0] == f"{corpus}:{lines - 1}: text must be text, got int"
-    assert f"skipped {corpus}:{lines}: malformed JSON" in capsys.readouterr().err
-
-
 def test_a_corpus_without_a_usable_record_says_why(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"body": "x"}\n')
     with pytest.raises(
@@ -108,20 +100,6 @@ def test_no_more_is_held_out_than_is_needed(monkeypatch):
     split = HeldOut(0.5, seed=0)
     list(split.training(f"document {n:4}" for n in range(1000)))
     assert 87 <= sum(map(len, split.texts)) <= 100
-
-
-def test_nonsense_is_refused_before_anything_is_read(tmp_path):
-    for changes, words in [
-        ({"corpus": []}, "give either --dataset_name NAME or --corpus FILE_OR_FOLDER..., got neither"),
-        ({"dataset_name": "a/b"}, "got both"),
-        ({"vocab_size": 65_537}, "to 65,536"),
-        ({"vocab_size": 100}, "vocab_size must be from 277"),
-        ({"model_name": "a/b"}, "model_name must be a plain file name"),
-        ({"sample_bytes": 0}, "sample_bytes must be at least 1"),
-        ({"held_out": 1.0}, "held_out must be from 0 to 0.5"),
-    ]:
-        with pytest.raises(ValueError, match=words.replace("(", r"\(")):
-            config("a.txt", tmp_path, **changes)
 
 
 def test_a_folder_that_is_read_only_is_told_before_anything_is_read(corpus, tmp_path, monkeypatch, capsys):
@@ -173,24 +151,9 @@ def test_killed_before_a_file_is_written_the_same_command_trains_it(corpus, tmp_
     assert Tokenizer.load(run(config(corpus, tmp_path / "out"))).vocab_size == 500
 
 
-def test_a_plan_says_what_would_be_read_and_written(corpus, tmp_path):
-    text = plan(config(corpus, tmp_path / "out"))
-    assert "bpe tokenizer of 500 pieces" in text
-    assert "1 files with 0.1 MB" in text
-    assert str(tmp_path / "out" / "bpe_tokenizer.model") in text
-    assert not (tmp_path / "out").exists()
-
-
 def test_the_original_command_line_works(corpus, tmp_path):
     command = [sys.executable, "-m", "nanollm", "tokenizer", "--corpus", str(corpus), str(corpus)]
-    options = [
-        "--output_dir",
-        str(tmp_path),
-        "--model_type",
-        "bpe",
-        "--model_name",
-        "bpe_tokenizer",
-    ]
+    options = ["--output_dir", str(tmp_path), "--model_type", "bpe", "--model_name", "bpe_tokenizer"]
     done = subprocess.run([*command, *options, "--vocab_size", "60000"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert "--vocab_size" in done.stderr.splitlines()[-1]
@@ -206,7 +169,10 @@ def test_the_builtin_corpus_and_files_are_learned_from_together(tmp_path, monkey
     c = Config(
         corpus=["builtin", str(tmp_path / "mine.txt")], output_dir=tmp_path / "out", vocab_size=310, held_out=0.0
     )
-    assert "the built-in corpus and 1 files with 0.0 MB" in plan(c)
+    said = plan(c)
+    assert "bpe tokenizer of 310 pieces" in said and "the built-in corpus and 1 files with 0.0 MB" in said
+    assert str(tmp_path / "out" / "bpe_tokenizer.model") in said
+    assert not (tmp_path / "out").exists()
     learned = Tokenizer.load(run(c))
     assert len(learned.encode("zyzzyva")) <= 3
     assert len(learned.encode(" documentation")) < 12
