@@ -15,12 +15,12 @@ from nanollm.config import SWITCHES, kinds_of
 from tests.test_floor_plan import PACKAGE, Imports, read_imports
 
 LIMITS = {
-    "package, lines of Python": 99999,
-    "package, files": 999,
-    "options of all verbs": 999,
-    "modules behind pretrain": 99,
-    "modules behind rl.grpo": 99,
-    "modules behind serve": 99,
+    "package, lines of Python": 23_720,
+    "package, files": 133,
+    "options of all verbs": 338,
+    "modules behind pretrain": 48,
+    "modules behind rl.grpo": 48,
+    "modules behind serve": 29,
 }
 """What was reached, plus 3 %."""
 
