@@ -80,6 +80,8 @@ def speeds(work: str, seconds: float, count: int, variables: dict[str, str]) -> 
 
 def one_process(work: str, seconds: float, begin: float) -> None:
     """Print the tokens/s of some work from a moment on."""
+    import nanollm  # noqa: F401, before torch: it chooses how threads wait
+
     step = {"generate": decoding, "grpo": rollouts}.get(work, lambda: training(work.removeprefix("train ")))()
     step()
     while time.time() < begin:
