@@ -2,7 +2,7 @@
 
 The command line is the front door (`nanollm --help`). Notebooks find the names they need here, each imported when it
 is first used, so that `import nanollm` costs nothing; every verb is a Config and a run(Config) in `nanollm.stages`. How
-both are used: examples/.
+both are used: examples/. Import it before torch: it chooses how waiting threads behave beside other programs.
 """
 
 import importlib

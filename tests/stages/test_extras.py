@@ -42,8 +42,7 @@ CALLED = [  # the same for what a verb reaches late: an extra, a package of it, 
 LATE = (
     "nanollm.serve.",
     "nanollm.evals.benchmarks",
-    "nanollm.evals.harness",
-    "nanollm.completion",
+    "nanollm.evals.lm_eval",
     "torch.utils.tensor",
 )
 
@@ -53,7 +52,7 @@ def without(monkeypatch):
     """Make a package one that is not installed, also for what has been imported with it."""
 
     def block(package):
-        for name in [name for name in sys.modules if name.startswith(LATE) and name != "nanollm.serve.limits"]:
+        for name in [name for name in sys.modules if name.startswith(LATE)]:
             monkeypatch.delitem(sys.modules, name)
         for name in [name for name in sys.modules if name.startswith(f"{package}.")]:
             monkeypatch.delitem(sys.modules, name)
