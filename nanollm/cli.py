@@ -1,4 +1,4 @@
-"""Which verb did the user type, and what do they learn when something goes wrong?
+"""The command line: finds a verb's stage, runs it, and turns what goes wrong into one line and an exit code.
 
 A verb is a module of `nanollm.stages`, imported only when it is asked for. stdout carries the result and nothing else.
 Exit codes: 0 done, 2 the user's mistake (one line on stderr), 1 a fault of ours (a traceback), another process that
@@ -13,7 +13,6 @@ import sys
 import traceback
 from collections.abc import Sequence
 from importlib.util import find_spec
-from types import ModuleType
 
 from nanollm import __version__
 from nanollm.extras import missing_package
@@ -102,23 +101,14 @@ def dispatch(arguments: list[str]) -> object:
         return version()
     if arguments[0] == "--completion":
         return completion(arguments[1:])
-    verb, *rest = arguments
+    verb, *words = arguments
     if verb not in all_verbs():
         raise ValueError(f"unknown verb {verb!r}; {suggestion(verb)}")
-    return run_stage(verb, importlib.import_module(module_of(verb)), rest)
-
-
-def module_of(verb: str) -> str:
-    """The name of a verb's module: one that Python keeps for itself, such as import, has a _ behind it."""
-    return f"nanollm.stages.{verb}{'_' * keyword.iskeyword(verb)}"
-
-
-def run_stage(verb: str, stage: ModuleType, arguments: list[str]) -> object:
-    """Run a stage with these arguments: the command line wins over --config, which wins over the defaults."""
     from nanollm.config import parse_options  # late: `nanollm --help` must not wait for jsonargparse
 
+    stage = importlib.import_module(module_of(verb))
     try:
-        config, is_dry_run = parse_options(verb, stage, arguments)
+        config, is_dry_run = parse_options(verb, stage, words)
     except SystemExit as stop:
         if stop.code:
             raise
@@ -127,6 +117,11 @@ def run_stage(verb: str, stage: ModuleType, arguments: list[str]) -> object:
         what = "--dry_run" if is_dry_run else f"nanollm {verb}"
         raise ValueError(f"{what} works in one process, got {processes()} from torchrun; run it without torchrun")
     return stage.plan(config) if is_dry_run else stage.run(config)
+
+
+def module_of(verb: str) -> str:
+    """The name of a verb's module: one that Python keeps for itself, such as import, has a _ behind it."""
+    return f"nanollm.stages.{verb}{'_' * keyword.iskeyword(verb)}"
 
 
 def all_verbs() -> list[str]:

@@ -1,6 +1,6 @@
-"""How does a file or folder appear all at once, or not at all, whenever the power goes?
+"""Writes files and folders atomically: after a crash a reader finds the old state or the new one, never half.
 
-Write beside the target, fsync, rename, fsync the folder: a reader sees the old state or the new one, never half.
+Write beside the target, fsync, rename, fsync the folder.
 """
 
 import errno

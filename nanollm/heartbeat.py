@@ -1,10 +1,9 @@
-"""Is every process of this job there, at its beginning and from then on, and what happens to the others when not?
+"""Detects hosts that are cut off or hang: a rank that misses another's heartbeat for too long ends with a message.
 
-A process that ends is noticed at once: torchrun sees it, and its connections break. A host that is cut off or stands
-still is not: the others would wait for it in a collective operation, silently, for as long as its time limit. So every
-process writes a beat into the job's store; the first one listens to all, the others listen to the first one, and who
-hears nothing for SILENCE_S says so and ends its process. Collectives themselves then need no time limit, and one rank
-may take its time.
+A process that ends is noticed at once: torchrun sees it, and its connections break. A host that hangs is not: the
+others would wait for it in a collective for as long as its timeout. So every rank writes a heartbeat to the job's
+store. Rank 0 watches all others, the others watch rank 0, and a rank that sees none for SILENCE_S says so and ends its
+process. Collectives themselves then need no timeout, and a rank may be slow.
 """
 
 import os

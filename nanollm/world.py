@@ -1,4 +1,4 @@
-"""Which process is this among all of them, on which device, computing in which type, holding which part of the model?
+"""Ranks, device, compute type and device mesh of this process, and the collectives over them.
 
 Ranks and devices are a value that is passed down; nothing below asks the environment. The work is done by PyTorch:
 torchrun starts the processes, gloo and NCCL carry their messages, FSDP2 (`fully_shard`) keeps the model in parts. How

@@ -153,6 +153,7 @@ class Links(HTMLParser):
                 self.linked.append(value)
 
 
+@pytest.mark.long
 def test_the_site_is_whole_and_loads_nothing_from_elsewhere(site):
     html = {file: Links(file.read_text(encoding="utf-8")) for file in site.rglob("*.html") if file.name != "404.html"}
     assert [each for links in html.values() for each in links.loaded if "://" in each] == []

@@ -39,6 +39,7 @@ def test_every_picture_is_shown_and_every_chart_is_drawn_by_the_script(draw):
     assert {name for name in names if f"figures/{name}.svg" not in text} == set()
 
 
+@pytest.mark.long
 def test_a_chart_drawn_again_is_the_committed_one(draw, capsys):
     if f"Matplotlib v{draw.mpl.__version__}," not in (FIGURES / "trade.svg").read_text(encoding="utf-8"):
         pytest.skip(f"drawn by another version than matplotlib {draw.mpl.__version__}")

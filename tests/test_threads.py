@@ -11,7 +11,7 @@ import pytest
 from nanollm import threads
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="libgomp and /proc are Linux's")
-SAYS = "import os, nanollm, torch; print(os.environ.get('OMP_WAIT_POLICY'), os.environ.get('GOMP_SPINCOUNT'))"
+SAYS = "import os, nanollm; print(os.environ.get('OMP_WAIT_POLICY'), os.environ.get('GOMP_SPINCOUNT'))"
 
 
 @LINUX

@@ -1,4 +1,4 @@
-"""How does a C++ file of ours become functions that Python can call?
+"""Compiles a C++ file of this folder on first use and binds its functions to Python.
 
 It is compiled on this machine, for its processor, when it is needed for the first time (some seconds), and kept under a
 name made of the source, the options and everything the compiler knows about the processor. PyTorch's copy of the OpenMP

@@ -1,4 +1,4 @@
-"""What does each token take from the tokens before it, when keys and values are kept as one small latent?
+"""Multi-Head Latent Attention: causal attention whose keys and values are kept as one small latent per token.
 
 Multi-Head Latent Attention, DeepSeek-V3 report, arXiv:2412.19437, section 2.1.1; the absorbed form follows
 arXiv:2405.04434, section 2.1.2: W_uk moves into the query, W_uv behind the attention, and the latent itself is key

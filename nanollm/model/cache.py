@@ -1,4 +1,4 @@
-"""What must be remembered of the tokens already seen?
+"""The KV cache of latent attention: what is kept of the tokens already seen.
 
 Per token and block: the normalised key-value latent and the rotated shared key, nothing else.
 Source: DeepSeek-V2 report, arXiv:2405.04434, section 2.1.2.

@@ -1,4 +1,4 @@
-"""What shape is the model, and what does that shape cost?
+"""The model's shape, and the parameters and arithmetic that follow from it.
 
 Source: DeepSeek-V3 report, arXiv:2412.19437, section 2.1, for the attention and the experts; Llama 4 for one
 Mixture of Experts in every fourth block.

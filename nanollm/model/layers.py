@@ -1,4 +1,4 @@
-"""Which small parts does every block share?  RMSNorm, rotary positions, SwiGLU.
+"""The small layers that all blocks share: RMSNorm, rotary positions, SwiGLU.
 
 Sources: RMSNorm arXiv:1910.07467; rotary positions arXiv:2104.09864; SwiGLU arXiv:2002.05202.
 Letters: B rows, T tokens, D model width, F hidden width, R rotary width.

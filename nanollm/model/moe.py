@@ -1,4 +1,4 @@
-"""Which experts see which tokens, and how much each answer weighs?
+"""Mixture of Experts: the router, the routed and shared experts, and their balancing.
 
 Sources: DeepSeek-V3 report, arXiv:2412.19437, section 2.1.2; balancing by bias, arXiv:2408.15664.
 Letters: B rows, T tokens, N = B*T tokens flattened, D model width, F expert width, E experts, K experts per token.

@@ -1,4 +1,4 @@
-"""How do token ids become logits?
+"""The Transformer: token ids to logits.
 
 Letters: B rows, T tokens, D model width, V vocabulary.
 """

@@ -1,4 +1,4 @@
-"""What is a reply worth?
+"""Rewards: what a reply is worth.
 
 Rewards are composed by name, each with a weight. Our own are pure and quick; yours come by import path and run in a
 process of their own, so that one that raises, returns nonsense or never returns costs its reply the part and nothing

@@ -1,4 +1,4 @@
-"""What does the model answer when it is asked a problem several times?
+"""Rollouts: groups of replies to problems, sampled from the policy, and their metrics.
 
 All prompts of a step are sampled together by the engine that users talk to, with the very weights that are trained. A
 model that outgrows one device can be sampled by a vLLM server instead: rl/vllm.py.

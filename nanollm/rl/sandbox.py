@@ -1,4 +1,4 @@
-"""How is a stranger's function asked without trusting it to answer?
+"""Calls a foreign function in a process of its own, with a time limit.
 
 It runs in a process of its own, which is ended when it takes too long and replaced (pebble does both).
 Nothing here imports torch: the other process starts in a fraction of a second.

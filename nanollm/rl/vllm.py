@@ -1,4 +1,4 @@
-"""How does a vLLM server draw the replies that a trainer learns from?
+"""Rollouts from a vLLM server that is given the policy's weights before each step.
 
 The trainer writes its weights as `nanollm export --format deepseek-v3` does, into the folder from which the server was
 started, and has the server read them again. No code of ours runs there; the two share nothing but the folder and HTTP.

@@ -1,4 +1,4 @@
-"""How does a run survive a kill at any byte, and go on as if nothing had happened?
+"""Checkpoints that survive a kill at any byte and resume to the same bits.
 
 A checkpoint is a folder `step-00000120` with the float32 masters and buffers, what the optimizers remember (as
 `parameter name:kind`), and the counters with the sha256 of every other file (state.json). It appears in one moment or

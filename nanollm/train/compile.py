@@ -1,4 +1,4 @@
-"""What makes a model train fast or in less memory, and is applied to it from outside?
+"""Speed and memory options applied to a model from outside: torch.compile, recomputation, attention kernels.
 
 None of it changes what is computed, only the rounding where operations are fused.
 """

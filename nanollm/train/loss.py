@@ -1,4 +1,4 @@
-"""How wrong is the model about the next token?
+"""Next-token cross-entropy and token log-probabilities, in chunks, without ever holding all logits.
 
 A loss is a pair (sum, count): it is divided once, by the count over all micro-batches and ranks.
 The logits of all tokens never exist. Those of a chunk of rows are made and become the gradients of hidden and head at

@@ -1,4 +1,4 @@
-"""How much memory does a training step take?
+"""Estimates the memory of a training step.
 
 Counted from the shapes: weights, gradients, what the optimizers remember, what the forward pass keeps for the backward
 pass, and the logits of a chunk. A test holds the kept part to what autograd really keeps, and benchmarks/memory.py the

@@ -1,4 +1,4 @@
-"""What happened in a run, step by step?
+"""The metrics of a run: metrics.jsonl and optional trackers.
 
 `metrics.jsonl` is always written: one JSON object per line, flushed, cut back on resume to the step it resumes from.
 Trackers are optional and only ever receive the same numbers.

@@ -1,4 +1,4 @@
-"""How do gradients move the weights, and how fast at which step?
+"""AdamW, Muon and the learning-rate schedules.
 
 Sources: AdamW arXiv:1711.05101; Muon https://kellerjordan.github.io/posts/muon/, scaled to AdamW's step size as in
 arXiv:2502.16982; warm-up-stable-decay arXiv:2404.06395; linear decay to zero arXiv:2502.15938.

@@ -1,4 +1,4 @@
-"""Which part of a tensor does this process hold, and how do parts and wholes become each other?
+"""Helpers for tensors that may be DTensors: local part, full tensor, and back.
 
 A tensor that is cut over several processes is a DTensor (torch.distributed.tensor); any other is whole. What makes
 DTensors is imported late: half a second that one process need not wait for.

@@ -1,4 +1,4 @@
-"""What changes while a model is trained?
+"""Training state: model, float32 masters, optimizers and step.
 
 The model computes in its compute type; the float32 masters are what the optimizers move and what is saved.
 

@@ -1,4 +1,4 @@
-"""What happens in one optimizer step?
+"""One optimizer step.
 
 Micro-batches, one denominator, backward, clipping, the update, the routers' balance. A loss or gradient that is not
 finite never reaches the weights, nor does that of a loss far above those before. All ranks decide alike, by numbers

@@ -19,17 +19,17 @@ KEPT = ("loss", "grad_norm", "val_loss", "reward", "val_accuracy")
 
 
 @pytest.mark.parametrize("verb", TRAINING)
-def test_three_runs_give_the_same_bits_and_the_losses_of_the_repository(
+def test_two_runs_give_the_same_bits_and_the_losses_of_the_repository(
     job_of, children, tmp_path, record_property, verb
 ):
     job, outcomes = job_of(verb, *STEPS), []
-    for number in range(3):
+    for number in range(2):
         child = children.start(job.words, tmp_path / f"{number}.log")
         assert child.wait() == 0, child.said
         outcomes.append(job.outcome())
         lines = [{name: line[name] for name in ("step", *KEPT) if name in line} for line in read_metrics(job.out)]
         job.remove()
-    assert outcomes[0] == outcomes[1] == outcomes[2]
+    assert outcomes[0] == outcomes[1]
     if "NANOLLM_WRITE_GOLDEN" in os.environ:
         (GOLDEN / f"{verb}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     golden = [json.loads(line) for line in (GOLDEN / f"{verb}.jsonl").read_text().splitlines()]
@@ -40,5 +40,5 @@ def test_three_runs_give_the_same_bits_and_the_losses_of_the_repository(
         for name in kept
     )
     assert difference <= 1e-4
-    told = f"{verb}: 3 of 3 runs the same bits; 20 golden losses, largest difference {difference:.1e}"
+    told = f"{verb}: 2 of 2 runs the same bits; 20 golden losses, largest difference {difference:.1e}"
     record_property("figure", told)

@@ -41,7 +41,9 @@ def strike(shot, faults):
     return struck, harmless
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize(
+    "verb", [pytest.param(verb, marks=pytest.mark.long if verb in ("sft", "grpo") else []) for verb in VERBS]
+)
 def test_from_a_disk_that_fails_a_job_recovers(shot_of, verb):
     shot = shot_of(verb, *short(verb))
     strike(shot, zip(range(0, shot.moments, 53), cycle(REASON), strict=False))

@@ -123,8 +123,9 @@ def test_killed_at_each_change_of_a_file_a_job_ends_with_the_same_bits(shot_of, 
 @pytest.mark.parametrize(
     ("verb", "fault", "code"),
     [
-        *((verb, Fault.ASK_BY_SIGTERM, 143) for verb in TRAINING),
+        ("pretrain", Fault.ASK_BY_SIGTERM, 143),
         ("pretrain", Fault.ASK_BY_SIGINT, 130),
+        *(pytest.param(verb, Fault.ASK_BY_SIGTERM, 143, marks=pytest.mark.long) for verb in TRAINING[1:]),
         *(pytest.param(verb, Fault.ASK_BY_SIGINT, 130, marks=pytest.mark.slow) for verb in TRAINING[1:]),
     ],
 )

@@ -109,7 +109,7 @@ def test_of_a_run_that_meets_nothing_finite_the_weights_stay_and_its_batches_are
         calls += 1
         return poisoned(model, batch, of_loss=1.0 if calls <= 2 * 5 else math.nan)  # of two micro-batches a step
 
-    job = job_of("pretrain", "--train.steps", 60)
+    job = job_of("pretrain", "--train.steps", 20)
     with monkeypatch.context() as patch:
         patch.setattr(pretrain, "next_token_loss", spoiled)
         assert main(job.words) == 2

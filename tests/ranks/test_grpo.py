@@ -12,6 +12,8 @@ from tests.ranks.test_training import MESHES, with_mesh
 from tests.ranks.together import together
 from tests.rl.conftest import learner_of
 
+pytestmark = pytest.mark.long
+
 OBJECTIVES = {
     "plain": ObjectiveConfig(),
     "twice": ObjectiveConfig(updates=2, aggregation="sequence_mean", advantage="batch_std"),
@@ -41,7 +43,6 @@ def both(tokenizer, tmp_path_factory):
     return folder, alone, together(2, learn_in_all_ways, tokenizer, folder, dtype="float32")
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("parallel", MESHES)
 def test_grpo_on_two_ranks_is_grpo_on_one(both, parallel, objective):

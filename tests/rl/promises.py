@@ -182,7 +182,7 @@ def engine_and_trainer_agree(make_learner) -> None:
 
 def replies_are_drawn_from_the_trained_distribution(make_learner) -> None:
     """First tokens of many replies to one problem against the probabilities that training would give them."""
-    n = 3000
+    n = 1000
     c = RolloutConfig(prompts=1, group_size=n, max_tokens=1, temperature=TEMPERATURE)
     learner = make_learner(rollout=c)
     model, problem = learner.state.model, learner.collector.problems[0]

@@ -17,7 +17,7 @@ schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not i
 
 requests = pytest.importorskip("requests", reason="schemathesis brings it: pip install schemathesis")
 
-CASES = int(os.environ.get("NANOLLM_FUZZ_CASES", "500"))
+CASES = int(os.environ.get("NANOLLM_FUZZ_CASES", "60"))
 CHATS = 0.35  # of all cases: they take longer to make up than plain texts
 
 

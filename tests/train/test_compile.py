@@ -66,6 +66,7 @@ def check_that_compiled_equals_eager(rng: torch.Generator) -> None:
     assert graphs == 7, "one of a dense block, six around the experts of a sparse one, however many blocks there are"
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("default")  # of torch's own compiler
 @pytest.mark.usefixtures("compiling")
 def test_a_compiled_model_equals_an_eager_one_and_blocks_of_a_kind_are_compiled_once(rng, monkeypatch):
