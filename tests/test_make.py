@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from nanollm.kernels import attention
+
 ROOT = Path(__file__).parent.parent
 FREE = shutil.disk_usage(ROOT)
 
@@ -306,8 +308,11 @@ def test_without_a_compiler_and_on_one_core_it_goes_on_and_says_what_is_slower(c
         assert code == 0, err
         said += err
     why = "no C++ compiler was found (on Debian and Ubuntu: sudo apt install g++)"
-    for slower in ("words are counted slowly", "takes several times as long", "several times slower"):
-        assert f"{slower}: {why}" in said
+    slower = ["words are counted slowly", "several times slower"]
+    if attention.is_slow_without():  # PyTorch's own is as fast where the processor has AMX
+        slower.append("takes several times as long")
+    for words in slower:
+        assert f"{words}: {why}" in said
 
 
 CURATE = f"curate --input texts.jsonl --tokenizer_path {TOKENIZER} --save_dir curated --evals.enabled false"
