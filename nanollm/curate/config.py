@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import Literal
 
 from nanollm.config import check_seed
-from nanollm.data.merge import MAX_PARTS
 from nanollm.data.prepare import PrepareConfig
 
-FASTTEXT_MODEL = "https://dl.fbaipublicfiles.com/fasttext/supervised-models/lid.176.bin"
+MAX_TASKS = 99_999  # their folders and lists have five digits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,19 +27,13 @@ class FilterConfig:
     """Drop what has a curly bracket, "lorem ipsum" or fewer than 5 sentences, and take lines of fewer than 3 words and
     about cookies or Javascript out of the others: the one filter that changes documents."""
     language: str | None = None
-    """Keep this language only, such as en; null: all. Needs filters.language_model."""
-    language_model: Path | None = None
-    """A fastText model that tells languages, such as lid.176.bin."""
+    """Keep this language only, such as en; null: all. Needs fastText; its model (126 MB) is downloaded once."""
 
     def __post_init__(self) -> None:
         if self.min_words < 1:
             raise ValueError(f"filters.min_words must be at least 1, got {self.min_words}")
         if not 0 < self.min_letters <= 1:
             raise ValueError(f"filters.min_letters must be above 0 and at most 1, got {self.min_letters}")
-        if self.language and self.language_model is None:
-            raise ValueError(
-                f"filters.language needs filters.language_model FILE; fastText's is at {FASTTEXT_MODEL} (126 MB)"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,26 +57,6 @@ class SlurmConfig:
     """Where to queue; required."""
     time: str = "24:00:00"
     """Limit of a task."""
-    mem_gb: int = 4
-    """Memory of a task."""
-
-    def __post_init__(self) -> None:
-        if self.mem_gb < 1:
-            raise ValueError(f"slurm.mem_gb must be at least 1, got {self.mem_gb}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class RayConfig:
-    """For --executor ray."""
-
-    address: str | None = None
-    """Of the cluster, HOST:PORT, or auto for one that runs on this machine; null: $RAY_ADDRESS, else a new one here."""
-    mem_gb: float = 2
-    """Memory of a task."""
-
-    def __post_init__(self) -> None:
-        if not 0 < self.mem_gb < float("inf"):
-            raise ValueError(f"ray.mem_gb must be above 0, got {self.mem_gb}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,12 +77,15 @@ class Config:
     text_column: str = "text"
     """Column (.jsonl key) that holds the text."""
     executor: Literal["local", "slurm", "ray"] = "local"
-    """Who runs the tasks: processes of this machine, Slurm, or Ray."""
+    """What runs the tasks: processes of this machine, Slurm, or Ray (the cluster at $RAY_ADDRESS; without it, one that
+    is started on this machine)."""
     tasks: int = 1
     """Shares of the input, each of them one part of the result: whole files if there are enough, otherwise each task
     reads everything and takes every N-th document."""
     workers: int = 1
     """Tasks at once."""
+    mem_gb: int = 4
+    """Memory that a task asks of Slurm or Ray."""
     filters: FilterConfig = field(default_factory=FilterConfig)
     """What a document must be like to stay."""
     dedup: bool = True
@@ -122,15 +98,13 @@ class Config:
     """Of the draw between train and val."""
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
     """For --executor slurm."""
-    ray: RayConfig = field(default_factory=RayConfig)
-    """For --executor ray."""
 
     def __post_init__(self) -> None:
         if not self.input:
             raise ValueError("curate needs --input FILE_OR_FOLDER_OR_ADDRESS ...")
-        for name in ("tasks", "workers"):
-            if not 1 <= getattr(self, name) <= MAX_PARTS:
-                raise ValueError(f"--{name} must be from 1 to {MAX_PARTS:,}, got {getattr(self, name):,}")
+        for name in ("tasks", "workers", "mem_gb"):
+            if not 1 <= getattr(self, name) <= MAX_TASKS:
+                raise ValueError(f"--{name} must be from 1 to {MAX_TASKS:,}, got {getattr(self, name):,}")
         if self.executor == "slurm" and not self.slurm.partition:
             raise ValueError("--executor slurm needs --slurm.partition NAME")
         _ = self.prepare  # which checks its values

@@ -6,11 +6,9 @@ Each keeps, in the logs of a step, which tasks are completed; those are not run 
 import os
 import shutil
 import signal
-import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,36 +27,15 @@ class PipelineStage:
 
 def run_here(stages: Sequence[PipelineStage], c: Config, logs: Path) -> None:
     """Run stages one after the other, `workers` tasks at once, and wait for them. ChildProcessError: a task failed."""
-    if c.executor == "local":
-        from datatrove.executor import LocalPipelineExecutor
-
-        # Fresh processes, which every system has.
-        _run_all(stages, c.workers, logs, partial(LocalPipelineExecutor, start_method="spawn"))
-    else:
+    if c.executor == "ray":
         import ray
-        from datatrove.executor import RayPipelineExecutor
 
-        stages = [PipelineStage(stage.name, stage.tasks, [_die_when_told, *stage.blocks]) for stage in stages]
-        _connect_to_ray(c.ray.address)
-        try:
-            _run_all(stages, c.workers, logs, partial(RayPipelineExecutor, mem_per_cpu_gb=c.ray.mem_gb))
-        finally:
-            ray.shutdown()
-
-
-def _die_when_told(data: object, rank: int, tasks: int) -> None:
-    """First block under Ray: datatrove forks a worker of Ray's for a task, and ends the fork by SIGTERM.
-
-    The fork has inherited Ray's handler, with which it sometimes lives on, and the worker waits for it without end.
-    """
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def _run_all(stages: Sequence[PipelineStage], workers: int, logs: Path, executor_of: Callable[..., Any]) -> None:
+        # Without "local" Ray would look for the cluster that ran here last, which may be gone, and wait for it.
+        ray.init(address=os.environ.get("RAY_ADDRESS") or "local", log_to_driver=False)
     for number, stage in enumerate(stages, start=1):
         folder, failure = logs / stage.name, None
-        say(f"step {number} of {len(stages)}, {stage.name}: {stage.tasks} tasks, {workers} at once; logs in {folder}")
-        executor = executor_of(list(stage.blocks), tasks=stage.tasks, workers=workers, logging_dir=str(folder))
+        say(f"step {number} of {len(stages)}, {stage.name}: {stage.tasks} tasks, {c.workers} at once; logs in {folder}")
+        executor = _executor(stage, c, folder)
         try:
             executor.run()
         except Exception as error:  # of any task; datatrove has logged it
@@ -73,29 +50,29 @@ def _run_all(stages: Sequence[PipelineStage], workers: int, logs: Path, executor
             raise failure
 
 
-def _connect_to_ray(address: str | None) -> None:
-    import ray
+def _executor(stage: PipelineStage, c: Config, logs: Path) -> Any:
+    common = {"tasks": stage.tasks, "workers": c.workers, "logging_dir": str(logs)}
+    if c.executor == "ray":
+        from datatrove.executor import RayPipelineExecutor
 
-    # Without "local" Ray would look for the cluster that ran here last, which may be gone, and wait for it.
-    address = address or os.environ.get("RAY_ADDRESS") or "local"
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    try:
-        if port.isdigit():  # Ray itself would wait without end if nobody listened there
-            socket.create_connection((host, int(port)), timeout=10).close()
-        ray.init(address=address, log_to_driver=False)
-    except OSError as error:
-        raise ValueError(
-            f"no Ray cluster answers at {address} ({error}); start one, give another address, "
-            f"or set RAY_AUTH_MODE=token if it asks for its token"
-        ) from error
+        return RayPipelineExecutor([_die_when_told, *stage.blocks], mem_per_cpu_gb=c.mem_gb, **common)
+    from datatrove.executor import LocalPipelineExecutor
+
+    return LocalPipelineExecutor(list(stage.blocks), start_method="spawn", **common)  # which every system has
+
+
+def _die_when_told(data: object, rank: int, tasks: int) -> None:
+    """First block under Ray: datatrove forks a worker of Ray's for a task, and ends the fork by SIGTERM.
+
+    The fork has inherited Ray's handler, with which it sometimes lives on, and the worker waits for it without end.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def submit(stages: Sequence[PipelineStage], c: Config, logs: Path) -> str:
     """Queue stages in Slurm, each after the one before; returns the number of the last job."""
     if shutil.which("sbatch") is None:
         raise ValueError("--executor slurm needs sbatch; start it where jobs are submitted, or use --executor local")
-    if "SLURM_ARRAY_TASK_ID" in os.environ:
-        raise ValueError("--executor slurm submits its jobs itself; start it outside of a Slurm array")
     from datatrove.executor import SlurmPipelineExecutor
 
     executor = None
@@ -106,7 +83,7 @@ def submit(stages: Sequence[PipelineStage], c: Config, logs: Path) -> str:
             workers=c.workers,
             time=c.slurm.time,
             partition=str(c.slurm.partition),
-            mem_per_cpu_gb=c.slurm.mem_gb,
+            mem_per_cpu_gb=c.mem_gb,
             qos="",  # what the cluster or $SBATCH_QOS says
             env_command=f"export PATH={Path(sys.executable).parent}:$PATH",
             job_name=f"nanollm-{stage.name}",

@@ -2,22 +2,24 @@
 
 1. filter: read, drop what the filters drop, keep the rest on disk, and note its MinHash signatures;
 2. buckets, clusters: find near duplicates;
-3. shards: drop them, and what holds a question of an evaluation; tokenise. Each task prepares one part (data/merge.py);
-4. the end: count what was removed, list the clusters, and merge the parts.
+3. shards: drop them, and what holds a question of an evaluation; tokenise. Each task prepares one part;
+4. the end: count what was removed, and merge the parts.
 """
 
 import hashlib
 import importlib.util
 import json
+import re
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.dedup import (
     MinhashDedupBuckets,
     MinhashDedupCluster,
@@ -25,26 +27,19 @@ from datatrove.pipeline.dedup import (
     MinhashDedupSignature,
 )
 from datatrove.pipeline.dedup.minhash import MinhashConfig
+from datatrove.pipeline.filters.c4_filters import C4QualityFilter
 from datatrove.pipeline.filters.gopher_quality_filter import GopherQualityFilter
 from datatrove.pipeline.filters.gopher_repetition_filter import GopherRepetitionFilter
+from datatrove.pipeline.filters.language_filter import LanguageFilter
 from datatrove.utils.hashing import HashConfig
 
 from nanollm import __version__, durable
-from nanollm.curate.blocks import (
-    Lists,
-    count_lists,
-    keep,
-    name_clusters,
-    read_kept,
-    read_list,
-    read_share,
-    write_shards,
-)
-from nanollm.curate.config import FASTTEXT_MODEL, Config, EvalsConfig, FilterConfig
+from nanollm.curate.blocks import RemovedWriter, keep, part_folder, read_bad, read_kept, read_share, write_shards
+from nanollm.curate.config import Config, EvalsConfig, FilterConfig
 from nanollm.curate.executors import PipelineStage
-from nanollm.curate.filters import C4Quality, DropContaminated, InLanguage, RegexWords
-from nanollm.data.merge import is_merged, merge, missing
-from nanollm.data.prepare import header_of, refuse_other
+from nanollm.curate.filters import DropContaminated, RegexWords
+from nanollm.data.prepare import BAD_RECORDS, header_of, refuse_other
+from nanollm.data.shards import MANIFEST, SplitEntry, read_manifest, write_manifest
 from nanollm.evals.contamination import NGRAM_WORDS
 from nanollm.progress import say
 from nanollm.sources import gsm8k
@@ -60,8 +55,6 @@ MINHASH = MinhashConfig(
     hashes_per_bucket=8,
     hash_config=HashConfig(hash_fc="sha1"),  # its other one takes no text from xxhash 4 on
 )
-LATE = ("duplicates", "contaminated")  # removed from what the filters kept
-C4_LINES = "c4_lines"  # lines of documents that stayed
 
 
 @dataclass(frozen=True)
@@ -77,8 +70,16 @@ class Curation:
 
     @property
     def folder(self) -> Path:
-        """What was removed, and until the end what the steps hand to each other: kept, minhash, bad and clusters."""
+        """What was removed, and until the end what the steps hand to each other: kept, minhash and bad."""
         return self.config.save_dir / "curation"
+
+    @property
+    def logs(self) -> Path:
+        return self.folder / "logs"
+
+    @property
+    def is_done(self) -> bool:
+        return (self.config.save_dir / MANIFEST).exists()
 
     @classmethod
     def open(cls, c: Config) -> "Curation":
@@ -98,7 +99,7 @@ class Curation:
         settings, save_dir = self.folder / "settings.json", self.config.save_dir
         if settings.exists():
             refuse_other(save_dir, durable.read_json(settings), self.header)
-        elif strangers := sorted([*save_dir.glob("*.npy"), *save_dir.glob("part-*"), *save_dir.glob("prog*")]):
+        elif strangers := sorted([*save_dir.glob("*.npy"), *save_dir.glob("prog*")]):
             raise ValueError(f"{strangers[0]} is not of curate; give an empty or a new folder as --save_dir")
         durable.write_json(self.folder / "questions.json", self.questions)
         durable.write_json(settings, self.header)
@@ -107,14 +108,17 @@ class Curation:
         """What datatrove runs, one after the other."""
         c, minhash = self.config, self.folder / "minhash"
         bad_folder, kept = self.folder / "bad", self.folder / "kept"
-        signatures, pairs, remove = (minhash / name for name in ("signatures", "pairs", "remove"))
+        signatures, pairs, remove = (str(minhash / name) for name in ("signatures", "pairs", "remove"))
         read = partial(read_share, files=self.files, column=c.text_column, bad_folder=bad_folder)
         first: list[Any] = [read, *self.filters(), partial(keep, folder=kept)]
         last: list[Any] = [partial(read_kept, folder=kept)]
+        between: list[PipelineStage] = []
         if c.dedup:
-            first.append(MinhashDedupSignature(str(signatures), MINHASH, RegexWords()))
-            last.append(partial(name_clusters, remove=remove, folder=self.folder / "clusters"))
-            last.append(MinhashDedupFilter(str(remove), self.removed("duplicates")))
+            first.append(MinhashDedupSignature(signatures, MINHASH, RegexWords()))
+            find = MinhashDedupBuckets(signatures, pairs, config=MINHASH)
+            between.append(PipelineStage("buckets", MINHASH.num_buckets, [find]))
+            between.append(PipelineStage("clusters", 1, [MinhashDedupCluster(pairs, remove, MINHASH)]))
+            last.append(MinhashDedupFilter(remove, self.removed("duplicates")))
         if c.evals.enabled:
             last.append(DropContaminated(self.folder / "questions.json", self.removed("contaminated")))
         last.append(
@@ -127,23 +131,13 @@ class Curation:
                 bad_folder=bad_folder,
             )
         )
-        between = [
-            PipelineStage(
-                "buckets", MINHASH.num_buckets, [MinhashDedupBuckets(str(signatures), str(pairs), config=MINHASH)]
-            ),
-            PipelineStage("clusters", 1, [MinhashDedupCluster(str(pairs), str(remove), MINHASH, save_cluster_id=True)]),
-        ]
-        return [
-            PipelineStage("filter", c.tasks, first),
-            *(between if c.dedup else []),
-            PipelineStage("shards", c.tasks, last),
-        ]
+        return [PipelineStage("filter", c.tasks, first), *between, PipelineStage("shards", c.tasks, last)]
 
     def filters(self) -> Iterator[Any]:
         """Those that are switched on, the quick ones first."""
         c, words = self.config.filters, RegexWords()
-        if c.language and c.language_model:
-            yield InLanguage(c.language, c.language_model, self.removed("language"))
+        if c.language:
+            yield LanguageFilter(c.language, exclusion_writer=self.removed("language"))
         if c.gopher_repetition:
             yield GopherRepetitionFilter(exclusion_writer=self.removed("gopher_repetition"), language=words)
         if c.gopher_quality:
@@ -154,69 +148,85 @@ class Curation:
                 exclusion_writer=self.removed("gopher_quality"),
                 language=words,
             )
-        if c.c4:
-            yield C4Quality(words, self.removed("c4"), self.removed(C4_LINES))
+        if c.c4:  # as FineWeb takes its rules: a line may end without a mark
+            yield C4QualityFilter(self.removed("c4"), filter_no_terminal_punct=False, language=words)
 
-    def removed(self, name: str) -> Lists:
-        return Lists(self.folder / "removed" / name)
+    def removed(self, name: str) -> RemovedWriter:
+        return RemovedWriter(self.folder / "removed" / name)
 
     def finish(self) -> None:
-        """Count what was removed, list the clusters, and merge the parts."""
+        """Count what was removed, merge the parts, and remove what only the way here needed."""
         c = self.config
-        if is_merged(c.save_dir):
-            return
-        if others := missing(c.save_dir, c.tasks):
-            raise ValueError(f"part {others[0]} of {c.save_dir} is missing; run the same command again")
-        clusters = self.clusters()
-        figures = self.figures(clusters)
-        if not figures["documents"]["kept"]:
-            raise ValueError(
-                f"nothing to train on: {in_words(figures)}; {self.bad_in_words()}; lists are in {self.folder}. "
-                f"Loosen the filters or give other text, with another --save_dir"
-            )
-        lines = "".join(f"{json.dumps(cluster, ensure_ascii=False)}\n" for cluster in clusters)
-        durable.write_file(self.folder / "clusters.jsonl", lines.encode())
-        made_by = f"nanollm {__version__} curate, datatrove {version('datatrove')}"
-        durable.write_json(c.save_dir / "curation.json", figures | {"settings": self.header, "made_by": made_by})
-        merge(c.save_dir, c.tasks, self.header, {"curation": figures})
+        if not self.is_done:
+            parts = [part_folder(c.save_dir, rank) for rank in range(c.tasks)]
+            figures = self.figures(parts)
+            if not figures["documents"]["kept"]:
+                raise ValueError(
+                    f"nothing to train on: {in_words(figures)}; {self.bad_in_words()}; lists are in {self.folder}. "
+                    f"Loosen the filters or give other text, with another --save_dir"
+                )
+            made_by = f"nanollm {__version__} curate, datatrove {version('datatrove')}"
+            merge(c.save_dir, parts, self.header | {"curation": figures, "made_by": made_by})
+        for left in [*(self.folder / name for name in ("kept", "minhash", "bad")), *c.save_dir.glob("part-*")]:
+            shutil.rmtree(left, ignore_errors=True)
 
-    def clean_up(self) -> None:
-        """Remove what only the way here needed."""
-        for name in ("kept", "minhash", "bad", "clusters"):
-            shutil.rmtree(self.folder / name, ignore_errors=True)
-
-    def figures(self, clusters: list[dict[str, Any]]) -> dict[str, Any]:
-        """Documents read and kept, those removed by filter and reason, and clusters of duplicates by size."""
-        removed = {folder.name: count_lists(folder) for folder in sorted(self.folder.glob("removed/*"))}
-        lines = removed.pop(C4_LINES, Counter()).total()
-        passed = count_lists(self.folder / "kept").total()
-        late = sum(removed.get(name, Counter()).total() for name in LATE)
-        early = sum(count.total() for count in removed.values()) - late
-        sizes = Counter(1 + len(cluster["removed"]) for cluster in clusters)
+    def figures(self, parts: Sequence[Path]) -> dict[str, Any]:
+        """Documents read and kept, and those removed by filter and reason, as datatrove has counted them."""
+        removed: dict[str, Counter[str]] = {}
+        for stage in self.stages():
+            steps = [block for block in stage.blocks if isinstance(block, PipelineStep)]
+            for file in (self.logs / stage.name / "stats").glob("*.json"):
+                for step, found in zip(steps, json.loads(file.read_bytes()), strict=True):
+                    if writer := getattr(step, "exclusion_writer", None):
+                        counts = removed.setdefault(writer.folder.name, Counter())
+                        counts.update(dropped_by_reason(found["stats"], writer.folder.name))
+        splits = [split for part in parts for split in read_manifest(part)[0]["splits"].values()]
+        kept = sum(split["documents"] for split in splits)
         return {
-            "documents": {"read": passed + early, "kept": passed - late},
-            "removed": {name: dict(sorted(count.items())) for name, count in removed.items()},
-            "documents_that_lost_lines": lines,
-            "clusters_by_size": {str(size): sizes[size] for size in sorted(sizes)},
+            "documents": {"read": kept + sum(counts.total() for counts in removed.values()), "kept": kept},
+            "removed": {name: dict(sorted(counts.items())) for name, counts in sorted(removed.items()) if counts},
         }
-
-    def clusters(self) -> list[dict[str, Any]]:
-        """Each cluster of duplicates: which document was kept, and which were removed for it."""
-        found: dict[int, dict[str, Any]] = {}
-        for file in sorted(self.folder.glob("clusters/*.jsonl.gz")):
-            for record in read_list(file):
-                cluster = found.setdefault(record["cluster"], {"cluster": record["cluster"], "kept": "", "removed": []})
-                if record["is_kept"]:
-                    cluster["kept"] = record["id"]
-                else:
-                    cluster["removed"].append(record["id"])
-        return [found[number] for number in sorted(found)]
 
     def bad_in_words(self) -> str:
         """How many records of the source could not be read, and why the first could not."""
-        files = sorted(self.folder.glob("bad/*.json"))
-        bad = [BadRecord(**record) for file in files for record in json.loads(file.read_bytes())]
+        bad = [record for file in sorted(self.folder.glob("bad/*.json")) for record in read_bad(file)]
         return f"{len(bad):,} bad records" + (f", the first: {bad[0]}" if bad else "")
+
+
+def dropped_by_reason(stats: dict[str, Any], name: str) -> dict[str, int]:
+    """What one task's filter dropped, by reason; by the filter's name where it gives none."""
+    totals = {key: found["total"] if isinstance(found, dict) else found for key, found in stats.items()}
+    reasons = {key.removeprefix("dropped_"): n for key, n in totals.items() if key.startswith("dropped_")}
+    return reasons or ({name: totals["dropped"]} if "dropped" in totals else {})
+
+
+def merge(folder: Path, parts: Sequence[Path], manifest: dict[str, Any]) -> None:
+    """Move the files of prepared parts up into one folder, under consecutive numbers, and then write its manifest.
+
+    Until that manifest is there the parts hold the plan (their own manifests), and a file is either at its old place or
+    at its new one: killed anywhere and called again, it ends the same.
+    """
+    splits: dict[str, SplitEntry] = {}
+    bad_records = b""
+    for part in parts:
+        for name, entry in read_manifest(part)[0]["splits"].items():
+            whole = splits.setdefault(name, SplitEntry(tokens=0, documents=0, text_bytes=0, shards=[]))
+            for total in ("tokens", "documents", "text_bytes"):
+                whole[total] += entry[total]
+            for shard in entry["shards"]:
+                number = f"{len(whole['shards']):05d}"
+                files = {re.sub(r"\d{5}", number, old, count=1): file for old, file in shard["files"].items()}
+                for old, new in zip(shard["files"], files, strict=True):
+                    if (part / old).exists():
+                        (part / old).replace(folder / new)
+                whole["shards"].append(shard | {"files": files})
+        if (part / BAD_RECORDS).exists():
+            bad_records += (part / BAD_RECORDS).read_bytes()
+    if bad_records:
+        durable.write_file(folder / BAD_RECORDS, bad_records)
+    durable.sync(folder)
+    counts = {"parts": len(parts), "bad_records": bad_records.count(b"\n"), "splits": splits}
+    write_manifest(folder, manifest | counts)
 
 
 def in_words(figures: dict[str, Any]) -> str:
@@ -254,12 +264,7 @@ def questions_of(c: EvalsConfig) -> list[dict[str, str]]:
 
 
 def filters_of(c: FilterConfig) -> dict[str, Any]:
-    """The filters as the manifest describes them; of the language model its bytes count, not its place."""
-    if c.language is None:
-        return {key: value for key, value in asdict(c).items() if not key.startswith("language")}
-    assert c.language_model is not None
-    if importlib.util.find_spec("fasttext") is None:
-        raise ValueError("filters.language needs fastText: pip install fasttext-numpy2-wheel")
-    if not c.language_model.is_file():
-        raise FileNotFoundError(f"{c.language_model} does not exist; fastText's model is at {FASTTEXT_MODEL} (126 MB)")
-    return asdict(c) | {"language_model": durable.sha256_of(c.language_model)}
+    """The filters as the manifest describes them."""
+    if c.language and importlib.util.find_spec("fasttext") is None:
+        raise ValueError("filters.language needs fastText: pip install fasttext-numpy2-wheel fasteners")
+    return {name: value for name, value in asdict(c).items() if value is not None}

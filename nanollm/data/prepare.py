@@ -8,16 +8,14 @@ on: the finished folder has the same bytes as that of a job that was never stopp
 
 import json
 import signal
-import sys
 import threading
-import zlib
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -46,7 +44,7 @@ from nanollm.text.tokenizer import MAX_VOCAB_SIZE, Tokenizer
 
 BAD_RECORDS = "bad_records.jsonl"
 CHUNK_BYTES = 1_000_000  # of text
-CHUNKS_PER_WORKER = 3  # one at work, and two waiting while this process is busy
+CHUNKS_PER_WORKER = 3  # one at work, and two waiting while the first process is busy
 
 Document = str | Conversation
 
@@ -78,27 +76,17 @@ class PrepareConfig:
             if (value := getattr(self, name)) is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
 
-    def limit(self, split: str) -> int:
+    def limit(self, split: str) -> int | None:
         """The most tokens that a split may have."""
-        given = {"train": self.max_tokens_train, "val": self.max_tokens_val}.get(split)
-        return sys.maxsize if given is None else given
+        return {"train": self.max_tokens_train, "val": self.max_tokens_val}.get(split)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Chunk:
-    """Documents that are encoded together."""
+    """Documents that are encoded together, and the bad records that the source had on the way to the last of them."""
 
-    documents: list[Document] = field(default_factory=list)
-    bad: list[list[BadRecord]] = field(default_factory=list)
-    """For each document, the bad records of the source between the one before and itself."""
-    bad_after: list[BadRecord] = field(default_factory=list)
-    """Bad records after the last document of the source."""
-    checksum: int = 0
-    """CRC-32 of everything that the source gave up to the last document of the chunk."""
-
-    def append(self, document: Document, bad: Iterable[BadRecord]) -> None:
-        self.documents.append(document)
-        self.bad.append(list(bad))
+    documents: list[Document]
+    bad: list[BadRecord]
 
 
 @dataclass(frozen=True)
@@ -140,29 +128,31 @@ def prepare(
 
     `source` describes the parts in the manifest. A folder begun with another source, tokenizer or rules is refused.
     `strict` raises ValueError at the first bad record; otherwise they are listed in bad_records.jsonl. A folder without
-    a token of train is refused unless it `may_be_empty`, as a share of a larger source may (data/merge.py).
+    a token of train is refused unless it `may_be_empty`, as a share of a larger source may (curate/blocks.py).
     """
     header = header_of(tokenizer, rules, source)
-    splits = dict.fromkeys(split for part in parts for split in ([part.split] if part.split else ["train", "val"]))
     encode = partial(encode_chunk, tokenizer=tokenizer, seed=rules.seed, val_fraction=rules.val_fraction)
     with durable.lock_folder(folder):
-        progress = _find_progress(folder, header)
-        if progress is None:
-            return _already_prepared(folder, strict)
+        if (folder / MANIFEST).exists() and not (folder / PROGRESS).exists():
+            manifest, _ = read_manifest(folder)
+            refuse_other(folder, manifest, header)
+            say(f"{folder} is already prepared with these settings; nothing to do")
+            return manifest
         with (
             encoder(encode, num_workers) as encode_in_order,
-            _Job(folder, tokenizer, rules, list(splits), progress, strict=strict, may_be_empty=may_be_empty) as job,
-            Progress("preprocess", rules.max_tokens_train, "tokens", done=job.train_tokens) as bar,
+            _Job(folder, tokenizer, rules, parts, _find_progress(folder, header), strict) as job,
+            Progress("preprocess", rules.max_tokens_train, "tokens", done=job.tokens("train")) as bar,
         ):
-            while job.part < len(parts):
-                part = parts[job.part]
-                for chunk, encoded in encode_in_order(_chunks(part, job, min(CHUNK_BYTES, 4 * flush_every))):
-                    is_full = not job.take(chunk, encoded, part.split, flush_every)
-                    bar.advance(job.train_tokens - bar.done)
-                    if is_full:
+            while (number := job.progress["part"]) < len(parts):
+                for chunk, encoded in encode_in_order(_chunks(parts[number], job, min(CHUNK_BYTES, 4 * flush_every))):
+                    job.take(chunk, encoded, parts[number].split)
+                    bar.advance(job.tokens("train") - bar.done)
+                    if parts[number].split in (None, "train") and job.is_full("train"):
                         break
+                    if job.unsafe_tokens >= flush_every:
+                        job.sync()
                 job.end_part()
-            return job.finish()
+            return job.finish(may_be_empty)
 
 
 class _Job:
@@ -173,23 +163,16 @@ class _Job:
         folder: Path,
         tokenizer: Tokenizer,
         rules: PrepareConfig,
-        splits: list[str],
+        parts: Sequence[SourceSplit],
         progress: dict[str, Any],
-        *,
         strict: bool,
-        may_be_empty: bool,
     ) -> None:
-        self.folder, self.tokenizer, self.rules = folder, tokenizer, rules
-        self.strict, self.may_be_empty = strict, may_be_empty
-        self.header: dict[str, Any] = progress["header"]
-        self.part: int = progress["part"]  # the one that is being read
-        self.documents_read: int = progress["documents_read"]  # of that part
-        self.checksum: int = progress["checksum"]  # of those documents
-        self.bad_records: int = progress["bad_records"]
-        self.full: list[str] = progress["full"]  # splits that take no more
-        self.unsafe_tokens = 0  # written since the last sync
+        self.folder, self.tokenizer, self.rules, self.strict = folder, tokenizer, rules, strict
+        self.progress = progress  # as it stands in progress.json, but for what was written since the last sync
+        self.unsafe_tokens = 0  # written since then
         write_progress(folder, progress)  # before any other file: from here on the folder is ours
         self.bad_file = open_at(folder / BAD_RECORDS, progress["bad_bytes"])
+        splits = dict.fromkeys(split for part in parts for split in ([part.split] if part.split else ["train", "val"]))
         self.writers = {
             split: ShardWriter(
                 folder,
@@ -201,84 +184,66 @@ class _Job:
             for split in splits
         }
 
-    @property
-    def train_tokens(self) -> int:
-        return self.writers["train"].entry["tokens"]
+    def tokens(self, split: str) -> int:
+        return self.writers[split].entry["tokens"]
 
-    def take(self, chunk: Chunk, encoded: EncodedChunk, split: str | None, flush_every: int) -> bool:
-        """Write a chunk; False when train is full, so that no more has to be read."""
-        for place, (ids, flags, text_bytes, is_val) in enumerate(encoded.documents()):
-            self._list_bad(chunk.bad[place])
+    def is_full(self, split: str) -> bool:
+        return split in self.progress["full"]
+
+    def take(self, chunk: Chunk, encoded: EncodedChunk, split: str | None) -> None:
+        """Write a chunk, up to where train is full."""
+        for record in chunk.bad:
+            if self.strict:
+                raise ValueError(f"{record}; repair it, or leave out --strict to list bad records and go on")
+            self.bad_file.write(json.dumps(asdict(record)).encode() + b"\n")
+        self.progress["bad_records"] += len(chunk.bad)
+        for ids, flags, text_bytes, is_val in encoded.documents():
             name = split or ("val" if is_val else "train")
             self._add(name, ids, flags, text_bytes)
-            if name == "train" and name in self.full:
-                return False
-        self.documents_read += len(chunk.documents)
-        self.checksum = chunk.checksum
-        if self.unsafe_tokens >= flush_every:
-            self.sync()
-        # After the sync, because a job that goes on from it meets these again.
-        self._list_bad(chunk.bad_after)
-        return True
+            if name == "train" and self.is_full(name):
+                break
+        self.progress["documents_read"] += len(chunk.documents)
 
     def _add(self, split: str, ids: Ids, flags: Flags | None, text_bytes: int) -> None:
-        if split in self.full:
+        if self.is_full(split):
             return
-        writer = self.writers[split]
-        room = self.rules.limit(split) - writer.entry["tokens"]
+        limit = self.rules.limit(split)
+        room = len(ids) if limit is None else limit - self.tokens(split)
         if len(ids) > room:
-            self.full.append(split)
+            self.progress["full"].append(split)
             if room == 0 or self.rules.kind == "chat":
                 return
             ids = ids[:room]
             text_bytes = int(self.tokenizer.token_bytes[ids].sum())
-        writer.add(ids, flags, text_bytes=text_bytes)
+        self.writers[split].add(ids, flags, text_bytes=text_bytes)
         self.unsafe_tokens += len(ids)
 
-    def _list_bad(self, records: Iterable[BadRecord]) -> None:
-        for record in records:
-            if self.strict:
-                raise ValueError(f"{record}; repair it, or leave out --strict to list bad records and go on")
-            self.bad_records += 1
-            self.bad_file.write(json.dumps(asdict(record)).encode() + b"\n")
-
     def end_part(self) -> None:
-        self.part, self.documents_read, self.checksum = self.part + 1, 0, 0
+        self.progress |= {"part": self.progress["part"] + 1, "documents_read": 0}
         self.sync()
 
     def sync(self) -> None:
         """Make all files safe on disk, and then the note that says how far they are."""
-        self._sync_bad_file()
-        progress = {
-            "header": self.header,
-            "part": self.part,
-            "documents_read": self.documents_read,
-            "checksum": self.checksum,
-            "bad_records": self.bad_records,
-            "bad_bytes": self.bad_file.tell(),
-            "full": self.full,
-            "splits": {split: writer.sync() for split, writer in self.writers.items()},
-        }
-        write_progress(self.folder, progress)
-        self.unsafe_tokens = 0
-
-    def _sync_bad_file(self) -> None:
         self.bad_file.flush()
         durable.sync(self.folder / BAD_RECORDS)
+        splits = {split: writer.sync() for split, writer in self.writers.items()}
+        self.progress |= {"bad_bytes": self.bad_file.tell(), "splits": splits}
+        write_progress(self.folder, self.progress)
+        self.unsafe_tokens = 0
 
-    def finish(self) -> dict[str, Any]:
+    def finish(self, may_be_empty: bool) -> dict[str, Any]:
         """Close all files, write the manifest and forget the progress."""
-        if self.train_tokens == 0 and not self.may_be_empty:
-            val = sum(writer.entry["documents"] for writer in self.writers.values())
-            went = f"{val} documents of the source went to other splits" if val else "0 documents can be used"
-            bad = f"{self.bad_records} records were bad (see {self.folder / BAD_RECORDS})"
-            less = ", or a smaller --val_fraction" if val else ""
-            raise ValueError(f"nothing to train on: {went}, {bad}; give more text{less}")
-        self._sync_bad_file()
+        bad_records = self.progress["bad_records"]
+        if self.tokens("train") == 0 and not may_be_empty:
+            others = sum(writer.entry["documents"] for writer in self.writers.values())
+            raise ValueError(
+                f"nothing to train on: {others} documents went to other splits, {bad_records} records were bad "
+                f"(see {self.folder / BAD_RECORDS}); give more text" + (", or a smaller --val_fraction" * bool(others))
+            )
         splits = {split: writer.finish() for split, writer in self.writers.items()}
-        manifest = write_manifest(self.folder, self.header | {"bad_records": self.bad_records, "splits": splits})
+        manifest = write_manifest(self.folder, self.progress["header"] | {"bad_records": bad_records, "splits": splits})
         self.close()
-        if self.bad_records == 0:
+        if bad_records == 0:
             (self.folder / BAD_RECORDS).unlink()
         (self.folder / PROGRESS).unlink()
         durable.sync(self.folder)
@@ -311,94 +276,59 @@ def header_of(tokenizer: Tokenizer, rules: PrepareConfig, source: dict[str, Any]
     }
 
 
-def _find_progress(folder: Path, header: dict[str, Any]) -> dict[str, Any] | None:
-    """Where to begin; None if all is done. Raises ValueError if what is there does not belong to this job."""
+def _find_progress(folder: Path, header: dict[str, Any]) -> dict[str, Any]:
+    """Where to go on, or to begin. Raises ValueError if what is there does not belong to this job."""
     if (folder / PROGRESS).exists():
-        progress = read_progress(folder)
+        advice = "remove the folder and prepare it again"
+        progress = durable.read_sealed_json(folder / PROGRESS, FORMAT, advice, MAX_MANIFEST_BYTES)
         if any(split["tokens"] for split in progress["splits"].values()):
             refuse_other(folder, progress["header"], header)
             return progress
-        return _begun(header)  # nothing is lost, so the settings may change
-    if (folder / MANIFEST).exists():
-        refuse_other(folder, read_manifest(folder)[0], header)
-        return None
-    if strangers := sorted([*folder.glob("*.npy"), *folder.glob(BAD_RECORDS)]):
+        # Otherwise nothing is lost, so the settings may change.
+    elif strangers := sorted([*folder.glob("*.npy"), *folder.glob(BAD_RECORDS)]):
         raise ValueError(f"{strangers[0]} is not part of a preparation; give an empty or a new folder as --save_dir")
-    return _begun(header)
+    counts = dict.fromkeys(("part", "documents_read", "bad_records", "bad_bytes"), 0)
+    return {"header": header, **counts, "full": [], "splits": {}}
 
 
 def write_progress(folder: Path, progress: dict[str, Any]) -> None:
     durable.write_sealed_json(folder / PROGRESS, {**progress, "format": FORMAT})
 
 
-def read_progress(folder: Path) -> dict[str, Any]:
-    """How far a folder is; FileNotFoundError if it is not begun, or finished."""
-    return durable.read_sealed_json(
-        folder / PROGRESS, FORMAT, "remove the folder and prepare it again", MAX_MANIFEST_BYTES
-    )
-
-
-def _begun(header: dict[str, Any]) -> dict[str, Any]:
-    counts = dict.fromkeys(("part", "documents_read", "checksum", "bad_records", "bad_bytes"), 0)
-    return {"header": header, **counts, "full": [], "splits": {}}
-
-
 def refuse_other(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Name the first thing in which two headers differ."""
-    for key, new in now.items():
-        old = before.get(key)
-        if old == new:
-            continue
-        if isinstance(old, dict) and isinstance(new, dict):
-            name = next(name for name in [*new, *old] if old.get(name) != new.get(name))
-            key, old, new = f"{key} {name}", old.get(name), new.get(name)
-        if key == "tokenizer fingerprint":
-            old, new = str(old)[:6], str(new)[:6]
-        is_short = len(f"{old}{new}") <= 80
-        differs = f"with {key} {old}, this command has {new}" if is_short else f"with another {key} than this command's"
+    """Raise ValueError unless a folder's header is what it is now; it names the first thing that differs."""
+    old, new, names = {name: before.get(name) for name in now}, now, list[str]()
+    while old != new and isinstance(old, dict) and isinstance(new, dict):
+        names.append(next(name for name in [*new, *old] if old.get(name) != new.get(name)))
+        old, new = old.get(names[-1]), new.get(names[-1])
+    if old != new:
         raise ValueError(
-            f"{folder} was begun {differs}; give another --save_dir, or remove that folder to prepare it again"
+            f"{folder} was begun with {' '.join(names)} {old!s:.80}, this command has {new!s:.80}; give another "
+            f"--save_dir, or remove that folder to prepare it again"
         )
-
-
-def _already_prepared(folder: Path, strict: bool) -> dict[str, Any]:
-    manifest, _ = read_manifest(folder)
-    if strict and manifest["bad_records"]:
-        raise ValueError(f"{folder} was prepared without {manifest['bad_records']} bad records; see its {BAD_RECORDS}")
-    say(f"{folder} is already prepared with these settings; nothing to do")
-    return manifest
 
 
 def _chunks(part: SourceSplit, job: _Job, chunk_bytes: int) -> Iterator[Chunk]:
     """The documents of a part that are not written yet, cut into chunks by their size."""
-    skip, expected = job.documents_read, job.checksum
-    number = size = checksum = 0
-    chunk, bad = Chunk(), list[BadRecord]()
+    skip = job.progress["documents_read"]
+    documents, bad = list[Document](), list[BadRecord]()
+    number = size = 0
     for number, document in enumerate(part.read(bad.append), start=1):
-        text = all_text(document)
-        checksum = zlib.crc32(text, checksum)
-        if number > skip:
-            chunk.append(document, bad)
-            size += len(text)
-        elif number == skip:
-            _refuse_changed(job.folder, checksum == expected)
-            say(f"{job.folder}: {skip:,} documents are done, going on after them")
-        bad.clear()
+        if number <= skip:
+            bad.clear()  # they are listed
+            continue
+        documents.append(document)
+        size += len(document) if isinstance(document, str) else sum(len(each.content) for each in document.messages)
         if size >= chunk_bytes:
-            chunk.checksum = checksum
-            yield chunk
-            chunk, size = Chunk(), 0
-    _refuse_changed(job.folder, number >= skip)
-    chunk.checksum, chunk.bad_after = checksum, bad
-    yield chunk
-
-
-def _refuse_changed(folder: Path, is_same: bool) -> None:
-    if not is_same:
+            yield Chunk(documents, bad.copy())
+            documents, size = [], 0
+            bad.clear()
+    if number < skip:
         raise ValueError(
-            f"the source no longer begins with the documents that {folder} holds; "
-            f"remove that folder to prepare it again, or bring the source back"
+            f"the source no longer has the {skip:,} documents that {job.folder} holds; bring it back, or remove that "
+            f"folder to prepare it again"
         )
+    yield Chunk(documents, bad)
 
 
 # --- documents become ids, on several cores, and come back in their order ---
@@ -453,26 +383,16 @@ def falls_into_val(document: Document, seed: int, val_fraction: float) -> bool:
     return hash_to_unit(asked, f"split {seed}") < val_fraction
 
 
-def all_text(document: Document) -> bytes:
-    """Everything that a document says."""
-    if isinstance(document, str):
-        return document.encode()
-    return "\0".join(f"{message.role}\0{message.content}" for message in document.messages).encode()
-
-
 @contextmanager
 def encoder(encode: Encode, num_workers: int) -> Iterator[Callable[[Iterable[Chunk]], Encoded]]:
-    """A function that encodes a stream of chunks in order, in `num_workers` processes, of which this one is one."""
-    others = num_workers - 1
-    if others == 0:
+    """A function that encodes a stream of chunks in order: here, or from 2 on in so many processes beside this one."""
+    if num_workers == 1:
         yield lambda chunks: ((chunk, encode(chunk.documents)) for chunk in chunks)
         return
     # Fresh processes: a fork would copy locks that the threads of this one (Arrow's, torch's) may hold.
-    pool = ProcessPoolExecutor(others, get_context("spawn"), initializer=_start_worker, initargs=(encode,))
+    pool = ProcessPoolExecutor(num_workers, get_context("spawn"), initializer=_start_worker, initargs=(encode,))
     try:
-        for _ in range(others):
-            pool.submit(int)  # a process starts at the first call: let them all start while the source is opened
-        yield lambda chunks: _share(pool, others, encode, chunks)
+        yield partial(_encode_in_pool, pool, CHUNKS_PER_WORKER * num_workers)
     except BrokenProcessPool:
         raise ChildProcessError(
             "a worker process died, perhaps for lack of memory; run the same command again, it goes on where it was "
@@ -482,17 +402,12 @@ def encoder(encode: Encode, num_workers: int) -> Iterator[Callable[[Iterable[Chu
         pool.shutdown(cancel_futures=True)
 
 
-def _share(pool: ProcessPoolExecutor, others: int, encode: Encode, chunks: Iterable[Chunk]) -> Encoded:
-    """Keep the other processes supplied; while they are, encode here. Give everything back in order."""
+def _encode_in_pool(pool: ProcessPoolExecutor, ahead: int, chunks: Iterable[Chunk]) -> Encoded:
+    """Keep `ahead` chunks with the pool, and give them back in order."""
     waiting: deque[tuple[Chunk, Future[EncodedChunk]]] = deque()
     for chunk in chunks:
-        if sum(not future.done() for _, future in waiting) < CHUNKS_PER_WORKER * others:
-            future = pool.submit(_work, chunk.documents)
-        else:
-            future = Future()
-            future.set_result(encode(chunk.documents))
-        waiting.append((chunk, future))
-        while waiting and (waiting[0][1].done() or len(waiting) > 4 * CHUNKS_PER_WORKER * others):
+        waiting.append((chunk, pool.submit(_work, chunk.documents)))
+        if len(waiting) > ahead:
             chunk, future = waiting.popleft()
             yield chunk, future.result()
     for chunk, future in waiting:

@@ -1,15 +1,10 @@
-"""Splitting a source: by the hash of a text, at the end of a single text, or into the shares of several jobs."""
+"""Splitting a source into train and val: by the hash of a text, or at the end of a single text."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cache, partial
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from hashlib import blake2b
-from itertools import count, islice
-from typing import TypeVar
 
-from nanollm.sources.files import BadRecord, OnBad
-
-File = TypeVar("File")
-Document = TypeVar("Document")
+from nanollm.sources.files import OnBad
 
 BORDERS = "\n\n", "\n", " "  # the best place to cut first
 
@@ -20,33 +15,6 @@ def hash_to_unit(text: str, key: str) -> float:
     """A number in [0, 1): always the same for one text and key, unrelated for another text or another key."""
     digest = blake2b(text.encode(), digest_size=8, key=key.encode()[:64]).digest()
     return (int.from_bytes(digest, "big") >> 11) / 2**53  # as many bits as a float holds: never rounded up to 1
-
-
-def share(
-    read: Callable[[Sequence[File] | None, OnBad], Iterable[Document]],
-    files: Sequence[File] | None,
-    part: int,
-    parts: int,
-) -> Callable[[OnBad], Iterable[Document]]:
-    """How to read one part of what `read(files, on_bad)` gives; files None: the source has none.
-
-    Part 3 of 8 is files 3, 11, 19, ... where there are at least 8, so that nothing is read twice. Otherwise every part
-    reads everything and keeps the documents 3, 11, 19, ... Each document and each bad record is in exactly one part.
-    """
-    assert 0 <= part < parts
-    if files is not None and len(files) >= parts:
-        return partial(read, files[part::parts])
-    return partial(_every_nth, partial(read, files), part, parts)
-
-
-def _every_nth(read: Callable[[OnBad], Iterable[Document]], first: int, step: int, on_bad: OnBad) -> Iterator[Document]:
-    numbers = count()
-
-    def pick(record: BadRecord) -> None:
-        if next(numbers) % step == first:
-            on_bad(record)
-
-    return islice(read(pick), first, None, step)
 
 
 def hold_out(pieces: Pieces, share: float) -> tuple[Pieces, Pieces]:

@@ -1,7 +1,7 @@
 """Text of the web becomes token files that are worth training on, on one machine or on a cluster.
 
 datatrove runs the steps (curate/pipeline.py), each in many tasks. What was removed is listed in curation/ beside the
-token files, and counted in curation.json.
+token files, and counted in their manifest.
 """
 
 import importlib.util
@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 from nanollm import durable
 from nanollm.curate.config import Config
 from nanollm.curate.executors import PipelineStage, run_here, submit
-from nanollm.data.merge import finish_merge, is_merged
 from nanollm.data.prepare import refuse_other
 from nanollm.data.shards import read_manifest
 from nanollm.extras import missing_package
@@ -39,24 +38,21 @@ def run(c: Config) -> Path | None:
     from nanollm.curate.pipeline import in_words  # late: it needs datatrove
 
     durable.check_writable(c.save_dir, "--save_dir")
-    logs = curation.folder / "logs"
     with durable.lock_folder(curation.folder):
-        if is_merged(c.save_dir):
+        if curation.is_done:
             refuse_other(c.save_dir, read_manifest(c.save_dir)[0], curation.header)
             say(f"{c.save_dir} is already prepared with these settings; nothing to do")
-            finish_merge(c.save_dir)
-            curation.clean_up()
         else:
             curation.begin()
             if c.executor == "slurm":
-                last = submit([*curation.stages(), PipelineStage("end", 1, [partial(end, curation)])], c, logs)
+                last = submit([*curation.stages(), PipelineStage("end", 1, [partial(end, curation)])], c, curation.logs)
                 say(
-                    f"Slurm has the jobs, the last is {last}; logs in {logs}. After it, the same command says "
+                    f"Slurm has the jobs, the last is {last}; logs in {curation.logs}. After it, the same command says "
                     f"what is in {c.save_dir}, or submits what failed"
                 )
                 return None
-            run_here(curation.stages(), c, logs)
-            end(curation)
+            run_here(curation.stages(), c, curation.logs)
+        curation.finish()
     manifest = read_manifest(c.save_dir)[0]
     for line in [in_words(manifest["curation"]), *summary(manifest, c.save_dir)]:
         say(line)
@@ -73,8 +69,6 @@ def open_curation(c: Config) -> "Curation":
     return Curation.open(c)
 
 
-def end(curation: "Curation", data: object = None, rank: int = 0, tasks: int = 1) -> None:
-    """Merge what the tasks made; in Slurm the last job, as datatrove calls it."""
+def end(curation: "Curation", data: object, rank: int, tasks: int) -> None:
+    """The last job in Slurm, as datatrove calls it."""
     curation.finish()
-    finish_merge(curation.config.save_dir)
-    curation.clean_up()

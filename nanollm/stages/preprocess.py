@@ -2,20 +2,18 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from nanollm.config import check_seed
-from nanollm.data.merge import MAX_PARTS, begin_part, finish_merge, is_merged, merge, missing, part_source, refuse_parts
-from nanollm.data.prepare import BAD_RECORDS, Document, PrepareConfig, SourceSplit, header_of, prepare
+from nanollm.data.prepare import BAD_RECORDS, Document, PrepareConfig, SourceSplit, prepare
 from nanollm.durable import check_writable
 from nanollm.progress import say
 from nanollm.sources import builtin, gsm8k
 from nanollm.sources.builtin import BUILTIN
 from nanollm.sources.datasets import chats, openwebtext, stream_rows, super_natural_instructions
 from nanollm.sources.files import OnBad, find_files, format_of, read_texts
-from nanollm.sources.split import hold_out, share
+from nanollm.sources.split import hold_out
 from nanollm.sources.word_problems import LENGTH, WordProblems
 from nanollm.text.tokenizer import Tokenizer
 
@@ -23,8 +21,16 @@ POSITIONAL = ("kind",)
 OF_DOCUMENTS, OF_ONE_TEXT = 0.01, 0.1  # becomes val
 FEW_DOCUMENTS = 100
 ENOUGH_BYTES, ADVISED = 500_000, "1 MB (200,000 words)"
+OPTIONS_OF = {  # which options say what a kind reads
+    "owt": ("input", "dataset_name"),
+    "sni": ("input", "dataset_name"),
+    "gsm8k": ("input",),
+    "words": ("words",),
+    "text": ("input", "dataset_name", "val_input"),
+    "chat": ("input", "val_input"),
+}
 
-Reader = Callable[[Sequence[Path] | None, OnBad], Iterable[Document]]
+Read = Callable[[OnBad], Iterable[Document]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,10 +47,8 @@ class WordsConfig:
     """Problems in all, val included."""
 
     def __post_init__(self) -> None:
-        if self.count < 1:
-            raise ValueError(f"words.count must be at least 1, got {self.count}")
-        if self.count > LENGTH:
-            raise ValueError(f"words.count must be at most {LENGTH:,}, got {self.count:,}")
+        if not 1 <= self.count <= LENGTH:
+            raise ValueError(f"words.count must be from 1 to {LENGTH:,}, got {self.count:,}")
         try:
             self.problems()
         except ValueError as error:
@@ -99,34 +103,20 @@ class Config:
     flush_every: int = 5_000_000
     """Tokens between two points from which a stopped job can go on."""
     num_workers: int = 1
-    """Processes that encode, this one included."""
+    """Processes that encode; more than one work beside the one that reads and writes."""
     strict: bool = False
     """Stop at the first bad record. Otherwise bad records are counted, and listed in bad_records.jsonl."""
-    part: int | None = None
-    """Which of --parts this job prepares, from 0: in a Slurm array, $SLURM_ARRAY_TASK_ID of --array=0-7 for 8 parts."""
-    parts: int = 1
-    """Jobs that share the source, on any number of machines with one file system; each is this command with another
-    --part. Whoever ends last puts the parts together in --save_dir."""
 
     def __post_init__(self) -> None:
-        if self.kind == "chat" and not self.input:
-            raise ValueError("chat needs --input FILE_OR_FOLDER ... with .jsonl conversations")
-        if self.kind == "text" and bool(self.input) == bool(self.dataset_name):
-            raise ValueError("text needs either --input FILE_OR_FOLDER ... (or --input builtin) or --dataset_name NAME")
-        if self.kind != "text" and self.input and self.dataset_name:
+        for name, nothing in (("input", []), ("val_input", []), ("dataset_name", None), ("words", WordsConfig())):
+            takers = [kind for kind, options in OPTIONS_OF.items() if name in options]
+            if getattr(self, name) != nothing and self.kind not in takers:
+                raise ValueError(f"--{name} is for {', '.join(takers)}; {self.kind} has no use for it")
+        if self.input and self.dataset_name:
             raise ValueError(f"{self.kind} reads --input or --dataset_name, not both")
-        if self.kind == "words" and (self.input or self.dataset_name):
-            raise ValueError("words are generated: they take --words.count and its like, no --input or --dataset_name")
-        if self.kind != "words" and self.words != WordsConfig():
-            given = next(name for name, value in asdict(self.words).items() if value != asdict(WordsConfig())[name])
-            raise ValueError(
-                f"--words.count and its like are for words; {self.kind} is read from files or the hub; leave out "
-                f"--words.{given}"
-            )
-        if self.kind in ("gsm8k", "chat") and self.dataset_name:
-            raise ValueError(f"--dataset_name is for owt, sni and text; {self.kind} takes --input FILE_OR_FOLDER ...")
-        if self.kind not in ("text", "chat") and self.val_input:
-            raise ValueError(f"--val_input is for text and chat; {self.kind} draws val by --val_fraction")
+        if self.kind in ("text", "chat") and not (self.input or self.dataset_name):
+            hub = ", --input builtin, or --dataset_name NAME" if self.kind == "text" else " with .jsonl conversations"
+            raise ValueError(f"{self.kind} needs --input FILE_OR_FOLDER ...{hub}")
         for name in ("text_column", "dataset_name"):
             if getattr(self, name) == "":
                 raise ValueError(f"{name} must be a name, got an empty text")
@@ -135,26 +125,6 @@ class Config:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         _ = self.rules  # which checks them
         check_seed(self.seed)
-        self._check_parts()
-
-    def _check_parts(self) -> None:
-        if self.parts < 1:
-            raise ValueError(f"--parts must be at least 1, got {self.parts}")
-        if self.parts > MAX_PARTS:
-            raise ValueError(f"--parts must be at most {MAX_PARTS:,}, got {self.parts:,}")
-        if self.part is None and self.parts > 1:
-            raise ValueError(
-                f"--parts {self.parts} needs --part, from 0 to {self.parts - 1}: which of them this job is"
-            )
-        if self.part and self.parts == 1:
-            raise ValueError(f"--part {self.part} needs --parts, the number of jobs")
-        if self.part is not None and not 0 <= self.part < self.parts:
-            raise ValueError(f"--part must be from 0 to --parts - 1 = {self.parts - 1}, got {self.part}")
-        if self.parts > 1 and (self.max_tokens_train, self.max_tokens_val) != (None, None):
-            raise ValueError(
-                "--max_tokens_train and --max_tokens_val count from the start of the source, and no part knows how far "
-                "the others are; leave them out with --parts, or prepare in one job"
-            )
 
     @property
     def rules(self) -> PrepareConfig:
@@ -169,96 +139,73 @@ class Config:
 
 
 def run(config: Config) -> Path:
-    """Prepare the folder, or a part of it, and say what is in it."""
+    """Prepare the folder, and say what is in it."""
     tokenizer = Tokenizer.load(config.tokenizer_path)
-    stretches, source = open_source(config)
+    parts, source = open_source(config)
     check_writable(config.save_dir, "--save_dir")
-    finish_merge(config.save_dir)
-    fill = partial(
-        prepare,
-        stretches,
+    manifest = prepare(
+        parts,
         tokenizer,
-        rules=config.rules,
+        config.save_dir,
+        config.rules,
+        source=source,
         num_workers=config.num_workers,
         flush_every=config.flush_every,
         strict=config.strict,
     )
-    if config.part is None or config.parts == 1 or is_merged(config.save_dir):
-        refuse_parts(config.save_dir)
-        manifest = fill(folder=config.save_dir, source=source)
-    else:
-        header = header_of(tokenizer, config.rules, source)
-        folder = begin_part(config.save_dir, config.part, config.parts, header)
-        fill(folder=folder, source=part_source(source, config.part, config.parts), may_be_empty=True)
-        if others := missing(config.save_dir, config.parts):
-            say(f"{folder} is done; {len(others)} of {config.parts} parts are still missing, the first is {others[0]}")
-            return folder
-        manifest = merge(config.save_dir, config.parts, header)
     for line in summary(manifest, config.save_dir):
         say(line)
     return config.save_dir
 
 
-def open_source(config: Config) -> tuple[list[SourceSplit], dict[str, Any]]:
-    """What to read, in order, and how the manifest describes it. With --parts each stretch is this job's share."""
-    source: dict[str, Any] = {"dataset": config.dataset_name or config.kind}
-    if config.kind == "words":
-        chosen = config.words.problems().problems("train")[: config.words.count]
-        conversations = _mine(config, lambda files, on_bad: (problem.conversation for problem in chosen), None)
-        return [SourceSplit(conversations)], source | asdict(config.words)
-    if config.kind == "text":
-        source["column"] = config.text_column
-    if config.kind == "gsm8k":
-        train, test = (gsm8k.files_of(config.input, split) if config.input else None for split in ("train", "test"))
-        source["files"] = _sizes([*(train or []), *(test or [])]) if config.input else None
-        return [SourceSplit(_open(config, train, "train")), SourceSplit(_open(config, test, "test"), "test")], source
-    if config.input == [Path(BUILTIN)]:
+def open_source(c: Config) -> tuple[list[SourceSplit], dict[str, Any]]:
+    """What to read, in order, and how the manifest describes it."""
+    source: dict[str, Any] = {"dataset": c.dataset_name or c.kind}
+    if c.kind == "words":
+        problems = c.words.problems().problems("train")[: c.words.count]
+        read: Read = lambda on_bad: (problem.conversation for problem in problems)  # noqa: E731
+        return [SourceSplit(read)], source | asdict(c.words)
+    if c.kind == "text":
+        source["column"] = c.text_column
+    if c.kind == "gsm8k":
+        train, test = (gsm8k.files_of(c.input, split) if c.input else None for split in ("train", "test"))
+        source["files"] = _sizes([*(train or []), *(test or [])]) if c.input else None
+        return [SourceSplit(_reader(c, train)), SourceSplit(_reader(c, test, "test"), "test")], source
+    if c.input == [Path(BUILTIN)]:
         source["dataset"] = BUILTIN
-        read = _mine(config, lambda files, on_bad: builtin.documents(), None)
+        read = lambda on_bad: builtin.documents()  # noqa: E731
     else:
-        files = find_files(config.input) if config.input else None
+        files = find_files(c.input) if c.input else None
         source["files"] = None if files is None else _sizes(files)
-        read = _open(config, files)
-        share_of_one = OF_ONE_TEXT if config.val_fraction is None else config.val_fraction
-        if _is_one_text(config, files) and not config.val_input and share_of_one:
-            begin, end = hold_out(lambda on_bad: read_texts(files or [], config.text_column, on_bad), share_of_one)
-            source["held_out"] = share_of_one
-            return [
-                SourceSplit(_mine(config, lambda _, on_bad: begin(on_bad), None), "train"),
-                SourceSplit(_mine(config, lambda _, on_bad: end(on_bad), None), "val"),
-            ], source
-    if not config.val_input:
+        read = _reader(c, files)
+        share = OF_ONE_TEXT if c.val_fraction is None else c.val_fraction
+        if _is_one_text(c, files) and not c.val_input and share:
+            begin, end = hold_out(lambda on_bad: read_texts(files or [], c.text_column, on_bad), share)
+            source["held_out"] = share
+            return [SourceSplit(begin, "train"), SourceSplit(end, "val")], source
+    if not c.val_input:
         return [SourceSplit(read)], source
-    val_files = find_files(config.val_input)
+    val_files = find_files(c.val_input)
     source["val_files"] = _sizes(val_files)
-    return [SourceSplit(read, "train"), SourceSplit(_open(config, val_files), "val")], source
+    return [SourceSplit(read, "train"), SourceSplit(_reader(c, val_files), "val")], source
 
 
-def _open(config: Config, files: Sequence[Path] | None, split: str = "train") -> Callable[[OnBad], Iterable[Document]]:
-    """How to read these files, or the hub where they are None; with --parts, this job's share of them."""
-    return _mine(config, _reader(config, split), files)
-
-
-def _mine(config: Config, read: Reader, files: Sequence[Path] | None) -> Callable[[OnBad], Iterable[Document]]:
-    return share(read, files, config.part or 0, config.parts)
-
-
-def _reader(config: Config, split: str) -> Reader:
-    """What reads files of this kind, or the hub where they are None."""
-    name = config.dataset_name
-    named = {"name": name} if name else {}
-    match config.kind:
+def _reader(c: Config, files: Sequence[Path] | None, split: str = "train") -> Read:
+    """What reads these files, or the hub where they are None."""
+    named = {"name": c.dataset_name} if c.dataset_name else {}
+    match c.kind:
         case "owt":
-            return lambda files, on_bad: openwebtext(files, on_bad, **named)
+            return lambda on_bad: openwebtext(files, on_bad, **named)
         case "sni":
-            return lambda files, on_bad: super_natural_instructions(files, split, on_bad, **named)
+            return lambda on_bad: super_natural_instructions(files, split, on_bad, **named)
         case "gsm8k":
-            return lambda files, on_bad: gsm8k.conversations(files, split, on_bad)
+            return lambda on_bad: gsm8k.conversations(files, split, on_bad)
         case "chat":
-            return lambda files, on_bad: chats(files or [], on_bad)
-    if name is None:
-        return lambda files, on_bad: read_texts(files or [], config.text_column, on_bad)
-    return lambda files, on_bad: (row[0] for row in stream_rows(name, split, [config.text_column], on_bad))
+            return lambda on_bad: chats(files or [], on_bad)
+    if c.dataset_name is None:
+        return lambda on_bad: read_texts(files or [], c.text_column, on_bad)
+    name = c.dataset_name
+    return lambda on_bad: (row[0] for row in stream_rows(name, split, [c.text_column], on_bad))
 
 
 def _is_one_text(config: Config, files: Sequence[Path] | None) -> bool:

@@ -156,7 +156,7 @@ def mistakes(draw):
     return file, given, (f"--{key}={word}",), key
 
 
-@pytest.mark.parametrize("examples", [40, pytest.param(3000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [15, pytest.param(3000, marks=pytest.mark.slow)])
 def test_any_one_mistake_is_refused_and_its_key_named(bench, record_property, examples):
     @settings(max_examples=examples, derandomize=True, deadline=None, database=None)
     @given(mistakes())
@@ -259,19 +259,13 @@ IMPOSSIBLE = [
     (GRPO, {"task.input": ["a"]}, ["task.input", "gsm8k"]),
     (GRPO, {"validation_problems": -1}, ["validation_problems"]),
     *((OWT, {"val_fraction": value}, ["val_fraction"]) for value in (1.0, -0.1, math.nan)),
-    *((OWT, {name: 0}, [name]) for name in ("max_tokens_train", "shard_tokens", "flush_every", "num_workers", "parts")),
-    (OWT, {"parts": 10**9}, ["parts"]),
+    *((OWT, {name: 0}, [name]) for name in ("max_tokens_train", "shard_tokens", "flush_every", "num_workers")),
     (OWT, {"max_tokens_val": -1}, ["max_tokens_val"]),
-    (OWT, {"parts": 8}, ["parts", "--part,"]),
-    (OWT, {"part": 1}, ["--part ", "--parts"]),
-    (OWT, {"parts": 8, "part": 8}, ["--part ", "--parts"]),
-    (OWT, {"parts": 8, "part": 0, "max_tokens_train": 9}, ["--parts", "--max_tokens_train"]),
-    (OWT, {"words.largest": 9}, ["words.largest", "owt"]),
-    (OWT, {"val_input": ["a"]}, ["val_input", "owt"]),
-    (OWT, {"kind": "sni", "val_input": ["a"]}, ["--val_input", "text and chat"]),
+    (OWT, {"words.largest": 9}, ["--words", "owt"]),
+    (OWT, {"kind": "sni", "val_input": ["a"]}, ["--val_input", "text, chat"]),
     (OWT, {"input": ["a"], "dataset_name": "a/b"}, ["--input", "--dataset_name"]),
-    (OWT, {"kind": "text", "input": ["a"], "dataset_name": "a/b"}, ["text needs either --input"]),
-    (WORDS, {"dataset_name": "a/b"}, ["words are generated", "--dataset_name"]),
+    (OWT, {"kind": "text", "input": ["a"], "dataset_name": "a/b"}, ["--input", "--dataset_name"]),
+    (WORDS, {"dataset_name": "a/b"}, ["--dataset_name", "words"]),
     (OWT, {"dataset_name": ""}, ["dataset_name"]),
     (OWT, {"kind": "chat"}, ["chat", "--input"]),
     (OWT, {"kind": "text"}, ["text", "--input", "--dataset_name"]),
@@ -288,11 +282,8 @@ IMPOSSIBLE = [
     (TOKENIZER, {"sample_bytes": 0}, ["sample_bytes"]),
     *((TOKENIZER, {name: ""}, [name]) for name in ("split", "text_column")),
     (CURATE, {"input": []}, ["--input"]),
-    *((CURATE, {name: value}, [name]) for name in ("tasks", "workers") for value in (0, 10**9)),
+    *((CURATE, {name: value}, [name]) for name in ("tasks", "workers", "mem_gb") for value in (0, 10**9)),
     (CURATE, {"executor": "slurm"}, ["--executor", "--slurm.partition"]),
-    (CURATE, {"slurm.mem_gb": 0}, ["slurm.mem_gb"]),
-    (CURATE, {"ray.mem_gb": 0.0}, ["ray.mem_gb"]),
-    (CURATE, {"filters.language": "en"}, ["filters.language", "filters.language_model"]),
     (CURATE, {"val_fraction": 1.0}, ["val_fraction"]),
 ]
 
