@@ -297,7 +297,9 @@ def write_progress(folder: Path, progress: dict[str, Any]) -> None:
 
 def refuse_other(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     """Raise ValueError unless a folder's header is what it is now; it names the first thing that differs."""
-    old, new, names = {name: before.get(name) for name in now}, now, list[str]()
+    old: Any = {name: before.get(name) for name in now}
+    new: Any = now
+    names: list[str] = []
     while old != new and isinstance(old, dict) and isinstance(new, dict):
         names.append(next(name for name in [*new, *old] if old.get(name) != new.get(name)))
         old, new = old.get(names[-1]), new.get(names[-1])

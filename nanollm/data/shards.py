@@ -12,9 +12,8 @@ is not finished, and is refused.
 """
 
 import io
-import re
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypedDict
 
@@ -184,21 +183,37 @@ def _header(dtype: np.dtype[Any], count: int) -> bytes:
 class Shards:
     """One split of a prepared folder, memory-mapped: it reads as one long vector of ids."""
 
-    def __init__(self, folder: Path, split: str, manifest: dict[str, Any], fingerprint: str) -> None:
+    def __init__(self, folder: Path, split: str, manifest: dict[str, Any], fingerprint: str, verify: Verification):
+        """Map the files and check them; KeyError or TypeError for a manifest that is none."""
         entry: SplitEntry = manifest["splits"][split]
         self.folder, self.split, self.fingerprint = folder, split, fingerprint
         self.kind: str = manifest["kind"]
         self.vocab_size: int = manifest["tokenizer"]["vocab_size"]
-        self.tokens_total, self.documents, self.text_bytes = entry["tokens"], entry["documents"], entry["text_bytes"]
+        self.text_bytes: int = entry["text_bytes"]
         self.has_flags = self.kind == "chat"
-        stems = [f"{split}-{number:05d}" for number in range(len(entry["shards"]))]
-        sizes = [shard["tokens"] for shard in entry["shards"]]
-        documents = [shard["documents"] for shard in entry["shards"]]
-        self._starts = [0, *np.cumsum(sizes).tolist()]
-        self._tokens = _columns([folder / f"{stem}.npy" for stem in stems], "<u2", sizes)
-        self._offsets = _columns([folder / f"{stem}.offsets.npy" for stem in stems], "<i8", documents)
-        flag_files = [folder / f"{stem}.flags.npy" for stem in stems] if self.has_flags else []
-        self._flags = _columns(flag_files, "|u1", sizes)
+        self._tokens: list[Ids] = []
+        self._offsets: list[npt.NDArray[np.int64]] = []
+        self._flags: list[Flags] = []
+        for number, shard in enumerate(entry["shards"]):
+            # The names are ours, not the manifest's, which may be another's and name files elsewhere.
+            file = folder / f"{split}-{number:05d}.npy"
+            tokens = _map(file, "<u2", shard["tokens"], shard, verify)
+            offsets = _map(file.with_suffix(".offsets.npy"), "<i8", shard["documents"], shard, verify)
+            self._tokens.append(tokens)
+            self._offsets.append(offsets)
+            if self.has_flags:
+                self._flags.append(_map(file.with_suffix(".flags.npy"), "|u1", shard["tokens"], shard, verify))
+            if verify == "size":
+                continue
+            if (largest := int(tokens.max())) >= self.vocab_size:
+                raise ValueError(
+                    f"{file} holds the id {largest}, its tokenizer has {self.vocab_size:,} pieces; prepare the folder "
+                    f"again"
+                )
+            if offsets[0] != 0 or (np.diff(offsets) <= 0).any() or offsets[-1] >= len(tokens):
+                raise ValueError(f"{file.with_suffix('.offsets.npy')} holds wrong places; prepare the folder again")
+        self._starts = [0, *np.cumsum([*map(len, self._tokens)]).tolist()]
+        self.tokens_total, self.documents = self._starts[-1], sum(map(len, self._offsets))
 
     @classmethod
     def open(
@@ -209,33 +224,31 @@ class Shards:
         tokenizer_fingerprint: str | None,
         verify: Verification = "sha256",
     ) -> "Shards":
-        """Check the folder against its manifest and this run's tokenizer (None: whichever it was), then map it.
+        """Check the folder against its manifest and this run's tokenizer (None: whichever it was), and map it.
 
         verify: "size" is for processes beside one that reads every byte.
         """
         manifest, fingerprint = read_manifest(folder)
-        if split not in manifest["splits"]:
-            raise ValueError(f"{folder} has no split {split!r}; it has {', '.join(manifest['splits'])}")
-        entry: SplitEntry = manifest["splits"][split]
-        if entry["tokens"] == 0:
+        try:
+            if split not in manifest["splits"]:
+                raise ValueError(f"{folder} has no split {split!r}; it has {', '.join(manifest['splits'])}")
+            if not manifest["splits"][split]["tokens"]:
+                raise ValueError(
+                    f"the split {split!r} of {folder} is empty; prepare more text, or a larger share for it "
+                    f"(nanollm preprocess --val_fraction)"
+                )
+            written = manifest["tokenizer"]["fingerprint"]
+            if tokenizer_fingerprint not in (None, written):
+                raise ValueError(
+                    f"{folder} was written with tokenizer {written:.6}, this run uses {tokenizer_fingerprint:.6}. "
+                    f"Prepare it again (nanollm preprocess ... --save_dir NEW_FOLDER) or point --tokenizer_path at the "
+                    f"old one."
+                )
+            return cls(folder, split, manifest, fingerprint, verify)
+        except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(
-                f"the split {split!r} of {folder} is empty; prepare more text, or a larger share for it "
-                f"(nanollm preprocess --val_fraction)"
-            )
-        files = {name: file for shard in entry["shards"] for name, file in shard["files"].items()}
-        written = manifest["tokenizer"]["fingerprint"]
-        if tokenizer_fingerprint not in (None, written):
-            raise ValueError(
-                f"{folder / next(iter(files))} was written with tokenizer {written[:6]}, this run uses "
-                f"{str(tokenizer_fingerprint)[:6]}. Prepare it again (nanollm preprocess ... --save_dir NEW_FOLDER) "
-                f"or point --tokenizer_path at the old one."
-            )
-        for name, file in files.items():
-            _check_file(folder / name, file, verify)
-        shards = cls(folder, split, manifest, fingerprint)
-        if verify == "sha256":
-            shards._check_numbers()
-        return shards
+                f"{folder / MANIFEST} is no manifest of ours ({error}); prepare the folder again"
+            ) from error
 
     def read(self, start: int, length: int) -> Ids:
         """Tokens [start, start + length) of the split, across shard borders; (length,) uint16, not to be written to."""
@@ -250,18 +263,6 @@ class Shards:
     def document_offsets(self) -> npt.NDArray[np.int64]:
         """Where each document starts in the split: (documents,) int64, the first is 0."""
         return np.concatenate([np.asarray(o) + s for o, s in zip(self._offsets, self._starts[:-1], strict=True)])
-
-    def _check_numbers(self) -> None:
-        """Raise for ids that the tokenizer lacks, and for documents that do not begin one after the other."""
-        for number, (tokens, offsets) in enumerate(zip(self._tokens, self._offsets, strict=True)):
-            file = self.folder / f"{self.split}-{number:05d}.npy"
-            if (largest := int(tokens.max())) >= self.vocab_size:
-                raise ValueError(
-                    f"{file} holds the id {largest}, its tokenizer has {self.vocab_size:,} pieces; prepare the folder "
-                    f"again"
-                )
-            if offsets[0] != 0 or (np.diff(offsets) <= 0).any() or offsets[-1] >= len(tokens):
-                raise ValueError(f"{file.with_suffix('.offsets.npy')} holds wrong places; prepare the folder again")
 
     def _span(self, columns: Sequence[npt.NDArray[Any]], start: int, length: int) -> npt.NDArray[Any]:
         if not 0 <= start <= start + length <= self.tokens_total:
@@ -283,22 +284,13 @@ def read_manifest(folder: Path) -> tuple[dict[str, Any], str]:
             f"{folder} is not a prepared folder (no {MANIFEST} in it); "
             f"make one: nanollm preprocess KIND --tokenizer_path TOKENIZER --save_dir {folder}"
         )
-    manifest = read_sealed_manifest(folder)
+    manifest = durable.read_sealed_json(folder / MANIFEST, FORMAT, "prepare the folder again", MAX_MANIFEST_BYTES)
     if manifest.get("format") != FORMAT:
         raise ValueError(
             f"{folder / MANIFEST} has format {manifest.get('format')!r}, this version reads {FORMAT!r}; "
             f"prepare the folder again"
         )
-    try:
-        _check_entries(manifest)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder / MANIFEST} is no manifest of ours ({error}); prepare the folder again") from error
     return manifest, durable.sha256_of(folder / MANIFEST)
-
-
-def read_sealed_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest as it was written, whatever it says and whether the folder is finished."""
-    return durable.read_sealed_json(folder / MANIFEST, FORMAT, "prepare the folder again", MAX_MANIFEST_BYTES)
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -308,64 +300,19 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
     return whole
 
 
-def _check_entries(manifest: Mapping[str, Any]) -> None:
-    """Raise for anything that is not as a writer leaves it: the folder may be another's, and name files elsewhere."""
-    kind, tokenizer = manifest["kind"], manifest["tokenizer"]
-    if type(tokenizer["vocab_size"]) is not int or type(tokenizer["fingerprint"]) is not str:
-        raise TypeError("tokenizer")
-    for split, entry in manifest["splits"].items():
-        if not re.fullmatch(r"\w+", split):
-            raise ValueError(f"split {split[:100]}")
-        for number, shard in enumerate(entry["shards"]):
-            expected = _file_sizes(f"{split}-{number:05d}", shard, has_flags=kind == "chat")
-            found = {name: file["size"] for name, file in shard["files"].items() if type(file["sha256"]) is str}
-            if wrong := [name for name in {**found, **expected} if found.get(name) != expected.get(name)]:
-                raise ValueError(f"shard {number} of {split}: {wrong[0][:100]}")
-        totals = {"tokens": entry["tokens"], "documents": entry["documents"]}
-        sums = {total: sum(shard[total] for shard in entry["shards"]) for total in totals}
-        if totals != sums or type(entry["text_bytes"]) is not int:
-            raise ValueError(f"totals of {split}")
-
-
-def _file_sizes(stem: str, shard: ShardEntry, *, has_flags: bool) -> dict[str, int]:
-    """The files of a shard, and how many bytes they have."""
-    tokens, documents = shard["tokens"], shard["documents"]
-    if (type(tokens), type(documents)) != (int, int):
-        raise TypeError("tokens and documents")
-    sizes = {f"{stem}.npy": 2 * tokens, f"{stem}.offsets.npy": 8 * documents}
-    if has_flags:
-        sizes[f"{stem}.flags.npy"] = tokens
-    return {name: _HEADER_BYTES + size for name, size in sizes.items()}
-
-
-def _check_file(path: Path, entry: FileEntry, verify: Verification) -> None:
-    again = "prepare the folder again (nanollm preprocess) or copy it again"
+def _map(path: Path, dtype: str, length: int, shard: ShardEntry, verify: Verification) -> npt.NDArray[Any]:
+    """Map a file of a shard: exactly so many numbers of this type, (length,)."""
+    entry, again = shard["files"][path.name], "prepare the folder again (nanollm preprocess) or copy it again"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing, the manifest beside it names it; {again}")
     if (size := path.stat().st_size) != entry["size"]:
         raise ValueError(f"{path} has {size:,} bytes, its manifest says {entry['size']:,}; {again}")
     if verify == "sha256" and (found := durable.sha256_of(path)) != entry["sha256"]:
-        raise ValueError(f"{path} has sha256 {found[:6]}, its manifest says {entry['sha256'][:6]}; {again}")
-
-
-def _parsed_header(head: io.BytesIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]] | None:
-    """Shape, order and type of a .npy file; None where that is not ours to read."""
+        raise ValueError(f"{path} has sha256 {found[:6]}, its manifest says {entry['sha256']:.6}; {again}")
     try:
-        np.lib.format.read_magic(head)
-        found = np.lib.format.read_array_header_1_0(head)
-    except (ValueError, TypeError, SyntaxError):
-        return None
-    return found if head.tell() == _HEADER_BYTES else None
-
-
-def _columns(paths: Iterable[Path], dtype: str, lengths: Iterable[int]) -> list[npt.NDArray[Any]]:
-    """Map files of exactly the numbers that they must hold."""
-    columns = []
-    for path, length in zip(paths, lengths, strict=False):
-        with path.open("rb") as file:
-            head = io.BytesIO(file.read(_HEADER_BYTES))  # no more of it is parsed, whatever length it claims
-        if _parsed_header(head) != ((length,), False, np.dtype(dtype)):
-            raise ValueError(f"{path} is not a .npy file of {length:,} {np.dtype(dtype)}; prepare the folder again")
-        column = np.memmap(path, dtype, "r", offset=_HEADER_BYTES, shape=(length,))
-        columns.append(column.view(np.ndarray))  # slices of the subclass np.memmap are ten times slower
-    return columns
+        column = np.lib.format.open_memmap(path, mode="r")
+    except Exception as error:  # of what a header may say
+        raise ValueError(f"{path} is not a .npy file ({error}); {again}") from error
+    if (column.dtype, column.shape) != (np.dtype(dtype), (length,)):
+        raise ValueError(f"{path} is not a .npy file of {length:,} {np.dtype(dtype)}; {again}")
+    return column.view(np.ndarray)  # slices of the subclass np.memmap are ten times slower

@@ -25,8 +25,8 @@ from nanollm.extras import how_to_install
 FORMATS = (".txt", ".jsonl", ".csv", ".parquet")
 PACKINGS = ("", ".gz", ".zst")
 DOCUMENT_BYTES = 16 * 2**20  # a .txt file above this is read as several documents
-LINE_BYTES = 16 * 2**20  # a longer line of .jsonl, row of .csv or text of .parquet is a bad record
-BATCH_ROWS, BATCH_BYTES = 256, 256 * 2**20  # of Parquet, held in memory at once
+LINE_BYTES = 16 * 2**20  # a longer line of .jsonl or field of .csv is a bad record
+BATCH_ROWS = 256  # of Parquet, held in memory at once
 REASON_CHARS = 300  # a reason may quote what stands in the file
 
 
@@ -176,43 +176,9 @@ def _unpack(path: File, file: BinaryIO) -> BinaryIO:
     if path.name.lower().endswith(".gz"):
         return cast(BinaryIO, gzip.GzipFile(fileobj=file))
     if path.name.lower().endswith(".zst"):
-        return cast(BinaryIO, io.BufferedReader(_Zstd(file)))
+        arrow = need("pyarrow", "to read .zst files")
+        return cast(BinaryIO, io.BufferedReader(arrow.CompressedInputStream(file, "zstd")))
     return file
-
-
-class _Zstd(io.RawIOBase):
-    """Frames of zstd as a stream. The library's own reader takes a file that was cut short for a whole one."""
-
-    def __init__(self, file: BinaryIO):
-        self.zstd = need("zstandard", "to read .zst files")
-        self.file = file
-        self.frame: Any = None
-        self.ready = memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self.ready and self._read_more():
-            pass
-        size = min(len(buffer), len(self.ready))
-        buffer[:size], self.ready = self.ready[:size], self.ready[size:]
-        return size
-
-    def _read_more(self) -> bool:
-        packed = self.frame.unused_data if self.frame and self.frame.eof else b""
-        packed = packed or self.file.read(4096)  # small: 4 KiB may unpack to 100 MB
-        if not packed:
-            if self.frame and not self.frame.eof:
-                raise EOFError("zstd data ended before the end of its frame")
-            return False
-        if self.frame is None or self.frame.eof:
-            self.frame = self.zstd.ZstdDecompressor().decompressobj()
-        try:
-            self.ready = memoryview(self.frame.decompress(packed))
-        except self.zstd.ZstdError as error:
-            raise _Unreadable(str(error)) from error
-        return True
 
 
 def _read_txt(file: BinaryIO, columns: Sequence[str]) -> Numbered:
@@ -294,28 +260,25 @@ def _missing(columns: Sequence[str], present: Sequence[str]) -> str | None:
 def _read_csv(file: BinaryIO, columns: Sequence[str]) -> Numbered:
     """Rows under a header; a field may hold newlines, so rows are counted, not lines."""
     csv.field_size_limit(LINE_BYTES)
-    lines = _CsvLines(file)
-    rows = csv.reader(lines, strict=True)
+    rows = csv.reader(_csv_lines(file), strict=True)
     try:
         header = next(filter(None, rows), [])
     except csv.Error as error:
-        yield 0, f"malformed CSV header: {error}"
-        return
+        raise _Unreadable(f"malformed CSV header: {error}") from error
     if header and (missing := _missing(columns, header)):
         yield 0, missing
         return
     row = 0
     while True:
-        lines.row_bytes = 0
         try:
-            fields = next(rows)
+            fields = next(filter(None, rows))
         except StopIteration:
             return
         except csv.Error as error:
+            if "field limit" in str(error):  # a quote left open has taken in the rest of the file
+                raise _Unreadable(f"{error}, before line {rows.line_num} (a quote left open?)") from error
             row += 1
             yield row, f"malformed CSV at line {rows.line_num}: {error}"
-            continue
-        if not fields:
             continue
         row += 1
         if len(fields) != len(header):
@@ -324,21 +287,11 @@ def _read_csv(file: BinaryIO, columns: Sequence[str]) -> Numbered:
             yield row, [fields[header.index(column)] for column in columns]
 
 
-class _CsvLines:
-    """Lines for a reader of CSV, which ends with the row that is longer than LINE_BYTES."""
-
-    def __init__(self, file: BinaryIO):
-        self.lines = _read_lines(file)
-        self.row_bytes = 0  # of the row that is being read
-
-    def __iter__(self) -> Iterator[str]:
-        for number, line in self.lines:
-            if line is None:
-                raise _Unreadable(f"line {number} is longer than {LINE_BYTES:,} bytes")
-            self.row_bytes += len(line)
-            if self.row_bytes > LINE_BYTES:
-                raise _Unreadable(f"at line {number} the row is longer than {LINE_BYTES:,} bytes (a quote left open?)")
-            yield line.decode(errors="surrogateescape")  # so that only the row with the wrong bytes is bad
+def _csv_lines(file: BinaryIO) -> Iterator[str]:
+    for number, line in _read_lines(file):
+        if line is None:
+            raise _Unreadable(f"line {number} is longer than {LINE_BYTES:,} bytes")
+        yield line.decode(errors="surrogateescape")  # so that only the row with the wrong bytes is bad
 
 
 def _read_parquet(file: BinaryIO, columns: Sequence[str]) -> Numbered:
@@ -351,56 +304,18 @@ def _read_parquet(file: BinaryIO, columns: Sequence[str]) -> Numbered:
         try:
             # With other buffers Arrow holds the whole column of a row group, as it is packed.
             options = {"buffer_size": 2**20, "pre_buffer": False, "page_checksum_verification": True}
-            yield from _parquet_rows(parquet.ParquetFile(file, **options), columns)
+            table = parquet.ParquetFile(file, **options)
+            if missing := _missing(columns, table.schema_arrow.names):
+                yield 0, missing
+                return
+            row = 0
+            for group in range(table.num_row_groups):  # one by one, so that those before a damaged one are read
+                for batch in table.iter_batches(BATCH_ROWS, row_groups=[group], columns=list(columns)):
+                    for cells in zip(*(batch.column(column) for column in columns), strict=True):
+                        row += 1
+                        yield row, [_value(cell) for cell in cells]
         except (arrow.ArrowException, UnicodeDecodeError) as error:  # the latter: in the name of a column
             raise _Unreadable(str(error)) from error
-
-
-def _parquet_rows(table: Any, columns: Sequence[str]) -> Numbered:
-    """The rows of each row group; what cannot be read of one is one bad record, and the next group follows."""
-    arrow = need("pyarrow", "to read Parquet")
-    if missing := _missing(columns, table.schema_arrow.names):
-        yield 0, missing
-        return
-    end = 0
-    for number in range(table.metadata.num_row_groups):
-        row, end = end, end + table.metadata.row_group(number).num_rows
-        try:
-            for values in _rows_of_group(table, number, columns):
-                row += 1
-                yield row, values
-        except (arrow.ArrowException, OSError, EOFError, _Unreadable) as error:
-            yield row + 1, f"cannot be read, like all rows to {end:,}: {' '.join(str(error).split())}"
-
-
-def _rows_of_group(table: Any, number: int, columns: Sequence[str]) -> Iterator[list[Any] | str]:
-    """The values of each row, or why it is bad."""
-    mean = _mean_bytes(table.metadata.row_group(number), columns)
-    if mean > LINE_BYTES:  # Arrow would unpack them all the same
-        raise _Unreadable(f"a text has {mean:,} bytes on average, at most {LINE_BYTES:,} are read")
-    batch_rows = min(BATCH_ROWS, max(1, BATCH_BYTES // max(1, mean)))
-    for batch in table.iter_batches(batch_size=batch_rows, row_groups=[number], columns=list(columns)):
-        arrays = [batch.column(column) for column in columns]
-        for place in range(len(batch)):
-            cells = [array[place] for array in arrays]
-            too_long = any(_is_long(cell) for cell in cells)
-            yield f"the text is longer than {LINE_BYTES:,} bytes" if too_long else [_value(cell) for cell in cells]
-
-
-def _mean_bytes(group: Any, columns: Sequence[str]) -> int:
-    """Bytes of a row in these columns, unpacked, on average and at most."""
-    rows = max(1, group.num_rows)
-    if group.total_byte_size // rows <= LINE_BYTES:
-        return group.total_byte_size // rows  # without asking a column: where its entry is damaged, Arrow crashes
-    chunks = (group.column(number) for number in range(group.num_columns))
-    ours = tuple(f"{column}." for column in columns)
-    return sum(one.total_uncompressed_size for one in chunks if f"{one.path_in_schema}.".startswith(ours)) // rows
-
-
-def _is_long(cell: Any) -> bool:
-    """Whether a text is longer than LINE_BYTES, before Python has it."""
-    text = getattr(cell, "value", cell)  # of a dictionary
-    return hasattr(text, "as_buffer") and text.is_valid and text.as_buffer().size > LINE_BYTES
 
 
 def _value(cell: Any) -> Any:

@@ -100,7 +100,7 @@ def test_another_tokenizers_shard_is_refused(folder):
     with pytest.raises(ValueError) as refused:
         Shards.open(folder, tokenizer_fingerprint="41be07" + "0" * 58)
     assert str(refused.value) == (
-        f"{folder / 'train-00000.npy'} was written with tokenizer {written[:6]}, this run uses 41be07. Prepare "
+        f"{folder} was written with tokenizer {written[:6]}, this run uses 41be07. Prepare "
         f"it again (nanollm preprocess ... --save_dir NEW_FOLDER) or point --tokenizer_path at the old one."
     )
 

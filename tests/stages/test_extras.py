@@ -31,7 +31,7 @@ TYPED = [  # an extra, a package of it, what is typed, and how the line begins
         "nanollm preprocess: datasets is needed to read a/b from ",
     ),
     ("data", "pyarrow", f"{PREPROCESS} --input x.parquet", "nanollm preprocess: pyarrow is needed to read Parquet; "),
-    ("data", "zstandard", f"{PREPROCESS} --input x.jsonl.zst", "nanollm preprocess: zstandard is needed to read .zst "),
+    ("data", "pyarrow", f"{PREPROCESS} --input x.jsonl.zst", "nanollm preprocess: pyarrow is needed to read .zst "),
 ]
 CALLED = [  # the same for what a verb reaches late: an extra, a package of it, who says so, and a call
     ("export", "google.protobuf.message", "import", lambda folder: import_model.parse(b"")),
