@@ -19,7 +19,7 @@ import sentencepiece
 from nanollm.durable import write_file
 from nanollm.kernels.build import NoCompilerError
 from nanollm.progress import say
-from nanollm.text.words import NativeWords, Recipe, Words
+from nanollm.text.words import Recipe, WordSpeller
 
 ModelType = Literal["bpe", "unigram", "char", "word"]
 PieceKind = Literal["normal", "unknown", "control", "user_defined", "unused", "byte"]
@@ -54,7 +54,7 @@ class Tokenizer:
 
     def __init__(self, serialized: bytes, name: str = "the tokenizer"):
         self.serialized = serialized
-        self._words: Words | NativeWords | None = None
+        self._words: WordSpeller | None = None
         self._asked_for_words = False
         self._sp = sentencepiece.SentencePieceProcessor()
         try:
@@ -197,23 +197,21 @@ class Tokenizer:
         lengths = np.array([*map(len, encoded)], dtype=np.int64)
         return np.fromiter(chain.from_iterable(encoded), dtype=np.int32, count=lengths.sum()), lengths
 
-    def remember_words(self, *, native: bool = True) -> None:
+    def remember_words(self) -> None:
         """Spell word by word from now on, and each word once: for long work, because it takes a moment to begin.
 
-        The ids stay the same. Not every model can be used in this way (see text/words.py); nothing changes then.
-        native: by spelling.cpp, where it can be compiled.
+        The ids stay the same. Not every model can be used in this way (see text/words.py), and it takes a C++ compiler;
+        nothing changes where that is missing.
         """
         if self._asked_for_words:
             return
         self._asked_for_words = True
         recipe = self._recipe()
-        if not recipe.is_cuttable or self._spells_spaces:
-            return
-        try:
-            self._words = NativeWords(recipe) if native else Words(recipe, self._encode)
-        except NoCompilerError as error:
-            say(f"texts become ids several times as slowly: {error}")
-            self._words = Words(recipe, self._encode)
+        if recipe.is_cuttable and not self._spells_spaces:
+            try:
+                self._words = WordSpeller(recipe)
+            except NoCompilerError as error:
+                say(f"texts become ids several times as slowly: {error}")
 
     def _recipe(self) -> Recipe:
         """What the file says, where it says the same to SentencePiece; a damaged one may be read in two ways."""

@@ -10,9 +10,8 @@ piece joins to another is a word by itself. Longer words than necessary do no ha
 """
 
 import ctypes
-import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from ctypes import POINTER, byref, c_char_p, c_int64, c_void_p
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -31,8 +30,7 @@ SPACE = "\u2581"  # as pieces write it
 BORDER = "\ud800"  # in no piece, because it is not valid Unicode
 BPE = 2  # of the types of models
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # of the types of pieces
-MAX_REMEMBERED = 100_000_000  # bytes, of half a million words (Python) or two millions; then all are forgotten
-WORD_BYTES = 200  # what Python needs for a word besides its characters
+MAX_REMEMBERED = 100_000_000  # bytes, of two million words; then all are forgotten
 
 
 def kinds_of(pieces: Iterable[str]) -> dict[str, int] | None:
@@ -55,51 +53,8 @@ def kinds_of(pieces: Iterable[str]) -> dict[str, int] | None:
     return {char: number.setdefault(lead(char), len(number) + 1) for char in sorted(leader)}
 
 
-def pattern_of(kinds: dict[str, int]) -> re.Pattern[str]:
-    """What finds the words of a text, one after the other, leaving out nothing."""
-    runs: dict[int, list[str]] = {}
-    for char, kind in kinds.items():
-        runs.setdefault(kind, []).append(re.escape(char))
-    words = [f" *[{''.join(chars)}]+" for chars in runs.values()]
-    # A literal U+2581 is never with spaces: it would look like one more of them.
-    return re.compile("|".join([*words, f" *[^ {SPACE}]", " +", SPACE]))
-
-
-class _Memory(dict[str, bytes]):
-    """The ids of words, as int32 in bytes; a word that is new is spelled."""
-
-    def __init__(self, spell: Callable[[str], list[int]]) -> None:
-        self.spell, self.size = spell, 0
-
-    def __missing__(self, word: str) -> bytes:
-        ids = np.array(self.spell(word), dtype=np.int32).tobytes()
-        if self.size > MAX_REMEMBERED:
-            self.clear()
-            self.size = 0
-        self[word] = ids
-        self.size += WORD_BYTES + 4 * len(word) + len(ids)
-        return ids
-
-
-class Words:
-    """Spells texts word by word."""
-
-    def __init__(self, recipe: "Recipe", spell: Callable[[str], list[int]]) -> None:
-        """spell: the ids of a word that is new."""
-        assert recipe.kinds is not None
-        self._find = pattern_of(recipe.kinds).findall
-        self._ids_of = _Memory(spell)
-
-    def spell(self, texts: Sequence[bytes]) -> tuple[Ids, Lengths]:
-        """Ids of the texts (UTF-8), one after the other, and the number of each text's."""
-        ids_of, find = self._ids_of.__getitem__, self._find
-        spelled = [b"".join(map(ids_of, find(text.decode()))) for text in texts]
-        lengths = np.array([len(ids) // 4 for ids in spelled], dtype=np.int64)
-        return np.frombuffer(b"".join(spelled), dtype=np.int32), lengths
-
-
-class NativeWords:
-    """The same by spelling.cpp, which needs no `spell`. NoCompilerError where the library cannot be made."""
+class WordSpeller:
+    """Spells texts word by word (spelling.cpp). NoCompilerError where the library cannot be made."""
 
     def __init__(self, recipe: "Recipe") -> None:
         self.library = library()

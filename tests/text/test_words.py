@@ -1,6 +1,5 @@
 import io
 import random
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ from nanollm.kernels import build
 from nanollm.text import words as module
 from nanollm.text.tokenizer import Tokenizer
 from nanollm.text.train_tokenizer import train
-from nanollm.text.words import NativeWords, Recipe, Words, kinds_of, pattern_of
+from nanollm.text.words import Recipe, WordSpeller, kinds_of
 from tests.text.test_tokenizer import HARD, STORY, texts
 
 PROGRAM = Path(module.__file__).read_text(encoding="utf-8")
@@ -25,19 +24,16 @@ OTHER_SCRIPTS = (
 CORPORA = {"story": STORY, "program": PROGRAM * 3, "scripts": (OTHER_SCRIPTS + "\n") * 30 + STORY[:4000]}
 
 
-def speller(tokenizer: Tokenizer, how: str) -> Words | NativeWords:
-    """Either way to spell word by word; new words go to SentencePiece or to spelling.cpp."""
+def speller(tokenizer: Tokenizer) -> WordSpeller:
     recipe = Recipe.of(tokenizer.serialized)
     assert recipe.is_cuttable
-    if how == "python":
-        return Words(recipe, tokenizer.encode)
     try:
-        return NativeWords(recipe)
+        return WordSpeller(recipe)
     except build.NoCompilerError as error:
         pytest.skip(str(error))
 
 
-def spelled(way: Words | NativeWords, several: list[str]) -> list[list[int]]:
+def spelled(way: WordSpeller, several: list[str]) -> list[list[int]]:
     ids, lengths = way.spell([text.encode() for text in several])
     assert len(lengths) == len(several) and lengths.sum() == len(ids)
     return [part.tolist() for part in np.split(ids, np.cumsum(lengths))[:-1]]
@@ -50,9 +46,9 @@ def plain(request, tmp_path_factory) -> Tokenizer:
     return train([CORPORA[request.param]], path, vocab_size=480)
 
 
-@pytest.fixture(scope="module", params=["python", "native"])
-def way(request, plain) -> Words | NativeWords:
-    return speller(plain, request.param)
+@pytest.fixture(scope="module")
+def way(plain) -> WordSpeller:
+    return speller(plain)
 
 
 @given(several=st.lists(texts, max_size=4))
@@ -74,30 +70,10 @@ def test_hard_texts_and_long_ones_have_the_ids_of_sentencepiece(plain, way):
     assert spelled(way, several) == [plain.encode(text) for text in several]
 
 
-@pytest.mark.parametrize("how", ["python", "native"])
-def test_words_that_were_forgotten_are_spelled_again(plain, how, monkeypatch):
+def test_words_that_were_forgotten_are_spelled_again(plain, monkeypatch):
     monkeypatch.setattr(module, "MAX_REMEMBERED", 2000)
-    way, several = speller(plain, how), [STORY, PROGRAM, STORY]
-    assert spelled(way, several) == [plain.encode(text) for text in several]
-    if isinstance(way, Words):
-        assert 0 < len(way._ids_of) < 20
-
-
-@given(text=texts)
-def test_the_words_of_a_text_joined_are_the_text(plain, text):
-    kinds = Recipe.of(plain.serialized).kinds
-    assert kinds is not None
-    assert "".join(pattern_of(kinds).findall(text)) == text
-
-
-def test_no_piece_crosses_the_border_between_two_words(plain):
-    recipe = Recipe.of(plain.serialized)
-    find = pattern_of(recipe.kinds).findall
-    side_by_side = {pair for piece in recipe.learned.values() for pair in pairwise(piece)}
-    for text in CORPORA.values():
-        borders = {(left[-1], right[0]) for left, right in pairwise(find(text))}
-        assert len(borders) > 50
-        assert not side_by_side & {(left, right.replace(" ", "\u2581")) for left, right in borders}
+    several = [STORY, PROGRAM, STORY]
+    assert spelled(speller(plain), several) == [plain.encode(text) for text in several]
 
 
 def test_kinds_hang_together_and_a_piece_that_goes_on_into_a_space_forbids_words():
@@ -149,22 +125,19 @@ def test_only_models_whose_texts_may_be_cut_are_spelled_word_by_word(options, is
     assert recipe.is_cuttable == is_cuttable
     if is_cuttable:
         processor, text = sentencepiece.SentencePieceProcessor(model_proto=serialized), STORY + PROGRAM
-        assert spelled(Words(recipe, processor.encode), [text]) == [processor.encode(text)]
+        assert spelled(WordSpeller(recipe), [text]) == [processor.encode(text)]
 
 
-def test_a_tokenizer_that_remembers_words_gives_the_same_ids(plain, tmp_path):
-    for native in (False, True):
-        quick = Tokenizer(plain.serialized)
-        quick.remember_words(native=native)
-        assert isinstance(quick._words, NativeWords if native else Words)
-        several = [*HARD, STORY, *HARD]
-        expected = [plain.encode(text) for text in several]
-        assert [quick.encode(text) for text in several] == expected
-        for tokenizer in (plain, quick):
-            ids, lengths = tokenizer.encode_all(several)
-            assert (ids.dtype, lengths.tolist()) == (np.int32, [*map(len, expected)])
-            assert ids.tolist() == [token for ids in expected for token in ids]
-            assert [len(part) for part in tokenizer.encode_all([])] == [0, 0]
+def test_a_tokenizer_that_remembers_words_gives_the_same_ids(plain):
+    quick, several = Tokenizer(plain.serialized), [*HARD, STORY, *HARD]
+    quick.remember_words()
+    expected = [plain.encode(text) for text in several]
+    assert [quick.encode(text) for text in several] == expected
+    for tokenizer in (plain, quick):
+        ids, lengths = tokenizer.encode_all(several)
+        assert (ids.dtype, lengths.tolist()) == (np.int32, [*map(len, expected)])
+        assert ids.tolist() == [token for ids in expected for token in ids]
+        assert [len(part) for part in tokenizer.encode_all([])] == [0, 0]
 
 
 def test_a_model_that_cannot_be_cut_is_left_to_sentencepiece(tmp_path, monkeypatch):
@@ -178,7 +151,7 @@ def test_a_model_that_cannot_be_cut_is_left_to_sentencepiece(tmp_path, monkeypat
     assert lengths.tolist() == [len(unigram.encode(STORY)), len(unigram.encode("the sea"))]
 
 
-def test_without_a_compiler_words_are_spelled_in_python_and_that_is_said(plain, monkeypatch, capsys):
+def test_without_a_compiler_sentencepiece_spells_and_that_is_said_once(plain, monkeypatch, capsys):
     def fail():
         raise build.NoCompilerError("no C++ compiler was found")
 
@@ -186,7 +159,6 @@ def test_without_a_compiler_words_are_spelled_in_python_and_that_is_said(plain, 
     quick = Tokenizer(plain.serialized)
     for _ in range(2):
         quick.remember_words()
-    assert isinstance(quick._words, Words)
     assert capsys.readouterr().err.count("texts become ids several times as slowly: no C++ compiler was found") == 1
     assert quick.encode(STORY) == plain.encode(STORY)
 
@@ -211,5 +183,4 @@ def test_all_real_documents_have_the_ids_of_sentencepiece(shared_data, tmp_path)
     for vocab_size in (1000, 50_304):
         plain = train(several, tmp_path / "m.model", vocab_size=vocab_size)
         expected = [plain.encode(text) for text in several + mixed]
-        for how in ("python", "native"):
-            assert spelled(speller(plain, how), several + mixed) == expected
+        assert spelled(speller(plain), several + mixed) == expected
