@@ -4,14 +4,12 @@ A task has problems, by split, and grades replies: evaluation and reinforcement 
 here, GSM8K and the generated word problems; any other is a class of your own (see Task).
 """
 
-import difflib
 import importlib
 import re
 import sys
 from collections.abc import Sequence
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Protocol, cast
 
 from nanollm.config import check_seed
@@ -71,23 +69,19 @@ class TaskConfig:
 
     def __post_init__(self) -> None:
         if self.name not in OURS and not OWN.fullmatch(self.name):
-            near = difflib.get_close_matches(self.name, OURS, n=1)
-            hint = f"did you mean {near[0]}?" if near else "mine:Doubles is the class Doubles in mine.py"
-            raise ValueError(f"task.name must be {', '.join(OURS)} or module:Name, got {self.name!r}; {hint}")
-        self._refuse_unused()
+            raise ValueError(
+                f"task.name must be {', '.join(OURS)} or module:Name, got {self.name!r}; mine:Doubles is the class "
+                f"Doubles in mine.py"
+            )
+        for option in fields(self)[1:]:  # one of another task would be without effect
+            owner, default = "gsm8k" if option.name == "input" else "words", default_of(option)
+            if self.name != owner and getattr(self, option.name) != default:
+                raise ValueError(f"task.{option.name} is for {owner}, not for {self.name}; leave it at {default}")
         try:
             self.word_problems()
         except ValueError as error:
             raise ValueError(f"task.{error}") from None
         check_seed(self.seed, "task.seed")
-
-    def _refuse_unused(self) -> None:
-        """An option of another task would be without effect."""
-        for option in fields(self)[1:]:
-            owner = "gsm8k" if option.name == "input" else "words"
-            default = default_of(option)
-            if self.name != owner and getattr(self, option.name) != default:
-                raise ValueError(f"task.{option.name} is for {owner}, not for {self.name}; leave it at {default}")
 
     def word_problems(self) -> WordProblems:
         return WordProblems(levels=tuple(self.levels), largest=self.largest, seed=self.seed)
@@ -144,12 +138,8 @@ class _Checked:
             found = self.task.problems(split)
         except (ValueError, KeyError) as error:
             raise ValueError(f"{self.name} has no split {split!r}: {type(error).__name__}: {error}") from error
-        if not isinstance(found, Sequence):
-            raise ValueError(f"{self.name}.problems must return a list of Problem, got {type(found).__name__}")
-        if not found:
-            raise ValueError(f"{self.name} has no problem in its split {split!r}")
-        if not isinstance(found[0], Problem):
-            raise ValueError(f"{self.name}.problems must return a list of Problem, its first is {found[0]!r:.60}")
+        if not isinstance(found, Sequence) or not found or not isinstance(found[0], Problem):
+            raise ValueError(f"{self.name}.problems({split!r}) must return a list of Problem, got {found!r:.60}")
         return found
 
     def grade(self, problem: Problem, reply: str) -> bool:
@@ -164,31 +154,21 @@ def _open_own(name: str) -> Task:
     made_by = import_object(name, "task.name")
     try:
         task = made_by()
-    except TypeError as error:
-        raise ValueError(f"task.name is {name}, which must be callable without arguments: {error}") from error
-    if missing := [method for method in ("problems", "grade") if not callable(getattr(task, method, None))]:
-        raise ValueError(f"{name} is no task: it lacks {' and '.join(missing)}; see nanollm.sources.tasks.Task")
+        _ = task.problems, task.grade
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"task.name is {name}, which makes no task: {error}; see sources.tasks.Task") from error
     return cast(Task, task)
 
 
 def import_object(name: str, option: str) -> Any:
     """What "module:Name" stands for, or a ValueError that names the option it was given for."""
-    module_name, _, attribute = name.partition(":")
-    module = _import(module_name, f"{option} is {name}")
-    if not hasattr(module, attribute):
-        where = getattr(module, "__file__", None) or module_name
-        raise ValueError(f"{option} is {name}, but {where} has no {attribute}")
-    return getattr(module, attribute)
-
-
-def _import(module: str, asked: str) -> ModuleType:
-    """A module from where Python looks, and then from the current folder."""
+    module, _, attribute = name.partition(":")
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.append(here)  # last, so that a folder `datasets` of the user hides no library
     try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        is_absent = isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}.")
-        reason = f"no module {module} is installed or lies in {here}" if is_absent else f"importing it failed: {error}"
-        raise ValueError(f"{asked} (module:Name), but {reason}") from error
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"{option} is {name} (module:Name), but {error}; a module is looked for where Python looks and in {here}"
+        ) from error
