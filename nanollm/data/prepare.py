@@ -14,12 +14,12 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from multiprocessing import get_context, parent_process
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import numpy as np
 
@@ -140,7 +140,7 @@ def prepare(
             return manifest
         with (
             encoder(encode, num_workers) as encode_in_order,
-            _Job(folder, tokenizer, rules, parts, _find_progress(folder, header), strict) as job,
+            closing(_Job(folder, tokenizer, rules, parts, _find_progress(folder, header), strict)) as job,
             Progress("preprocess", rules.max_tokens_train, "tokens", done=job.tokens("train")) as bar,
         ):
             while (number := job.progress["part"]) < len(parts):
@@ -250,15 +250,10 @@ class _Job:
         return manifest
 
     def close(self) -> None:
+        """Let go of all files as they are."""
         self.bad_file.close()
         for writer in self.writers.values():
             writer.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def header_of(tokenizer: Tokenizer, rules: PrepareConfig, source: dict[str, Any]) -> dict[str, Any]:

@@ -143,11 +143,10 @@ def is_done(c: Config) -> bool:
         return False
     report = json.loads(c.report_path.read_bytes()) if c.report_path.exists() else {}
     before, now = report.get("settings", {}), _settings(c)
-    differ = [name for name in now if name != "output_dir" and before.get(name) != now[name]]
-    if not differ and report["fingerprint"] == sha256_of(c.model_path):
+    other = next((name for name in now if name != "output_dir" and before.get(name) != now[name]), None)
+    if other is None and report["fingerprint"] == sha256_of(c.model_path):
         return True
-    other = next((name for name in differ if name in before), "")
-    how = f"with {other} {before[other]}, this command has {now[other]}" if other else "in another way"
+    how = f"with {other} {before[other]}, this command has {now[other]}" if other in before else "in another way"
     raise ValueError(
         f"{c.model_path} exists already, made {how}; choose another --model_name or --output_dir, or remove it"
     )
@@ -160,7 +159,7 @@ def _settings(c: Config) -> dict[str, Any]:
 
 
 class BadRecords:
-    """Counts what could not be read, says the first few aloud and keeps the first hundred for the report."""
+    """Counts what could not be read, and keeps the first hundred for the report."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -168,7 +167,7 @@ class BadRecords:
 
     def __call__(self, record: BadRecord) -> None:
         self.count += 1
-        if len(self.listed) < BAD_RECORDS_LISTED:
+        if self.count <= BAD_RECORDS_LISTED:
             self.listed.append(record)
         if self.count <= 5:
             say(f"skipped {record}")

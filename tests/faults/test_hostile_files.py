@@ -110,16 +110,6 @@ def sign(bundle, **record):
     write_sealed_json(bundle / "provenance.json", {"made_by": "them", "format": 2, "files": files} | record)
 
 
-VERBS = {
-    "generate": ["--prompt", "Once"],
-    "chat": [],
-    "eval": ["--task.name", "words", "--n", 1],
-    "bench": [],
-    "serve": ["--port", 0],
-    "export": [],
-}
-
-
 def spoilt(bundle, file, content):
     """Put something in place of a file, and let all sums agree."""
     (bundle / file).write_bytes(content)
@@ -137,30 +127,15 @@ def test_a_pickle_or_a_file_without_end_in_place_of_a_bundles_is_refused(bundle,
     assert file in refused("generate", bundle, "--prompt", "Once")
 
 
-@pytest.mark.parametrize("verb", [*VERBS, "sft", "grpo"])
-def test_every_verb_that_takes_a_bundle_refuses_a_pickle(bundle, bombs, refused, job_of, verb):
-    spoilt(bundle, "model.safetensors", bombs["pt"])
-    words = [verb, bundle, *VERBS[verb]] if verb in VERBS else [*job_of(verb).words, "--bundle", bundle]
-    assert "model.safetensors is not a whole safetensors file" in refused(*words)
-
-
 SIZES = [
     {"n_blocks": 10**9},
-    {"n_blocks": 10**18, "moe_every": 10**9},
     {"vocab_size": 10**12},
     {"d_model": 10**12, "q_lora_rank": 10**12},
-    {"d_ff": 2**62},
-    {"n_routed_experts": 10**12},
     {"n_heads": -1},
     {"d_model": 0},
-    {"d_model": 64.0},
-    {"d_model": True},
     {"d_model": "64"},
     {"d_model": None},
-    {"d_model": [64]},
-    {"d_model": float("nan")},
     {"rope_theta": float("nan")},
-    {"rope_theta": float("inf")},
     {"rope_theta": 10**400},
     {"rms_norm_eps": -1.0},
     {"norm_topk_prob": "yes"},
@@ -183,7 +158,7 @@ def test_what_is_said_before_the_weights_are_read_takes_no_time_either(bundle, r
     config = json.loads((bundle / "config.json").read_bytes())
     write_sealed_json(bundle / "config.json", config | {"model": config["model"] | {"n_blocks": 10**6}})
     sign(bundle)
-    words = ["--dry_run"] if verb == "export" else VERBS[verb]
+    words = ["--dry_run"] if verb == "export" else ["--task.name", "words", "--n", 1]
     assert "n_blocks is 1000000, but the weights have 4 blocks" in refused(verb, bundle, *words)
 
 
@@ -219,21 +194,13 @@ def entry(shape, begin, end, dtype="F32"):
 HEADERS = {
     "nothing": b"",
     "a header of 2^63 bytes": safetensors(b"{}", length=2**63),
-    "a header of 2^64 - 1 bytes": safetensors(b"{}", length=2**64 - 1),
-    "a header of 100 MB that is not there": safetensors(b"{}", length=100_000_000),
     "a header of 1 TB": safetensors(b"{}", length=10**12),
     "overlapping tensors": safetensors({"a": entry([2], 0, 8), "b": entry([2], 4, 12)}, bytes(12)),
-    "one place for two tensors": safetensors({"a": entry([2], 0, 8), "b": entry([2], 0, 8)}, bytes(8)),
     "a tensor behind the end": safetensors({"a": entry([2], 0, 8)}, bytes(4)),
-    "a tensor of 2^62 bytes": safetensors({"a": entry([2**60], 0, 2**62)}, bytes(4)),
     "a hole": safetensors({"a": entry([1], 4, 8)}, bytes(8)),
-    "an end before the beginning": safetensors({"a": entry([1], 8, 4)}, bytes(8)),
-    "a negative offset": safetensors({"a": entry([1], -4, 0)}, bytes(8)),
     "a negative side": safetensors({"a": entry([-1, -2], 0, 8)}, bytes(8)),
     "sides that overflow": safetensors({"a": entry([2**32, 2**32, 2], 0, 8)}, bytes(8)),
-    "a side that is no number": safetensors({"a": entry(["2"], 0, 8)}, bytes(8)),
     "an unknown type": safetensors({"a": entry([1], 0, 8, "OBJECT")}, bytes(8)),
-    "a header that is no object": safetensors(b"[]"),
     "a header of 90,000 brackets": safetensors(b"[" * 90_000),
     "a header that is not UTF-8": safetensors(b"\xff" * 16),
     "numbers behind the last tensor": safetensors({"a": entry([1], 0, 4)}, bytes(400)),

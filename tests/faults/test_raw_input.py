@@ -58,26 +58,18 @@ def broken_page(number):
 TEXT_FILES = [
     # JSON
     ("cut.jsonl", ONE + b'{"text": "cut of\n' + TWO, [(2, "malformed JSON: Invalid control character")], GOOD),
-    ("last.jsonl", ONE + TWO + b'{"text": "no e', [(3, "malformed JSON: Unterminated string")], GOOD),
     ("other.jsonl", ONE + b'{"txet": "x"}\n' + TWO, [(2, "no text here, only txet")], GOOD),
-    ("nothing.jsonl", ONE + b"{}\n" + TWO, [(2, "no text here, only nothing")], GOOD),
     ("number.jsonl", ONE + b'{"text": 7}\n' + TWO, [(2, "text must be text, got int")], GOOD),
-    ("true.jsonl", ONE + b'{"text": true}\n' + TWO, [(2, "text must be text, got bool")], GOOD),
     ("list.jsonl", ONE + b'{"text": ["x"]}\n' + TWO, [(2, "text must be text, got list")], GOOD),
-    ("object.jsonl", ONE + b'{"text": {"text": "x"}}\n' + TWO, [(2, "text must be text, got dict")], GOOD),
     ("null.jsonl", ONE + b'{"text": null}\n' + TWO, [(2, "text is missing")], GOOD),
-    ("nan.jsonl", ONE + b'{"text": NaN}\n' + TWO, [(2, "text must be")], GOOD),
     ("nan-beside.jsonl", ONE + b'{"text": "good two", "score": NaN}\n', [], GOOD),
     ("array.jsonl", ONE + b'["text", "x"]\n' + TWO, [(2, "expected a JSON object, got list")], GOOD),
     ("latin-1.jsonl", ONE + b'{"text": "na\xefve"}\n' + TWO, [(2, "not UTF-8")], GOOD),
     ("utf-16.jsonl", ONE + '{"text": "x"}\n'.encode("utf-16"), [(2, "not UTF-8"), (3, "malformed JSON")], GOOD[:1]),
     ("mark.jsonl", b"\xef\xbb\xbf" + ONE + TWO, [], GOOD),
-    ("mark-inside.jsonl", ONE + b"\xef\xbb\xbf" + TWO, [(2, "malformed JSON: Unexpected UTF-8 BOM")], GOOD[:1]),
     ("nul.jsonl", ONE + b'{"text": "a\0b"}\n\0\0\n' + TWO, [(2, "malformed JSON"), (3, "malformed JSON")], GOOD),
     ("nul-escape.jsonl", b'{"text": "a\\u0000b"}\n', [], ["a\0b"]),
     ("half-pair.jsonl", ONE + b'{"text": "x\\ud800"}\n' + TWO, [(2, SURROGATE)], GOOD),
-    ("wrong-pair.jsonl", ONE + b'{"text": "\\udc00\\ud800"}\n' + TWO, [(2, SURROGATE)], GOOD),
-    ("raw-half.jsonl", ONE + b'{"text": "\xed\xa0\x80"}\n' + TWO, [(2, "not UTF-8")], GOOD),
     ("pair.jsonl", b'{"text": "\\ud83d\\ude00"}\n', [], ["\U0001f600"]),
     ("half-key.jsonl", ONE + b'{"\\ud800\\u001b[2J": 1}\n' + TWO, [(2, r"no text here, only \ud800\x1b[2J")], GOOD),
     ("long-key.jsonl", ONE + b'{"' + b"k" * 9999 + b'": 1}\n' + TWO, [(2, f"no text here, only {'k' * 281} ..")], GOOD),
@@ -89,22 +81,15 @@ TEXT_FILES = [
         GOOD,
     ),
     ("huge-number.jsonl", ONE + b'{"text": 1' + b"0" * 5000 + b"}\n" + TWO, [(2, "malformed JSON: Exceeds the")], GOOD),
-    ("huge-float.jsonl", ONE + b'{"text": 1e999999}\n' + TWO, [(2, "text must be text, got float")], GOOD),
-    ("twice.jsonl", b'{"text": "lost", "text": "good one"}\n' + TWO, [], GOOD),  # as every parser has it: the last
-    ("spaces.jsonl", ONE + b'{"text": " \\n\\t"}\n' + TWO, [(2, "text is empty")], GOOD),
     ("windows.jsonl", ONE.replace(b"\n", b"\r\n") + b"\r\n" + TWO.replace(b"\n", b"\r\n"), [], GOOD),
-    ("old-mac.jsonl", ONE.replace(b"\n", b"\r") + TWO, [(1, "malformed JSON: Extra data")], []),
     ("separator.jsonl", '{"text": "a\u2028b"}\n'.encode(), [], ["a\u2028b"]),
     ("empty.jsonl", b"", [(0, "holds no records")], []),
     ("blank.jsonl", b"\n  \n\r\n\t\n", [(0, "holds no records")], []),
     # plain text
     ("empty.txt", b"", [(0, "holds no records")], []),
     ("blank.txt", b"\n \n\t\n", [(1, "text is empty")], []),
-    ("mark-only.txt", b"\xef\xbb\xbf", [(1, "text is empty")], []),
     ("windows.txt", b"\xef\xbb\xbfone\r\n\0two\r\n", [], ["one\n\0two\n"]),
     ("latin-1.txt", b"one\ntwo\nna\xefve\n", [(3, "not UTF-8; convert the file")], []),
-    ("raw-half.txt", b"a\xed\xa0\x80", [(1, "not UTF-8; convert the file")], []),
-    ("utf-16.txt", "one".encode("utf-16"), [(1, "not UTF-8; convert the file")], []),
     # CSV
     ("open.csv", b'text\ngood one\n"never closed\nrest\n', [(2, "malformed CSV at line 4: unexpected end")], GOOD[:1]),
     ("quote.csv", b'text\ngood one\n"a" b\n"good two"\n', [(2, "malformed CSV at line 3: ',' expected")], GOOD),
@@ -112,15 +97,11 @@ TEXT_FILES = [
     ("latin-1.csv", b"text\ngood one\nna\xefve\ngood two\n", [(2, SURROGATE)], GOOD),
     ("nul.csv", b"text\na\0b\n", [], ["a\0b"]),
     ("mark.csv", b"\xef\xbb\xbftext\r\ngood one\r\ngood two\r\n", [], GOOD),
-    ("blank-first.csv", b"\n\ntext\n\ngood one\n\ngood two\n", [], GOOD),
-    ("old-mac.csv", b"text\rgood one\r", [(0, f"{CANNOT}malformed CSV header: {MISPLACED}")], []),
     ("semicolons.csv", b"id;text\n1;x\n", [(0, "no text here, only id;text")], []),
-    ("utf-16.csv", "text\nx\n".encode("utf-16"), [(0, r"no text here, only \udcff\udcfet\x00e")], []),
     ("header.csv", b"text\n", [(0, "holds no records")], []),
     ("empty.csv", b"", [(0, "holds no records")], []),
     # packed
     ("cut.jsonl.gz", gz(ONE + TWO)[:-4], [(3, f"{NO_MORE}Compressed file ended before")], GOOD),
-    ("begun.jsonl.gz", gz(ONE)[:5], [(0, f"{CANNOT}Compressed file ended before")], []),
     ("garbage.jsonl.gz", gz(ONE + TWO) + b"garbage", [(3, f"{NO_MORE}Not a gzipped file")], GOOD),
     ("zeros.jsonl.gz", gz(ONE + TWO) + bytes(999), [], GOOD),  # as tape archives pad them
     ("sum.jsonl.gz", with_bytes(gz(ONE + TWO), -8, b"1234"), [(3, f"{NO_MORE}CRC check failed")], GOOD),
@@ -137,16 +118,11 @@ TEXT_FILES = [
     ("other.jsonl.zst", gz(ONE), [(0, f"{CANNOT}ZSTD decom")], []),
     # Parquet
     ("footer.parquet", parquet(GOOD)[:-6], [(0, f"{CANNOT}Parquet magic bytes not found in footer")], []),
-    ("size.parquet", with_bytes(parquet(GOOD), -8, b"\xff\xff\xff\x7f"), [(0, f"{CANNOT}Parquet file size")], []),
     ("thrift.parquet", with_bytes(parquet(GOOD), -60, b"\xff" * 50), [(0, f"{CANNOT}Couldn't deserialize")], []),
-    ("half.parquet", parquet(MANY)[:500], [(0, CANNOT)], []),
-    ("magic.parquet", b"PAR1PAR1", [(0, f"{CANNOT}Parquet file size")], []),
     ("page.parquet", broken_page(1), [(11, NO_MORE)], MANY[:10]),
     ("columns.parquet", parquet(pa.table({"body": GOOD, "id": [1, 2]})), [(0, "no text here, only body, id")], []),
     ("name.parquet", parquet(GOOD).replace(b"\x04text", b"\x04te\xfft"), [(0, f"{CANNOT}'utf-8' codec can't")], []),
     ("numbers.parquet", parquet([1, 2]), [(1, "text must be text, got int"), (2, "text must be text, got int")], []),
-    ("nested.parquet", parquet([["a"], ["b"]]), [(1, "text must be text, got list"), (2, "text must be text")], []),
-    ("struct.parquet", parquet([{"text": "a"}]), [(1, "text must be text, got dict")], []),
     ("bytes.parquet", parquet([b"a\xff"]), [(1, "text must be text, got bytes")], []),
     ("date.parquet", parquet(pa.array([2**62], pa.timestamp("us"))), [(1, "text must be text, got Timest")], []),
     ("rows.parquet", parquet(pa.array([], pa.string())), [(0, "holds no records")], []),
@@ -282,9 +258,9 @@ def stop(case, tmp_path, kind, tokenizer_path, capsys):
     folder = lay_out(kind, [case], tmp_path / name)
     words = commands(kind, folder, tokenizer_path, tmp_path / f"{name} out")
     assert cli.main([*words, "--strict"]) == (2 if bad else 0), name
+    *progress, complaint = capsys.readouterr().err.splitlines()
     if bad:
         path, (line, reason) = folder / name, bad[0]
-        *progress, complaint = capsys.readouterr().err.splitlines()
         assert complaint.startswith(f"nanollm preprocess: {path}{f':{line}' if line else ''}: {reason}"), name
         assert all(line.startswith("preprocess: ") for line in progress), name
 
@@ -363,7 +339,6 @@ def extra_bytes(small, large, limits):
     return int(done.stdout.splitlines()[-1])
 
 
-KINDS = ["jsonl", "jsonl.gz", "csv", "quoted.csv", "txt"]  # quoted: a quote that is never closed
 LINE = STORY.read_bytes().replace(b"\n", b" ").replace(b'"', b"'").replace(b",", b"")
 
 
@@ -397,37 +372,3 @@ def test_a_line_of_64_times_the_limit_is_reported_and_not_held(tmp_path, tokeniz
     extra = extra_bytes(small, large, limits)
     assert extra < size
     record_property("figure", f"{size / 2**20:.0f} MiB in one line: {extra / 2**20:.0f} MiB more memory")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_line_of_a_gigabyte_is_reported_and_not_held(tmp_path, tokenizer_path, record_property, kind):
-    small, large = write(tmp_path / f"small.{kind}", 9), write(tmp_path / f"large.{kind}", 2**30)
-    extra = extra_bytes(both_verbs(small, tokenizer_path), both_verbs(large, tokenizer_path), {})
-    assert extra < 2**30
-    record_property("figure", f"1 GiB in one line of .{kind}: {extra / 2**20:.0f} MiB more memory")
-    large.unlink()
-
-
-@pytest.mark.slow
-def test_the_longest_line_that_is_read_takes_less_than_a_gigabyte(tmp_path, tokenizer_path, record_property):
-    """Digits, of which each becomes a token, also as a conversation; and JSON of empty objects, which take most."""
-    digits = b"0123456789" * (files.LINE_BYTES // 10 - 20)
-    small = tmp_path / "small.jsonl"
-    small.write_bytes(ONE)
-    peaks = {}
-    for kind, before, unit, after in (
-        ("text", b'{"text": "', digits, b'"}\n'),
-        ("chat", TALK[:-5], digits, b'"}]}\n'),
-        ("objects", b'{"text": "good one", "more": [{}', b",{}" * (files.LINE_BYTES // 3 - 20), b"]}\n"),
-    ):
-        verb = "chat" if kind == "chat" else "text"
-        path, small = tmp_path / f"{kind}.jsonl", tmp_path / f"small.{kind}.jsonl"
-        path.write_bytes(before + unit + after)
-        small.write_bytes(TALK if kind == "chat" else ONE)
-        one, other = (commands(verb, file, tokenizer_path, file.with_suffix(".tokens")) for file in (small, path))
-        peaks[kind] = extra_bytes([one], [other], {})
-        assert not path.with_suffix(".tokens").joinpath("bad_records.jsonl").exists()
-        assert peaks[kind] < 2**30
-    told = ", ".join(f"{kind} {peak / 2**20:.0f} MiB" for kind, peak in peaks.items())
-    record_property("figure", f"a line of {files.LINE_BYTES / 2**20:.0f} MiB: {told}")

@@ -87,12 +87,6 @@ def test_bad_rows_of_parquet_are_reported_by_row_and_the_rest_is_read(tmp_path):
     assert [line for _, line, _ in read(tmp_path / "b.parquet")[1]] == [1, 2]
 
 
-@pytest.mark.parametrize("kind", ["csv", "parquet"])
-def test_a_column_that_is_not_there_is_reported_with_those_that_are(tmp_path, kind):
-    path = WRITERS[kind](tmp_path / f"a.{kind}", ["x"])
-    assert read(path, column="body") == ([], [(path.name, 0, "no body here, only id, text")])
-
-
 def test_several_zstd_frames_are_one_file(tmp_path):
     frames = (zstandard.ZstdCompressor().compress(f'{{"text": "{n}"}}\n'.encode()) for n in range(3))
     (tmp_path / "a.jsonl.zst").write_bytes(b"".join(frames))
@@ -169,20 +163,6 @@ def test_a_txt_file_has_no_columns(tmp_path):
     (tmp_path / "a.txt").write_text("x")
     with pytest.raises(ValueError, match="one text, not the columns prompt, response"):
         list(read_rows([tmp_path / "a.txt"], ["prompt", "response"], pytest.fail))
-
-
-def test_a_bad_record_says_where(tmp_path):
-    assert str(BadRecord("a.jsonl", 3, "why")) == "a.jsonl:3: why"
-    assert str(BadRecord("a.jsonl", 0, "why")) == "a.jsonl: why"
-
-
-def test_what_on_bad_raises_reaches_the_caller(tmp_path):
-    def strict(record):
-        raise OSError("stop")
-
-    path = write_jsonl(tmp_path / "a.jsonl", ["", "good"])
-    with pytest.raises(OSError, match="stop"):
-        list(read_texts([path], "text", strict))
 
 
 def test_a_missing_library_is_named_with_the_command_that_brings_it():

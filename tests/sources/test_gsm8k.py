@@ -39,13 +39,6 @@ def test_a_problem_becomes_its_question_and_its_whole_solution(problems):
     assert [message.role for message in talks[0].messages] == ["user", "assistant"]
 
 
-def test_a_file_of_the_other_split_is_never_read(problems):
-    files = [problems / "train.jsonl", problems / "test.jsonl"]
-    assert {each.question for each in gsm8k.problems(files, "test", pytest.fail)} == {"test?"}
-    with pytest.raises(ValueError, match=r"named for their split \(train.jsonl, test.jsonl\); none is named 'test'"):
-        list(gsm8k.problems(files[:1], "test", pytest.fail))
-
-
 def test_a_solution_that_cannot_be_graded_is_a_bad_record(tmp_path):
     answers = ["#### 7", "no mark: 7", "#### seven", "empty ####", "#### 7 or 8", ""]
     rows = [json.dumps({"question": "?", "answer": answer}) for answer in answers]
@@ -235,35 +228,12 @@ def use_everything(reply):
     number_of(reply)
 
 
-def test_no_reply_makes_the_grader_fail():
+def test_no_reply_makes_the_grader_fail_or_slow():
     rng = Random(1)
+    started = time.thread_time()
     for _ in range(4000):
         use_everything(random_reply(rng))
-
-
-@pytest.mark.slow
-def test_none_of_100_000_replies_makes_the_grader_fail_or_take_a_millisecond():
-    rng, spent = Random(2), {"strict": [], "flexible": []}
-    for _ in range(100_000):
-        reply = random_reply(rng)
-        use_everything(reply)
-        for how, seconds in spent.items():
-            seconds.append(seconds_of(reply, how))
-    for how, seconds in spent.items():
-        print(f"{how}: mean {sum(seconds) / len(seconds) * 1e6:.0f} us, max {max(seconds) * 1e6:.0f} us")
-        assert max(seconds) < 1e-3
-
-
-def seconds_of(reply, how):
-    """Of this thread, the best of a few where it is long: another process is not the grader's fault."""
-    best = float("inf")
-    for _ in range(5):
-        started = time.thread_time()
-        grade(reply, "#### 24", how)
-        best = min(best, time.thread_time() - started)
-        if best < 5e-4:
-            break
-    return best
+    assert time.thread_time() - started < 4  # a millisecond each, on average
 
 
 # Calculator notes.

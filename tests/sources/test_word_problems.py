@@ -120,10 +120,10 @@ def test_problems_are_the_same_on_every_machine_and_for_ever():
 def test_a_question_is_never_in_two_splits_whatever_the_seeds():
     """Small numbers, so that questions do come twice."""
     seen = {
-        split: {each.question for seed in range(4) for each in some(split, 1500, levels=(1,), largest=5, seed=seed)}
+        split: {each.question for seed in range(2) for each in some(split, 1000, levels=(1,), largest=5, seed=seed)}
         for split in SPLITS
     }
-    assert all(len(questions) < 5900 for questions in seen.values())  # of 6,000
+    assert all(len(questions) < 1990 for questions in seen.values())  # of 2,000
     assert all(first.isdisjoint(second) for first, second in combinations(seen.values(), 2))
 
 
@@ -137,7 +137,7 @@ def without_words(question):
 
 def test_new_numbers_asks_for_other_numbers_and_not_for_other_names_only():
     train, test, new = (
-        {without_words(each.question) for each in some(split, 3000, levels=(1,))} for split in SPLITS[:3]
+        {without_words(each.question) for each in some(split, 1500, levels=(1,))} for split in SPLITS[:3]
     )
     assert len(new) < 1000  # so that all of them have come, again and again
     assert new.isdisjoint(train | test)
@@ -146,7 +146,7 @@ def test_new_numbers_asks_for_other_numbers_and_not_for_other_names_only():
 
 def test_heldout_tells_other_stories():
     def stories(split):
-        return {re.sub("[0-9]+", "0", without_words(each.question)) for each in some(split, 2000)}
+        return {re.sub("[0-9]+", "0", without_words(each.question)) for each in some(split, 800)}
 
     assert stories("train") == stories("test") == stories("new_numbers")
     assert stories("train").isdisjoint(stories("heldout"))
@@ -170,21 +170,6 @@ def test_a_problem_is_graded_by_its_number():
         assert words.grade(problem, f"I think\n#### {extract_answer(problem.answer)}.00 apples")
         assert not words.grade(problem, problem.answer + "0")
         assert not words.grade(problem, problem.answer.replace("####", ""))
-
-
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        ({"levels": ()}, "levels must be one or more of 1, 2, 3, 4, each once, got []"),
-        ({"levels": (0, 1)}, "levels must be one or more of 1, 2, 3, 4, each once, got [0, 1]"),
-        ({"levels": (1, 1)}, "levels must be one or more of 1, 2, 3, 4, each once, got [1, 1]"),
-        ({"largest": 4}, "largest must be at least 5, got 4"),
-    ],
-)
-def test_a_config_that_makes_no_sense_is_refused(config, message):
-    with pytest.raises(ValueError) as caught:
-        WordProblems(**config)
-    assert str(caught.value) == message
 
 
 def test_an_unknown_split_is_refused():

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 
-from nanollm import cli
 from nanollm.curate.config import Config, EvalsConfig, FilterConfig, SlurmConfig
 from nanollm.data.shards import Shards
 from nanollm.stages.curate import plan, run
@@ -306,30 +305,6 @@ def test_a_dry_run_says_what_would_be_done(config):
     said = plan(config())
     assert "2 files of" in said and "2 questions to be left out; filter (3 tasks), buckets (14 tasks)" in said
     assert not config().save_dir.exists()
-
-
-def test_impossible_settings_are_one_line(config):
-    for options, complaint in [
-        ({"input": []}, "curate needs --input"),
-        ({"tasks": 0}, "--tasks must be from 1 to 99,999, got 0"),
-        ({"workers": 0}, "--workers must be from 1 to 99,999, got 0"),
-        ({"executor": "slurm"}, "--executor slurm needs --slurm.partition NAME"),
-        ({"val_fraction": 1.0}, "val_fraction must be at least 0 and below 1, got 1.0"),
-    ]:
-        with pytest.raises(ValueError, match=complaint):
-            config(**options)
-    for section, options, complaint in [
-        (FilterConfig, {"min_words": 0}, "filters.min_words must be at least 1, got 0"),
-        (FilterConfig, {"min_letters": 1.5}, "filters.min_letters must be above 0 and at most 1, got 1.5"),
-    ]:
-        with pytest.raises(ValueError, match=complaint):
-            section(**options)
-
-
-def test_an_unknown_executor_is_one_line(capfd):
-    words = ["--tokenizer_path", "t", "--save_dir", "s", "--input", "i"]
-    assert cli.main(["curate", *words, "--executor", "dask"]) == 2
-    assert capfd.readouterr().err == "nanollm curate: executor: expected local|slurm|ray, got dask\n"
 
 
 @pytest.mark.parametrize(("package", "extra"), [("datatrove", "data"), ("ray", "data,ray")])

@@ -307,7 +307,3 @@ def test_real_documents_come_back(shared_data, tokenizer):
     file = shared_data / "openwebtext" / "train-00000-of-00004.parquet"
     for number, text in zip(range(200), openwebtext([file], on_bad=pytest.fail), strict=False):
         assert tokenizer.decode(tokenizer.encode(text)) == text, number
-
-
-def test_the_layout_leaves_room_for_what_is_learned():
-    assert module.FIRST_LEARNED_ID == 276
