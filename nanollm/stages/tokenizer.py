@@ -146,7 +146,11 @@ def is_done(c: Config) -> bool:
     other = next((name for name in now if name != "output_dir" and before.get(name) != now[name]), None)
     if other is None and report["fingerprint"] == sha256_of(c.model_path):
         return True
-    how = f"with {other} {before[other]}, this command has {now[other]}" if other in before else "in another way"
+    how = (
+        f"with {other} {before[other]}, this command has {now[other]}"
+        if other and other in before
+        else "in another way"
+    )
     raise ValueError(
         f"{c.model_path} exists already, made {how}; choose another --model_name or --output_dir, or remove it"
     )

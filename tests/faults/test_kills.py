@@ -17,7 +17,7 @@ VERBS = ("preprocess", "pretrain", "sft", "grpo")
 TRAINING = VERBS[1:]
 WITHIN_S = 10.0
 MOST_LOST = SAVE_EVERY | {"preprocess": 3 * SAVE_EVERY["preprocess"]}
-"""One interval; preprocess writes whole parcels, of at most four bytes of text for each token of it."""
+"""One interval; preprocess writes whole chunks, of at most four bytes of text for each token of it."""
 
 
 def short(verb):
