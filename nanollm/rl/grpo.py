@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
-from itertools import islice
+from itertools import islice, pairwise
 
 import torch
 from torch import Tensor
@@ -158,7 +158,7 @@ class SignalWatch:
 
 def update_policy(
     state: TrainState,
-    batches: Sequence[RolloutBatch],
+    mini_batches: Sequence[Sequence[RolloutBatch]],
     c: ObjectiveConfig,
     temperature: float,
     lr: float,
@@ -168,35 +168,54 @@ def update_policy(
     *,
     recompute: bool = False,
 ) -> tuple[StepStats | None, list[Seen]]:
-    """Move the weights `updates` times by a step's rollouts. batches: this rank's; none: there is nothing to learn.
+    """Pass over a step's rollouts `updates` times, with an optimizer update for each mini-batch; none: no update.
 
-    Returns the stats of the last update, and what every micro-batch of all ranks and updates showed.
+    mini_batches: the micro-batches of each, of all ranks. Returns the stats of the last update, and what every
+    micro-batch of all ranks and updates showed.
     """
-    if not batches:
-        return None, []
-    device, seen = world.device, list[Seen]()
-    if reference is not None:
-        batches = [
-            replace(b, reference_logprobs=frozen_logprobs(reference, b.to(device), temperature)) for b in batches
-        ]
-    if c.updates > 1:
-        batches = [replace(b, old_logprobs=state.run(frozen_logprobs, b.to(device), temperature)) for b in batches]
+    device, seen, stats = world.device, list[Seen](), None
+
+    def prepared(batch: RolloutBatch) -> RolloutBatch:
+        """With the log-probabilities of the models that stay as they are during the step."""
+        here = batch.to(device)
+        if reference is not None:
+            batch = replace(batch, reference_logprobs=frozen_logprobs(reference, here, temperature))
+        if c.updates * len(mini_batches) > 1:
+            batch = replace(batch, old_logprobs=state.run(frozen_logprobs, here, temperature))
+        return batch
+
+    own = [[prepared(batch) for batch in world.own(batches)] for batches in mini_batches]
 
     def loss_of(model: Transformer, batch: RolloutBatch) -> tuple[Tensor, Tensor]:
         loss, report, shown = grpo_loss(model, batch, c, temperature, recompute=recompute)
         seen.append(shown)
         return loss, report
 
-    for _ in range(c.updates):
+    for batches in own * c.updates:
         stats = train_step(state, batches, loss_of, lr, optim, world)
         if stats.skipped:
             break
     return stats, [each for of_rank in world.gather([each.cpu() for each in seen]) for each in of_rank]
 
 
+def make_mini_batches(
+    graded: Sequence[Graded], advantages: Tensor, c: ObjectiveConfig, *arguments: int, **options: int
+) -> list[list[RolloutBatch]]:
+    """The micro-batches of each mini-batch: equally many whole groups, and a denominator of its own.
+
+    advantages (P, G). Mini-batches without anything to learn from are left out.
+    """
+    bounds = [len(graded) * number // c.mini_batches for number in range(c.mini_batches + 1)]
+    found = [
+        make_micro_batches(graded[begin:end], advantages[begin:end], c, *arguments, **options)
+        for begin, end in pairwise(bounds)
+    ]
+    return [batches for batches in found if batches]
+
+
 def make_micro_batches(
     graded: Sequence[Graded],
-    compared: Tensor,
+    advantages: Tensor,
     c: ObjectiveConfig,
     max_tokens: int,
     max_places: int,
@@ -208,19 +227,20 @@ def make_micro_batches(
 
     Every rank can take as many of them as the others; some may be empty then.
 
-    compared (P, G): their advantages. A group that is left out has zero advantages and counts in the denominator, so
-    leaving it out saves work and, but for its part of the divergence from a reference, changes nothing.
+    advantages (P, G). A group without a signal has zero advantages: unless it is kept near a reference, leaving it out
+    saves work and, as it counts in the denominator, changes nothing.
     is_masked: whether attention will need a mask (T, T) for every row.
     """
-    kept = [
-        (rollout, advantage)
-        for each, row in zip(graded, compared.tolist(), strict=True)
-        if each.has_signal
+    counted = [
+        (rollout, advantage, each.has_signal or c.beta > 0)
+        for each, row in zip(graded, advantages.tolist(), strict=True)
         for rollout, advantage in zip(each.group.rollouts, row, strict=True)
+        if not (c.mask_truncated and rollout.stop == "length")
     ]
+    kept = [(rollout, advantage) for rollout, advantage, is_trained in counted if is_trained]
     if not kept:
         return []
-    lengths = [len(rollout.reply_ids) for each in graded for rollout in each.group.rollouts]
+    lengths = [len(rollout.reply_ids) for rollout, *_ in counted]
     count = count_of(len(lengths), sum(lengths), c.aggregation, max_tokens)
     taken = [len(rollout.prompt_ids) + len(rollout.reply_ids) - 1 for rollout, _ in kept]
     width = best_width(taken, max_places, is_masked=is_masked)

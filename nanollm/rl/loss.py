@@ -60,10 +60,19 @@ class ObjectiveConfig:
     cispo_max: float = 5.0
     """cispo: the ratio counts up to this (arXiv:2510.13786)."""
     beta: float = 0.0
-    """Weight of the k3 estimate of KL(policy, reference), http://joschu.net/blog/kl-approx.html; 0: no reference model
-    is loaded."""
+    """Weight of KL(policy, reference); 0: no reference model is loaded."""
+    kl_estimator: Literal["unbiased", "k3"] = "unbiased"
+    """unbiased: k3 times new probability / old probability, whose gradient is that of KL(policy, reference)
+    (DeepSeek-V3.2, arXiv:2512.02556); k3: k3 alone (GRPO, arXiv:2402.03300, equation 4), whose gradient is that of
+    KL(reference, policy)."""
+    mini_batches: int = 1
+    """Parts of whole groups that a step's rollouts are cut into, each with an optimizer update of its own."""
     updates: int = 1
-    """Optimizer updates on each step's rollouts. With one the ratio is exactly 1 and nothing is clipped."""
+    """Passes over each step's rollouts. With one pass and one mini-batch the ratio is exactly 1 and nothing is
+    clipped."""
+    mask_truncated: bool = False
+    """Do not train on replies that were cut off at rollout.max_tokens (overlong filtering, DAPO, arXiv:2503.14476).
+    They still count in the mean of their group."""
     importance_cap: float | None = None
     """Weigh each token by its probability by the trainer, before the first update, over that by the engine which drew
     it, at most this (truncated importance sampling, https://fengyao.notion.site/off-policy-rl); 0: off; null: 2 where
@@ -77,8 +86,9 @@ class ObjectiveConfig:
             raise ValueError(f"objective.clip_low must be below 1, got {self.clip_low}")
         if not self.cispo_max >= 1:
             raise ValueError(f"objective.cispo_max must be at least 1, got {self.cispo_max}")
-        if self.updates < 1:
-            raise ValueError(f"objective.updates must be at least 1, got {self.updates}")
+        for name in ("mini_batches", "updates"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"objective.{name} must be at least 1, got {getattr(self, name)}")
         if self.importance_cap and not self.importance_cap >= 1:
             raise ValueError(f"objective.importance_cap must be at least 1, or 0 (off), got {self.importance_cap}")
 
@@ -171,7 +181,9 @@ def grpo_loss(
     kl = torch.zeros_like(terms)
     if batch.reference_logprobs is not None:
         kl = k3(logprobs, batch.reference_logprobs)
-        terms = terms + c.beta * kl
+        # Fixed samples of the old policy: only weighted by the ratio does their mean change with the policy as KL does.
+        weight = (logprobs - old).exp() if c.kl_estimator == "unbiased" else 1.0
+        terms = terms + c.beta * weight * kl
     difference, cap = old - batch.engine_logprobs, c.importance_cap or TRUNCATION  # no gradient goes through these
     importance = difference.exp().clamp(max=cap)
     if c.importance_cap:
@@ -214,7 +226,10 @@ def ratios(logprobs: Tensor, old: Tensor, reply: Tensor, kind: Literal["token", 
 
 
 def k3(logprobs: Tensor, reference: Tensor) -> Tensor:
-    """Unbiased, never negative estimate of KL(policy, reference) from tokens of the policy: (M,)."""
+    """Unbiased, never negative estimate of KL(policy, reference) from tokens of the policy: (M,).
+
+    Source: http://joschu.net/blog/kl-approx.html. Unbiased is its value; its gradient is that of KL(reference, policy).
+    """
     difference = reference - logprobs
     return difference.exp() - difference - 1
 

@@ -1,14 +1,13 @@
-"""Calls a foreign function in a process of its own, with a time limit.
+"""Calls a foreign function in processes of its own, with a time limit.
 
-It runs in a process of its own, which is ended when it takes too long and replaced (pebble does both).
-Nothing here imports torch: the other process starts in a fraction of a second.
+A process that takes too long is killed and replaced (pebble does both). Nothing here imports torch: such a process
+starts in a fraction of a second.
 """
 
 import math
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import TimeoutError
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stdout
 from functools import cache
 from multiprocessing import get_context
@@ -26,11 +25,13 @@ OPTION = "reward.weights"
 MAX_TIMEOUTS = 5
 """Timeouts in one call after which the remaining replies are not judged: a function that blocks always must not hold
 a run for hours."""
-START_S = 60.0  # for the process to start and to import the function; that is not the function's time
+START_S = 60.0  # for a process to start and to import the function
+WORKERS = 6
+"""Processes: more than most machines have cores, because a function may well wait for something else."""
 
 
 class Judge:
-    """A function of the user, by import path, asked for one reply after the other."""
+    """A function of the user, by import path, asked for many replies at once."""
 
     def __init__(self, path: str, timeout_s: float) -> None:
         self.path, self.timeout_s = path, timeout_s
@@ -39,52 +40,44 @@ class Judge:
             raise ValueError(
                 f"{path} is {type(function).__name__}, expected a function of a problem and a reply's text"
             )
-        self._pool: ProcessPool | None = None
 
     def __enter__(self) -> Self:
-        self._start()
+        # Each process imports the function before it is asked: that is not the function's time.
+        self._pool = ProcessPool(WORKERS, context=get_context("spawn"), initializer=_load, initargs=[self.path])
+        try:
+            self._pool.schedule(_load, [self.path], timeout=START_S).result()
+        except TimeoutError:
+            self.__exit__()
+            raise ValueError(f"importing {self.path} took longer than {START_S:.0f} s; {OPTION} needs it") from None
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stop()
+        self._pool.stop()
+        self._pool.join()
 
     def __call__(self, judged: Sequence[tuple[Problem, str]]) -> list[Verdict]:
         """A number for each problem and reply, or what went wrong, in their order. Raises nothing."""
+        if not self._pool.active:  # a process was killed while it held the pipe that all share
+            self.__exit__()
+            self.__enter__()
+        asked = [self._pool.schedule(_call, [self.path, *each], timeout=self.timeout_s) for each in judged]
         verdicts: list[Verdict] = []
         timeouts = 0
-        for problem, text in judged:
+        for future in asked:
             if timeouts == MAX_TIMEOUTS:
+                future.cancel()
                 verdicts.append("was not asked after too many timeouts")
                 continue
             try:
-                if self._pool is None:
-                    self._start()
-                assert self._pool is not None
-                verdicts.append(self._pool.schedule(_call, [self.path, problem, text], timeout=self.timeout_s).result())
+                verdicts.append(future.result())
             except TimeoutError:
                 timeouts += 1
                 verdicts.append(f"took longer than {self.timeout_s} s")
-                self._stop()
-            except Exception as error:  # it ended its process, or that process was killed while it waited
-                ended = isinstance(error, ProcessExpired | BrokenProcessPool)
-                timeouts += not ended
-                verdicts.append("ended its process" if ended else f"could not be asked: {_told(error)}")
-                self._stop()
+            except ProcessExpired:
+                verdicts.append("ended its process")
+            except Exception as error:  # all processes are gone, or what it was given cannot be sent
+                verdicts.append(f"could not be asked: {_told(error)}")
         return verdicts
-
-    def _start(self) -> None:
-        """Have a process that is ready for a reply."""
-        self._pool = ProcessPool(max_workers=1, context=get_context("spawn"))
-        try:
-            self._pool.schedule(_load, args=[self.path], timeout=START_S).result()
-        except TimeoutError:
-            raise ValueError(f"importing {self.path} took longer than {START_S:.0f} s; {OPTION} needs it") from None
-
-    def _stop(self) -> None:
-        if self._pool is not None:
-            self._pool.stop()
-            self._pool.join()
-            self._pool = None
 
 
 @cache

@@ -19,7 +19,7 @@ from nanollm.extras import missing_package
 from nanollm.kernels import attention as fused
 from nanollm.progress import say
 from nanollm.report.page import write_report
-from nanollm.rl.grpo import Collector, SignalWatch, make_micro_batches, open_sampler, update_policy
+from nanollm.rl.grpo import Collector, SignalWatch, make_mini_batches, open_sampler, update_policy
 from nanollm.rl.loss import ObjectiveConfig, group_advantages
 from nanollm.rl.reward import RewardConfig, Rewards
 from nanollm.rl.rollout import RolloutConfig, policy_metrics, rollout_metrics, save_rollouts
@@ -67,7 +67,7 @@ class Config(RunConfig):
     bundle: Path
     """The model to start from: a bundle that can already reply, such as runs/demo/sft/bundle."""
     train: GrpoTrainConfig
-    """Length, portions and intervals; a step samples once and updates objective.updates times."""
+    """Length, micro-batches and intervals; a step samples once."""
     task: TaskConfig = field(default_factory=TaskConfig)
     """Problems and who judges the replies."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -167,7 +167,7 @@ def run(c: Config) -> Path:
                 save_rollouts(record, graded, advantages)
             faults = collector.take_faults()
             watch.see(step, graded, faults)
-            batches = make_micro_batches(
+            mini_batches = make_mini_batches(
                 graded,
                 advantages,
                 c.objective,
@@ -178,7 +178,7 @@ def run(c: Config) -> Path:
             )
             stats, seen = update_policy(
                 state,
-                list(world.own(batches)),
+                mini_batches,
                 c.objective,
                 c.rollout.temperature,
                 lr_at(step, c.train.steps, c.optim),

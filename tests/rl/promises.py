@@ -85,9 +85,10 @@ def by_enumeration(policy, old, reference, engine, prompts, replies, group_size,
                     term = ratio.detach().clamp(max=c.cispo_max) * advantage * new[p, r]
                 else:
                     term = torch.minimum(ratio * advantage, ratio.clamp(1 - c.clip_low, 1 + c.clip_high) * advantage)
-                if c.beta and len(set(own.tolist())) > 1:
+                if c.beta:
                     away = ref[p, r] - new[p, r]
-                    term = term - c.beta * (away.exp() - away - 1)
+                    weight = difference.exp() if c.kl_estimator == "unbiased" else 1
+                    term = term - c.beta * weight * (away.exp() - away - 1)
                 if c.importance_cap:
                     term = term * (was[p, r].exp() / drawn[p, r].exp()).clamp(max=c.importance_cap)
                 terms.append(term)
@@ -172,6 +173,55 @@ def the_expected_gradient_is_exact(c: ObjectiveConfig, engine: Transformer | Non
         torch.set_default_dtype(default)
     assert expected.abs().max() > 1e-3
     torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-6)
+
+
+def the_divergence_has_its_own_gradient(c: ObjectiveConfig) -> None:
+    """What beta adds, over all replies, is the gradient of beta * KL(policy, reference) itself, token by token.
+
+    The prefixes are those of the old policy, as the samples are.
+    """
+    prompt, replies = [1, 2, 1], all_replies(3)
+    policy, old, reference = (tiny_policy(3, seed) for seed in (0, 0, 5))
+    with torch.no_grad():
+        for parameter, earlier in zip(policy.parameters(), tiny_policy(3, 1).parameters(), strict=True):
+            parameter += 0.05 * earlier
+        likely = [logprobs_of(old, prompt, reply).sum().exp() for reply in replies]
+    for reply, probability in zip(replies, likely, strict=True):
+        said = logprobs_of(old, prompt, reply).tolist()
+        width = len(prompt) + len(reply) - 1
+        batch = grpo.in_rows([(Rollout(prompt, reply, said, "end"), 0.0)], width, 1, c.aggregation, MAX_TOKENS)
+        batch = dataclasses.replace(
+            batch,
+            old_logprobs=grpo.frozen_logprobs(old, batch, TEMPERATURE),
+            reference_logprobs=grpo.frozen_logprobs(reference, batch, TEMPERATURE),
+        )
+        (grpo.grpo_loss(policy, batch, c, TEMPERATURE)[0] * (probability / batch.count)).backward()
+    got = grads_of(policy)
+    policy.zero_grad()
+    divergence = torch.zeros((), dtype=torch.float64)
+    for prefix in ([], [1], [2]):
+        weight = logprobs_of(old, prompt, prefix).sum().exp().detach() if prefix else 1.0
+        new, ref = (
+            (m(torch.tensor([prompt + prefix]))[0, -1] / TEMPERATURE).log_softmax(-1) for m in (policy, reference)
+        )
+        divergence = divergence + weight * (new.exp() * (new - ref.detach())).sum()
+    (c.beta * divergence / MAX_TOKENS).backward()
+    torch.testing.assert_close(got, grads_of(policy), atol=1e-6, rtol=1e-6)
+
+
+def truncated_replies_are_left_out(make_learner) -> None:
+    """With mask_truncated the gradient is that of the finished replies, divided by what they are alone."""
+    learner = make_learner(rollout=RolloutConfig(prompts=12, group_size=6, max_tokens=14))
+    graded, _ = learner.sample(0)
+    assert {"end", "length"} <= {each.stop for group in graded for each in group.group.rollouts}
+    advantages = group_advantages(torch.tensor([each.totals for each in graded]), "mean_only")
+    c = ObjectiveConfig(mask_truncated=True)
+    (batch,) = grpo.make_micro_batches(graded, advantages, c, 14, 2**16, is_masked=True)
+    finished = [
+        (rollout, each.has_signal) for each in graded for rollout in each.group.rollouts if rollout.stop == "end"
+    ]
+    assert batch.count == sum(len(rollout.reply_ids) for rollout, _ in finished)
+    assert len(batch.targets) == sum(len(rollout.reply_ids) for rollout, is_trained in finished if is_trained)
 
 
 def engine_and_trainer_agree(make_learner) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nanollm.model.transformer import Transformer
-from nanollm.rl.grpo import frozen_logprobs, make_micro_batches
+from nanollm.rl.grpo import frozen_logprobs, make_micro_batches, make_mini_batches
 from nanollm.rl.loss import ObjectiveConfig, group_advantages, grpo_loss
 from nanollm.rl.rollout import policy_metrics
 from tests.rl import promises
@@ -18,16 +18,14 @@ ADVANTAGES, AGGREGATIONS = ("mean_only", "std", "batch_std"), ("token_mean", "se
 
 
 def spread(first, second, third):
-    """All combinations; those beyond a Latin square, in which each pair of the first and third occurs once, are long."""
+    """All combinations; those beyond a Latin square, which has each pair of the first and third once, are long."""
     return [
         pytest.param(a, b, c, marks=[] if (i + k) % len(second) == j else pytest.mark.long)
         for (i, a), (j, b), (k, c) in product(enumerate(first), enumerate(second), enumerate(third))
     ]
 
 
-@pytest.mark.parametrize(
-    ("advantage", "ratio", "aggregation"), spread(ADVANTAGES, ("token", "sequence"), AGGREGATIONS)
-)
+@pytest.mark.parametrize(("advantage", "ratio", "aggregation"), spread(ADVANTAGES, ("token", "sequence"), AGGREGATIONS))
 def test_the_expected_gradient_is_exact(advantage, ratio, aggregation):
     promises.the_expected_gradient_is_exact(
         ObjectiveConfig(advantage=advantage, ratio=ratio, aggregation=aggregation, clip_low=0.03, clip_high=0.05)
@@ -36,7 +34,12 @@ def test_the_expected_gradient_is_exact(advantage, ratio, aggregation):
 
 @pytest.mark.parametrize(
     "options",
-    [{"surrogate": "cispo"}, {"surrogate": "cispo", "cispo_max": 1.01, "ratio": "sequence"}, {"beta": 0.3}],
+    [
+        {"surrogate": "cispo"},
+        {"surrogate": "cispo", "cispo_max": 1.01, "ratio": "sequence"},
+        {"beta": 0.3},
+        {"beta": 0.3, "kl_estimator": "k3"},
+    ],
     ids=str,
 )
 def test_the_expected_gradient_is_exact_with(options):
@@ -56,6 +59,38 @@ def test_without_options_it_is_the_gradient_of_the_expected_reward():
     expected_reward = sum(p * r for p, r in zip(probabilities, rewards, strict=True))
     (-expected_reward / 2 / promises.MAX_TOKENS).backward()
     torch.testing.assert_close(got, promises.grads_of(policy), atol=1e-6, rtol=1e-6)
+
+
+def test_the_divergence_has_its_own_gradient():
+    promises.the_divergence_has_its_own_gradient(ObjectiveConfig(beta=0.3))
+
+
+def test_mini_batches_are_steps_on_their_groups_alone_and_one_is_all(make_learner):
+    learner = make_learner()
+    graded, _ = learner.sample(0)
+    advantages = group_advantages(torch.tensor([each.totals for each in graded]), "mean_only")
+
+    def made(count, graded=graded, advantages=advantages):
+        c = ObjectiveConfig(mini_batches=count)
+        return make_mini_batches(graded, advantages, c, 12, 4096, is_masked=True)
+
+    (whole,) = made(1)
+    same = make_micro_batches(graded, advantages, ObjectiveConfig(), 12, 4096, is_masked=True)
+    halves = [part for begin in (0, 2) for part in made(1, graded[begin : begin + 2], advantages[begin : begin + 2])]
+    for got, expected in ((whole, same), *zip(made(2), halves, strict=True)):
+        for one, other in zip(got, expected, strict=True):
+            assert one.count == other.count
+            assert torch.equal(one.tokens, other.tokens)
+            assert torch.equal(one.advantages, other.advantages)
+
+
+def test_ratios_of_every_mini_batch_are_to_the_policy_before_the_first(make_learner):
+    tight = {"clip_low": 1e-6, "clip_high": 1e-6}
+    assert make_learner(objective=ObjectiveConfig(mini_batches=4, **tight)).step(0).numbers["clip_fraction"] > 0.2
+
+
+def test_truncated_replies_are_left_out(make_learner):
+    promises.truncated_replies_are_left_out(make_learner)
 
 
 def near(policy: Transformer, seed: int, share: float) -> Transformer:

@@ -142,6 +142,20 @@ def test_log_probabilities_without_a_gradient(monkeypatch):
         promises.the_expected_gradient_is_exact(c)
 
 
+def test_a_divergence_whose_gradient_is_that_of_the_other_direction():
+    """k3 alone, as in huggingface/trl and verl until DeepSeek-V3.2."""
+    with broken():
+        promises.the_divergence_has_its_own_gradient(ObjectiveConfig(beta=0.3, kl_estimator="k3"))
+
+
+def test_truncated_replies_left_in_the_denominator(make_learner, monkeypatch):
+    """Masked, and counted all the same: the others weigh less the more replies are cut off."""
+    right = grpo.count_of
+    monkeypatch.setattr(grpo, "count_of", lambda replies, tokens, *others: right(replies, tokens + 14, *others))
+    with broken():
+        promises.truncated_replies_are_left_out(make_learner)
+
+
 def test_packed_conversations_that_see_each_other(monkeypatch):
     """Prompt and reply of a neighbour in the same row leak into the loss."""
     c = ObjectiveConfig()

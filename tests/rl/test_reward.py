@@ -43,6 +43,10 @@ def penalty(problem, reply):
 
 def blocks(problem, reply):
     time.sleep(60)
+
+def process(problem, reply):
+    time.sleep(0.02)
+    return os.getpid()
 """
 
 
@@ -121,6 +125,11 @@ def test_a_function_that_always_blocks_is_asked_a_few_times_only(own):
     assert got == [0.0] * 50
     assert faults[f"{own}:blocks took longer than 0.1 s"] == MAX_TIMEOUTS
     assert faults.total() == 50
+
+
+def test_many_replies_are_judged_at_once(own):
+    got, _ = totals({f"{own}:process": 1.0}, ["x"] * 40)
+    assert len(set(got)) > 1
 
 
 def test_a_task_that_cannot_grade_is_counted():
