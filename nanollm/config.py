@@ -9,12 +9,14 @@ import argparse
 import dataclasses
 import difflib
 import inspect
+import os
 import re
 import types
 import typing
 from argparse import SUPPRESS
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,15 +58,30 @@ class Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
+class Dumper(yaml.SafeDumper):
+    """Quotes every text that Loader, or YAML 1.1, would take for something else."""
 
 
-def read_mapping(path: Path) -> dict[str, Any]:
+for each in (Loader, Dumper):
+    each.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+    )
+
+
+class TextLoader(Loader):
+    """The same, but every value stays the text that was written: whether `no` is a truth value the option decides."""
+
+
+TextLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in pairs if tag.endswith((":null", ":merge"))]
+    for first, pairs in Loader.yaml_implicit_resolvers.items()
+}
+
+
+def read_mapping(path: Path, loader: type[yaml.SafeLoader] = Loader) -> dict[str, Any]:
     """The settings in a YAML file, which must hold `key: value` lines at its top."""
     try:
-        settings = Loader(path.read_text(encoding="utf-8-sig")).get_single_data()
+        settings = loader(path.read_text(encoding="utf-8-sig")).get_single_data()
     except RecursionError:
         raise ValueError(f"{path}: not valid YAML: nested too deeply") from None
     except (yaml.YAMLError, ValueError) as error:  # the latter: not UTF-8, or a number of 5,000 digits
@@ -81,7 +98,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 def to_yaml(config: Any) -> str:
     """A config (a dataclass or a mapping) as YAML that reads back as the same config."""
-    return yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(_plain(config), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def _plain(value: Any) -> Any:
@@ -99,12 +116,12 @@ def preset_names(kind: str) -> list[str]:
     return sorted((path.stem for path in (CONFIGS / kind).glob("*.yaml")), key=lambda name: (len(name), name))
 
 
-def load_preset(kind: str, name: str) -> dict[str, Any]:
+def load_preset(kind: str, name: str, loader: type[yaml.SafeLoader] = Loader) -> dict[str, Any]:
     """The settings of a preset, by its name or by the path of a YAML file."""
     if name.endswith((".yaml", ".yml")):
-        return read_mapping(Path(name))
+        return read_mapping(Path(name).expanduser(), loader)
     if name in (names := preset_names(kind)):
-        return read_mapping(CONFIGS / kind / f"{name}.yaml")
+        return read_mapping(CONFIGS / kind / f"{name}.yaml", loader)
     near = difflib.get_close_matches(name, names, n=1)
     hint = f"did you mean {near[0]}? Known" if near else "known"
     raise ValueError(f"no {kind} preset is called {name!r}; {hint}: {', '.join(names) or 'none'}; or give a .yaml file")
@@ -123,17 +140,17 @@ def parse_options(verb: str, stage: types.ModuleType, words: Sequence[str]) -> t
     kinds = kinds_of(stage)
     above = sort_words(words, kinds, getattr(stage, "POSITIONAL", ()))
     switches = [option for name, option in SWITCHES.items() if above.pop(name, None)]
-    below = read_mapping(Path(above.pop("config"))) if "config" in above else {}
+    below = read_mapping(Path(above.pop("config")).expanduser(), TextLoader) if "config" in above else {}
     below |= {name: above.pop(name) for name in list(above) if is_dataclass(kinds[name])}
     for name, value in below.items():
         if is_dataclass(kinds.get(name)) and not isinstance(value, dict) and str(value)[:1] != "{":
-            below[name] = load_preset(name, str(value))
+            below[name] = load_preset(name, str(value), TextLoader)
         elif is_sequence(kinds.get(name)) and isinstance(value, str):
             below[name] = [value]  # jsonargparse would take it for a file that lists the values
-    refuse_odd(below, kinds)
+    settings = [to_yaml(as_meant(given, kinds)) for given in (below, above)]
     parser = parser_of(verb, stage, kinds)
     try:
-        parsed = parser.parse_args([f"--config={to_yaml(below)}", f"--config={to_yaml(above)}", *switches])
+        parsed = parser.parse_args([*(f"--config={each}" for each in settings), *switches])
     except argparse.ArgumentError as error:
         raise ValueError(explain(str(error), kinds)) from None
     values = parser.instantiate(parsed)
@@ -177,7 +194,6 @@ def sort_words(words: Sequence[str], kinds: Kinds, positional: Sequence[str]) ->
     for name, value in given.items():
         if kinds[name] is bool and value.lower() not in ("true", "false"):  # in `--json DIR`, DIR is not for --json
             given[name], extra = "true", [value, *extra]
-    refuse_odd(given, kinds)
     if odd := [word for word in extra if word.startswith("--")]:
         raise ValueError(unknown(odd[0].partition("=")[0], kinds))
     if odd := extra[len(positional) :]:
@@ -187,17 +203,36 @@ def sort_words(words: Sequence[str], kinds: Kinds, positional: Sequence[str]) ->
     return given | dict(zip(positional, extra, strict=False))
 
 
-def refuse_odd(given: Any, kinds: Kinds, name: str = "") -> None:
-    """Refuse what jsonargparse takes or breaks at: paths of no letter, and whole numbers that are endless."""
+def as_meant(given: Any, kinds: Kinds, name: str = "") -> Any:
+    """Settings, all of them texts, in the forms that jsonargparse reads as people mean them.
+
+    ~ is the home folder, 1e3 a whole number, and no or false the "off" of an option that can be on. Refused are paths
+    of no letter, and whole numbers that are endless.
+    """
     if isinstance(given, dict):
-        for key, value in given.items():
-            refuse_odd(value, kinds, f"{name}.{key}".lstrip("."))
-    for value in given if isinstance(given, list) else [given]:
-        kind = notation(kinds.get(name) or kinds.get(name.rpartition(".")[0]) or str)  # the latter: of a mapping
-        if value == "" and "path" in kind:
+        return {key: as_meant(value, kinds, f"{name}.{key}".lstrip(".")) for key, value in given.items()}
+    if isinstance(given, list):
+        return [as_meant(value, kinds, name) for value in given]
+    kind = notation(kinds.get(name) or kinds.get(name.rpartition(".")[0]) or str)  # the latter: of a mapping
+    if not isinstance(given, str):
+        return given
+    if "path" in kind:
+        if given == "":
             raise ValueError(f"{name}: expected a path, got an empty text")
-        if re.search(r"\b(int|float)\b", kind) and re.fullmatch(rf"[-+]?\d{{{MAX_DIGITS + 1},}}", str(value)):
-            raise ValueError(f"{name}: expected {kind}, got a number of {len(str(value))} digits")
+        if given.startswith("~") and (home := os.path.expanduser(given)) == given:  # noqa: PTH111
+            raise ValueError(
+                f"{name}: {given.partition('/')[0]} is nobody's home folder here; write ./{given} if meant"
+            )
+        return home if given.startswith("~") else given
+    if {"on", "off"} <= {*kind.split("|")}:
+        return {"true": "on", "yes": "on", "false": "off", "no": "off"}.get(given.lower(), given)
+    if re.search(r"\b(int|float)\b", kind):
+        if re.fullmatch(rf"[-+]?\d{{{MAX_DIGITS + 1},}}", given):
+            raise ValueError(f"{name}: expected {kind}, got a number of {len(given)} digits")
+        is_short = re.fullmatch(r"[-+]?\d{1,3}(\.\d{0,17})?[eE]\+?\d{1,2}", given)
+        if is_short and "float" not in kind and (number := Decimal(given)) == int(number) < 10**MAX_DIGITS:
+            return str(int(number))
+    return given
 
 
 def is_sequence(kind: Any) -> bool:

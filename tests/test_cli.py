@@ -74,6 +74,8 @@ class Config:
     """Text to start with."""
     workers: int | Literal["auto"] = "auto"
     """Processes."""
+    fuse: Literal["auto", "on", "off"] = "auto"
+    """Whether to fuse."""
     json: bool = False
     """Print JSON."""
 
@@ -292,6 +294,69 @@ def test_text_arrives_as_it_was_typed(config_of, text):
     assert config_of("owt", *REQUIRED, f"--stop={text}").stop == [text]
 
 
+LOOKS_LIKE_A_NUMBER = [
+    "1e3",
+    "1E5",
+    "25921e05",
+    "1e-3",
+    "007",
+    "1_000",
+    "on",
+    "no",
+    "null",
+    "2024-01-01",
+    "0x1F",
+    "1:30",
+]
+
+
+@pytest.mark.parametrize("text", LOOKS_LIKE_A_NUMBER)
+def test_text_is_text_in_a_file_too_quoted_or_not(config_of, tmp_path, text):
+    file = tmp_path / "run.yaml"
+    for written in (text, f'"{text}"'):
+        if written == "null":  # which a file can say
+            continue
+        file.write_text(f"kind: owt\nshape: small\nout: {written}\nprompt: {written}\nstop: [{written}, b]\n")
+        config = config_of("--config", file)
+        assert (config.prompt, config.stop, config.out) == (text, [text, "b"], Path(text))
+    config = config_of("owt", "--shape", "small", "--out", text, "--prompt", text, "--stop", text, "b")
+    assert (config.prompt, config.stop, config.out) == (text, [text, "b"], Path(text))
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("off", "off"), ("no", "off"), ("False", "off"), ("true", "on"), ("on", "on")]
+)
+def test_a_choice_of_on_and_off_takes_a_truth_value(config_of, tmp_path, text, value):
+    file = tmp_path / "run.yaml"
+    file.write_text(f"kind: owt\nfuse: {text}\n")
+    assert config_of("--config", file, *REQUIRED).fuse == value
+    assert config_of("owt", "--fuse", text, *REQUIRED).fuse == value
+
+
+@pytest.mark.parametrize(("text", "value"), [("1e3", 1000), ("1.5e1", 15), ("2E+2", 200), ("1e0", 1)])
+def test_a_whole_number_may_have_an_exponent(config_of, complaint, tmp_path, text, value):
+    file = tmp_path / "run.yaml"
+    file.write_text(f"kind: owt\nlimit: {text}\n")
+    assert config_of("--config", file, *REQUIRED).limit == value
+    assert config_of("owt", "--limit", text, *REQUIRED).limit == value
+    for broken in ("1.5e0", "1e-3", "1e99"):
+        assert complaint("owt", "--limit", broken, *REQUIRED).startswith("limit: expected int|null, got ")
+
+
+def test_a_tilde_is_the_home_folder_in_every_path(config_of, complaint, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file = tmp_path / "run.yaml"
+    file.write_text("kind: owt\nshape: ~/wide.yaml\nout: ~/x\ninputs: [~/a.txt, b~.txt]\nprompt: ~/x\n")
+    (tmp_path / "wide.yaml").write_text("width: 6\n")
+    config = config_of("--config=~/run.yaml")
+    assert (config.out, config.inputs) == (tmp_path / "x", [tmp_path / "a.txt", Path("b~.txt")])
+    assert (config.prompt, config.shape.width) == ("~/x", 6)
+    assert config_of("owt", "--shape", "small", "--out=~/x").out == tmp_path / "x"
+    assert complaint("owt", "--shape", "small", "--out", "~nobody-here/x").startswith(
+        "out: ~nobody-here is nobody's home"
+    )
+
+
 def test_printed_settings_read_back_as_the_same_config(toy, config_of, capsys, tmp_path):
     words = ["owt", "--shape", "small-wide", "--out", "a/b", "--inputs", "x", "--optim.lr", "1e-7", "--prompt=no: yes"]
     assert cli.main(["toy", *words, "--print-config"]) == 0
@@ -386,18 +451,17 @@ def test_a_mistake_on_the_command_line_is_one_clear_line(complaint, words, messa
         ("kinds: owt\n", "unknown option kinds; did you mean kind?"),
         ("kind: [\n", "{file}, line 2: not valid YAML: expected the node content"),
         ("just text\n", "{file}: expected `key: value` lines, got str"),
-        ("1: owt\n", "{file}: expected `key: value` lines, got dict"),
+        ("1: owt\n", "unknown option 1; "),
         ("shape: 3\n", "no shape preset is called '3'; known: small, small-wide; or give a .yaml file"),
         ("shape: null\n", "no shape preset is called 'None'; known: small, small-wide; or give a .yaml file"),
         ("shape: smal\n", "no shape preset is called 'smal'; did you mean small? Known: small, small-wide; or give"),
-        ("kind: owt\nout: x\nshape: small\noptim: {lr: [1]}\n", "optim.lr: expected float, got [1]"),
+        ("kind: owt\nout: x\nshape: small\noptim: {lr: [1]}\n", "optim.lr: expected float, got ['1']"),
         ("kind: owt\nout: x\nshape: small\noptim: {lr: null}\n", "optim.lr: expected float, got None"),
-        ("kind: owt\nout: 3\nshape: small\n", "out: expected path, got int"),
         (b"kind: \xff\xfe\n", "{file}: not valid YAML: "),
         ("kind: owt\nkind: sni\n", "{file}, line 2: not valid YAML: kind is given twice"),
         ("optim: {lr: 9, lr: 8}\n", "{file}, line 1: not valid YAML: lr is given twice"),
         ("optim: &a [*a]\n", "{file}, line 1: not valid YAML: *copies are not read; write them out"),
-        ("limit: " + "9" * 5000, "{file}: not valid YAML: Exceeds the limit"),
+        ("limit: " + "9" * 5000, "limit: expected int|null, got a number of 5000 digits"),
         ("limit: 1\0", "{file}: not valid YAML: unacceptable character"),
         ("limit: 1".encode("utf-16"), "{file}: not valid YAML: 'utf-8' codec can't decode"),
         (b"limit: 1 # \xed\xa0\x80", "{file}: not valid YAML: 'utf-8' codec can't decode"),

@@ -199,7 +199,14 @@ def update_policy(
 
 
 def make_mini_batches(
-    graded: Sequence[Graded], advantages: Tensor, c: ObjectiveConfig, *arguments: int, **options: int
+    graded: Sequence[Graded],
+    advantages: Tensor,
+    c: ObjectiveConfig,
+    max_tokens: int,
+    max_places: int,
+    *,
+    is_masked: bool,
+    ranks: int = 1,
 ) -> list[list[RolloutBatch]]:
     """The micro-batches of each mini-batch: equally many whole groups, and a denominator of its own.
 
@@ -207,8 +214,8 @@ def make_mini_batches(
     """
     bounds = [len(graded) * number // c.mini_batches for number in range(c.mini_batches + 1)]
     found = [
-        make_micro_batches(graded[begin:end], advantages[begin:end], c, *arguments, **options)
-        for begin, end in pairwise(bounds)
+        make_micro_batches(graded[a:b], advantages[a:b], c, max_tokens, max_places, is_masked=is_masked, ranks=ranks)
+        for a, b in pairwise(bounds)
     ]
     return [batches for batches in found if batches]
 

@@ -166,6 +166,12 @@ class Run:
         check_writable(c.out, "--out")
         settings = dataclasses.asdict(c) | world.names  # what is really used instead of auto
         with lock_folder(c.out) if world.is_main else nullcontext():
+            for newest in checkpoints(c.out / "checkpoints")[:1]:
+                if (done := int(newest.name.removeprefix("step-"))) > train.steps:
+                    raise ValueError(
+                        f"{c.out} has done {done:,} steps, more than --train.steps {train.steps:,}; give at least "
+                        f"{done}, or choose another --out"
+                    )
             check_same_everywhere(settings, inputs, world)
             if world.is_main:
                 claim_folder(c.out, settings, inputs, fixed)

@@ -99,6 +99,15 @@ def wait_for_step(run: Path, step: int) -> None:
     raise TimeoutError(f"{run} did not reach step {step}")
 
 
+def test_fewer_steps_than_are_done_are_refused_and_nothing_tells_another_count(run_config):
+    pretrain.run(run_config(steps=5))
+    c = run_config(steps=3)
+    kept = {path: path.read_bytes() for path in c.out.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=r"has done 5 steps, more than --train.steps 3; give at least 5, or choose"):
+        pretrain.run(c)
+    assert {path: path.read_bytes() for path in c.out.rglob("*") if path.is_file()} == kept
+
+
 def test_a_finished_run_started_again_changes_nothing(run_config):
     c = run_config(steps=4)
     pretrain.run(c)
