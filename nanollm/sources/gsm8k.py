@@ -37,13 +37,34 @@ NUMBER = re.compile(
     ) %?""",
     re.VERBOSE,
 )
-# Words and signs that make another number of the one beside them: "minus 5", "- $5", "√16"; "5 million".
-BEFORE = re.compile(r"(?: [-+±/^√×÷—] | \b(?: minus | negative ) ) \W{0,4} \Z", re.VERBOSE | re.IGNORECASE)
-AFTER = re.compile(
-    r"\s* (?: hundred | thousand | million | billion | trillion | dozen | and\ a\ (?: half | quarter | third ) ) \b",
+# Words and signs that make another number of the one beside them, or leave open which one is meant.
+ANYWHERE = re.compile(
+    r"""\b(?: zero | one | two | three | four | five | six | seven | eight | nine | ten | eleven | twelve
+      | (?:thir|four|fif|six|seven|eigh|nine)teen | (?:twen|thir|for|fif|six|seven|eigh|nine)ty | dozens? | couple
+      | hundreds? | thousands? | [mbtr]+illi(?:on|ard)\w* | mille? | lakhs? | lacs? | crores? | tausend | half | halves
+      | thirds? | quarters? | fourths? | (?:fif|six|seven|eigh|nin|ten|hundred|thousand)ths? | squared? | cubed | twice
+      | double | triple | thrice | root | power | factorial | recurring | repeating | sqrt | log | ln | exp | sin | cos
+      | tan | abs | minus | negative | plus | times | divided | over | under | above | below | than | least | most
+      | between | until | through | up | to | or | about | around | approx\w* | almost | nearly | roughly | circa | ca
+      | not | except | maximum | minimum )\b
+    | [<>≤≥≦≧≠≈≃≅~∼≲≳±∓^_√∛∜×÷·⋅∙∑∏∫|&⁄十百千万億亿萬兆一二三四五六七八九]
+    | \\ (?! (?: boxed|text|textbf|mathrm|mathbf|left|right|quad ) (?![a-z]) | [^a-zA-Z] )""",
     re.VERBOSE | re.IGNORECASE,
 )
+BEFORE = re.compile(r"[-+/—!]\W{0,4}\Z|[\w)]\s*\*\s*\Z|\bm(?:ax|in)\b\W*\Z", re.IGNORECASE)
+AFTER = re.compile(  # 5k, 5 bn, 5th, 5!, 5+, 5-, 5/day, 5..., 5(x), 5*x
+    r"\s*(?:[+/!…(]|\.\.|-(?![a-z]{3})|\*\w)|.*\b(?:[kmbtx]|mm|bn|bln|tn|trn|mn|mln|mil|mio|mrd|cr|scores?|gross|pairs?)\b",
+    re.IGNORECASE,
+)
+MAGNITUDE = re.compile(r"\s*(?:hundred|thousand|million|billion|trillion|dozen|lakh|crore|bn)s?\b|[kKMB]\b")
+UNITS = re.compile(
+    r"(?:[kcm]m|[km]?g|lbs?|oz|ft|in|yd|mi|m?l|h|hrs?|mins?|s|secs?|[ap]m|[mk]ph|[CF])?(?![^\W\d_])", re.ASCII
+)
+"""What may be attached to a number: 24cm."""
 POWER_OF_UNIT = re.compile(r"(?<=[A-Za-z])[²³]")  # 24 m²
+TAG = re.compile(r"</?[A-Za-z][^<>]{0,20}>")
+THOUSANDS_BY_POINT = re.compile(r"[1-9][0-9]{0,2}\.[0-9]{3}")
+"""1.080 is 1080 to some and 1.08 to others."""
 MINUS_SIGNS = str.maketrans(dict.fromkeys("−–‐‑﹣－", "-"))
 
 NOTE = re.compile(r"<<([0-9+*/().-]{1,60})=(-?[0-9]{0,20}(?:\.[0-9]{1,20})?)>>")
@@ -99,7 +120,7 @@ def _parse(row: Sequence[Any]) -> Problem | str:
         return reason
     question, answer = row
     final = extract_answer(answer)
-    if final is None or number_of(final) is None:
+    if final is None or number_of(final, point_is_decimal=True) is None:
         return f"answer must end in '{ANSWER_MARK} <number>', got {answer[-40:]!r}"
     return Problem(question, answer)
 
@@ -119,36 +140,49 @@ def extract_answer(reply: str, how: How = "strict") -> str | None:
 
 def _last_number(reply: str) -> str | None:
     end = 1 + max(reply.rfind(digit) for digit in "0123456789")
-    tail = reply[max(0, end - MAX_CHARS) : end + 2]  # no more than a number takes, with the ".%" of "50.%"
+    begin = max(0, end - MAX_CHARS)
+    tail = reply[begin : end + 2]  # no more than a number takes, with the ".%" of "50.%"
     found = list(NUMBER.finditer(tail.translate(MINUS_SIGNS)))
     if not found or len(found[-1][0]) > MAX_CHARS // 2:  # the latter may have begun before the tail
         return None
-    return tail[found[-1].start() : found[-1].end()]
+    behind = reply[begin + found[-1].end() :][:MAX_CHARS]
+    return None if MAGNITUDE.match(behind) else tail[found[-1].start() : found[-1].end()]
 
 
-def number_of(text: str) -> Fraction | None:
+def number_of(text: str, *, point_is_decimal: bool = False) -> Fraction | None:
     """The exact value of an answer with one number in it, or None. Never raises; takes microseconds for any text.
 
     "1,080", "-3", "+4", "$5.50", ".5", "12.", "3/4", "1 1/2" (= 3/2), "24 apples", "50%" (= 50, the sign is a unit).
-    None: two numbers ("24 or 25", "2+3", "5:30"), none ("x", "twenty", digits other than 0-9), commas that do not
-    group thousands ("1,08"), a word or sign that makes it another number ("5 million", "minus 5"), over 200 characters.
+    None where anything may make it another number: two numbers ("24 or 25", "2+3", "5:30"), none ("x", "twenty", digits
+    other than 0-9), grouping but by commas of thousands ("1,08", "1'080", "1{,}080"; "1.080" unless point_is_decimal),
+    magnitudes ("5 million", "5k"), ordinals, comparisons ("at least 5", "~5"), LaTeX but \\boxed and \\text, signs in
+    words ("minus 5"), "(5)", which is -5 to accountants, and more than 200 characters.
     """
     text = text.strip()
     if len(text) > MAX_CHARS:
         return None
-    text = " ".join(text.split()).translate(MINUS_SIGNS)
+    text = TAG.sub("", " ".join(text.split())).translate(MINUS_SIGNS)
     found = NUMBER.search(text)
-    if found is None or _is_changed(text[: found.start()], text[found.end() :]):
+    if found is None or _is_changed(text[: found.start()], found[0], text[found.end() :]):
+        return None
+    if not point_is_decimal and THOUSANDS_BY_POINT.fullmatch(found["decimal"] or ""):
         return None
     value = _value(found)
     return -value if value is not None and found["sign"] == "-" else value
 
 
-def _is_changed(before: str, after: str) -> bool:
+def _is_changed(before: str, number: str, after: str) -> bool:
     """Whether something around a number makes it another one, or a second number stands there."""
-    rest = POWER_OF_UNIT.sub("", f"{before} {after}")
-    is_second = any(unicodedata.category(char) in ("Nd", "Nl", "No") for char in rest)
-    return is_second or BEFORE.search(before) is not None or AFTER.match(after) is not None
+    around = f"{before} {after}"
+    if any(
+        unicodedata.category(char) in ("Nd", "Nl", "No", "Mn", "Me", "Cf") for char in POWER_OF_UNIT.sub("", around)
+    ):
+        return True
+    is_attached = number[0] in "0123456789." and before[-1:].isalpha()
+    is_accounted = before.endswith("(") and after.startswith(")") and number[0] not in "+-"
+    if is_attached or is_accounted or not UNITS.match(after):
+        return True
+    return any((ANYWHERE.search(around), BEFORE.search(before), AFTER.match(after)))
 
 
 def _value(found: re.Match[str]) -> Fraction | None:
@@ -164,11 +198,11 @@ def _value(found: re.Match[str]) -> Fraction | None:
 def grade(reply: str, answer: str, how: How = "strict") -> bool:
     """Whether the reply's answer is exactly the number of the worked solution `answer`."""
     final = extract_answer(answer)
-    gold = None if final is None else number_of(final)
+    gold = None if final is None else number_of(final, point_is_decimal=True)
     if gold is None:
         raise ValueError(f"a solution must end in '{ANSWER_MARK} <number>', this one ends in {answer[-40:]!r}")
     given = extract_answer(reply, how)
-    return given is not None and number_of(given) == gold
+    return given is not None and (given == final or number_of(given) == gold)
 
 
 def true_share(solution: str) -> float:

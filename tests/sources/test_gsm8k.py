@@ -108,7 +108,15 @@ def test_strict_takes_what_follows_the_last_mark_and_flexible_the_last_number(re
         *[("12.", 12), ("12.0", 12), (".5", "1/2"), ("-.5", "-1/2"), ("3.50", "7/2"), ("0.1", "1/10")],
         *[("3/4", "3/4"), ("-3/4", "-3/4"), ("6/8", "3/4"), ("1 1/2", "3/2"), ("1  1/2", "3/2"), ("-1 1/2", "-3/2")],
         *[("$5.50", "11/2"), ("-$5", -5), ("$-5", -5), ("$ 5", 5), ("€5", 5), ("5 dollars", 5), ("Rs.5", 5)],
-        *[("50%", 50), ("50 %", 50), ("24 apples", 24), ("24cm", 24), ("24 m²", 24), ("24-inch", 24), ("3rd", 3)],
+        *[
+            ("50%", 50),
+            ("50 %", 50),
+            ("24 apples", 24),
+            ("24cm", 24),
+            ("24 m²", 24),
+            ("24-inch", 24),
+            ("1234.567", "1234567/1000"),
+        ],
         *[("**24**", 24), ("\\boxed{24}", 24), ("$24$", 24), ("<b>24</b>", 24), ("`24`.", 24), ("...24", 24)],
         *[("5 people and a dog", 5), ("9" * 200, int("9" * 200)), ("0." + "0" * 90 + "1", Fraction(1, 10**91))],
     ],
@@ -135,7 +143,38 @@ def test_the_value_of_one_number_is_exact(text, value):
             "√16",
             "/5",
         ],  # another number than its digits
-        *["5 million", "2 dozen", "5 and a half", "1.5 Thousand"],
+        *["5 million", "2 dozen", "5 and a half", "1.5 Thousand", "5k", "5 M", "5bn", "5 lakh", "5 crore", "5万"],
+        *[
+            "5th",
+            "3rd",
+            "5!",
+            "5+",
+            "5-",
+            "(5)",
+            "5...",
+            "5…",
+            "0.3̅",
+            "5/day",
+            "twice 5",
+            "5 squared",
+            "half of 5",
+            "x5",
+        ],
+        *[
+            "> 5",
+            "≥5",
+            "~5",
+            "about 5",
+            "at least 5",
+            "5 or more",
+            "less than 5",
+            "up to 5",
+            "5 to",
+            "not 5",
+            "5x",
+            "5*x",
+        ],
+        *["\\frac34", "\\dfrac{5}{1}", "1{,}080", "1\\,080", "\\sqrt{5}", "5^{}", "1.080", "1.080.000", "5e3", "0x5"],
         *["9" * 201, "9" * 5000, "24" + " apples" * 50],
     ],
 )
@@ -154,6 +193,8 @@ def test_what_is_not_exactly_one_number_has_no_value(text):
         ("#### 0.30000000000000001", "#### 0.3", False),
         ("#### 9007199254740993", "#### 9007199254740992", False),
         ("#### 50%", "#### 0.5", False),
+        ("#### 3.142", "#### 3.142", True),  # another might read 3,142, but not where both write it so
+        ("#### 3.142", "#### 3142", False),
         ("#### 24 or 25", "#### 24", False),
         ("#### 24 #### 25", "#### 24", False),
         ("24\n#### 25", "#### 24", False),
@@ -168,6 +209,64 @@ def test_a_reply_is_right_if_its_number_is_exactly_that_of_the_solution(reply, a
 def test_flexible_needs_no_mark():
     assert grade("That makes 24.", "#### 24", "flexible")
     assert not grade("That makes 24, or 25?", "#### 24", "flexible")
+    assert not grade("That makes 24 million, or 24k", "#### 24", "flexible")
+
+
+UNREADABLE = (
+    "{n}k",
+    "{n}M",
+    "{n} bn",
+    "{n} lakh",
+    "{n} million",
+    "{o}",
+    "{n}-{m}",
+    "{n} to {m}",
+    "at least {n}",
+    "> {n}",
+)
+READABLE = ("{n}", "{c}", "${c}", "{n} apples", "{n}%", "{n}.0", "+{n}", "**{n}**", "\\boxed{{{n}}}", "= {n}", "{n} kg")
+EITHER = (
+    "{p}",
+    "{thin}",
+    "{apostrophe}",
+    "{latex}",
+    "\\frac{{{n}}}{{{m}}}",
+    "{n} 1/2",
+    "−{n}",
+    "{n}.50",
+    "({n})",
+    "{n}⁄{m}",
+)
+
+
+def written(form, n, m):
+    """A number in one of many notations, and its value; None: a reader may take it for nothing but that."""
+    grouped = f"{n:,}"
+    words = {
+        "p": grouped.replace(",", "."),
+        "thin": grouped.replace(",", "\u2009"),
+        "latex": grouped.replace(",", "{,}"),
+    }
+    words |= {"apostrophe": grouped.replace(",", "'"), "c": grouped, "n": n, "m": m, "o": f"{n}{ordinal(n)}"}
+    values = {"\\frac{{{n}}}{{{m}}}": Fraction(n, m), "{n} 1/2": n + Fraction(1, 2), "−{n}": -n, "({n})": -n}
+    values |= {"{n}.50": n + Fraction(1, 2), "{n}⁄{m}": Fraction(n, m)}
+    return form.format(**words), values.get(form, n)
+
+
+def ordinal(n):
+    return "th" if n % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(n % 10, "th")
+
+
+@pytest.mark.parametrize("count", [5_000, pytest.param(100_000, marks=pytest.mark.slow)])
+def test_no_notation_is_read_as_another_number(count):
+    """Read exactly, or not at all."""
+    rng = Random(5)
+    for _ in range(count):
+        n, m = rng.randrange(1, 10 ** rng.randrange(1, 8)), rng.randrange(2, 1000)
+        form = rng.choice(UNREADABLE + READABLE + EITHER)
+        text, value = written(form, n, m)
+        expected = {None} if form in UNREADABLE else {value} if form in READABLE else {None, value}
+        assert number_of(text) in expected, text
 
 
 @pytest.mark.parametrize("solution", ["no mark: 7", "empty ####", "", "#### seven", "#### 7 or 8"])
