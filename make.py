@@ -209,7 +209,9 @@ def works(python: str, code: str) -> bool:
 
 
 def run(command: "list[str]", **variables: str) -> int:
-    return subprocess.run(command, cwd=HERE, env={**os.environ, **variables}, check=False).returncode
+    env = {**os.environ, **variables}
+    env.pop("PYTHONDONTWRITEBYTECODE", None)  # packages come uncompiled: every process would compile PyTorch once more
+    return subprocess.run(command, cwd=HERE, env=env, check=False).returncode
 
 
 def say(text: str) -> None:

@@ -53,7 +53,7 @@ run() {
     offset=$(($(TZ=$zone date -d "$moment" +%s) - $(date +%s)))
     (
         cd "$checkout"
-        $as_nobody env -u XDG_CACHE_HOME HOME="$home" TMPDIR="$place/tmp" TZ="$zone" PYTHONPATH="$checkout" \
+        $as_nobody env -u XDG_CACHE_HOME -u PYTHONDONTWRITEBYTECODE HOME="$home" TMPDIR="$place/tmp" TZ="$zone" PYTHONPATH="$checkout" \
             PYTHONPYCACHEPREFIX="$place/compiled/$number" FAKETIME_DONT_FAKE_MONOTONIC=1 DONT_FAKE_MONOTONIC=1 \
             OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 \
             "$wrapper" -f "+$offset" "$python" -m pytest -q -p no:cacheprovider --order-seed "$seed" "$@"

@@ -359,13 +359,13 @@ def test_settings_without_sense_are_refused(tmp_path, settings, message):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--task.name", "wrods"], "got 'wrods'; did you mean words?"),
+        (["--task.name", "wrods"], "task.name must be words, gsm8k or module:Name, got 'wrods'"),
         (["--task.split", "dev"], "--task.name is missing"),
         (
             ["--task.name", "words", "--task.split", "dev"],
             "has no split 'dev'; it has train, test, new_numbers, heldout",
         ),
-        (["--task.name", "mine_for_eval:Odd"], "has no Odd"),
+        (["--task.name", "mine_for_eval:Odd"], "has no attribute 'Odd'"),
         (["--text", "nowhere.txt"], "nowhere.txt does not exist"),
         (["--text", "mine_for_eval.py"], "is not one of .txt"),
         (["--data", "nowhere"], "nowhere is not a prepared folder"),

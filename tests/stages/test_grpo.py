@@ -120,10 +120,11 @@ def test_files_of_problems_are_the_same_files_when_a_run_goes_on(run_config, tmp
     reward = RewardConfig(weights={"length": 1.0}, soft_tokens=10)  # an untrained model is never right
     c = run_config(steps=2, task=TaskConfig(name="gsm8k", input=[tmp_path]), reward=reward)
     grpo.run(c)
-    grpo.run(dataclasses.replace(c, train=dataclasses.replace(c.train, steps=3)))
+    longer = dataclasses.replace(c, train=dataclasses.replace(c.train, steps=3))
+    grpo.run(longer)
     (tmp_path / "train.jsonl").write_text(rows[0])
     with pytest.raises(ValueError, match=r"was begun with inputs.problems = "):
-        grpo.run(c)
+        grpo.run(longer)
 
 
 def test_another_seed_is_another_run(run_config):
@@ -152,7 +153,7 @@ def test_a_reference_with_another_tokenizer_is_refused(run_config, tmp_path):
         (["--rollout.max_tokens", "64"], "leaves no room for a question in the context of 64 tokens"),
         (["--objective.updates", "0"], "objective.updates must be at least 1"),
         (["--reference", "somewhere"], "a reference without objective.beta has no effect"),
-        (["--task.name", "wrods"], "did you mean words?"),
+        (["--task.name", "wrods"], "must be words, gsm8k or module:Name, got 'wrods'"),
         (["--reward.weights", "{corect: 1.0}"], "reward.weights knows correct, calculations, format, length and"),
         (["--objective.advantage", "best"], "objective.advantage: expected mean_only|std|batch_std, got best"),
     ],
