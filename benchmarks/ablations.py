@@ -250,18 +250,16 @@ STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365
 
 HEAD = """# Ablations
 
-What each change brings on its own: {preset} in {dtype}, {tokens:,} tokens of mixed English (the text of
-docs/log.md's experiments) in windows of {context_length}, {pieces:,} pieces, {threads} core. Written by
-`python benchmarks/ablations.py --table` from `benchmarks/results/ablations.csv`, one line per run; negative rows
-are here too.
+What each change brings on its own: {preset} in {dtype}, {tokens:,} tokens of mixed English in windows of
+{context_length}, {pieces:,} pieces, {threads} core. `python benchmarks/ablations.py --table` writes this page from
+`benchmarks/results/ablations.csv`, one line per run, negative results included.
 
-**How to read it.** Bits per byte of validation ({validation_windows} windows, always the same), mean over the seeds and
-their standard deviation; lower is better. A seed decides the first weights and the order of the windows, so that a row
-and the row it is compared with read the same windows in the same order: the difference is taken seed by seed. It is a
-**tie** when zero lies inside the 95 % interval (Student's t) of these paired differences; "better" and "worse" say that
-it does not; with one seed there is no verdict. CPU time is of training alone and includes what other work on the
-machine cost; MFLOP are of training on one token, the experts that it does not meet left out. These are the first
-minutes of a training: what is a tie here may matter later, and the other way round.
+**How to read it.** Bits per byte on {validation_windows} fixed validation windows, mean and standard deviation over
+the seeds; lower is better. A seed decides the initial weights and the order of the windows, so a row and its baseline
+read the same windows in the same order, and differences are paired by seed. A row is a **tie** if the 95 % interval
+(Student's t) of these differences contains zero, otherwise "better" or "worse"; one seed gives no verdict. CPU time
+covers training only, including slowdown from other programs. MFLOP are of training on one token, without its idle
+experts. These are the first minutes of training: ties may matter later, and the other way round.
 
 """
 
@@ -285,8 +283,7 @@ def table(runs: Sequence[AblationRun]) -> str:
     text = HEAD.format(**{**dataclasses.asdict(runs[0]), "pieces": 4096})
     text += COLUMNS + "".join(line(row, v, results) for row, v in ROWS.items() if row in results)
     if any(run.pieces != 4096 for run in runs):
-        text += "\nRows with another tokenizer are measured and compared on the whole validation split, the same text\n"
-        text += "for all tokenizers; they read equal bytes of text.\n"
+        text += "\nRows with another tokenizer read equal bytes and are compared on the whole validation split.\n"
     if tried := [line(row, v, results) for row, v in TRIALS.items() if row in results]:
         text += f"\n## Tried for `fast`\n\n{COLUMNS}{''.join(tried)}"
     if searched := [results[row][min(results[row])] for row in SEARCH if row in results]:

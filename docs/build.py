@@ -1,9 +1,8 @@
-"""How do the pages of docs/ become a site? `python -m docs.build` answers, and `make docs`.
+"""Build the documentation site from docs/: `python -m docs.build`, or `make docs`.
 
-Everything that the site shows is put into build/docs; zensical makes site/ of it, by zensical.toml, and ends where a
-link leads nowhere. Two things are added on the way: the reference, which the code writes (docs/reference.py), and a
-page for each file outside docs/ that a page links to, so that the site needs no address of a repository and shows the
-files that it was built from.
+All pages are staged in build/docs; zensical builds site/ from them with zensical.toml and fails on a broken link. Two
+things are added: the generated reference (docs/reference.py), and a page for each file outside docs/ that a page links
+to, so that the site needs no repository URL and shows the files it was built from.
 """
 
 import os

@@ -1,7 +1,7 @@
-"""What does each verb take? One page per verb and one for all, written by the code; no word of them is written by hand.
+"""Generate the reference: one page per verb and one for all, from the code alone.
 
-The options, their types, defaults and words are those of `nanollm VERB --help`: the fields of the frozen Config of each
-stage, read by nanollm/config.py. The same names, nested at their dots, are the keys of the YAML files.
+Options, types, defaults and descriptions are those of `nanollm VERB --help`: the fields of each stage's frozen Config,
+read by nanollm/config.py. The same names, nested at their dots, are the keys of the YAML files.
 """
 
 import html
@@ -47,7 +47,7 @@ def index() -> str:
 
 
 def page_of(verb: str) -> str:
-    """A verb: what it is, its options by their groups, all of them as YAML, and the runs that come with it."""
+    """A verb: description, options by group, all of them as YAML, and the configs that come with it."""
     stage = importlib.import_module(cli.module_of(verb))
     kinds = kinds_of(stage)
     parser = parser_of(verb, stage, kinds)
@@ -77,7 +77,7 @@ def table(actions: list[Action], kinds: Kinds | None = None) -> list[str]:
 
 
 def value_of(action: Action) -> str:
-    """What to type, each choice for itself so that a narrow column can break between them."""
+    """The value to type; choices are separate so that a narrow column can break between them."""
     if not action.metavar or action.nargs == 0:
         return ""
     return r" \| ".join(f"`{choice}`" for choice in str(action.metavar).strip("[]").split("|"))
@@ -101,7 +101,7 @@ def meaning_of(action: Action, kinds: Kinds | None) -> str:
 
 
 def common_options() -> list[Action]:
-    """The options of ALSO, as the parser of a verb that has them all describes them."""
+    """The options of ALSO, as described by the parser of a verb that has them all."""
     stage = importlib.import_module(cli.module_of("pretrain"))
     parser = parser_of("pretrain", stage, kinds_of(stage))
     return [action for action in parser._actions if action.dest in ALSO]
@@ -135,13 +135,13 @@ def head_of(file: Path) -> Iterator[str]:
 
 
 def exit_codes() -> str:
-    """What nanollm/cli.py says of them."""
+    """The exit codes as nanollm/cli.py documents them."""
     told = next(part for part in paragraphs(cli) if "Exit codes: " in part)
     return cell(told.partition("Exit codes: ")[2])
 
 
 def described(name: str, thing: object) -> Iterator[str]:
-    """A name of `import nanollm`: how it is called, what it says of itself, and its public methods."""
+    """A name of `import nanollm`: signature, docstring and public methods."""
     yield from (f"### nanollm.{name}", "", "```python", f"{name}{signature(thing)}", "```", "")
     yield from map(cell, blank_between(paragraphs(thing)))
     yield ""
@@ -154,13 +154,13 @@ def described(name: str, thing: object) -> Iterator[str]:
 
 
 def signature(thing: object) -> str:
-    """Parameters and what comes back, types without their modules."""
+    """Parameters and return type, types without their modules."""
     text = re.sub(r"\b(?:[A-Za-z_]\w*\.)+", "", str(inspect.signature(thing)))  # type: ignore[arg-type]
     return re.sub(r"(-> |: )'(\w+)'", r"\1\2", text)
 
 
 def paragraphs(thing: object) -> list[str]:
-    """Those of a docstring, each on one line."""
+    """The paragraphs of a docstring, each on one line."""
     return [" ".join(part.split()) for part in inspect.cleandoc(thing.__doc__ or "").split("\n\n")]
 
 
@@ -169,6 +169,6 @@ def blank_between(parts: list[str]) -> list[str]:
 
 
 def cell(text: str) -> str:
-    """Words of the code as Markdown shows them, also in a table: only `code` keeps its meaning."""
+    """Text from the code, escaped for Markdown and tables; only `code` keeps its meaning."""
     parts = CODE.split(" ".join(text.split()))
     return "".join(part if part[:1] == "`" else SPECIAL.sub(r"\\\1", html.escape(part, quote=False)) for part in parts)

@@ -1,11 +1,11 @@
-"""A bundle continues texts: several at once, and one as it is being written.
+"""Continue texts with a bundle: several at once, and one streamed.
 
   command   python examples/generate.py runs/example/pretrain/bundle
   before    python examples/train.py (or any other bundle)
   hardware  one CPU core
-  time      seconds; the first time half a minute, because C++ is compiled for this processor
+  time      seconds; half a minute the first time, to compile C++ for this processor
 
-The engine works with ids, and so with any tokenizer; text becomes ids before it and ids become text after it.
+The engine takes and returns ids, so it works with any tokenizer.
 """
 
 import argparse
@@ -22,14 +22,14 @@ SAMPLING = SamplingConfig(temperature=0.8, top_p=0.95)
 
 
 def request(bundle: Bundle, prompt: str, max_tokens: int, seed: int) -> Request:
-    """A document begins with the <s> token; the answer hangs on this request alone, whatever runs beside it."""
+    """A document begins with the <s> token; the reply depends on this request alone, not on others in the batch."""
     ids = [bundle.tokenizer.bos_id, *bundle.tokenizer.encode(prompt)]
     ends = reply_ends(bundle.tokenizer)
     return Request(prompt=ids, max_tokens=max_tokens, sampling=SAMPLING, end_ids=ends, seed=seed)
 
 
 def together(bundle: Bundle, prompts: list[str], max_tokens: int) -> list[str]:
-    """The continuations of all prompts, drawn in one batch."""
+    """The continuations of all prompts, sampled in one batch."""
     engine = Engine(bundle.model, rows=len(prompts))
     replies = [engine.submit(request(bundle, prompt, max_tokens, seed)) for seed, prompt in enumerate(prompts)]
     while engine.has_work:
@@ -38,7 +38,7 @@ def together(bundle: Bundle, prompts: list[str], max_tokens: int) -> list[str]:
 
 
 def streamed(bundle: Bundle, prompt: str, max_tokens: int) -> Iterator[str]:
-    """The same, piece by piece: never half a character."""
+    """The same, streamed; never half a character."""
     engine, text = Engine(bundle.model, rows=1), TextStream(bundle.tokenizer)
     reply = engine.submit(request(bundle, prompt, max_tokens, seed=0))
     while engine.has_work:
@@ -60,5 +60,5 @@ if __name__ == "__main__":
         for piece in streamed(model, given.prompts[0], given.max_tokens):
             print(piece, end="", flush=True)
         print(flush=True)
-    except BrokenPipeError:  # the reader (head, less) has gone; what is left in the buffer goes nowhere
+    except BrokenPipeError:  # the reader (head, less) closed the pipe; discard the buffer
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -1,13 +1,13 @@
-"""A task of one's own: what is asked, and a function that says which replies are right. Then GRPO learns it.
+"""Define a task, its questions and its grader, and train on it with GRPO.
 
   command   python examples/grpo_own_task.py runs/example/pretrain/bundle
   before    python examples/train.py (or any other base model)
   hardware  two CPU cores
   time      under a minute
-  expected  6 % of the test questions answered rightly before GRPO, 75 % after it
+  expected  6 % of the test questions answered correctly before GRPO, 75 % after
 
-The question is "Name a number between 23 and 43."; any such number is right. The lessons teach only how a reply looks:
-their numbers are drawn blindly, one in five is right. Which ones are, the model finds out from grades of its replies.
+The question is "Name a number between 23 and 43."; any such number is correct. The lessons teach only the form of a
+reply: their numbers are random, and one in five is correct. GRPO teaches which ones are, from graded replies.
 """
 
 import argparse
@@ -26,7 +26,7 @@ GENTLE = {"warmup_steps": 5, "weight_decay": 0.0, "balance_rate": 0.0}
 
 
 class Between:
-    """The task, given to grpo as grpo_own_task:Between. It needs these two methods and no base class."""
+    """The task, passed to grpo as grpo_own_task:Between. It needs these two methods and no base class."""
 
     def problems(self, split: str) -> list[Problem]:
         draw = Random(split)
@@ -39,7 +39,7 @@ class Between:
 
 
 def imitate(bundle: Path, out: Path, steps: int) -> Path:
-    """Instruction tuning on conversations of the task: the model learns to say a number, and to stop."""
+    """Instruction tuning on conversations of the task: the model learns to answer with a number and stop."""
     chats = [[("user", problem.question), ("assistant", problem.answer)] for problem in Between().problems("train")]
     lines = [{"messages": [{"role": role, "content": text} for role, text in chat]} for chat in chats]
     lessons = out / "lessons.jsonl"
@@ -52,7 +52,7 @@ def imitate(bundle: Path, out: Path, steps: int) -> Path:
 
 
 def reinforce(bundle: Path, out: Path, steps: int) -> Path:
-    """GRPO: of 16 replies to a question, those that the task takes for right become likelier."""
+    """GRPO: of 16 replies to a question, those that the task accepts become more likely."""
     c = grpo.Config(
         bundle=bundle,
         out=out / "grpo",
@@ -66,7 +66,7 @@ def reinforce(bundle: Path, out: Path, steps: int) -> Path:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Learn a task of one's own.")
+    parser = argparse.ArgumentParser(description="Train on your own task.")
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--out", type=Path, default=Path("runs/example-grpo"))
     parser.add_argument("--lessons", type=int, default=40, help="steps of instruction tuning")

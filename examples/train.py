@@ -1,12 +1,12 @@
-"""Text becomes a small base model: the verbs tokenizer, preprocess and pretrain, called from Python.
+"""Train a small base model: the verbs tokenizer, preprocess and pretrain, called from Python.
 
   command   python examples/train.py --out runs/example
   hardware  two CPU cores
   time      about half a minute
   then      python examples/generate.py runs/example/pretrain/bundle
 
-Your own text: --text my_texts/ (.txt, .jsonl, .csv, .parquet). Every verb is a Config, which refuses nonsense, and
-run(Config), which returns the path of what it made; what is made already is not made again.
+Your own text: --text my_texts/ (.txt, .jsonl, .csv, .parquet). Every verb is a Config, which refuses invalid values,
+and run(Config), which returns the path of its result and skips finished work.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def main(text: Path | None, out: Path, steps: int) -> Path:
 
 
 def write_texts(path: Path, count: int = 400) -> Path:
-    """Documentation that is already on this machine, one text per line."""
+    """Documentation from this machine, one text per line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps({"text": text}) + "\n" for text in islice(builtin.documents(), count)]
     path.write_text("".join(lines), encoding="utf-8")
@@ -51,7 +51,7 @@ def write_texts(path: Path, count: int = 400) -> Path:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Train a small base model.")
-    parser.add_argument("--text", type=Path, help="a file or folder; none: documentation that is on this machine")
+    parser.add_argument("--text", type=Path, help="a file or folder; default: documentation from this machine")
     parser.add_argument("--out", type=Path, default=Path("runs/example"))
     parser.add_argument("--steps", type=int, default=150)
     print(main(**vars(parser.parse_args())))

@@ -1,11 +1,10 @@
-"""How does a Ray cluster start a run?
+"""Start a run on a Ray cluster.
 
     ray job submit --working-dir . -- python recipes/pretrain_ray.py --hosts 8 --processes 8 \\
         --folder /shared/nanollm -- pretrain --config configs/pretrain/nano-327m.yaml --parallel hsdp
 
-One launcher (torchrun) on each of so many hosts; Ray only chooses the hosts and starts it, in a folder that they share:
-paths of the run are relative to it, not to the copy of the code that Ray makes on each host. Submitted again, the run
-goes on.
+Ray chooses the hosts and starts one launcher (torchrun) on each, in a shared folder. The run's paths are relative to
+that folder, not to Ray's copy of the code. Submitted again, the run resumes.
 """
 
 import argparse
@@ -20,16 +19,16 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 @ray.remote
 class Host:
-    """One launcher, on the host to which Ray gives it."""
+    """One launcher, on the host that Ray assigns."""
 
     def meeting_point(self) -> tuple[str, int]:
-        """Address of this host and a port that is free on it."""
+        """This host's address and a free port."""
         with socket.socket() as free:
             free.bind(("", 0))
             return get_node_ip_address(), free.getsockname()[1]
 
     def launch(self, rank: int, meeting_point: tuple[str, int], options: argparse.Namespace, words: list[str]) -> int:
-        """Run the verb in this host's processes; the exit code."""
+        """Run the verb in this host's processes and return the exit code."""
         address, port = meeting_point
         command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={options.processes}"]
         command += [f"--nnodes={options.hosts}", f"--node-rank={rank}"]
@@ -40,11 +39,11 @@ class Host:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hosts", type=int, required=True, help="hosts, each with one launcher")
-    parser.add_argument("--processes", type=int, required=True, help="processes on each, one for each of its GPUs")
-    parser.add_argument("--cpus", type=int, default=4, help="CPU cores for each process")
-    parser.add_argument("--folder", required=True, help="folder that all hosts share, from which paths are read")
-    parser.add_argument("--no_gpus", action="store_true", help="train on CPUs, several hosts' work on one if need be")
-    parser.add_argument("words", nargs=argparse.REMAINDER, help="-- and the verb with its options")
+    parser.add_argument("--processes", type=int, required=True, help="processes per host, one per GPU")
+    parser.add_argument("--cpus", type=int, default=4, help="CPU cores per process")
+    parser.add_argument("--folder", required=True, help="shared folder, to which paths are relative")
+    parser.add_argument("--no_gpus", action="store_true", help="train on CPUs, if needed several launchers per host")
+    parser.add_argument("words", nargs=argparse.REMAINDER, help="-- followed by the verb and its options")
     options = parser.parse_args()
     words = options.words[1:] if options.words[:1] == ["--"] else options.words
     needs = {"CPU": float(options.cpus * options.processes)}
@@ -63,7 +62,7 @@ def main() -> int:
     ]
     meeting_point = ray.get(hosts[0].meeting_point.remote())
     ends = [host.launch.remote(number, meeting_point, options, words) for number, host in enumerate(hosts)]
-    return int(any(ray.get(ends)))  # one that a signal ended has a negative code
+    return int(any(ray.get(ends)))  # a process killed by a signal has a negative code
 
 
 if __name__ == "__main__":
