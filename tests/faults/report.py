@@ -1,14 +1,14 @@
-"""Which figures does docs/reliability.md tell?  Those of the last `make faults` and `make soak`.
+"""The figures of docs/reliability.md, from the last `make faults` and `make soak`.
 
     python -m tests.faults.report [FILE ...]
 
-A FILE is what pytest wrote with --junitxml, a later one of tests that were run once more. They go to
-figures/battery.json first, if nothing failed at last. The page then gets the figures of this folder, between its marks.
+A FILE is pytest's --junitxml output; later files replace tests that were run again. If all tests passed, the results go
+to figures/battery.json. The page then gets one table between its marks, from the JSON files in that folder.
 """
 
-import ast
 import datetime
 import json
+import re
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
@@ -20,17 +20,11 @@ HERE = Path(__file__).parent
 FIGURES = HERE / "figures"
 PAGE = HERE.parents[1] / "docs" / "reliability.md"
 BEGIN, END = "<!-- figures: written by make faults and make soak -->\n", "<!-- end of figures -->\n"
-LABELS = {
-    "tokens_per_s": "tokens/s",
-    "steps_per_processor_s": "steps per second of processor time",
-    "memory_bytes": "memory",
-    "files": "open files",
-    "threads": "threads",
-}
+OUTCOME = re.compile(r"(\d[\d,]*) of (\d[\d,]*)")  # "104 of 104 the same bits"
 
 
 def battery_of(junit: Sequence[Path]) -> dict[str, object]:
-    """Promises, counts and figures by module. SystemExit if a test failed: a page tells what holds."""
+    """Counts and figures by module. SystemExit if a test failed: the page reports only what holds."""
     import torch
 
     cases = {}
@@ -53,67 +47,46 @@ def battery_of(junit: Sequence[Path]) -> dict[str, object]:
     }
 
 
-def promise_of(module: str) -> str:
-    """The first paragraph of a test module's docstring."""
-    tree = ast.parse((HERE / f"{module}.py").read_text(encoding="utf-8"))
-    return " ".join((ast.get_docstring(tree) or "").partition("\n\n")[0].split())
-
-
 def section() -> str:
-    """The part of the page that is computed."""
-    return "\n".join([*battery_lines(), *soak_lines()])
-
-
-def battery_lines() -> list[str]:
-    """Each area's promise and how many of its tests held; nothing before the first `make faults`."""
+    """The generated part of the page; empty before the first `make faults`."""
     if not (FIGURES / "battery.json").exists():
-        return []
+        return ""
     battery = json.loads((FIGURES / "battery.json").read_bytes())
     machine = battery["hardware"]
     lines = [
-        f"Measured on {battery['date']} at commit {battery['commit']} (+: and changes), on {machine['cores']} cores "
-        f"({machine['processor']}), torch {machine['torch']}.",
+        f"{battery['date']}, commit {battery['commit']}, {machine['cores']} cores ({machine['processor']}), "
+        f"torch {machine['torch']}:",
         "",
+        "| run | tests passed | cases that held | time |",
+        "|---|---|---|---|",
     ]
-    lines += ["| promise | tests | seconds |", "|---|---|---|"]
-    for name, area in battery["areas"].items():
-        skipped = f", {area['skipped']} skipped" if area["skipped"] else ""
-        tests = f"[{name}](../tests/faults/{name}.py): {area['passed']} passed{skipped}"
-        lines.append(f"| {promise_of(name)} | {tests} | {area['seconds']:,.0f} |")
-    return [*lines, "", "What each counted is in [battery.json](../tests/faults/figures/battery.json).", ""]
+    lines += [row_of(name, area) for name, area in battery["areas"].items()]
+    lines += [row_of_soak(file) for file in sorted(FIGURES.glob("*_soak.json"))]
+    return "\n".join([*lines, "", "[battery.json](../tests/faults/figures/battery.json) has each case.", ""])
 
 
-def soak_lines() -> list[str]:
-    """What the long runs showed, as far as there were any."""
-    lines = []
-    for file in sorted(FIGURES.glob("*_soak.json")):
-        seen = json.loads(file.read_bytes())
-        title = f"**{file.stem.replace('_', ' ').capitalize()}**, {seen['minutes']:.0f} minutes"
-        lines += [f"{title} (`python -m tests.faults.{file.stem}`): {'; '.join(told(seen))}.", ""]
-    return lines
+def row_of(name: str, area: dict) -> str:
+    """A module of the battery; its cases are those that its tests counted, such as kills or damaged files."""
+    outcomes = [match.groups() for figure in area["figures"] if (match := OUTCOME.search(figure))]
+    held, tried = (sum(int(each[n].replace(",", "")) for each in outcomes) for n in (0, 1))
+    cases = f"{held:,} of {tried:,}" if tried else ""
+    skipped = f", {area['skipped']} skipped" if area["skipped"] else ""
+    return f"| [{name}](../tests/faults/{name}.py) | {area['passed']}{skipped} | {cases} | {area['seconds']:,.0f} s |"
 
 
-def told(seen: dict[str, object]) -> list[str]:
-    """A line for each number of a long run; what drifted, with its first and its last value."""
-    lines = []
-    for name, value in seen.items():
-        label = LABELS.get(name, name.replace("_", " "))
-        if isinstance(value, list):  # of several lives of a server
-            lines += [f"{label}, {number}: {flat(each)}" for number, each in enumerate(value, start=1)]
-        elif isinstance(value, dict) and "drift" in value:
-            lines.append(
-                f"{label}: {value['first']:,.6g} at first, {value['last']:,.6g} at last ({value['drift']:+.2%})"
-            )
-        elif name != "minutes":
-            lines.append(f"{label}: {flat(value)}")
-    return lines
-
-
-def flat(value: object) -> str:
-    """A number, or several with their names, as people write them."""
-    if isinstance(value, dict):
-        return ", ".join(f"{name.replace('_', ' ')} {flat(each)}" for name, each in value.items()) or "none"
-    return " to ".join(map(flat, value)) if isinstance(value, list) else f"{value:,}"
+def row_of_soak(file: Path) -> str:
+    """A long run: what it counted, and how its figures drifted."""
+    soak = json.loads(file.read_bytes())
+    if "lives" in soak:
+        drift = max(life["memory_drift_percent"] for life in soak["lives"])
+        wrong = soak["wrong_bytes"] + soak["lost_otherwise"]
+        found = f"{soak['replies']:,} replies, {wrong} wrong or lost while the server ran, memory {drift:+.2f} %"
+    else:
+        drifts = {"tokens/s": "tokens_per_s", "steps per CPU second": "steps_per_processor_s", "memory": "memory_bytes"}
+        found = f"{soak['steps']:,} steps, " + ", ".join(
+            f"{label} {100 * soak[key]['drift']:+.2f} %" for label, key in drifts.items()
+        )
+    return f"| [{file.stem}](../tests/faults/{file.stem}.py) | | {found} | {soak['minutes']:.0f} min |"
 
 
 def main() -> None:
