@@ -192,9 +192,14 @@ def test_files_md_names_every_variable_that_the_code_reads():
     assert {name for name in read if f"`{name}`" not in page("files.md")} == set()
 
 
-def test_the_glossary_tells_each_word_once_and_points_to_modules_that_are_there():
+def test_the_glossary_defines_each_word_once_and_points_to_code_that_exists():
     places = re.findall(r"`([a-z]+(?:/\w+)?\.(?:py|cpp))`", page("glossary.md"))
     assert len(places) > 50
     assert [place for place in places if not (build.ROOT / "nanollm" / place).exists()] == []
+    named = re.findall(r"`([a-z]+(?:/\w+)?\.py)` `(\w+)`", page("glossary.md"))
+    assert len(named) > 15
+    for place, name in named:
+        code = (build.ROOT / "nanollm" / place).read_text(encoding="utf-8")
+        assert re.search(rf"^(class|def) {name}\b", code, re.MULTILINE), f"{place} has no {name}"
     words = re.findall(r"^\| \*\*(.+?)\*\*", page("glossary.md"), re.MULTILINE)
     assert len(words) == len(set(words)) > 60
