@@ -114,7 +114,7 @@ def test(words: "list[str]") -> int:
 
 
 def check(words: "list[str]") -> int:
-    """Style, format, types and floor plan; all of them, even if one fails."""
+    """Style, format, types, floor plan and prose; all of them, even if one fails."""
     if setup([]):
         return 1
     house = ["tests/test_floor_plan.py", "tests/test_house.py", "tests/test_size.py"]

@@ -12,6 +12,7 @@ import pytest
 
 from nanollm import cli
 from nanollm.config import CONFIGS, kinds_of
+from tests import prose
 from tests.conftest import judge
 
 ROOT = Path(__file__).parent.parent
@@ -147,6 +148,32 @@ def test_nothing_waits_to_be_filled_in():
     assert [
         f"{file.relative_to(ROOT)}: {hit[0]}" for file, text in files.items() if (hit := waiting.search(text))
     ] == []
+
+
+# --- their prose ---
+
+
+def test_a_phrase_of_the_list_is_found_in_prose_and_not_in_code():
+    text = "It goes on.\n\n```\ngoes on\n```\n\nNobody reads `nobody`, and the the page is long."
+    assert list(prose.phrases_in(text)) == ["1: 'goes on'", "7: 'Nobody'", "7: 'the the'"]
+
+
+def test_the_documents_have_no_phrase_of_the_list():
+    found = {file.name: list(prose.phrases_in(file.read_text(encoding="utf-8"))) for file in prose.documents()}
+    assert {name: phrases for name, phrases in found.items() if phrases} == {}
+
+
+def test_proselint_has_nothing_to_say_about_the_documents():
+    pytest.importorskip("proselint", reason='proselint is not installed: pip install -e ".[dev]"')
+    found = {file.name: list(prose.lint(file.read_text(encoding="utf-8"))) for file in prose.documents()}
+    assert {name: findings for name, findings in found.items() if findings} == {}
+    assert list(prose.lint("A very unique page, needless to say."))
+
+
+def test_a_sentence_of_the_readme_has_at_most_16_words_on_average():
+    lengths = [len(words) for words in prose.sentences((ROOT / "README.md").read_text(encoding="utf-8"))]
+    assert len(lengths) > 30
+    assert sum(lengths) / len(lengths) <= 16
 
 
 # --- the tests themselves ---
