@@ -21,7 +21,8 @@ import xllamacpp
 from benchmarks.measuring import in_turns, tell
 from nanollm.bundle import Bundle
 from nanollm.config import load_preset
-from nanollm.export.gguf import GgufType, write_gguf
+from nanollm.export.dense_to_moe import Dtype
+from nanollm.export.gguf import write_gguf
 from nanollm.generate.request import Quantize
 from nanollm.model.config import ModelConfig
 from nanollm.model.transformer import Transformer
@@ -31,7 +32,7 @@ from nanollm.text.train_tokenizer import Sample, train_on
 
 PRESETS = ("nano-327m", "nano-327m-fine")
 PROMPT, REPLY = 16, 32
-KINDS: tuple[tuple[GgufType, Quantize], ...] = (("bf16", "none"), ("q8_0", "int8"))
+KINDS: tuple[tuple[Dtype, Quantize], ...] = (("bf16", "none"), ("q8_0", "int8"))
 """What llama.cpp reads, and ours with as many bits."""
 Rate = Callable[[], float]  # tokens/s, measured once
 

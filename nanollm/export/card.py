@@ -1,33 +1,27 @@
-"""The model card: what a model is, how it came to be, how good it is and how to run it.
+"""Writes the model card: what a model is, how it came to be, how good it is and how to run it.
 
 README.md with the hub's metadata in front. Every figure in it stands in the bundle, its provenance, a manifest of token
 files or an eval.json; what was not recorded or measured is said to be so.
 """
 
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nanollm.bundle import PROVENANCE
-from nanollm.durable import read_json, sha256_of, write_file
+from nanollm.bundle import PROVENANCE, Bundle
+from nanollm.durable import read_json, sha256_of
 from nanollm.evals.results import lines
 from nanollm.evals.stats import Figures
-from nanollm.export.dense_to_moe import Format, exported_shape
-from nanollm.export.provenance import Record, folders, name_of, public, stages
+from nanollm.export.dense_to_moe import Dtype, Format, exported_shape
+from nanollm.export.provenance import Record, find_manifests, folders, name_of, public, stages
 from nanollm.model.config import ModelConfig
 from nanollm.progress import say
-from nanollm.sources import gsm8k
-from nanollm.sources.datasets import OPENWEBTEXT, SUPER_NATURAL_INSTRUCTIONS
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
 
 CARD = "README.md"
-LIBRARIES = {"compact": "transformers", "deepseek-v3": "transformers", "gguf": "llama.cpp"}
-HUB_NAMES = {"owt": OPENWEBTEXT, "sni": SUPER_NATURAL_INSTRUCTIONS, "gsm8k": gsm8k.NAME}
 DIGITS = 12  # of a sha256 that are shown
 
 VLLM_WIDTHS = (320, 576)
@@ -91,137 +85,73 @@ LIMITS = """
 """.strip()
 
 
-@dataclass(frozen=True, kw_only=True)
-class About:
-    """What a card tells."""
-
-    name: str
-    """Its title."""
-    address: str
-    """What users load it by: USER/NAME on the hub, or a path."""
-    is_base: bool
-    """Whether it was only pretrained."""
-    format: Format
-    dtype: str
-    """Of the numbers in the file: f32, bf16, f16 or q8_0."""
-    config: ModelConfig
-    """The shape of the bundle's model."""
-    provenance: Record
-    """The bundle's, as it is; the card shows names of paths only."""
-    license: str
-    """As the hub calls it: mit, apache-2.0, other, ..."""
-    language: str | None = None
-    """ISO 639 code, such as en."""
-    gguf: str = "model.gguf"
-    """Name of the file, for gguf."""
-    evaluations: Sequence[Figures] = ()
-    """See find_evaluations."""
-    manifests: Mapping[str, Record] = field(default_factory=dict)
-    """Of the token files that it was trained on, see provenance.find_manifests."""
-
-
 def find_evaluations(bundle: Path) -> list[Figures]:
     """The eval/*/eval.json beside a bundle that are about this very bundle; those of other models are left out."""
     digest, found = sha256_of(bundle / PROVENANCE), []
     for file in sorted(Path(os.path.normpath(bundle / "..")).glob("eval/*/eval.json")):
-        try:
-            evaluation = read_json(file)
-            measured = evaluation["bundle"]["digest"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{file} is not what nanollm eval writes ({error}); measure again or delete it") from error
-        if measured == digest:
+        evaluation = read_json(file)
+        if evaluation.get("bundle", {}).get("digest") == digest:
             found.append(evaluation)
         else:
             say(f"{file} is about another model than {bundle}, or about an earlier one: the card leaves it out")
     return found
 
 
-def write_card(folder: Path, about: About) -> None:
-    """README.md in the folder of an exported model."""
-    write_file(folder / CARD, card(about).encode())
+def card(
+    bundle: Bundle,
+    form: Format,
+    dtype: Dtype,
+    *,
+    name: str,
+    license: str,
+    language: str | None = None,
+    file: str = "",
+    evaluations: Sequence[Figures] = (),
+) -> str:
+    """The text of README.md.
 
-
-def card(about: About) -> str:
-    """The text of README.md."""
-    can = "It continues texts; it was not taught to reply." if about.is_base else "It replies to messages."
-    model = f"A language model of {about.config.total_parameters:,} parameters, made with NanoLLM. {can}"
+    name: the title, and what transformers loads where it is USER/NAME; license and language as the hub calls them;
+    file: the weights, for llama.cpp; evaluations: see find_evaluations.
+    """
+    config, is_base = bundle.model.config, bundle.is_base
+    can = "It continues texts; it was not taught to reply." if is_base else "It replies to messages."
     sections: dict[str, Iterator[str]] = {
-        "The model": shape(about),
-        "How it was made": history(about),
-        "Results": results(about.evaluations),
-        "How to run it": how_to_run(about.address, about.format, about.config, is_base=about.is_base, gguf=about.gguf),
-        "Chat format": iter([] if about.is_base else [FORMAT]),
-        "Limits": iter([LIMITS.format(context=about.config.context_length)]),
-        "Licence": iter([f"{code(about.license)}. The texts that it was trained on have licences of their own."]),
+        "The model": shape(config, form, dtype),
+        "How it was made": history(bundle.provenance),
+        "Results": results(evaluations),
+        "How to run it": how_to_run(name if "/" in name else ".", form, config, is_base=is_base, file=file),
+        "Chat format": iter([] if is_base else [FORMAT]),
+        "Limits": iter([LIMITS.format(context=config.context_length)]),
+        "Licence": iter([f"{code(license)}. The texts that it was trained on have licences of their own."]),
     }
-    parts = [f"---\n{metadata(about).to_yaml()}\n---", f"# {about.name}", model]
+    parts = [
+        f"---\n{metadata(form, license, language).to_yaml()}\n---",
+        f"# {name}",
+        f"A language model of {config.total_parameters:,} parameters, made with NanoLLM. {can}",
+    ]
     for title, paragraphs in sections.items():
         if texts := list(paragraphs):
             parts += [f"## {title}", *texts]
     return "\n\n".join(parts) + "\n"
 
 
-# --- how to run it ---
-
-
-def how_to_run(name: str, form: str, c: ModelConfig, *, is_base: bool, gguf: str) -> Iterator[str]:
-    """Paragraphs; `name` is what transformers loads ("." in the folder itself), `gguf` the file of llama.cpp."""
-    if form == "gguf":
-        yield GGUF.replace("FILE", gguf).replace("MODEL", Path(gguf).stem.lower())
-        return
-    yield f"With transformers{' 5 or newer' if form == 'compact' else ''}:"
-    prompt = BASE_PROMPT if is_base else CHAT_PROMPT
-    tokens = min(MAX_TOKENS, c.context_length // 2)
-    yield TRANSFORMERS.replace("PROMPT", prompt).replace("TOKENS", str(tokens)).replace("NAME", name)
-    if form == "deepseek-v3" and c.cache_width in VLLM_WIDTHS:
-        yield VLLM.replace("NAME", name)
-    elif form == "deepseek-v3":
-        widths = " or ".join(map(str, VLLM_WIDTHS))
-        yield f"vLLM's kernels take a cache of {widths} numbers per token and block, this model's has {c.cache_width}."
-
-
-# --- metadata for the hub ---
-
-
-def metadata(about: About) -> "ModelCardData":
-    """What the hub sorts models by. Figures stand in the text alone."""
+def metadata(form: Format, license: str, language: str | None) -> "ModelCardData":
+    """What the hub sorts models by."""
     from huggingface_hub import ModelCardData
 
     return ModelCardData(
-        license=about.license,
-        language=about.language,
-        library_name=LIBRARIES[about.format],
+        license=license,
+        language=language,
+        library_name="llama.cpp" if form == "gguf" else "transformers",
         pipeline_tag="text-generation",
-        tags=["nanollm", "mixture-of-experts", "multi-head-latent-attention", *["gguf"] * (about.format == "gguf")],
-        datasets=sorted(datasets(about)) or None,
+        tags=["nanollm", "mixture-of-experts", "multi-head-latent-attention", *["gguf"] * (form == "gguf")],
     )
 
 
-def datasets(about: About) -> set[str]:
-    """The datasets of the hub that it was trained on, as far as is recorded."""
-    sources = [manifest["source"] for manifest in about.manifests.values()]
-    tasks = [step.get("config", {}).get("task") for step in stages(about.provenance)]
-    sources += [
-        {"dataset": str(task.get("name")), "files": task.get("input")} for task in tasks if isinstance(task, dict)
-    ]
-    return {name for source in sources if "/" in (name := dataset_of(source))}
+# --- the sections: paragraphs each ---
 
 
-def dataset_of(source: Record) -> str:
-    """The name of a dataset: on the hub, if it was read from there."""
-    name = source["dataset"]
-    if not source.get("files"):
-        name = HUB_NAMES.get(name, name)
-    is_on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists()
-    return name if is_on_hub else name_of(name)
-
-
-# --- paragraphs for people ---
-
-
-def shape(about: About) -> Iterator[str]:
-    """What it is made of."""
-    c = about.config
+def shape(c: ModelConfig, form: Format, dtype: Dtype) -> Iterator[str]:
     experts = f"{c.n_routed_experts} routed, {c.experts_per_token} of them per token, and {c.n_shared_experts} shared"
     rows = {
         "parameters": f"{c.total_parameters:,}, of which a token meets {c.active_parameters:,}",
@@ -231,10 +161,10 @@ def shape(about: About) -> Iterator[str]:
         "width": f"{c.d_model:,}, {c.d_ff:,} in dense blocks",
         "vocabulary": f"{c.vocab_size:,}",
         "context": f"{c.context_length:,} tokens",
-        "format": f"{about.format}, {about.dtype}",
+        "format": f"{form}, {dtype}",
     }
     yield "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
-    stored = exported_shape(c, about.format)
+    stored = exported_shape(c, form)
     if stored != c:
         yield (
             f"The file holds {stored.total_parameters:,} parameters: it has a Mixture of Experts in each block after "
@@ -243,64 +173,65 @@ def shape(about: About) -> Iterator[str]:
         )
 
 
-def history(about: About) -> Iterator[str]:
+def history(provenance: Record) -> Iterator[str]:
     """Each stage, the first first."""
-    for number, step in enumerate(stages(about.provenance), start=1):
+    manifests = find_manifests(provenance)
+    lines = []
+    for number, step in enumerate(stages(provenance), start=1):
         try:
-            found = list(told(step, about))
+            facts = list(facts_of(step, manifests))
         except (AttributeError, KeyError, TypeError, ValueError):  # an imported history may hold anything
-            found = ["what is recorded of this step cannot be read"]
-        made_by = code(step.get("made_by", "not recorded"))
-        yield "\n".join([f"{number}. {made_by}", *(f"   - {line}" for line in found)])
+            facts = ["what is recorded of this step cannot be read"]
+        lines += [f"{number}. {code(step.get('made_by', 'not recorded'))}", *(f"   - {fact}" for fact in facts)]
+    yield "\n".join(lines)
     yield f"Every setting is in `{PROVENANCE}`."
 
 
-def told(step: Record, about: About) -> Iterator[str]:
-    """What is recorded of a stage."""
+def facts_of(step: Record, manifests: Mapping[str, Record]) -> Iterator[str]:
+    """What is recorded of a stage: its data or task, and how long it took."""
     config = public(step.get("config", {}))
     for folder, digest in folders(step).items():
-        yield f"data: {data(folder, digest, about.manifests)}"
+        if digest in manifests:
+            train, source = manifests[digest]["splits"]["train"], name_of(manifests[digest]["source"]["dataset"])
+            origin = f"{train['tokens']:,} tokens in {train['documents']:,} documents of {code(source)}"
+        else:
+            origin = "made of what is not recorded"
+        yield f"data: {code(name_of(folder))} (manifest {digest[:DIGITS]}), {origin}"
     if task := config.get("task"):
-        yield "task: " + ", ".join(f"{name} {code(value)}" for name, value in task.items() if value != [])
+        yield f"task: {code(task['name'])}"
     if "train" in config:
         seen = [f"{step[key]:,} {key.removesuffix('_seen')}" for key in step if key.endswith("_seen")]
         yield ", ".join([f"{config['train']['steps']:,} optimizer steps", *seen])
-    if optim := config.get("optim"):
-        yield (
-            f"{optim['name']}, learning rate {optim['lr']:g} at its peak, schedule {optim['schedule']} after "
-            f"{optim['warmup_steps']:,} steps of warm-up, weight decay {optim['weight_decay']:g}"
-        )
-    if "seed" in config:
-        yield f"seed {config['seed']}, computed in {config['dtype']} on {config['device']}"
-    if not config:
-        yield "data and settings are not recorded"
-    for adoption in step.get("imports", []):
-        yield f"imported from {code(adoption['folder'])}, {code('; '.join([adoption['format'], *adoption['changes']]))}"
-
-
-def data(folder: str, digest: str, manifests: Mapping[str, Record]) -> str:
-    """What token files hold, if they are still there to tell it."""
-    named = f"{code(name_of(folder))} (manifest {digest[:DIGITS]})"
-    if digest not in manifests:
-        return f"{named}, made of what is not recorded"
-    train = manifests[digest]["splits"]["train"]
-    origin = code(dataset_of(manifests[digest]["source"]))
-    return f"{named}, {train['tokens']:,} tokens in {train['documents']:,} documents of {origin}"
+    for imported in step.get("imports", []):
+        yield f"imported from {code(imported['folder'])} ({code(imported['format'])})"
 
 
 def results(evaluations: Sequence[Figures]) -> Iterator[str]:
-    """What was measured."""
+    """What was measured of this bundle alone."""
     if not evaluations:
         yield "Nothing was measured: there is no eval.json of this model."
         return
     yield "Of the bundle that this was exported from, in NanoLLM; in brackets the 95 % interval."
     for evaluation in evaluations:
         mine = {name: each for name, each in evaluation.items() if name in ("bundle", "settings", "contamination")}
-        settings = evaluation["settings"]
-        how = f"measured by {evaluation['made_by']} in {settings['dtype']}"
-        if settings["task"]["name"] != "none":
-            how += f", at most {settings['max_tokens']:,} tokens a reply"
+        how = f"measured by {evaluation['made_by']} in {evaluation['settings']['dtype']}"
         yield "\n".join(f"- {line}" for line in [*lines(public(mine)), how])
+
+
+def how_to_run(address: str, form: Format, c: ModelConfig, *, is_base: bool, file: str) -> Iterator[str]:
+    """address is what transformers loads ("." in the folder itself), file the GGUF of llama.cpp."""
+    if form == "gguf":
+        yield GGUF.replace("FILE", file).replace("MODEL", Path(file).stem.lower())
+        return
+    yield f"With transformers{' 5 or newer' if form == 'compact' else ''}:"
+    prompt = BASE_PROMPT if is_base else CHAT_PROMPT
+    tokens = min(MAX_TOKENS, c.context_length // 2)
+    yield TRANSFORMERS.replace("PROMPT", prompt).replace("TOKENS", str(tokens)).replace("NAME", address)
+    if form == "deepseek-v3" and c.cache_width in VLLM_WIDTHS:
+        yield VLLM.replace("NAME", address)
+    elif form == "deepseek-v3":
+        widths = " or ".join(map(str, VLLM_WIDTHS))
+        yield f"vLLM's kernels take a cache of {widths} numbers per token and block, this model's has {c.cache_width}."
 
 
 def code(value: object) -> str:

@@ -11,22 +11,21 @@ template/template.go, parser/parser.go.
 Letters: H heads, C key-value latent, N width without position, V width of values.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nanollm.bundle import Bundle
-from nanollm.export.dense_to_moe import Placement, dense_to_moe
+from nanollm.export.dense_to_moe import Dtype, Placement, dense_to_moe
 from nanollm.export.hf import check_finite
 from nanollm.generate.sampling import SamplingConfig
 from nanollm.model.config import ModelConfig
 from nanollm.text.chat import template_for
 from nanollm.text.tokenizer import END, Tokenizer
-
-GgufType = Literal["f32", "f16", "bf16", "q8_0"]
 
 OUTSIDE = {"trunk.embed.weight": "token_embd", "trunk.norm.weight": "output_norm", "head.weight": "output"}
 IN_BLOCK = {
@@ -60,6 +59,12 @@ LITE = (26, 27)
 """With these numbers of blocks llama.cpp takes a model for DeepSeek-V2-Lite and does not read q_a_proj."""
 
 
+def file_name(name: str, dtype: Dtype) -> str:
+    """The file of a model that is called `name`, or USER/NAME, as llama.cpp's own converter names it."""
+    plain = re.sub(r"[^\w.-]+", "-", name.rpartition("/")[2])
+    return f"{plain}-{dtype.upper()}.gguf"
+
+
 def check_fits(config: ModelConfig, tokenizer: Tokenizer) -> None:
     """ValueError for what llama.cpp would read in another way."""
     if tokenizer.model_type not in ("bpe", "char"):
@@ -74,7 +79,7 @@ def check_fits(config: ModelConfig, tokenizer: Tokenizer) -> None:
         )
 
 
-def write_gguf(path: Path, bundle: Bundle, dtype: GgufType, name: str = "nanollm") -> None:
+def write_gguf(path: Path, bundle: Bundle, dtype: Dtype, name: str = "nanollm") -> None:
     """The whole model, its tokenizer and its chat template in one file; ValueError for what llama.cpp cannot run."""
     from gguf import GGUFWriter, LlamaFileType
 
@@ -165,7 +170,7 @@ def tensors(weights: Mapping[str, Tensor], c: ModelConfig) -> Iterator[tuple[str
         yield layer + "attn_v_b.weight", w_uv
 
 
-def add_tensor(writer: Any, name: str, tensor: Tensor, dtype: GgufType) -> None:
+def add_tensor(writer: Any, name: str, tensor: Tensor, dtype: Dtype) -> None:
     """A tensor in the type of the file, or in a wider one where that type does not do."""
     from gguf import GGMLQuantizationType
     from gguf.quants import quantize
@@ -177,7 +182,7 @@ def add_tensor(writer: Any, name: str, tensor: Tensor, dtype: GgufType) -> None:
     writer.add_tensor(name, numbers, raw_dtype=kind)
 
 
-def type_of(name: str, tensor: Tensor, dtype: GgufType) -> GgufType:
+def type_of(name: str, tensor: Tensor, dtype: Dtype) -> Dtype:
     """Vectors and the router stay in float32, and with q8_0 some matrices in float16."""
     if tensor.dim() == 1 or name.endswith(ALWAYS_F32):
         return "f32"

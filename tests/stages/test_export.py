@@ -1,6 +1,5 @@
 """A bundle becomes a folder for others, and a mistake costs one line and no file."""
 
-import dataclasses
 import json
 import shutil
 from importlib.metadata import PackageNotFoundError
@@ -10,7 +9,8 @@ import pytest
 
 from nanollm import cli
 from nanollm.bundle import load_bundle, save_bundle
-from nanollm.export import engines, hub
+from nanollm.export import engines
+from nanollm.export.tokenizer_json import TOKENIZER_FILES
 from nanollm.stages import export
 from nanollm.stages.export import Config, plan, run
 
@@ -29,13 +29,21 @@ def complaint(bundle, tmp_path, capsys):
     return said
 
 
-@pytest.mark.parametrize("form", ["compact", "deepseek-v3", "gguf"])
-def test_the_files_are_those_of_the_plan(form, bundle, tmp_path):
+@pytest.mark.parametrize(
+    ("form", "own"),
+    [
+        ("compact", {"config.json", "model.safetensors"}),
+        ("deepseek-v3", {"config.json", "model.safetensors"}),
+        ("gguf", {"tiny-model-F32.gguf", "Modelfile"}),
+    ],
+)
+def test_an_export_has_the_files_of_its_format(form, own, bundle, tmp_path):
     config = Config(bundle=bundle, format=form, out=tmp_path / "out", name="ada/tiny model")
-    planned = {line.split(" (")[0] for line in plan(config).splitlines()[:-1]}
+    assert plan(config).startswith(f"{form}, f32, ")
+    assert not (tmp_path / "out").exists()
     assert run(config) == tmp_path / "out"
-    assert {file.name for file in (tmp_path / "out").iterdir()} == planned
-    assert ("tiny-model-F32.gguf" in planned) == (form == "gguf")
+    shared = {*TOKENIZER_FILES, "generation_config.json", "provenance.json", "README.md"}
+    assert {file.name for file in (tmp_path / "out").iterdir()} == shared | own
 
 
 def test_the_weights_keep_the_type_of_the_bundle_unless_another_is_asked_for(bundle, tmp_path):
@@ -72,23 +80,6 @@ def test_a_folder_that_is_not_empty_is_replaced_by_force_only(bundle, tmp_path, 
     assert before == {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
     run(Config(bundle=bundle, format="gguf", out=tmp_path / "out", force=True))
     assert not (tmp_path / "out" / "model.safetensors").exists()
-
-
-def test_an_export_that_exists_is_verified_as_it_stands(bundle, tmp_path, complaint, capsys):
-    config = Config(bundle=bundle, out=tmp_path / "out", verify=True, verify_prompts=2)
-    run(dataclasses.replace(config, verify=False))
-    weights = tmp_path / "out" / "model.safetensors"
-    written = weights.stat().st_mtime_ns
-    assert run(config) == tmp_path / "out"
-    assert "is an export already: it is compared as it stands" in capsys.readouterr().err
-    assert weights.stat().st_mtime_ns == written
-    for other in (["--format", "deepseek-v3"], ["--dtype", "bf16"], ["--push", "ada/tiny"]):
-        assert "is an export already; choose another --out" in complaint("--verify", *other)
-    content = bytearray(weights.read_bytes())
-    content[-100:] = bytes(100)
-    weights.write_bytes(content)
-    with pytest.raises(SystemExit, match="does not say what"):
-        run(config)
 
 
 @pytest.mark.parametrize("name", ["thesis.tex", "README.md", "llama-70b.gguf"])
@@ -147,7 +138,6 @@ def test_bad_input_costs_one_line_and_no_file(bundle, tmp_path, complaint):
     assert "is not a bundle (no config.json in it)" in complaint(source=bundle.parent)
     assert "--dtype q8_0 is for --format gguf; compact takes f32, bf16 or f16" in complaint("--dtype", "q8_0")
     assert "format: expected compact|deepseek-v3|gguf, got" in complaint("--format", "onnx")
-    assert "--push must be USER/NAME" in complaint("--push", "tiny")
     assert not (tmp_path / "out").exists()
 
 
@@ -160,10 +150,7 @@ def test_a_missing_package_is_named_with_what_installs_it(complaint, monkeypatch
     assert 'export needs the package protobuf; in the folder of NanoLLM: pip install -e ".[export]"' in complaint()
 
 
-def test_what_does_not_hold_ends_in_exit_code_1_and_is_not_pushed(bundle, tmp_path, monkeypatch, capsys):
-    pushed = []
-    monkeypatch.setattr(hub, "push", lambda *words, **options: pushed.append(words))
-    monkeypatch.setattr(hub, "check_access", lambda: None)
+def test_what_does_not_hold_ends_in_exit_code_1(bundle, tmp_path, monkeypatch, capsys):
     compare = engines.compare_in_transformers
 
     def compare_with_another_head(folder, ours, dtype, prompts):
@@ -172,6 +159,5 @@ def test_what_does_not_hold_ends_in_exit_code_1_and_is_not_pushed(bundle, tmp_pa
 
     monkeypatch.setattr(engines, "compare_in_transformers", compare_with_another_head)
     with pytest.raises(SystemExit, match="does not say what"):
-        run(Config(bundle=bundle, out=tmp_path / "out", verify=True, verify_prompts=2, push="ada/tiny"))
+        run(Config(bundle=bundle, out=tmp_path / "out", verify=True, verify_prompts=2))
     assert "FAIL  greatest difference of a logit" in capsys.readouterr().err
-    assert pushed == []
