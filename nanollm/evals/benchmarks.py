@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness, and suites of them, as figures with 95 % intervals.
+"""Asks tasks of lm-evaluation-harness, and suites of them, and gives figures with 95 % intervals.
 
 lm_eval poses the questions, grades and aggregates; evals/lm_eval.py is the model that it sees. Its metrics keep their
 names: `metric,filter`, here without the filter `none`.
@@ -15,9 +15,9 @@ import logging
 import math
 import os
 import sys
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
@@ -37,7 +37,6 @@ SUITES = Path(__file__).parent / "suites"
 EXAMPLE = "tasks: {mine: {task: hellaswag, metric: acc_norm, shots: 0}}"
 RESAMPLES = 1000
 """Bootstrap samples behind lm_eval's standard error of what is no mean; its default of 100,000 takes minutes."""
-REFUSED = {"UNSAFE_CODE": "runs what a model wrote", "MULTIMODAL": "shows more than text"}
 OF_DOCUMENT = ("doc_id", "doc", "target", "arguments", "filter")  # fields of a sample that every model shares
 OF_MODEL = ("resps", "filtered_resps")
 
@@ -57,11 +56,6 @@ class Member:
     """What guessing scores; None: one over the number of choices, and 0 where nothing is chosen."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Keys that replace those of lm_eval's task."""
-
-    def __post_init__(self) -> None:
-        if self.shots < 0 or not 0 <= (self.chance or 0) < 1:
-            got = f"{self.shots} and {self.chance}"
-            raise ValueError(f"{self.task}: shots must be at least 0 and chance from 0 to below 1, got {got}")
 
 
 @dataclass(frozen=True)
@@ -120,14 +114,11 @@ def read_suite(name: str) -> Suite:
     if not file.is_file():
         raise FileNotFoundError(f"--harness {name} does not exist; it should be a suite, such as {EXAMPLE}")
     settings = read_mapping(file)
-    members = settings.get("tasks")
-    if not isinstance(members, dict) or not members or settings.keys() - {"tasks", "missing"}:
-        raise ValueError(f"{file} is not a suite: expected tasks and perhaps missing, such as {EXAMPLE}")
-    known = [option.name for option in fields(Member)]
-    for key, member in members.items():
-        if not isinstance(member, dict) or not {"task", "metric"} <= member.keys() <= set(known):
-            raise ValueError(f"{file}, {key}: expected task and metric, and perhaps {', '.join(known[2:])}")
-    return Suite(file.stem, {key: Member(**member) for key, member in members.items()}, settings.get("missing", {}))
+    try:
+        members = {name: Member(**member) for name, member in settings["tasks"].items()}
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is not a suite ({error}); expected tasks, such as {EXAMPLE}") from error
+    return Suite(file.stem, members, settings.get("missing", {}))
 
 
 # --- answers ---
@@ -248,21 +239,12 @@ class Benchmarks:
     """Examples before each question; None: as the task or the suite says."""
     suites: list[Suite]
 
-    @property
-    def tasks(self) -> list[Any]:
-        return [task for item in self.chosen for task in (item.get_all_tasks() if isinstance(item, Group) else [item])]
-
-    @property
-    def documents(self) -> int:
-        sizes = [len(task.eval_docs) for task in self.tasks]
-        return sum(size if self.limit is None else min(size, self.limit) for size in sizes)
-
     def ask(self, bundle: Bundle, rows: int) -> Answers:
         """Let a model answer, `rows` texts at once."""
         os.environ.setdefault("DISABLE_MULTIPROC", "1")  # else lm_eval forks this process, threads and all
         with contextlib.redirect_stdout(sys.stderr):  # it prints; our stdout is for the figures
             found: Any = lm_eval.simple_evaluate(
-                model=NanoLM(bundle, batch_size=rows),
+                model=NanoLM(bundle, rows),
                 tasks=list(self.chosen),
                 task_manager=self.manager,
                 num_fewshot=self.shots,
@@ -276,47 +258,31 @@ class Benchmarks:
 def open_benchmarks(names: Sequence[str], folder: Path | None, limit: int | None, shots: int | None) -> Benchmarks:
     """Find tasks and read their documents, from the hub where they lie there.
 
-    folder: YAML files of the user's own tasks. ValueError for a task that is unknown, unreadable or not for a text
-    model.
+    folder: YAML files of the user's own tasks. ValueError for a task that is unknown or unreadable, or has too few
+    examples for its shots.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings are for those who write tasks
     if folder and not folder.is_dir():
         raise ValueError(f"--harness_tasks {folder} is not a folder; it should hold the YAML files of your tasks")
-    suites, single = [read_suite(name) for name in names if is_suite(name)], [n for n in names if not is_suite(n)]
+    suites = [read_suite(name) for name in names if is_suite(name)]
+    single = dict.fromkeys(name for name in names if not is_suite(name))
     if suites and shots is not None:
-        raise ValueError(
-            f"--harness_shots is not for {suites[0].name}, whose tasks have shots of their own; leave it out"
-        )
+        raise ValueError(f"--harness_shots does not go with {suites[0].name}: its tasks have shots of their own")
     manager = TaskManager(include_path=folder)
     for name in [*single, *(member.task for suite in suites for member in suite.members.values())]:
-        check_name(name, manager.all_tasks)
+        if name not in manager.all_tasks:
+            near = difflib.get_close_matches(name, [*manager.all_tasks, *suite_names()], n=1)
+            hint = (
+                f"did you mean {near[0]}?" if near else "see `lm_eval ls tasks`; --harness_tasks adds your own"
+            )
+            raise ValueError(f"lm-evaluation-harness has no task {name!r}; {hint}")
     chosen = [item for name in single for item in load(name, manager)]
     chosen += [task for suite in suites for task in load_suite(suite, manager)]
-    benchmarks = Benchmarks(manager, chosen, limit, shots, suites)
-    for task, times in Counter(task.task_name for task in benchmarks.tasks).items():
-        if times > 1:
-            raise ValueError(f"--harness names the task {task} {times} times, perhaps within a group; name it once")
-    for task in benchmarks.tasks:
-        check_task(task, shots)
-    return benchmarks
-
-
-def check_name(name: str, known: Sequence[str]) -> None:
-    """Refuse an unknown task."""
-    if name not in known:
-        near = difflib.get_close_matches(name, [*known, *suite_names()], n=1)
-        hint = f"did you mean {near[0]}?" if near else "`lm_eval ls tasks` lists them, --harness_tasks adds your own"
-        raise ValueError(f"lm-evaluation-harness has no task {name!r}; {hint}")
-
-
-def check_task(task: Any, shots: int | None) -> None:
-    """Refuse a task that does not fit a text model, or has too few examples for its shots."""
-    for trait, why in REFUSED.items():
-        if getattr(task, trait, False):
-            raise ValueError(f"the task {task.task_name} {why}, which nanollm eval does not do; leave it out")
-    wanted = task.config.num_fewshot if shots is None else shots
-    if wanted and (found := len(task.fewshot_docs() or [])) < wanted:
-        raise ValueError(f"the shots must be at most the {found:,} examples of {task.task_name}, got {wanted}")
+    for task in (task for item in chosen for task in (item.get_all_tasks() if isinstance(item, Group) else [item])):
+        wanted = task.config.num_fewshot if shots is None else shots
+        if wanted and (found := len(task.fewshot_docs() or [])) < wanted:
+            raise ValueError(f"the shots must be at most the {found:,} examples of {task.task_name}, got {wanted}")
+    return Benchmarks(manager, chosen, limit, shots, suites)
 
 
 def load_suite(suite: Suite, manager: Any) -> list[Any]:

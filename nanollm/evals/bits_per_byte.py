@@ -1,4 +1,4 @@
-"""Bits per byte of held-out text, as a whole and document by document.
+"""Measures bits per byte of held-out text, as a whole and document by document.
 
 Bits per byte compares models with different tokenizers, which loss per token does not. Tokens that stand for no text
 (<s>, </s>) carry no bytes and are left out of both sums.

@@ -1,4 +1,4 @@
-"""Documents that a model is measured on, or that its problems are searched in.
+"""Reads the documents that a model is measured on, or that its problems are searched in.
 
 Files (.txt, .jsonl, .csv, .parquet, packed or not) give their records, a prepared folder the documents that it was made
 of: ids become text again, because prepared text is lossless.

@@ -1,30 +1,21 @@
-"""A bundle as a model of lm-evaluation-harness: log-likelihoods, whole texts, and replies to prompts.
+"""Lets a bundle answer lm-evaluation-harness: log-likelihoods, whole texts, and replies to prompts.
 
-Ids are made as by lm_eval's own model `hf`, so that an exported model scores the same there. Up to version 0.4.13
-lm_eval finds no models of other packages; its command line with this one is
-
-    python -m nanollm.evals.lm_eval run --model nanollm --model_args bundle=PATH --tasks ...
-
-lm_eval carries prompts as text. In a written chat the marks stand as they are spelled, and what a message spells alike
-is kept apart from them, so that nothing in a message becomes a control symbol.
+Ids are made as by lm_eval's own model `hf`, so that an exported model scores the same there.
 Letters: M ids to score, D model width, V vocabulary.
 """
 
-import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any
 
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
-from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor, nn
 
-from nanollm.bundle import Bundle, load_bundle
+from nanollm.bundle import Bundle
 from nanollm.evals.documents import BATCH_TOKENS
 from nanollm.generate.engine import Engine
 from nanollm.generate.request import Request
@@ -32,49 +23,27 @@ from nanollm.generate.runner import tell_once
 from nanollm.generate.sampling import SamplingConfig
 from nanollm.model.transformer import Transformer
 from nanollm.progress import Progress
-from nanollm.text.chat import MARK_OF, Conversation, Message, reply_borders, reply_ends
+from nanollm.text.chat import reply_ends
 from nanollm.text.stream import TextStream
-from nanollm.text.tokenizer import ASSISTANT, END, Tokenizer
 from nanollm.train.loss import MAX_LOGITS
-from nanollm.world import DeviceName, DtypeName, World
 
-ROWS = 256
-"""Rows at once, where lm_eval leaves it to us."""
 MAX_TOKENS = 256
 """Of a reply, where its task says nothing: as lm_eval's `hf`."""
 FILTERS = {"top_k", "top_p", "min_p", "repetition_penalty"}
-
-CHAT = "\ufdd0"
-"""Opens a written chat (twice) and escapes, inside messages, each character that could begin a mark. Unicode reserves
-this code point for use inside a program, so other text does not begin with it."""
-
-MARKS = (*MARK_OF.values(), END)
-UNIT = re.compile(f"{CHAT}(.)|({'|'.join(map(re.escape, MARKS))})", re.DOTALL)
 
 Ids = list[int]
 Scored = tuple[Any, Ids, Ids]  # lm_eval's texts, the ids of a context, the ids that are scored after it
 Row = tuple[tuple[int, ...], list[int]]  # what the model reads, and the requests that it answers
 
 
-@register_model("nanollm")
 class NanoLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
     """A bundle for lm_eval. Every text begins with <s>, as in training."""
 
-    def __init__(
-        self,
-        bundle: Bundle | Path | str,
-        device: str = "auto",
-        dtype: str = "auto",
-        batch_size: int | str = "auto",
-        max_batch_size: int | str = ROWS,
-        seed: int = 0,
-    ) -> None:
-        """A bundle or its folder; rows at once (auto: up to max_batch_size); reply i draws from seed + i."""
+    def __init__(self, bundle: Bundle, rows: int = 256, seed: int = 0) -> None:
+        """rows: texts at once; reply i draws from seed + i."""
         super().__init__()
-        self.bundle = bundle if isinstance(bundle, Bundle) else open_bundle(Path(bundle), device, dtype)
-        self.seed = seed
-        self.rows = int(max_batch_size if str(batch_size).startswith("auto") else batch_size)
-        self.max_length = self.bundle.model.config.context_length
+        self.bundle, self.rows, self.seed = bundle, rows, seed
+        self.max_length = bundle.model.config.context_length
 
     @property
     def eot_token_id(self) -> int:
@@ -84,29 +53,10 @@ class NanoLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
     def prefix_token_id(self) -> int:
         return self.bundle.tokenizer.bos_id
 
-    @property
-    def tokenizer_name(self) -> str:
-        return f"nanollm-{self.bundle.tokenizer.fingerprint}"
-
-    # --- texts to ids ---
-
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: object) -> Ids:
-        """Ids of a text or of a written chat, after <s> unless add_special_tokens is false."""
-        ids = read_chat(string, self.bundle.tokenizer) if is_chat(string) else self.bundle.tokenizer.encode(string)
+        """Ids of a text, after <s> unless add_special_tokens is false."""
+        ids = self.bundle.tokenizer.encode(string)
         return ids if add_special_tokens is False else [self.prefix_token_id, *ids]
-
-    def _encode_pair(self, context: str, continuation: str) -> tuple[Ids, Ids]:
-        context_ids, ids = super()._encode_pair(context, plain(continuation) if is_chat(context) else continuation)
-        return context_ids, ids
-
-    def apply_chat_template(self, chat_history: list[dict[str, Any]], add_generation_prompt: bool = True) -> str:
-        """A conversation as one text, of which tok_encode makes the ids of text.chat.encode_prompt.
-
-        Without add_generation_prompt the last message is what the assistant has begun to say.
-        """
-        messages = [Message(message["role"], message["content"]) for message in chat_history]
-        begun = "" if add_generation_prompt else messages.pop().content
-        return write_chat(Conversation(tuple(messages)), begun)
 
     # --- how likely is a text ---
 
@@ -171,7 +121,7 @@ class NanoLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
                     prompt=self._end_of(self.tok_encode(prompt), max_tokens),
                     max_tokens=max_tokens,
                     sampling=sampling,
-                    end_ids=reply_borders(tokenizer) if is_chat(prompt) else reply_ends(tokenizer),
+                    end_ids=reply_ends(tokenizer),
                     stop=streams[-1].stops_at,
                     seed=self.seed + number,
                 )
@@ -202,17 +152,6 @@ class NanoLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
                 bar.advance(sum(drawn.completion.finish is not None for drawn in engine.step()))
 
 
-def open_bundle(folder: Path, device: str, dtype: str) -> Bundle:
-    """A bundle on a device as lm_eval names them."""
-    if device == "cuda:0":
-        device = "auto"  # lm_eval says cuda:0 where its user says nothing, and where there is none as well
-    for name, value, kind in (("device", device, DeviceName), ("dtype", dtype, DtypeName)):
-        if value not in get_args(kind):
-            raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, got {value!r}")
-    world = World.start(cast(DeviceName, device), cast(DtypeName, dtype))
-    return load_bundle(folder, world.dtype, world.device)
-
-
 def read_settings(generation_kwargs: Mapping[str, Any]) -> tuple[int, SamplingConfig, list[str]]:
     """What a task wants of a reply: its most tokens, how to choose them, and its stop texts."""
     wanted = dict(normalize_gen_kwargs(generation_kwargs, MAX_TOKENS))
@@ -227,39 +166,6 @@ def read_settings(generation_kwargs: Mapping[str, Any]) -> tuple[int, SamplingCo
         )
     sampling = SamplingConfig(temperature=float(temperature) if is_drawn else 0.0, **wanted)
     return max_tokens, sampling, [stop for stop in stops if stop]
-
-
-# --- chats as text ---
-
-
-def is_chat(text: str) -> bool:
-    return text.startswith(CHAT + CHAT)
-
-
-def write_chat(conversation: Conversation, begun: str = "") -> str:
-    """The text of a conversation that the assistant replies to, and of what it has begun to say."""
-    if conversation.messages[-1].role != "user":
-        raise ValueError("a prompt must end with the user's message, this one ends with the assistant's")
-    said = (f"{MARK_OF[message.role]}{plain(message.content)}{END}" for message in conversation.messages)
-    return f"{CHAT}{CHAT}{''.join(said)}{ASSISTANT}{plain(begun)}"
-
-
-def plain(content: str) -> str:
-    """A content as it stands in a written chat, where it spells no mark, whatever stands beside it."""
-    return re.sub(f"[<{CHAT}]", lambda char: CHAT + char[0], content)
-
-
-def read_chat(written: str, tokenizer: Tokenizer) -> list[int]:
-    """The ids of a written chat, without <s>: those of text.chat.encode_prompt and of what was begun."""
-    ids: list[int] = []
-    content, place = "", 2  # behind the beginning
-    for unit in UNIT.finditer(written, place):
-        content += written[place : unit.start()] + (unit[1] or "")
-        place = unit.end()
-        if unit[2]:
-            ids += [*tokenizer.encode(content), tokenizer.mark_id(unit[2])]
-            content = ""
-    return ids + tokenizer.encode(content + written[place:])
 
 
 # --- scores of many rows ---
@@ -302,9 +208,3 @@ def token_scores(head: nn.Linear, hidden: Tensor, targets: Tensor) -> tuple[Tens
         logprobs.append(chunk.gather(-1, wanted[:, None])[:, 0])
         is_likeliest.append(chunk.argmax(-1) == wanted)
     return torch.cat(logprobs), torch.cat(is_likeliest)
-
-
-if __name__ == "__main__":
-    from lm_eval.__main__ import cli_evaluate
-
-    cli_evaluate()

@@ -1,4 +1,4 @@
-"""Problems of a task, the replies of a model to them, and the verdicts of graders.
+"""Lets a model reply to the problems of a task, and asks graders for their verdicts.
 
 The model gets each question as a user's message and replies, greedily or several times by chance; the task's grade,
 the same function that gives rewards, says which replies are right. Where answers are written as GSM8K writes them,

@@ -1,4 +1,4 @@
-"""Results of an evaluation: numbers for eval.json, replies for samples.jsonl, lines and contamination.md for people."""
+"""Turns what was measured into figures for eval.json, replies for samples.jsonl, and lines for people."""
 
 import json
 import re
@@ -285,7 +285,7 @@ def _task_lines(figures: Figures) -> list[str]:
     return found
 
 
-def _contamination_lines(figures: Figures, shown: int = MAX_SHOWN) -> list[str]:
+def _contamination_lines(figures: Figures) -> list[str]:
     overlaps = figures["overlaps"]
     head = (
         f"{len(overlaps):,} of {figures['questions']:,} questions share {figures['n']} words in a row with the "
@@ -295,7 +295,7 @@ def _contamination_lines(figures: Figures, shown: int = MAX_SHOWN) -> list[str]:
         head += f"; {figures['unsearched']:,} were too short to look for"
     found = [head] + [
         f"  question {each['question']}, {100 * each['share']:.0f} % of it, in {each['where']}: {each['ngram']!r}"
-        for each in overlaps[:shown]
+        for each in overlaps[:MAX_SHOWN]
     ]
     if overlaps:
         parts = (("without them, greedy", "clean_scores"), ("on them alone", "copied_scores"))
@@ -303,26 +303,3 @@ def _contamination_lines(figures: Figures, shown: int = MAX_SHOWN) -> list[str]:
         if figures["copied_minus_clean"]:
             found.append(f"on them minus without them: {_differences(figures['copied_minus_clean'])}")
     return found
-
-
-# --- contamination.md ---
-
-
-def contamination_page(figures: Figures, questions: Sequence[str]) -> str:
-    """What --contamination found, to read or hand on: scores with and without the questions, then each of them.
-
-    figures: a whole eval.json; questions: all that were asked.
-    """
-    found, settings = figures["contamination"], figures["settings"]
-    head, *scores = _contamination_lines(found, shown=0)
-    page = [f"# {settings['task']['name']} {settings['task']['split']} in {', '.join(settings['contamination'])}"]
-    page += ["", f"{head}.", "", f"- all of them, greedy: {_scores(figures['bundle']['greedy']['scores'])}"]
-    page += [f"- {line}" for line in scores]
-    if found["overlaps"]:
-        page += ["", "| question | found of it | first document | first words in common | the question |"]
-        page.append("|---|---|---|---|---|")
-    for each in found["overlaps"]:
-        texts = (each["where"], each["ngram"], questions[each["question"] - 1])
-        cells = [" ".join(text.replace("|", "\\|").split()) for text in texts]
-        page.append(f"| {each['question']} | {100 * each['share']:.0f} % | {' | '.join(cells)} |")
-    return "\n".join(page) + "\n"

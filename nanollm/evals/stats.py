@@ -1,4 +1,4 @@
-"""95 % intervals of scores and of the difference between two models.
+"""Computes 95 % intervals of scores and of the difference between two models.
 
 Each is meant to hold the true value in 95 % of all evaluations; tests/evals/test_stats.py counts how often it does.
 Sources: one proportion, E. B. Wilson, JASA 22 (1927), 209-212. Two models on the same problems: the exact test of
@@ -13,7 +13,7 @@ Letters: n problems, k of them or k tries, z the 97.5 % point of the normal dist
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import NormalDist, fmean, variance
+from statistics import NormalDist, fmean
 from typing import Any
 
 Z = NormalDist().inv_cdf(0.975)
@@ -124,7 +124,7 @@ def mean_interval(values: Sequence[float], samples: int = 1) -> Mean:
     if not values:
         raise ValueError("a mean needs at least one problem, got none")
     n, mean = len(values), min(1.0, fmean(values))
-    scatter = variance(values) if n > 1 else 0.0
+    scatter = sum((value - mean) ** 2 for value in values) / (n - 1) if n > 1 else 0.0
     if mean in (0.0, 1.0):
         effective = float(n)  # nothing was seen to scatter, so nothing is known of it
     elif scatter == 0:

@@ -21,7 +21,7 @@ import torch
 from nanollm import __version__
 from nanollm.bundle import PROVENANCE, load_bundle, read_config
 from nanollm.data.shards import Shards
-from nanollm.durable import check_writable, sha256_of, write_file, write_json
+from nanollm.durable import check_writable, sha256_of, write_json
 from nanollm.evals import documents, results
 from nanollm.evals.contamination import NGRAM_WORDS, search
 from nanollm.evals.problems import GREEDY, ROWS, Judged, graders, judge, solve
@@ -71,7 +71,7 @@ class Config:
     """Measure a model: problems solved, with a 95 % interval, bits per byte, and against another model.
 
     Ask for --task.name, --text, --data or --harness, in one call for several. Figures go to eval.json, every reply to
-    samples.jsonl and harness-TASK.jsonl, copied questions to contamination.md, all in --out.
+    samples.jsonl and harness-TASK.jsonl, all in --out.
     """
 
     bundle: Path
@@ -188,7 +188,7 @@ def plan(c: Config) -> str:
     parts = [f"{n:,} problems of {c.task.name} {c.task.split}, {n * (1 + c.samples):,} replies"] if n else []
     parts += [f"bits per byte of {path}" for path in [*c.text, *([c.data] if c.data else [])]]
     if inputs.benchmarks:
-        parts.append(f"{inputs.benchmarks.documents:,} documents of {', '.join(c.harness_names)}")
+        parts.append(f"lm-evaluation-harness: {', '.join(c.harness_names)}")
     parts += [f"the same for {c.against}"] if c.against else []
     parts += [f"{c.ngram}-grams of the questions in {path}" for path in c.contamination]
     return "; ".join([*parts, f"into {c.folder}"])
@@ -215,9 +215,6 @@ def run(c: Config) -> str:
     evaluation["made_by"] = f"nanollm {__version__} eval, torch {torch.__version__}"
     evaluation |= seconds_since(began)
     write_json(c.folder / "eval.json", evaluation)
-    if c.contamination:
-        page = results.contamination_page(evaluation, [problem.question for problem in inputs.problems])
-        write_file(c.folder / "contamination.md", page.encode())
     say(f"written to {c.folder}")
     return json.dumps(evaluation) if c.json else "\n".join(results.lines(evaluation))
 

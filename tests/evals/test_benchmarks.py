@@ -79,34 +79,10 @@ def test_the_difference_of_two_models_is_that_of_their_scores(ours):
     assert found["low"] == pytest.approx(found["difference"] - down)
 
 
-def test_core_is_the_list_of_dclm_less_what_lm_eval_lacks():
+def test_core_says_where_it_comes_from_and_has_its_22_tasks_but_two():
     core = read_suite("core")
-    assert [(name, member.shots) for name, member in core.members.items()] == [
-        ("hellaswag_zeroshot", 0),
-        ("bigbench_qa_wikidata", 10),
-        ("arc_easy", 10),
-        ("arc_challenge", 10),
-        ("copa", 0),
-        ("commonsense_qa", 10),
-        ("piqa", 10),
-        ("openbook_qa", 0),
-        ("lambada_openai", 0),
-        ("hellaswag", 10),
-        ("winograd", 0),
-        ("winogrande", 0),
-        ("bigbench_dyck_languages", 10),
-        ("agi_eval_lsat_ar", 3),
-        ("bigbench_cs_algorithms", 10),
-        ("bigbench_operators", 10),
-        ("bigbench_repeat_copy_logic", 10),
-        ("coqa", 0),
-        ("boolq", 10),
-        ("bigbench_language_identification", 10),
-    ]
-    assert list(core.missing) == ["jeopardy", "squad"]
-    assert {name: member.chance for name, member in core.members.items() if member.chance is not None} == {
-        "boolq": 0.62
-    }
+    assert (len(core.members), list(core.missing)) == (20, ["jeopardy", "squad"])
+    assert "arXiv:2406.11794" in (SUITES / "core.yaml").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
@@ -124,32 +100,13 @@ def test_lm_eval_has_every_task_of_our_suites_with_its_metric(name):
     )  # what is missing is, and no name hides one of theirs
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("a: 1", "is not a suite: expected tasks and perhaps missing, such as tasks: {mine: {task: hellaswag"),
-        ("tasks: {}", "is not a suite"),
-        ("tasks: {a: {task: one}}", "ours.yaml, a: expected task and metric, and perhaps shots, chance, settings"),
-        ("tasks: {a: {task: one, metric: acc, shot: 1}}", "ours.yaml, a: expected task and metric"),
-        (
-            "tasks: {a: {task: one, metric: acc, chance: 1.0}}",
-            "one: shots must be at least 0 and chance from 0 to below 1",
-        ),
-        ("tasks: {a: {task: one, metric: acc, shots: -1}}", "got -1 and None"),
-    ],
-)
-def test_a_file_that_is_no_suite_is_refused(tmp_path, text, message):
+@pytest.mark.parametrize("text", ["a: 1", "tasks: [one]", "tasks: {a: {task: one}}", "tasks: {a: {task: b, shot: 1}}"])
+def test_a_file_that_is_no_suite_is_refused(tmp_path, text):
     (tmp_path / "ours.yaml").write_text(text)
-    with pytest.raises(ValueError) as refused:
+    with pytest.raises(ValueError, match=r"ours.yaml is not a suite .*; expected tasks, such as tasks: {mine: {task"):
         read_suite(str(tmp_path / "ours.yaml"))
-    assert message in str(refused.value)
 
 
 def test_a_suite_that_does_not_exist_is_refused():
     with pytest.raises(FileNotFoundError, match=r"--harness nowhere\.yaml does not exist; it should be a suite"):
         read_suite("nowhere.yaml")
-
-
-def test_our_suites_say_where_they_come_from():
-    assert suite_names() == ["core", "small"]
-    assert "arXiv:2406.11794" in (SUITES / "core.yaml").read_text(encoding="utf-8")

@@ -1,21 +1,15 @@
 """lm-evaluation-harness hears from our adapter what the model says, and what its own `hf` says of the export."""
 
 import math
-import subprocess
-import sys
 from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from nanollm.bundle import load_bundle, save_bundle
 from nanollm.evals import documents
 from nanollm.model.transformer import Transformer
-from nanollm.text.chat import Conversation, Message, encode_prompt
-from nanollm.text.tokenizer import MARKS
 from tests.evals.harness_tasks import TEXTS, write_tasks
 from tests.model.conftest import randomised
 from tests.stages.conftest import MODEL
@@ -24,10 +18,9 @@ pytest.importorskip("lm_eval", reason='lm-evaluation-harness is not installed: p
 
 import lm_eval
 from lm_eval.api.instance import Instance
-from lm_eval.api.registry import get_model
 from lm_eval.tasks import TaskManager
 
-from nanollm.evals.lm_eval import MAX_TOKENS, NanoLM, is_chat, plain, read_chat, read_settings, write_chat
+from nanollm.evals.lm_eval import MAX_TOKENS, NanoLM, read_settings
 
 CONTEXT = 64
 TASKS = ["nano_choice", "nano_reply", "nano_whole"]
@@ -110,7 +103,7 @@ def test_spaces_before_a_choice_belong_to_it(lm):
 
 
 def test_a_batch_of_one_gives_what_a_batch_of_many_gives(bundle, lm):
-    alone = NanoLM(bundle, batch_size=1)
+    alone = NanoLM(bundle, rows=1)
     pairs = [(text[:size], f" {word}") for text in TEXTS for size in (10, 80) for word in ("soup", "a long way off")]
     for (one, one_likeliest), (many, many_likeliest) in zip(
         likelihoods(alone, *pairs), likelihoods(lm, *pairs), strict=True
@@ -165,11 +158,11 @@ def test_a_reply_ends_before_the_first_of_its_stop_texts(lm):
 
 
 def test_replies_by_chance_depend_on_the_seed_and_their_place_alone(bundle):
-    def drawn(seed, batch_size=8):
+    def drawn(seed, rows=8):
         settings = {"max_gen_toks": 12, "do_sample": True, "temperature": 1.0, "top_p": 0.9}
-        return replies(NanoLM(bundle, seed=seed, batch_size=batch_size), *[(FOX, settings)] * 3)
+        return replies(NanoLM(bundle, rows, seed), *[(FOX, settings)] * 3)
 
-    assert drawn(1) == drawn(1, batch_size=1) != drawn(7)
+    assert drawn(1) == drawn(1, rows=1) != drawn(7)
     assert len(set(drawn(1))) == 3
 
 
@@ -208,52 +201,6 @@ def test_settings_that_we_lack_are_refused():
         read_settings({"num_beams": 4})
 
 
-# --- chats ---
-
-TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1) | st.lists(
-    st.sampled_from(["<|user|>", "<|end|>", "<|", "user", "|>", "<s>", "\ufdd0", "a b", "\n", *MARKS]), min_size=1
-).map("".join)
-
-
-@given(
-    contents=st.lists(TEXT, min_size=1, max_size=5).filter(lambda some: len(some) % 2),
-    system=st.none() | TEXT,
-    begun=TEXT,
-)
-@settings(max_examples=300, deadline=None)
-def test_a_written_chat_gives_the_ids_of_the_conversation_whatever_is_said_in_it(tokenizer, contents, system, begun):
-    said = [Message(("user", "assistant")[place % 2], content) for place, content in enumerate(contents)]
-    conversation = Conversation((*([Message("system", system)] if system else []), *said))
-    written = write_chat(conversation, begun)
-    assert is_chat(written)
-    prompt = encode_prompt(conversation, tokenizer)
-    assert [tokenizer.bos_id, *read_chat(write_chat(conversation), tokenizer)] == prompt
-    assert [tokenizer.bos_id, *read_chat(written, tokenizer)] == [*prompt, *tokenizer.encode(begun)]
-
-
-def test_lm_eval_gets_the_prompt_of_a_conversation(bundle, lm):
-    history = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Say <|end|>"}]
-    conversation = Conversation(tuple(Message(each["role"], each["content"]) for each in history))
-    prompt = encode_prompt(conversation, bundle.tokenizer)
-    assert lm.tok_encode(lm.apply_chat_template(history)) == prompt
-    begun = [*history, {"role": "assistant", "content": "It is"}]
-    chat = lm.apply_chat_template(begun, add_generation_prompt=False)
-    assert lm.tok_encode(chat) == [*prompt, *bundle.tokenizer.encode("It is")]
-    context, choice = lm._encode_pair(lm.apply_chat_template(history), "<|end|> is")
-    assert (context, choice) == (prompt, bundle.tokenizer.encode("<|end|> is"))
-
-
-def test_a_text_that_spells_a_chat_is_none(bundle, lm):
-    text = "<s><|user|>Hello<|end|><|assistant|>"
-    assert lm.tok_encode(text) == [bundle.tokenizer.bos_id, *bundle.tokenizer.encode(text)]
-    assert plain("<|user|>") != "<|user|>"
-
-
-def test_a_conversation_must_end_with_a_question(lm):
-    with pytest.raises(ValueError, match="a prompt must end with the user's message"):
-        lm.apply_chat_template([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
-
-
 # --- the same as lm_eval's own model on the export ---
 
 
@@ -277,9 +224,8 @@ def hf(bundle, tmp_path_factory):
     return partial(HFLM, pretrained=str(folder), device="cpu", dtype="float32", batch_size=8)
 
 
-@pytest.mark.parametrize("apply_chat_template", [False, True], ids=["texts", "chats"])
-def test_scores_and_samples_equal_those_of_hf_on_the_export(lm, hf, tasks, apply_chat_template):
-    settings = {"names": TASKS[:2], "apply_chat_template": apply_chat_template, "num_fewshot": 1}
+def test_scores_and_samples_equal_those_of_hf_on_the_export(lm, hf, tasks):
+    settings = {"names": TASKS[:2], "num_fewshot": 1}
     ours, theirs = run(lm, tasks, **settings), run(hf(), tasks, **settings)
     assert ours["results"] == theirs["results"]
     for task in TASKS[:2]:
@@ -304,35 +250,3 @@ def test_whole_texts_are_as_likely_as_to_hf_without_a_second_beginning(lm, hf, t
     twice = by_hand(lm.bundle, [bos], [bos, *ids])[0]  # hf reads <s> <s> text and scores the second <s> as well
     assert other == pytest.approx(twice, abs=1e-3)
     assert mine == pytest.approx(by_hand(lm.bundle, [bos], ids)[0], abs=1e-3)
-
-
-# --- from lm_eval's own command line ---
-
-
-def test_it_is_a_model_that_lm_eval_knows_by_name(folder):
-    made = get_model("nanollm").create_from_arg_obj({"bundle": str(folder)}, {"batch_size": 1, "device": "cuda:0"})
-    assert isinstance(made, NanoLM)
-    assert made.rows == 1
-
-
-@pytest.mark.slow
-def test_it_runs_from_lm_evals_command_line(folder, tasks, tmp_path):
-    words = ["--model", "nanollm", "--model_args", f"bundle={folder},dtype=float32", "--include_path", str(tasks)]
-    words += ["--tasks", "nano_choice,nano_reply", "--output_path", str(tmp_path / "out"), "--batch_size", "auto"]
-    command = [sys.executable, "-m", "nanollm.evals.lm_eval", "run", *words]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "nano_choice" in done.stdout
-    assert list((tmp_path / "out").rglob("results*.json"))
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"device": "tpu"}, "device must be one of auto, cpu, cuda, mps, got 'tpu'"),
-        ({"dtype": "fp8"}, "dtype must be one of auto, bfloat16, float16, float32, got 'fp8'"),
-    ],
-)
-def test_a_device_or_type_that_we_lack_is_refused(folder, settings, message):
-    with pytest.raises(ValueError, match=message):
-        NanoLM(folder, **settings)

@@ -237,14 +237,13 @@ def test_conversations_are_measured_by_their_replies(measure, tmp_path, tokenize
 # --- contamination ---
 
 
-def test_a_question_in_the_training_text_is_named_on_a_page_and_left_out_of_a_second_score(measure, tmp_path):
+def test_a_question_in_the_training_text_is_named_and_left_out_of_a_second_score(measure, tmp_path):
     (tmp_path / "mine_for_eval.py").write_text(
         TASK.replace('f"{split} {n}"', 'f"{n} | " + "a b c d e f g h i " + f"{n}"')
     )
     training = tmp_path / "training.jsonl"
     training.write_text('{"text": "nothing"}\n{"text": "x 5: A, B, C, D, E, F, G, H, I - 5!"}\n')
-    whole = measure(task=EVEN, contamination=[training])
-    evaluation, greedy = whole["contamination"], whole["bundle"]["greedy"]["scores"]["correct"]
+    evaluation = measure(task=EVEN, contamination=[training])["contamination"]
     (overlap,) = evaluation["overlaps"]
     assert (overlap["question"], overlap["share"]) == (6, 1.0)
     assert overlap["where"] == f"{training}, document 2"
@@ -255,21 +254,6 @@ def test_a_question_in_the_training_text_is_named_on_a_page_and_left_out_of_a_se
     apart = evaluation["copied_minus_clean"]["correct"]
     assert apart["difference"] == copied["value"] - clean["value"]
     assert apart["low"] < apart["difference"] < apart["high"]
-    page = (tmp_path / "out" / "contamination.md").read_text("utf-8").splitlines()
-    assert page[0] == f"# mine_for_eval:Even dev in {training}"
-    assert page[2].startswith("1 of 12 questions share 13 words in a row with the training text (documents: 2, ")
-    assert page[4].startswith(f"- all of them, greedy: {100 * greedy['value']:.1f} % correct (")
-    parts = ["- without them, greedy", "- on them alone", "- on them minus without them"]
-    assert [line.split(":")[0] for line in page[5:8]] == parts
-    assert page[-1] == (f"| 6 | 100 % | {training}, document 2 | 5 a b c d e f g h i 5 | 5 \\| a b c d e f g h i 5 |")
-
-
-def test_a_page_without_a_copy_says_so(measure, tmp_path):
-    (tmp_path / "a.txt").write_text("nothing")
-    measure(task=EVEN, contamination=[tmp_path / "a.txt"])
-    page = (tmp_path / "out" / "contamination.md").read_text("utf-8").splitlines()
-    assert page[2].startswith("0 of 12 questions share")
-    assert len(page) == 5
 
 
 def test_token_files_are_searched_too(measure, token_files):

@@ -2,7 +2,6 @@
 
 import json
 import statistics
-import sys
 from dataclasses import replace
 from functools import partial
 
@@ -128,10 +127,10 @@ def test_limit_and_shots_are_lm_evals(bundles, tasks, tmp_path, capsys):
     assert first["arguments"][0][0].count("\n\n") == 2
 
 
-def test_a_dry_run_says_how_much_would_be_asked(bundles, tasks):
+def test_a_dry_run_says_what_would_be_asked(bundles, tasks):
     config = Config(bundle=bundles[0], harness=NAMES, harness_tasks=tasks, harness_limit=5)
     folder = bundles[0].parent / "eval" / "nano_choice-nano_reply-nano_whole"
-    assert plan(config) == f"13 documents of nano_choice, nano_reply, nano_whole; into {folder}"
+    assert plan(config) == f"lm-evaluation-harness: nano_choice, nano_reply, nano_whole; into {folder}"
 
 
 def test_a_group_is_added_up(bundles, tasks, tmp_path):
@@ -272,17 +271,15 @@ def test_a_mean_that_is_neither_right_nor_wrong_is_compared_document_by_document
     ("words", "message"),
     [
         (["--harness", "nano_choise"], "has no task 'nano_choise'; did you mean nano_choice?"),
-        (["--harness", "qqq"], "has no task 'qqq'; `lm_eval ls tasks` lists them, --harness_tasks adds your own"),
-        (["--harness", "nano_reply", "nano_reply"], "names the task nano_reply 2 times"),
+        (["--harness", "qqq"], "has no task 'qqq'; see `lm_eval ls tasks`"),
         (
             ["--harness", "nano_hub"],
             "the task nano_hub cannot be opened: ConnectionError: Couldn't reach 'nobody/none'",
         ),
-        (["--harness", "nano_code"], "the task nano_code runs what a model wrote"),
         (["--harness", "nano_choice", "--harness_shots", "99"], "at most the 12 examples of nano_choice, got 99"),
         (
             ["--harness", "core", "--harness_shots", "1"],
-            "--harness_shots is not for core, whose tasks have shots",
+            "--harness_shots does not go with core: its tasks have shots",
         ),
         (["--harness", "cores"], "has no task 'cores'; did you mean core?"),
         (["--harness", "wrong.yaml"], "wrong asks nano_choice for f1; its means are acc, acc_norm"),
@@ -296,7 +293,6 @@ def test_a_mean_that_is_neither_right_nor_wrong_is_compared_document_by_document
 def test_a_mistake_is_told_in_one_line_before_a_model_is_loaded(bundles, tmp_path, capsys, monkeypatch, words, message):
     monkeypatch.setattr("nanollm.stages.eval.load_bundle", pytest.fail)
     write_tasks(tmp_path)
-    write_task(tmp_path, "nano_code", REPLY | {"unsafe_code": True}, [question(0)])
     (tmp_path / "nano_both.yaml").write_text('{"group": "nano_both", "task": ["nano_choice", "nano_reply"]}')
     monkeypatch.chdir(tmp_path.parent)
     for name, row in (
@@ -316,13 +312,3 @@ def test_a_mistake_is_told_in_one_line_before_a_model_is_loaded(bundles, tmp_pat
 def test_a_folder_of_tasks_that_is_none_is_refused(bundles, tmp_path):
     with pytest.raises(ValueError, match=r"--harness_tasks .*nowhere is not a folder"):
         run(Config(bundle=bundles[0], harness=NAMES, harness_tasks=tmp_path / "nowhere"))
-
-
-def test_without_the_extra_it_is_said_how_to_get_it(bundles, monkeypatch, capsys):
-    monkeypatch.delitem(sys.modules, "nanollm.evals.benchmarks")
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
-    assert cli.main(["eval", str(bundles[0]), "--harness", "hellaswag"]) == 2
-    said = capsys.readouterr().err
-    assert said == (
-        'nanollm eval: --harness needs the package lm_eval; in the folder of NanoLLM: pip install -e ".[eval]"\n'
-    )
