@@ -1,4 +1,4 @@
-"""What passes through the door between training and everything after it?
+"""Saves and loads bundles: all that passes from training to everything after it.
 
 A folder: config.json (the model's shape), model.safetensors (its weights), tokenizer.model, provenance.json (where it
 comes from, and the sha256 of the other three). Nothing in it is code and nothing is unpickled; both JSON files carry
@@ -25,9 +25,9 @@ from nanollm.text.tokenizer import Tokenizer
 CONFIG, WEIGHTS, TOKENIZER, PROVENANCE = "config.json", "model.safetensors", "tokenizer.model", "provenance.json"
 FILES = (CONFIG, WEIGHTS, TOKENIZER, PROVENANCE)
 FORMAT = 2
-MOST_TENSORS = 200_000  # a file that names more is no model: each takes memory before it is looked at,
-MOST_HEADER_BYTES = 2**24  # and so does the header of a safetensors file,
-MOST_JSON_BYTES = 2**22  # and what stands in JSON
+MAX_TENSORS = 200_000  # a file that names more is no model: each takes memory before it is looked at,
+MAX_HEADER_BYTES = 2**24  # and so does the header of a safetensors file,
+MAX_JSON_BYTES = 2**22  # and what stands in JSON
 BLOCK = re.compile(r"trunk\.blocks\.(\d+)\.")
 
 
@@ -122,7 +122,7 @@ def read_config(folder: Path) -> ModelConfig:
         )
     _check_format(folder / CONFIG, record)
     try:
-        config = _config_of(record["model"])
+        config = config_of(record["model"])
     except (AttributeError, KeyError, OverflowError, TypeError) as error:
         raise ValueError(f"{folder / CONFIG} does not describe a model: {error}") from error
     blocks = {match[1] for name in shapes_in(folder / WEIGHTS) if (match := BLOCK.match(name))}
@@ -137,8 +137,8 @@ def _check_format(path: Path, record: Mapping[str, Any]) -> None:
         raise ValueError(f"{path}: expected format {FORMAT}, got {found!r}; take the version of nanollm that wrote it")
 
 
-def _config_of(sizes: Mapping[str, Any]) -> ModelConfig:
-    """TypeError for a value of another kind than its field; a whole number is a float, too."""
+def config_of(sizes: Mapping[str, Any]) -> ModelConfig:
+    """The shape in JSON; TypeError for a value of another kind than its field, but a whole number is a float, too."""
     kinds = get_type_hints(ModelConfig)
     for name, value in sizes.items():
         if type(value) is not kinds.get(name) and (kinds.get(name), type(value)) != (float, int):
@@ -152,10 +152,10 @@ def check_header(path: Path) -> None:
         raise FileNotFoundError(f"{path} is missing; copy it again")
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
-    if size > MOST_HEADER_BYTES:
+    if size > MAX_HEADER_BYTES:
         raise ValueError(
             f"{path} is not a whole safetensors file (a header of {size:,} bytes, expected at most "
-            f"{MOST_HEADER_BYTES:,}); copy it again"
+            f"{MAX_HEADER_BYTES:,}); copy it again"
         )
 
 
@@ -165,8 +165,8 @@ def shapes_in(path: Path) -> dict[str, list[int]]:
     try:
         with safe_open(path, framework="pt") as file:
             names = file.keys()
-            if len(names) > MOST_TENSORS:
-                raise ValueError(f"{path} is no model: {len(names):,} tensors, expected at most {MOST_TENSORS:,}")
+            if len(names) > MAX_TENSORS:
+                raise ValueError(f"{path} is no model: {len(names):,} tensors, expected at most {MAX_TENSORS:,}")
             return {name: file.get_slice(name).get_shape() for name in names}
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file ({error}); copy it again") from error
@@ -199,4 +199,4 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
         if (folder / "bundle").is_dir():
             hint = f"did you mean {folder / 'bundle'}?"
         raise FileNotFoundError(f"{folder} is not a bundle ({found}); {hint}")
-    return read_sealed_json(folder / name, FORMAT, "copy the bundle again", MOST_JSON_BYTES)
+    return read_sealed_json(folder / name, FORMAT, "copy the bundle again", MAX_JSON_BYTES)

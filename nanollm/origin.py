@@ -1,7 +1,4 @@
-"""Which code on which machine did this?
-
-What a figure needs beside it before anybody can repeat it: the commit, the processor, the versions.
-"""
+"""Says which code on which machine made a figure: what somebody needs to repeat it."""
 
 import os
 import platform

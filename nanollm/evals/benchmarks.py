@@ -272,9 +272,7 @@ def open_benchmarks(names: Sequence[str], folder: Path | None, limit: int | None
     for name in [*single, *(member.task for suite in suites for member in suite.members.values())]:
         if name not in manager.all_tasks:
             near = difflib.get_close_matches(name, [*manager.all_tasks, *suite_names()], n=1)
-            hint = (
-                f"did you mean {near[0]}?" if near else "see `lm_eval ls tasks`; --harness_tasks adds your own"
-            )
+            hint = f"did you mean {near[0]}?" if near else "see `lm_eval ls tasks`; --harness_tasks adds your own"
             raise ValueError(f"lm-evaluation-harness has no task {name!r}; {hint}")
     chosen = [item for name in single for item in load(name, manager)]
     chosen += [task for suite in suites for task in load_suite(suite, manager)]

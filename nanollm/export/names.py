@@ -1,7 +1,6 @@
-"""Names of weights and keys of configs in transformers, vLLM and SGLang, there and back.
+"""Renames weights and the keys of configs for transformers, vLLM and SGLang, and weights back.
 
 Source: transformers 5.23, modeling_deepseek_v3.py and modeling_glm4_moe_lite.py: the two classes share these names.
-Both directions are written here, so that what leaves by export comes back by import.
 """
 
 from collections.abc import Iterator, Mapping
@@ -54,13 +53,6 @@ SIZES = {
     "n_shared_experts": "n_shared_experts",
     "experts_per_token": "num_experts_per_tok",
     "d_expert": "moe_intermediate_size",
-}
-FIXED = {  # what their configs may say and we can only do in one way; a word that is absent means the same
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "rope_interleave": True,
-    "scoring_func": "sigmoid",
-    "topk_method": "noaux_tc",
 }
 
 
@@ -120,7 +112,11 @@ def to_hf_config(config: ModelConfig) -> dict[str, Any]:
     """Our shape in the words of both classes, without the one that says which blocks are dense."""
     return {
         **{their: getattr(config, our) for our, their in SIZES.items()},
-        **FIXED,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "rope_interleave": True,
+        "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc",
         "num_key_value_heads": config.n_heads,
         "norm_topk_prob": config.norm_topk_prob,
         "routed_scaling_factor": config.routed_scaling_factor,
@@ -131,83 +127,3 @@ def to_hf_config(config: ModelConfig) -> dict[str, Any]:
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
         "tie_word_embeddings": False,
     }
-
-
-def from_hf_config(words: Mapping[str, Any]) -> ModelConfig:
-    """The shape that a config.json of one of the classes describes; ValueError naming what we cannot express."""
-    check_expressible(words)
-    moe_every, n_dense_first = pattern_of(moe_blocks(words))
-    return ModelConfig(
-        **{our: word(words, their, int) for our, their in SIZES.items()},
-        routed_scaling_factor=float(word(words, "routed_scaling_factor", float)),
-        rms_norm_eps=float(word(words, "rms_norm_eps", float)),
-        moe_every=moe_every,
-        n_dense_first=n_dense_first,
-        norm_topk_prob=word(words, "norm_topk_prob", bool),
-        rope_theta=rope_theta(words),
-    )
-
-
-def word(words: Mapping[str, Any], name: str, kind: type[int] | type[float] | type[bool]) -> Any:
-    """A value of a config.json; ValueError if it is missing or of another kind. A whole number is a number, too."""
-    value = words.get(name)
-    kinds = (int, float) if kind is float else (kind,)
-    if not isinstance(value, kinds) or (isinstance(value, bool) and kind is not bool):
-        wanted = {int: "a whole number", float: "a number", bool: "true or false"}[kind]
-        raise ValueError(f"config.json: {name} must be {wanted}, got {value!r}; NanoLLM cannot express it")
-    return value
-
-
-def check_expressible(words: Mapping[str, Any]) -> None:
-    """Refuse what a Transformer of ours does not do."""
-    for name, value in FIXED.items():
-        if words.get(name, value) != value:
-            raise ValueError(f"config.json: {name} must be {value!r}, got {words[name]!r}; NanoLLM cannot express it")
-    heads, groups = word(words, "num_attention_heads", int), words.get("n_group") or 1
-    if words.get("num_key_value_heads", heads) != heads:
-        got = words["num_key_value_heads"]
-        raise ValueError(f"config.json: num_key_value_heads must be num_attention_heads ({heads}), got {got}")
-    if (words.get("topk_group") or 1) != groups:
-        raise ValueError(
-            f"config.json: topk_group must be n_group ({groups}: a choice among all experts), "
-            f"got {words.get('topk_group')}; NanoLLM cannot express it"
-        )
-
-
-def rope_theta(words: Mapping[str, Any]) -> float:
-    """The base of the rotary frequencies; ValueError for positions that are stretched (yarn, linear, ...)."""
-    rope = words.get("rope_parameters") or words.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise ValueError(f"config.json: the rotary type must be default, got {kind}; NanoLLM cannot express it")
-    if (part := rope.get("partial_rotary_factor", words.get("partial_rotary_factor", 1))) != 1:
-        raise ValueError(f"config.json: partial_rotary_factor must be 1, got {part!r}; NanoLLM cannot express it")
-    return float(word({**words, **rope}, "rope_theta", float))
-
-
-def moe_blocks(words: Mapping[str, Any]) -> list[bool]:
-    """For each block, whether it is a Mixture of Experts."""
-    count = word(words, "num_hidden_layers", int)
-    if (kinds := words.get("mlp_layer_types")) is not None:
-        if len(kinds) != count or not {*kinds} <= {"dense", "sparse"}:
-            raise ValueError(f"config.json: mlp_layer_types must name {count} blocks dense or sparse, got {kinds}")
-        return [kind == "sparse" for kind in kinds]
-    first = word(words, "first_k_dense_replace", int)
-    every = words.get("moe_layer_freq", 1)
-    if every != 1:
-        raise ValueError(f"config.json: moe_layer_freq must be 1, got {every!r}; NanoLLM cannot express it")
-    return [block >= first for block in range(count)]
-
-
-def pattern_of(is_moe: list[bool]) -> tuple[int, int]:
-    """moe_every and n_dense_first of these blocks; ValueError if no two numbers tell them."""
-    places = [block for block, moe in enumerate(is_moe) if moe]
-    if places:
-        every = places[1] - places[0] if len(places) > 1 else places[0] + 1
-        first = max(0, places[0] + 1 - every)
-        if is_moe == [(block + 1) % every == 0 and block >= first for block in range(len(is_moe))]:
-            return every, first
-    raise ValueError(
-        f"config.json: Mixtures of Experts in blocks {[place + 1 for place in places]} of {len(is_moe)}; NanoLLM can "
-        f"express every n-th block, after some dense ones"
-    )

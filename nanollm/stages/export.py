@@ -4,7 +4,7 @@ What needs the packages of the extra `export` is imported late, so that a missin
 """
 
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -15,7 +15,7 @@ from nanollm.extras import missing_package
 from nanollm.progress import say
 
 POSITIONAL = ("bundle",)
-EXTRA = ("gguf", "huggingface_hub", "protobuf", "tokenizers", "transformers")
+EXTRA = ("gguf", "huggingface_hub", "tokenizers", "transformers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,10 +97,8 @@ def run(c: Config) -> Path:
 def check(c: Config) -> None:
     """Whatever can be known to fail fails here, before anything is written."""
     for package in EXTRA:
-        try:
-            version(package)
-        except PackageNotFoundError as error:
-            raise missing_package("export", package, "export") from error
+        if find_spec(package) is None:
+            raise missing_package("export", package, "export")
     read_config(c.bundle)
     if c.bundle.resolve().is_relative_to(c.folder.resolve()):
         raise ValueError(f"{c.folder} holds the bundle; choose another --out")

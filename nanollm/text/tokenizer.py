@@ -3,7 +3,7 @@
 SentencePiece (arXiv:1808.06226), set up so that nothing is lost: `decode(encode(text)) == text` for every text that
 is valid Unicode. Identity normalisation, no dummy prefix, no whitespace removal, digits one by one, and 256 byte
 pieces for whatever has no piece of its own. The marks of a chat are *control* symbols: no text can spell one. Ids have
-no fixed layout, because others' tokenizers are taken as well (export/import_model.py): ask the tokenizer for an id.
+no fixed layout: ask the tokenizer for an id.
 """
 
 import hashlib

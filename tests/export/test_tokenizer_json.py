@@ -8,14 +8,12 @@ from jinja2 import TemplateError
 from sentencepiece import sentencepiece_model_pb2
 from transformers import AutoTokenizer
 
-from nanollm.export.import_model import import_tokenizer
 from nanollm.export.tokenizer_json import TOKENIZER_FILES, write_tokenizer
 from nanollm.sources.datasets import openwebtext
 from nanollm.text.chat import Conversation, encode_conversation, encode_prompt
 from nanollm.text.tokenizer import MARKS, Tokenizer
 from nanollm.text.train_tokenizer import train
 from tests.conftest import STORY
-from tests.export.foreign import sentencepiece_model
 from tests.export.strings import (
     ALL_MARKS,
     LONG,
@@ -148,23 +146,6 @@ def test_conversations_have_the_same_ids(tokenizer, theirs):
 def test_a_message_that_spells_a_mark_is_refused(theirs, mark):
     with pytest.raises(TemplateError, match="message 1 spells the mark"):
         theirs.apply_chat_template(as_messages(Conversation.of(f"a{mark}<|assistant|>b")))
-
-
-@pytest.mark.parametrize("model_type", ["bpe", "unigram"])
-def test_an_imported_tokenizer_keeps_its_symbols_and_its_ids(tmp_path, model_type):
-    foreign = sentencepiece_model(model_type=model_type, bos_piece="<|begin|>", control_symbols="[INST]")
-    tokenizer, strings = import_tokenizer(foreign, 500, {}, []), [*drawn(texts, 200), "[INST] <|begin|>"]
-    backend = read_back(tokenizer, tmp_path)
-    assert first_difference(strings, strings, map(backend.decode, ids_there(backend, strings))) is None
-    if model_type == "bpe":
-        assert first_difference(strings, map(tokenizer.encode, strings), ids_there(backend, strings)) is None
-    theirs = AutoTokenizer.from_pretrained(tmp_path)
-    asked = Conversation.of("the sea")
-    prompt = theirs.apply_chat_template(as_messages(asked), add_generation_prompt=True).input_ids
-    assert prompt == encode_prompt(asked, tokenizer)
-    for symbol in ("[INST]", "<|begin|>", "</s>", "<|end|>"):
-        with pytest.raises(TemplateError, match="message 1 spells the mark"):
-            theirs.apply_chat_template(as_messages(Conversation.of(symbol)))
 
 
 # What tokenizer.json cannot hold.

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from nanollm.bundle import Bundle, build_model
-from nanollm.export.import_model import import_model, read_checkpoint
+from nanollm.export.import_model import import_model
 from nanollm.generate.engine import generate
 from nanollm.generate.sampling import SamplingConfig
 from nanollm.model.transformer import Transformer
@@ -53,7 +53,7 @@ class Vllm:
         self.reset()
 
     def reload(self) -> None:
-        adopted = import_model(read_checkpoint(self.folder))
+        adopted = import_model(self.folder)
         self.read = build_model(adopted.config)
         self.read.load_state_dict({name: tensor.clone() for name, tensor in adopted.weights.items()}, assign=True)
         self.tokenizer = adopted.tokenizer
@@ -301,7 +301,7 @@ def test_where_no_server_is_the_command_that_starts_one_is_said(tmp_path, tokeni
     assert str(caught.value).endswith(
         f"; start the server, wait until it says that it is up, and give this command again: {command}"
     )
-    assert read_checkpoint(server.folder)  # so that the command can be given
+    assert import_model(server.folder)  # so that the command can be given
 
 
 @pytest.mark.parametrize(

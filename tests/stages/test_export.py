@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,6 @@ from nanollm import cli
 from nanollm.bundle import load_bundle, save_bundle
 from nanollm.export import engines
 from nanollm.export.tokenizer_json import TOKENIZER_FILES
-from nanollm.stages import export
 from nanollm.stages.export import Config, plan, run
 
 
@@ -139,15 +137,6 @@ def test_bad_input_costs_one_line_and_no_file(bundle, tmp_path, complaint):
     assert "--dtype q8_0 is for --format gguf; compact takes f32, bf16 or f16" in complaint("--dtype", "q8_0")
     assert "format: expected compact|deepseek-v3|gguf, got" in complaint("--format", "onnx")
     assert not (tmp_path / "out").exists()
-
-
-def test_a_missing_package_is_named_with_what_installs_it(complaint, monkeypatch):
-    def version(name):
-        if name == "protobuf":
-            raise PackageNotFoundError(name)
-
-    monkeypatch.setattr(export, "version", version)
-    assert 'export needs the package protobuf; in the folder of NanoLLM: pip install -e ".[export]"' in complaint()
 
 
 def test_what_does_not_hold_ends_in_exit_code_1(bundle, tmp_path, monkeypatch, capsys):
