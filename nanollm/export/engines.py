@@ -1,6 +1,6 @@
-"""Exported models in their engines: transformers in this process, llama.cpp in Node.js.
+"""Compares exported models in their engines with the bundle: transformers in this process, llama.cpp in Node.js.
 
-The comparisons ask an engine for ids, scores and greedy replies, and yield the table of export/verify.py line by line.
+Each asks an engine for ids, scores and greedy replies, and yields the table of export/verify.py line by line.
 llama.cpp comes ready built for every system with the package node-llama-cpp.
 """
 
@@ -10,13 +10,12 @@ import subprocess
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from torch import Tensor
 
 from nanollm.bundle import Bundle
 from nanollm.export import verify
@@ -115,7 +114,7 @@ def compare_logits(model: Any, bundle: Bundle, samples: Samples) -> Iterator[Che
 
 @torch.inference_mode()
 def compare_replies(model: Any, bundle: Bundle, samples: Samples) -> Iterator[Check]:
-    """Greedy replies with transformers' cache, and ours read without it."""
+    """Greedy replies, with transformers' cache."""
     ours = verify.our_replies(bundle, samples)
     theirs: list[list[int]] = []
     with Progress("transformers replies", len(samples.prompts), "prompts") as bar:
@@ -124,15 +123,6 @@ def compare_replies(model: Any, bundle: Bundle, samples: Samples) -> Iterator[Ch
             theirs += continue_greedily(model, some, samples.reply_tokens, bundle.tokenizer.pad_id)
             bar.advance(len(some))
     yield verify.check_replies(bundle, samples, ours, theirs, must_equal=True)
-    pairs = zip(samples.prompts, ours, strict=True)
-    yield verify.check_likeliest(torch.cat([gaps(model, prompt, reply) for prompt, reply in pairs]))
-
-
-def gaps(model: Any, prompt: Sequence[int], reply: Sequence[int]) -> Tensor:
-    """(n,) how much likelier, in logits, another token is than each of the reply's; 0: none is."""
-    logits = model(torch.tensor([[*prompt, *reply]]), use_cache=False).logits[0]
-    logits = logits[len(prompt) - 1 : -1]  # (n, V), those that predict the reply
-    return logits.amax(-1) - logits.gather(-1, torch.tensor(reply)[:, None])[:, 0]
 
 
 def continue_greedily(model: Any, prompts: Sequence[Sequence[int]], count: int, pad_id: int) -> list[list[int]]:
@@ -150,29 +140,6 @@ def continue_greedily(model: Any, prompts: Sequence[Sequence[int]], count: int, 
 
 
 # --- llama.cpp ---
-
-
-@dataclass(frozen=True)
-class Score:
-    """How llama.cpp saw one position of a text."""
-
-    top: int
-    """The likeliest token."""
-    top_logit: float
-    logit: float
-    """Of the token that follows in the text."""
-    log_total: float
-    """Logarithm of the sum of all exponentials: logit - log_total is the log-probability."""
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What was found out; each list in the order of the question."""
-
-    ids: list[list[int]]
-    ids_with_marks: list[list[int]]
-    scores: list[list[Score]]
-    replies: list[list[int]]
 
 
 def package_folder() -> Path:
@@ -195,10 +162,11 @@ def ask_llama_cpp(
     prompts: Sequence[Ids] = (),
     count: int = 0,
     threads: int = 2,
-) -> Answer:
+) -> dict[str, Any]:
     """Let llama.cpp tokenize texts (marks read as text, or as marks), score ids and continue prompts greedily.
 
-    `scored` gives one Score for each position that has a next one, `prompts` gives `count` ids each.
+    Returns lists in the order of the questions: "ids" of texts, "ids_with_marks", "scores" (TokenScores of the
+    positions that have a next one) of scored, and "replies" of `count` ids each to prompts.
     """
     question = {
         "model": str(model.resolve()),
@@ -214,9 +182,11 @@ def ask_llama_cpp(
     if done.returncode != 0:
         lines = done.stderr.decode(errors="replace").strip().splitlines()
         raise RuntimeError(f"llama.cpp could not read {model}: {' | '.join(lines[-5:])}")
-    found = json.loads(done.stdout)
-    scores = [[Score(*score) for score in of_text] for of_text in found["scores"]]
-    return Answer(found["ids"], found["ids_with_marks"], scores, found["replies"])
+    answer: dict[str, Any] = json.loads(done.stdout)
+    answer["scores"] = [
+        TokenScores(*(torch.tensor(column) for column in zip(*of_text, strict=True))) for of_text in answer["scores"]
+    ]
+    return answer
 
 
 def compare_in_llama_cpp(model: Path, bundle: Bundle, dtype: str, prompts: int) -> Iterator[Check]:
@@ -228,10 +198,10 @@ def compare_in_llama_cpp(model: Path, bundle: Bundle, dtype: str, prompts: int) 
     )
     say(f"llama.cpp reads {len(samples.windows)} texts and replies to {len(samples.prompts)} prompts")
     answer = ask_llama_cpp(model, scored=samples.windows, threads=threads)
-    yield from compare_scores(answer, bundle, samples, is_exact=is_exact)
+    yield from compare_scores(answer["scores"], bundle, samples, is_exact=is_exact)
     ours = verify.our_replies(bundle, samples)
     answer = ask_llama_cpp(model, prompts=samples.prompts, count=samples.reply_tokens, threads=threads)
-    yield verify.check_replies(bundle, samples, ours, answer.replies, must_equal=is_exact)
+    yield verify.check_replies(bundle, samples, ours, answer["replies"], must_equal=is_exact)
 
 
 def rendered(conversation: Conversation, bundle: Bundle) -> str:
@@ -244,21 +214,22 @@ def rendered(conversation: Conversation, bundle: Bundle) -> str:
     )
 
 
-def compare_ids_in_llama_cpp(answer: Answer, bundle: Bundle, samples: Samples) -> list[Check]:
+def compare_ids_in_llama_cpp(answer: dict[str, Any], bundle: Bundle, samples: Samples) -> list[Check]:
     """llama.cpp reads a literal U+2581 as a space, as SentencePiece does."""
     texts = [bundle.tokenizer.encode(text.replace(SPACE_MARK, " ")) for text in samples.texts]
     ours = [verify.ids_of(conversation, bundle) for conversation in samples.conversations]
-    spoken = [[bundle.tokenizer.bos_id, *ids] for ids in answer.ids_with_marks]
+    spoken = [[bundle.tokenizer.bos_id, *ids] for ids in answer["ids_with_marks"]]
     return [
-        verify.check_ids("ids of texts", texts, answer.ids, bundle.tokenizer),
+        verify.check_ids("ids of texts", texts, answer["ids"], bundle.tokenizer),
         verify.check_ids("ids of conversations", ours, spoken, bundle.tokenizer),
     ]
 
 
-def compare_scores(answer: Answer, bundle: Bundle, samples: Samples, *, is_exact: bool) -> Iterator[Check]:
+def compare_scores(
+    theirs: Sequence[TokenScores], bundle: Bundle, samples: Samples, *, is_exact: bool
+) -> Iterator[Check]:
     """Of every position: the likeliest token, its logit, that of the next token, and the sum of all."""
     ours = [TokenScores.of(verify.our_logits(bundle, ids), ids) for ids in samples.windows]
-    theirs = [scores_of(scores) for scores in answer.scores]
     if is_exact:
         pairs = list(zip(ours, theirs, strict=True))
         differences = [
@@ -271,8 +242,3 @@ def compare_scores(answer: Answer, bundle: Bundle, samples: Samples, *, is_exact
     else:
         yield verify.check_perplexity(ours, theirs)
         yield verify.check_agreement(ours, theirs)
-
-
-def scores_of(scores: list[Score]) -> TokenScores:
-    columns = zip(*((score.top, score.top_logit, score.logit, score.log_total) for score in scores), strict=True)
-    return TokenScores(*(torch.tensor(column) for column in columns))

@@ -1,4 +1,4 @@
-"""Comparison of an exported model, in its engine, with the bundle it was made of.
+"""Compares an exported model, in its engine, with the bundle it was made of.
 
 Three comparisons: the ids of texts and conversations, how both see every position of some texts, and greedy replies.
 If weights and arithmetic are of one kind (f32; bf16 and f16 in transformers, which then computes in float32) both must
@@ -236,11 +236,3 @@ def gap_at_first_difference(bundle: Bundle, prompt: Ids, ours: Ids, theirs: Ids)
     place = next(place for place, (mine, other) in enumerate(zip(ours, theirs, strict=True)) if mine != other)
     logits = our_logits(bundle, [*prompt, *ours[:place]])[-1]
     return float((logits[ours[place]] - logits[theirs[place]]).abs())
-
-
-def check_likeliest(gaps: Tensor) -> Check:
-    """Of our greedy replies, read in one pass: by how much another token is likelier than ours, (n,) logits."""
-    found = f"{int((gaps == 0).sum()):,} of {len(gaps):,} tokens are the likeliest"
-    if (greatest := gaps.max().item()) > 0:
-        found += f", the others but for {greatest:.1g}"
-    return Check("our replies, without its cache", "all, but for ties", found, greatest <= TOLERANCE)

@@ -62,7 +62,7 @@ def as_read(text):
 def test_texts_have_the_same_ids(tokenizer, gguf):
     strings = [*SPELLINGS, *LONG, *drawn(texts, 2000)]
     ours = [tokenizer.encode(as_read(text)) for text in strings]
-    assert first_difference(strings, ours, engines.ask_llama_cpp(gguf, texts=strings).ids) is None
+    assert first_difference(strings, ours, engines.ask_llama_cpp(gguf, texts=strings)["ids"]) is None
 
 
 def our_ids(conversation, tokenizer):
@@ -87,7 +87,7 @@ def rendered_in_javascript(package, found):
 
 def test_conversations_rendered_in_javascript_have_the_same_ids(tokenizer, gguf, package):
     found = drawn(conversations(), 200)
-    spoken = engines.ask_llama_cpp(gguf, texts_with_marks=rendered_in_javascript(package, found)).ids_with_marks
+    spoken = engines.ask_llama_cpp(gguf, texts_with_marks=rendered_in_javascript(package, found))["ids_with_marks"]
     ours = [our_ids(conversation, tokenizer)[1:] for conversation in found]
     assert first_difference(found, ours, spoken) is None
 
