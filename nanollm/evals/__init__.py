@@ -1,1 +1,1 @@
-"""How good is it, how sure is that, and did it stand in the training text?"""
+"""Evaluation: how good a model is, how sure that is, and what of the test stands in the training text."""

@@ -1,1 +1,1 @@
-"""The model in the programs of others (transformers, vLLM, SGLang, llama.cpp, Ollama), and the way back."""
+"""Export to transformers, vLLM, SGLang, llama.cpp and Ollama, its proof, and the way back."""

@@ -1,4 +1,4 @@
-"""Dense blocks among Mixtures of Experts, written as Mixtures of Experts that compute the same.
+"""Writes dense blocks among Mixtures of Experts as Mixtures of Experts that compute the same, and back.
 
 DeepSeek-V3, vLLM, SGLang and llama.cpp know one pattern: some dense blocks first, then Mixtures of Experts only. So
 each later dense SwiGLU is written as a Mixture of Experts that computes the same sum. Its channels (a row of gate_proj

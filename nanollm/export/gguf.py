@@ -1,4 +1,4 @@
-"""A model as one GGUF file for llama.cpp, Ollama and programs built on them, and Ollama's Modelfile.
+"""Writes a model as one GGUF file for llama.cpp, Ollama and programs built on them, and Ollama's Modelfile.
 
 Architecture `deepseek2`, tokenizer `llama`. llama.cpp runs latent attention in its absorbed form, so kv_b_proj is split
 into the matrices that go into the query (attn_k_b) and behind the attention (attn_v_b). It knows dense blocks only

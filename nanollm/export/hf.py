@@ -1,4 +1,4 @@
-"""config.json and weights of a folder that transformers, vLLM and SGLang load without any code of ours.
+"""Writes config.json and weights of a folder that transformers, vLLM and SGLang load without any code of ours.
 
 compact: transformers' Glm4MoeLiteForCausalLM, whose mlp_layer_types say which blocks are dense: no parameter is added.
 deepseek-v3: DeepseekV3ForCausalLM, dense blocks first and Mixtures of Experts after them (see export/dense_to_moe.py),

@@ -1,7 +1,7 @@
-"""How a model came to be, as the world may read it.
+"""Shows how a model came to be, without the paths of the machine that trained it.
 
-A provenance.json names folders of the machine that trained; of each path only the last name is shown. What the token
-files were made of stands in their own manifest, which is read where it still lies at its place.
+Of each path only the last name is shown. What token files were made of stands in their own manifest, which is read
+where it still lies at its place.
 """
 
 import re

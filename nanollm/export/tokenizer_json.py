@@ -1,4 +1,4 @@
-"""Our tokenizer in the files of other engines, with the same ids.
+"""Writes our tokenizer into the files of other engines, with the same ids.
 
 tokenizer.json (Hugging Face's tokenizers) gives the ids of `Tokenizer.encode`. Its pieces hold real spaces, so that a
 literal U+2581, which SentencePiece alone would read as a space, is spelled in bytes there too and comes back. As every

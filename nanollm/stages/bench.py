@@ -1,4 +1,4 @@
-"""How fast does a model answer on this machine?"""
+"""Measures how fast a model answers on this machine, beside how fast its memory is."""
 
 import json
 import statistics

@@ -127,18 +127,12 @@ class Config:
         _ = self.sampling  # which checks it
         if not (self.has_task or self.text or self.data or self.harness_names):
             raise ValueError(ASK)
-        for name in ("n", "max_tokens", "rows", "ngram"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("n", "max_tokens", "rows", "ngram", "samples", "harness_limit", "harness_shots"):
+            value, least = getattr(self, name), 0 if name in ("samples", "harness_shots") else 1
+            if value is not None and value < least:
+                raise ValueError(f"--{name} must be at least {least}, got {value}")
         if not self.harness_names and (self.harness_tasks, self.harness_limit, self.harness_shots) != (None,) * 3:
             raise ValueError("the other --harness options say nothing without --harness TASKS, such as hellaswag")
-        for name, least in (("harness_limit", 1), ("harness_shots", 0)):
-            if (value := getattr(self, name)) is not None and value < least:
-                raise ValueError(f"--{name} must be at least {least}, got {value}")
-        if self.samples < 0:
-            raise ValueError(f"--samples must be at least 0 (0: greedy only), got {self.samples}")
-        if self.samples and self.temperature == 0:
-            raise ValueError("--samples needs a --temperature above 0: at 0 all replies to a problem are the same")
         if odd := [k for k in self.k if not 1 <= k <= self.samples]:
             raise ValueError(f"--k must be from 1 to --samples {self.samples}, got {odd[0]}")
         if not self.has_task and (self.samples or self.contamination):

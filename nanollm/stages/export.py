@@ -1,4 +1,4 @@
-"""Writes a bundle as a model that transformers, vLLM, SGLang, llama.cpp or Ollama run, and proves that it is the same.
+"""Exports a bundle to transformers, vLLM, SGLang, llama.cpp or Ollama, and proves that it says the same there.
 
 What needs the packages of the extra `export` is imported late, so that a missing one is named in one line.
 """

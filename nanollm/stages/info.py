@@ -1,4 +1,4 @@
-"""What a model costs: parameters, cache, arithmetic, memory."""
+"""Says what a model costs: parameters, cache, arithmetic, memory."""
 
 import json
 from dataclasses import asdict, dataclass

@@ -14,15 +14,15 @@ from nanollm.model.transformer import Transformer
 from nanollm.sources.tasks import TaskConfig, open_task
 from nanollm.text.tokenizer import Tokenizer
 
-STEPS, ROWS, LENGTH = 120, 16, 96
+STEPS, ROWS, LENGTH = 120, 8, 64
 
 
 @pytest.fixture(scope="session")
 def trained(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """nano-1m with 600 pieces, 180,000 tokens of school problems old: it is sure of most words."""
+    """nano-1m with 600 pieces, 60,000 tokens of school problems old: it is sure of most words."""
     config = ModelConfig(**load_preset("model", "nano-1m") | {"vocab_size": tokenizer.vocab_size + 8})
     problems = open_task(TaskConfig(name="words")).problems("train")
-    texts = (f"{problem.question}\n{problem.answer}\n" for problem in islice(iter(problems), 3_000))
+    texts = (f"{problem.question}\n{problem.answer}\n" for problem in islice(iter(problems), 600))
     ids = torch.tensor([token for text in texts for token in tokenizer.encode_document(text)])
     model, generator = Transformer(config).init(0), torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)

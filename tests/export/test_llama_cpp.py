@@ -60,7 +60,7 @@ def as_read(text):
 
 @pytest.mark.usefixtures("package")
 def test_texts_have_the_same_ids(tokenizer, gguf):
-    strings = [*SPELLINGS, *LONG, *drawn(texts, 2000)]
+    strings = [*SPELLINGS, *LONG, *drawn(texts, 500)]
     ours = [tokenizer.encode(as_read(text)) for text in strings]
     assert first_difference(strings, ours, engines.ask_llama_cpp(gguf, texts=strings)["ids"]) is None
 
@@ -86,7 +86,7 @@ def rendered_in_javascript(package, found):
 
 
 def test_conversations_rendered_in_javascript_have_the_same_ids(tokenizer, gguf, package):
-    found = drawn(conversations(), 200)
+    found = drawn(conversations(), 100)
     spoken = engines.ask_llama_cpp(gguf, texts_with_marks=rendered_in_javascript(package, found))["ids_with_marks"]
     ours = [our_ids(conversation, tokenizer)[1:] for conversation in found]
     assert first_difference(found, ours, spoken) is None
@@ -118,7 +118,7 @@ def post(gguf):
 
 
 def test_conversations_rendered_by_llama_cpp_have_the_same_ids(tokenizer, post):
-    found, spoken = drawn(conversations(), 200), []
+    found, spoken = drawn(conversations(), 100), []
     for conversation in found:
         text = post("/apply-template", {"messages": as_messages(conversation)})["prompt"]
         tokens = post("/tokenize", {"content": text, "add_special": True, "parse_special": True})["tokens"]

@@ -328,7 +328,6 @@ def test_a_dry_run_says_what_would_be_measured_and_writes_nothing(bundles, tmp_p
         ({"task": EVEN, "n": 0}, "--n must be at least 1, got 0"),
         ({"task": EVEN, "max_tokens": 0}, "--max_tokens must be at least 1, got 0"),
         ({"task": EVEN, "samples": -1}, "--samples must be at least 0"),
-        ({"task": EVEN, "samples": 4, "temperature": 0.0}, "--samples needs a --temperature above 0"),
         ({"task": EVEN, "samples": 4, "k": [1, 8]}, "--k must be from 1 to --samples 4, got 8"),
         ({"task": EVEN, "k": [1]}, "--k must be from 1 to --samples 0, got 1"),
         ({"text": [STORY], "samples": 2}, "name some with --task.name"),
