@@ -27,13 +27,8 @@ WITHIN = re.compile(r"(?<![\w.:/\\])(?:~?/|[A-Za-z]:[/\\])[^\s'\"]*[/\\][^\s'\"]
 KINDS: Mapping[str, type] = {"parent": dict, "config": dict, "inputs": dict, "imports": list, "made_by": str}
 
 
-def public(record: Record) -> dict[str, Any]:
+def public(value: Any, *, is_path: bool = False) -> Any:
     """The same provenance, or figures, with the last name of each path only; paths may be keys, too."""
-    shown: dict[str, Any] = _public(record)
-    return shown
-
-
-def _public(value: Any, *, is_path: bool = False) -> Any:
     if isinstance(value, str):
         return name_of(value, is_path=is_path)
     if isinstance(value, Mapping):
@@ -41,8 +36,8 @@ def _public(value: Any, *, is_path: bool = False) -> Any:
         for key in sorted(value):  # two folders of one name stay two, and the same two in every mapping
             name = name_of(key, is_path=is_path)
             names[key] = name if name not in names.values() else f"{name} ({len(names) + 1})"
-        return {names[key]: _public(each, is_path=key in FIELDS) for key, each in value.items()}
-    return [_public(each, is_path=is_path) for each in value] if isinstance(value, list) else value
+        return {names[key]: public(each, is_path=key in FIELDS) for key, each in value.items()}
+    return [public(each, is_path=is_path) for each in value] if isinstance(value, list) else value
 
 
 def name_of(text: str, *, is_path: bool = False) -> str:

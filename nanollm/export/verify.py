@@ -169,8 +169,8 @@ def check_ids(what: str, ours: Sequence[Ids], theirs: Sequence[Ids], tokenizer: 
     return Check(what, wanted, f"{len(pairs):,} of {len(ours):,} differ", holds)
 
 
-def check_difference(what: str, greatest: float) -> Check:
-    return Check(what, f"at most {TOLERANCE:g}", f"{greatest:.2g}", greatest <= TOLERANCE)
+def check_difference(greatest: float) -> Check:
+    return Check("greatest difference of a logit", f"at most {TOLERANCE:g}", f"{greatest:.2g}", greatest <= TOLERANCE)
 
 
 def check_equal_tops(
