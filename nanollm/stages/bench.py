@@ -163,13 +163,13 @@ class Config:
     model: str
     """Folder of a bundle, or the name of a preset such as nano-327m, which gets random weights."""
     rows: list[int] = field(default_factory=lambda: [1, 8, 64])
-    """Replies that are decoded at once; each number is measured."""
+    """Batch sizes to measure: replies decoded at once."""
     context: int = 512
-    """Tokens before and in each reply while it is decoded (cut to the model's context)."""
+    """Tokens in the cache of each reply while it is decoded (at most the model's context)."""
     prompt: int = 1500
-    """Tokens of the prompt whose reading is timed (cut to the model's context less one)."""
+    """Length in tokens of the prompt whose prefill is timed (at most the model's context less one)."""
     tokens: int = 8
-    """Tokens per row and repetition."""
+    """Tokens decoded per reply and repetition."""
     quantize: Quantize = "none"
     """int8: weights in one byte each, with a scale per output."""
     kernels: Kernels = "auto"

@@ -59,7 +59,7 @@ class EvalTask(TaskConfig):
         if self.name != NO_TASK:
             self.plain()  # which checks it
         elif any(getattr(self, option.name) != default_of(option) for option in dataclasses.fields(self)):
-            raise ValueError("--task.name is missing: the other --task options say nothing without it")
+            raise ValueError("--task.name is missing; the other --task options need it")
 
     def plain(self) -> TaskConfig:
         """The task without the split."""
@@ -79,17 +79,17 @@ class Config:
     task: EvalTask = field(default_factory=EvalTask)
     """Problems to solve."""
     n: int = 500
-    """Problems, the first of the split; with fewer in it, all of them."""
+    """Number of problems: the first of the split, or all if it has fewer."""
     max_tokens: int = 256
-    """Most tokens of a reply."""
+    """Maximum length of a reply, in tokens."""
     samples: int = 0
-    """Replies by chance to each problem, beside the greedy one, for pass@k (0: none)."""
+    """Sampled replies to each problem, in addition to the greedy one, for pass@k (0: none)."""
     k: list[int] = field(default_factory=list)
-    """Tries of pass@k, up to --samples; none: 1 and --samples."""
+    """The k of pass@k, each at most --samples; default: 1 and --samples."""
     temperature: float = 1.0
-    """Of --samples; divides the logits."""
+    """Sampling temperature of --samples."""
     top_p: float = 1.0
-    """Of --samples: choose among the likeliest tokens that together reach this probability."""
+    """Nucleus sampling of --samples: choose among the likeliest tokens that together reach this probability."""
     against: Path | None = None
     """Another bundle to measure on the same problems and texts, with its own tokenizer."""
     text: list[Path] = field(default_factory=list)
@@ -107,13 +107,13 @@ class Config:
     harness_shots: int | None = None
     """Examples before each question of --harness; null: as the task or the suite says."""
     contamination: list[Path] = field(default_factory=list)
-    """What the model was trained on (files, folders, folders of token files): which of the questions stand in it?"""
+    """Training text to search for the questions: files, folders, or folders of token files."""
     ngram: int = NGRAM_WORDS
-    """Words in a row that a question and a training text have in common, for --contamination."""
+    """Length in words of an n-gram that counts as copied, for --contamination."""
     rows: int = ROWS
-    """Replies and texts at once; fewer need less memory."""
+    """Batch size of replies and texts; smaller needs less memory."""
     seed: int = 0
-    """Of --samples."""
+    """Seed of --samples."""
     out: Path | None = None
     """Folder for eval.json and samples.jsonl, which are written anew; null: eval/TASK-SPLIT beside the bundle."""
     json: bool = False
@@ -132,11 +132,11 @@ class Config:
             if value is not None and value < least:
                 raise ValueError(f"--{name} must be at least {least}, got {value}")
         if not self.harness_names and (self.harness_tasks, self.harness_limit, self.harness_shots) != (None,) * 3:
-            raise ValueError("the other --harness options say nothing without --harness TASKS, such as hellaswag")
+            raise ValueError("--harness_tasks, --harness_limit and --harness_shots need --harness, such as hellaswag")
         if odd := [k for k in self.k if not 1 <= k <= self.samples]:
             raise ValueError(f"--k must be from 1 to --samples {self.samples}, got {odd[0]}")
         if not self.has_task and (self.samples or self.contamination):
-            raise ValueError("--samples and --contamination are about problems; name some with --task.name")
+            raise ValueError("--samples and --contamination need problems; choose some with --task.name")
 
     @property
     def has_task(self) -> bool:
@@ -149,7 +149,7 @@ class Config:
 
     @property
     def sampling(self) -> SamplingConfig:
-        """Of --samples."""
+        """Seed of --samples."""
         return SamplingConfig(temperature=self.temperature, top_p=self.top_p)
 
     @property
@@ -233,7 +233,7 @@ def open_inputs(c: Config) -> Inputs:
     task = open_task(c.task.plain())
     found = task.problems(c.task.split)
     if len(found) < c.n:
-        say(f"{c.task.name} {c.task.split} has {len(found):,} problems, fewer than --n {c.n:,}: all are taken")
+        say(f"{c.task.name} {c.task.split} has {len(found):,} problems, fewer than --n {c.n:,}; using all of them")
     return Inputs(task, [found[place] for place in range(min(c.n, len(found)))], benchmarks)
 
 

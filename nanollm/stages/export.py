@@ -25,10 +25,10 @@ class Config:
     bundle: Path
     """Folder of a bundle, such as runs/demo/grpo/bundle."""
     format: Format = "compact"
-    """compact: for transformers, without a parameter more; deepseek-v3: for vLLM and SGLang too; gguf: for llama.cpp
+    """compact: for transformers, with no added parameters; deepseek-v3: also for vLLM and SGLang; gguf: for llama.cpp
     and Ollama."""
     dtype: Literal["auto", "f32", "bf16", "f16", "q8_0"] = "auto"
-    """Type of the weights; auto: as the bundle keeps them. q8_0 (8 bits and a little) is for gguf only."""
+    """Type of the weights; auto: as the bundle keeps them. q8_0 (8.5 bits per weight) is for gguf only."""
     out: Path | None = None
     """Folder to write; null: export/FORMAT beside the bundle."""
     force: bool = False
@@ -43,11 +43,11 @@ class Config:
     """Load the export in its engine (transformers, llama.cpp) and compare ids, logits and greedy replies with ours;
     exit code 1 if they differ."""
     verify_prompts: int = 20
-    """Prompts that both continue by 64 tokens, for --verify."""
+    """Number of prompts that both engines continue by 64 tokens, for --verify."""
 
     def __post_init__(self) -> None:
         if self.dtype == "q8_0" and self.format != "gguf":
-            raise ValueError(f"--dtype q8_0 is for --format gguf; {self.format} takes f32, bf16 or f16")
+            raise ValueError(f"--dtype q8_0 needs --format gguf; {self.format} takes f32, bf16 or f16")
         if self.verify_prompts < 1:
             raise ValueError(f"--verify_prompts must be at least 1, got {self.verify_prompts}")
 

@@ -23,7 +23,7 @@ class Config:
     out: Path
     """Folder of the bundle."""
     force: bool = False
-    """Replace the bundle that lies at out."""
+    """Replace an existing bundle at --out."""
 
 
 def run(c: Config) -> Path:
@@ -49,5 +49,5 @@ def run(c: Config) -> Path:
 def check_out(c: Config) -> None:
     """Refuse a place for the bundle where something else would be lost."""
     if c.folder.resolve().is_relative_to(c.out.resolve()):
-        raise ValueError(f"{c.out} holds the model that is imported; choose another --out")
+        raise ValueError(f"{c.out} contains the model to import; choose another --out")
     check_replaceable(c.out, FILES if is_bundle(c.out) else (), force=c.force, what="a bundle")

@@ -330,8 +330,8 @@ def test_a_dry_run_says_what_would_be_measured_and_writes_nothing(bundles, tmp_p
         ({"task": EVEN, "samples": -1}, "--samples must be at least 0"),
         ({"task": EVEN, "samples": 4, "k": [1, 8]}, "--k must be from 1 to --samples 4, got 8"),
         ({"task": EVEN, "k": [1]}, "--k must be from 1 to --samples 0, got 1"),
-        ({"text": [STORY], "samples": 2}, "name some with --task.name"),
-        ({"text": [STORY], "contamination": [STORY]}, "name some with --task.name"),
+        ({"text": [STORY], "samples": 2}, "choose some with --task.name"),
+        ({"text": [STORY], "contamination": [STORY]}, "choose some with --task.name"),
     ],
 )
 def test_settings_without_sense_are_refused(tmp_path, settings, message):

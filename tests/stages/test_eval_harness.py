@@ -287,7 +287,7 @@ def test_a_mean_that_is_neither_right_nor_wrong_is_compared_document_by_document
         (["--harness", "group.yaml"], "nano_both of the suite group is a group of tasks; name"),
         (["--harness", "nano_choice", "--harness_limit", "0"], "--harness_limit must be at least 1, got 0"),
         (["--harness", "nano_choice", "--harness_shots", "-1"], "--harness_shots must be at least 0, got -1"),
-        (["--text", "a.txt"], "the other --harness options say nothing without --harness TASKS"),
+        (["--text", "a.txt"], "--harness_limit and --harness_shots need --harness"),
     ],
 )
 def test_a_mistake_is_told_in_one_line_before_a_model_is_loaded(bundles, tmp_path, capsys, monkeypatch, words, message):

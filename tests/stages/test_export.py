@@ -10,6 +10,7 @@ from nanollm import cli
 from nanollm.bundle import load_bundle, save_bundle
 from nanollm.export import engines
 from nanollm.export.tokenizer_json import TOKENIZER_FILES
+from nanollm.export.verify import Check
 from nanollm.stages.export import Config, plan, run
 
 
@@ -134,19 +135,14 @@ def test_bad_input_costs_one_line_and_no_file(bundle, tmp_path, complaint):
     assert "model.safetensors is missing" in complaint(source=torn)
     assert "is not a bundle (no such folder)" in complaint(source=tmp_path / "nothing")
     assert "is not a bundle (no config.json in it)" in complaint(source=bundle.parent)
-    assert "--dtype q8_0 is for --format gguf; compact takes f32, bf16 or f16" in complaint("--dtype", "q8_0")
+    assert "--dtype q8_0 needs --format gguf; compact takes f32, bf16 or f16" in complaint("--dtype", "q8_0")
     assert "format: expected compact|deepseek-v3|gguf, got" in complaint("--format", "onnx")
     assert not (tmp_path / "out").exists()
 
 
 def test_what_does_not_hold_ends_in_exit_code_1(bundle, tmp_path, monkeypatch, capsys):
-    compare = engines.compare_in_transformers
-
-    def compare_with_another_head(folder, ours, dtype, prompts):
-        ours.model.head.weight.data[5] += 1
-        return compare(folder, ours, dtype, prompts)
-
-    monkeypatch.setattr(engines, "compare_in_transformers", compare_with_another_head)
+    failed = Check("greatest difference of a logit", "at most 0.0001", "1.5", False)
+    monkeypatch.setattr(engines, "compare_in_transformers", lambda *_: iter([failed]))
     with pytest.raises(SystemExit, match="does not say what"):
-        run(Config(bundle=bundle, out=tmp_path / "out", verify=True, verify_prompts=2))
+        run(Config(bundle=bundle, out=tmp_path / "out", verify=True))
     assert "FAIL  greatest difference of a logit" in capsys.readouterr().err

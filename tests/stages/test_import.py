@@ -80,7 +80,7 @@ def test_nothing_that_lies_at_out_is_lost_unasked(exported, tmp_path, complaint)
         exported, "notes", "--force"
     )
     assert "poem.txt is a file; choose another --out" in complaint(exported, "notes/poem.txt")
-    assert "holds the model that is imported" in complaint(shutil.copytree(exported, tmp_path / "in" / "dir"), "in")
+    assert "contains the model to import" in complaint(shutil.copytree(exported, tmp_path / "in" / "dir"), "in")
     made = run(Config(folder=exported, out=tmp_path / "made"))
     assert "made is a bundle already; choose another --out, or replace it with --force" in complaint(exported, "made")
     (made / "mine.txt").write_text("")
