@@ -1,6 +1,7 @@
 """Writes the files of an export, for every format."""
 
 from pathlib import Path
+from typing import Any
 
 from nanollm import __version__
 from nanollm.bundle import PROVENANCE, WEIGHTS, Bundle
@@ -17,12 +18,18 @@ EXPORT = "export"
 """The word of provenance.json that says which files this export wrote."""
 
 
+def read_made(folder: Path) -> dict[str, Any]:
+    """What an earlier export wrote into a folder: format, dtype and files; empty if there was none."""
+    try:
+        made = read_json(folder / PROVENANCE)[EXPORT]
+        return {**made, "files": [str(name) for name in made["files"]]}
+    except (OSError, ValueError, KeyError, TypeError):  # whatever it is, it is not an export's
+        return {}
+
+
 def written_in(folder: Path) -> list[str]:
     """The files that an earlier export wrote into a folder; none if there was none."""
-    try:
-        return [str(name) for name in read_json(folder / PROVENANCE)[EXPORT]["files"]]
-    except (OSError, ValueError, KeyError, TypeError):  # whatever it is, it is not an export's
-        return []
+    return list(read_made(folder).get("files", []))
 
 
 def write_export(folder: Path, bundle: Bundle, form: Format, dtype: Dtype, name: str) -> str:

@@ -11,6 +11,7 @@ from typing import Literal
 from nanollm.bundle import Bundle, load_bundle, read_config, stored_dtype
 from nanollm.durable import check_replaceable, new_folder, write_file
 from nanollm.export.dense_to_moe import STORED, Dtype, Format, exported_shape
+from nanollm.export.hub import check_metadata, check_push, push
 from nanollm.extras import missing_package
 from nanollm.progress import say
 
@@ -39,9 +40,13 @@ class Config:
     """Licence of the weights as the hub calls it: mit, apache-2.0, ..."""
     language: str | None = None
     """Language of the texts it was trained on, for the card: en, de, ..."""
+    push: str | None = None
+    """Upload the export to this repository of the Hugging Face hub, USER/NAME, once --verify has passed."""
+    private: bool = True
+    """Whether a repository that --push creates is private."""
     verify: bool = False
     """Load the export in its engine (transformers, llama.cpp) and compare ids, logits and greedy replies with ours;
-    exit code 1 if they differ."""
+    exit code 1 if they differ. An export that is there already is compared as it stands."""
     verify_prompts: int = 20
     """Number of prompts that both engines continue by 64 tokens, for --verify."""
 
@@ -50,6 +55,7 @@ class Config:
             raise ValueError(f"--dtype q8_0 needs --format gguf; {self.format} takes f32, bf16 or f16")
         if self.verify_prompts < 1:
             raise ValueError(f"--verify_prompts must be at least 1, got {self.verify_prompts}")
+        check_metadata(self.license, self.language)
 
     @property
     def folder(self) -> Path:
@@ -73,7 +79,11 @@ def run(c: Config) -> Path:
     from nanollm.export import card, folder
 
     bundle, dtype = load_bundle(c.bundle), dtype_of(c)
-    name = c.name or f"nanollm-{bundle.model.config.total_parameters / 1e6:.0f}M"
+    name = c.name or c.push or f"nanollm-{bundle.model.config.total_parameters / 1e6:.0f}M"
+    if made := only_verifies(c):
+        say(f"{c.folder} is an export already: it is compared as it stands")
+        prove(c, c.folder / next((file for file in made if file.endswith(".gguf")), ""), bundle)
+        return c.folder
     with new_folder(c.folder) as draft:
         model_file = folder.write_export(draft, bundle, c.format, dtype, name)
         text = card.card(
@@ -91,6 +101,8 @@ def run(c: Config) -> Path:
     say(f"{c.format}, {dtype}, {parameters:,} parameters, written to {c.folder}")
     if c.verify:
         prove(c, c.folder / model_file, bundle)
+    if c.push:
+        say(f"pushed to {push(c.folder, c.push, private=c.private)}")
     return c.folder
 
 
@@ -104,9 +116,21 @@ def check(c: Config) -> None:
         raise ValueError(f"{c.folder} holds the bundle; choose another --out")
     from nanollm.export import engines, folder
 
-    check_replaceable(c.folder, folder.written_in(c.folder), force=c.force, what="an export")
+    if not only_verifies(c):
+        check_replaceable(c.folder, folder.written_in(c.folder), force=c.force, what="an export")
+    if c.push:
+        check_push(c.push)
     if c.verify and c.format == "gguf":
         engines.package_folder()
+
+
+def only_verifies(c: Config) -> list[str]:
+    """The files of an export of this format and type that is there already and is to be compared; else none."""
+    from nanollm.export import folder
+
+    made = folder.read_made(c.folder)
+    is_same = (made.get("format"), made.get("dtype")) == (c.format, dtype_of(c))
+    return made["files"] if c.verify and is_same and not (c.force or c.push) else []
 
 
 def dtype_of(c: Config) -> Dtype:
@@ -127,4 +151,6 @@ def prove(c: Config, model: Path, bundle: Bundle) -> None:
         say(verify.line(check))
         holds &= check.holds
     if not holds:
-        raise SystemExit(f"nanollm export: {model} does not say what {c.bundle} says")
+        raise SystemExit(
+            f"nanollm export: {model} does not say what {c.bundle} says" + ("; it was not pushed" if c.push else "")
+        )

@@ -140,6 +140,17 @@ def test_bad_input_costs_one_line_and_no_file(bundle, tmp_path, complaint):
     assert not (tmp_path / "out").exists()
 
 
+def test_an_export_that_exists_is_verified_as_it_stands(bundle, tmp_path, monkeypatch, complaint):
+    held = Check("ids of texts", "equal", "equal", True)
+    monkeypatch.setattr(engines, "compare_in_transformers", lambda *_: iter([held]))
+    run(Config(bundle=bundle, out=tmp_path / "out"))
+    before = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+    assert run(Config(bundle=bundle, out=tmp_path / "out", verify=True)) == tmp_path / "out"
+    assert before == {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+    assert "is an export already; choose another --out" in complaint("--verify", "--dtype", "bf16")
+    assert "--license must be one that the hub knows" in complaint("--license", "my own", "--push", "ada/x", "--force")
+
+
 def test_what_does_not_hold_ends_in_exit_code_1(bundle, tmp_path, monkeypatch, capsys):
     failed = Check("greatest difference of a logit", "at most 0.0001", "1.5", False)
     monkeypatch.setattr(engines, "compare_in_transformers", lambda *_: iter([failed]))
