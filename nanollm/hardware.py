@@ -3,13 +3,11 @@
 Units: a GB is 1e9 bytes; TFLOP/s are those of dense matrix products, without sparsity.
 """
 
-import difflib
 import math
 import os
 import re
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,7 +16,8 @@ import torch
 
 GB, TERA = 1e9, 1e12
 GPUS_PER_HOST = 8
-CGROUPS = Path("sys/fs/cgroup")
+CGROUP = Path("sys/fs/cgroup")
+"""Of a container, which sees its own control group (version 2) here."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,32 +30,30 @@ class Hardware:
     """Bytes; None: this system does not say."""
     tflops: float | None = None
     """Peak in the type that training computes in; None: unknown."""
-    gb_per_s: float | None = None
-    """Of its memory, by the data sheet."""
     dtype: str = "bfloat16"
     """What training computes in."""
 
 
 GPUS = {
-    name: Hardware(name=name, kind="cuda", memory=gb * 10**9, tflops=tflops, gb_per_s=gb_per_s, dtype=dtype)
-    for name, gb, tflops, gb_per_s, dtype in (
-        ("t4", 16, 65, 320, "float16"),
-        ("v100", 32, 125, 900, "float16"),
-        ("rtx3090", 24, 71, 936, "bfloat16"),
-        ("rtx4090", 24, 165.2, 1008, "bfloat16"),
-        ("rtx5090", 32, 209.5, 1792, "bfloat16"),
-        ("l4", 24, 121, 300, "bfloat16"),
-        ("a10", 24, 125, 600, "bfloat16"),
-        ("l40s", 48, 362, 864, "bfloat16"),
-        ("a100-40gb", 40, 312, 1555, "bfloat16"),
-        ("a100-80gb", 80, 312, 2039, "bfloat16"),
-        ("h100", 80, 989.4, 3350, "bfloat16"),
-        ("h200", 141, 989.4, 4800, "bfloat16"),
-        ("b200", 180, 2250, 8000, "bfloat16"),
+    name: Hardware(name=name, kind="cuda", memory=gb * 10**9, tflops=tflops, dtype=dtype)
+    for name, gb, tflops, dtype in (
+        ("t4", 16, 65, "float16"),
+        ("v100", 32, 125, "float16"),
+        ("rtx3090", 24, 71, "bfloat16"),
+        ("rtx4090", 24, 165.2, "bfloat16"),
+        ("rtx5090", 32, 209.5, "bfloat16"),
+        ("l4", 24, 121, "bfloat16"),
+        ("a10", 24, 125, "bfloat16"),
+        ("l40s", 48, 362, "bfloat16"),
+        ("a100-40gb", 40, 312, "bfloat16"),
+        ("a100-80gb", 80, 312, "bfloat16"),
+        ("h100", 80, 989.4, "bfloat16"),
+        ("h200", 141, 989.4, "bfloat16"),
+        ("b200", 180, 2250, "bfloat16"),
     )
 }
-"""Memory in GB, TFLOP/s accumulated in float32, GB/s of memory, type. NVIDIA's data sheets: T4 70 W; V100, A100, H100,
-H200 SXM; L4; A10; L40S; HGX B200 (one eighth). GeForce: appendix of the architecture white papers."""
+"""Memory in GB, TFLOP/s accumulated in float32, type. NVIDIA's data sheets: T4 70 W; V100, A100, H100, H200 SXM; L4;
+A10; L40S; HGX B200 (one eighth). GeForce: appendix of the architecture white papers."""
 
 
 def known_gpu(name: str) -> Hardware:
@@ -65,29 +62,21 @@ def known_gpu(name: str) -> Hardware:
     word = re.sub(r"[^a-z0-9]", "", name.lower())
     if word in spelled:
         return GPUS[spelled[word]]
-    if match := re.fullmatch(r"(\d+\.?\d*|\.\d+) ?gb?", name.strip().lower()):
+    if match := re.fullmatch(r"([\d.]+) ?gb?", name.strip().lower()):
         return Hardware(name=f"GPU of {name}", kind="cuda", memory=round(float(match[1]) * GB))
-    near = [known for known in spelled if word and known.startswith(word)] or difflib.get_close_matches(
-        word, spelled, 1
-    )
-    hint = f"did you mean {max((GPUS[spelled[one]] for one in near), key=memory_of).name}? Known" if near else "known"
-    raise ValueError(f"unknown GPU {name}; {hint} are {', '.join(GPUS)}; of another give the memory: --gpu 24GB")
-
-
-def memory_of(hardware: Hardware) -> int:
-    return hardware.memory or 0
+    raise ValueError(f"unknown GPU {name}; known are {', '.join(GPUS)}; of another give the memory: --gpu 24GB")
 
 
 # --- this machine ---
 
 
 def usable_cores(root: Path = Path("/")) -> int:
-    """Cores that this process can keep busy: those it may run on, or fewer if its control groups set a quota."""
+    """Cores that this process can keep busy: those it may run on, or fewer if its container has a quota."""
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    for limit in _limits(root, "cpu.max"):
-        quota, period = limit.read_text().split()
-        if quota != "max":
-            cores = min(cores, max(1, round(int(quota) / int(period))))
+    limit = root / CGROUP / "cpu.max"
+    if limit.is_file() and not limit.read_text().startswith("max"):
+        quota, period = map(int, limit.read_text().split())
+        cores = min(cores, max(1, round(quota / period)))
     return cores
 
 
@@ -102,31 +91,19 @@ def is_shared() -> bool:
 
 
 def memory(root: Path = Path("/")) -> tuple[int, int] | None:
-    """Bytes free and in all, for this process within its control groups; None where the system is not Linux."""
+    """Bytes free and in all, for this process within its container; None where the system is not Linux."""
     meminfo = root / "proc/meminfo"
     if not meminfo.is_file():
         return None
     known = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in meminfo.read_text().splitlines()}
     free, total = known["MemAvailable"], known["MemTotal"]
-    for limit in _limits(root, "memory.max"):
-        if (most := limit.read_text().strip()) != "max":
-            stat = dict(line.split() for line in limit.with_name("memory.stat").read_text().splitlines())
-            # Cached files make room when asked.
-            in_use = int(limit.with_name("memory.current").read_text()) - int(stat["inactive_file"])
-            free, total = min(free, int(most) - in_use), min(total, int(most))
+    group = root / CGROUP
+    if (group / "memory.max").is_file() and (most := (group / "memory.max").read_text().strip()) != "max":
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        # Cached files make room when asked.
+        in_use = int((group / "memory.current").read_text()) - int(stat["inactive_file"])
+        free, total = min(free, int(most) - in_use), min(total, int(most))
     return free, total
-
-
-def _limits(root: Path, name: str) -> Iterator[Path]:
-    """Files of a limit, in the control group (version 2) of this process and in those around it.
-
-    In a container the path may be the host's; what is mounted at the top is then the container's own group.
-    """
-    own = root / "proc/self/cgroup"
-    lines = own.read_text().splitlines() if own.is_file() else []
-    paths = [Path(line.removeprefix("0::").lstrip("/")) for line in lines if line.startswith("0::")]
-    folders = {folder for path in paths for folder in (path, *path.parents) if ".." not in folder.parts}
-    return (limit for folder in sorted(folders) if (limit := root / CGROUPS / folder / name).is_file())
 
 
 def measure_gemm(device: torch.device, dtype: torch.dtype, limit_s: float = 0.25) -> float:

@@ -1,6 +1,6 @@
 """A check of this machine: versions, device and type, cores, memory, compiler, disk, and a small run that is resumed.
 
-A line says `ok`; `warn`: runs work, but slowly or not all of them; or `FAIL`: they do not work.
+A line says `ok`, `warn` (runs work, but slowly or not all of them) or `FAIL` (they do not work).
 """
 
 import dataclasses
@@ -66,7 +66,7 @@ class Finding:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Check this machine, line by line, with advice where something is wrong; at last train and ask a tiny model.
+    """Check this machine and say what to change; at the end, train a tiny model, resume it and let it reply.
 
     Exit code 1 if a line says FAIL. Warnings are no failures.
     """
@@ -85,20 +85,14 @@ def run(c: Config) -> None:
     for finding in examine(c):
         findings.append(finding)
         if not c.json:
-            show(finding)
+            advice = f"\n{'':18}advice: {finding.advice}" if finding.advice else ""
+            print(f"{finding.level:<6}{finding.name:<12}{finding.text}{advice}", flush=True)
     failed = [finding.name for finding in findings if finding.level == "FAIL"]
     if c.json:
         print(json.dumps({"ok": not failed, "findings": [asdict(finding) for finding in findings]}, indent=2))
     if failed:
         sys.stdout.flush()
         raise SystemExit(f"nanollm doctor: {len(failed)} of {len(findings)} checks failed: {', '.join(failed)}")
-
-
-def show(finding: Finding) -> None:
-    """`level  name  text`, and the advice below."""
-    print(f"{finding.level:<6}{finding.name:<12}{finding.text}", flush=True)
-    if finding.advice:
-        print(f"{'':18}advice: {finding.advice}", flush=True)
 
 
 def examine(c: Config) -> Iterator[Finding]:
@@ -136,8 +130,10 @@ def check_torch() -> tuple[str, str]:
     is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1")
     if torch.cuda.is_available() or is_hidden or shutil.which("nvidia-smi") is None:
         return said, ""
-    advice = "compare nvidia-smi's driver with that build, or take another: https://pytorch.org/get-started/locally"
-    return f"{said}, cannot use the NVIDIA GPU that is here", advice
+    return (
+        f"{said}, cannot use this machine's NVIDIA GPU",
+        "install another build: https://pytorch.org",
+    )
 
 
 def check_device() -> tuple[str, str]:
@@ -156,14 +152,10 @@ def check_device() -> tuple[str, str]:
 
 def check_cores() -> tuple[str, str]:
     threads, cores = torch.get_num_threads(), hardware.usable_cores()
-    said = f"{threads} thread{'s' * (threads != 1)} on {cores} core{'s' * (cores != 1)}, load {hardware.load():.1f}"
-    if threads > cores:
-        return said, f"set OMP_NUM_THREADS={cores}: threads that wait for a core cost more than they bring"
-    if 2 * threads < cores:
-        return said, f"set OMP_NUM_THREADS={cores} to use the other cores"
-    if hardware.is_shared():
-        return f"{said}: the machine is shared", "until the other programs end, all that is timed here takes longer"
-    return said, ""
+    said = f"threads: {threads}, cores: {cores}, load: {hardware.load():.1f}"
+    if threads > cores or 2 * threads < cores:
+        return said, f"set OMP_NUM_THREADS={cores}"
+    return said, "other programs are at work, so everything takes longer" if hardware.is_shared() else ""
 
 
 def check_memory() -> tuple[str, str]:
@@ -175,35 +167,24 @@ def check_memory() -> tuple[str, str]:
 
 def check_compiler() -> tuple[str, str]:
     started = time.monotonic()
-    if problem := compiler_problem():
-        return "C++ cannot be compiled: replies and tokenizing are several times slower on this CPU", problem
-    command = " ".join(build.find_compiler())
-    return f"{command} made and loaded our C++ in {time.monotonic() - started:.1f} s", ""
-
-
-def compiler_problem() -> str:
-    """Why C++ cannot be compiled or loaded; empty if it can."""
     try:
         words.library()
         native.library()
     except build.NoCompilerError as error:
-        return str(error)
-    return ""
+        return "C++ cannot be compiled: replies and tokenizing are several times slower on this CPU", str(error)
+    command = " ".join(build.find_compiler())
+    return f"{command} made and loaded our C++ in {time.monotonic() - started:.1f} s", ""
 
 
 def check_disk(free: int) -> tuple[str, str]:
-    needed = 3 * checkpoint_bytes(ModelConfig(**load_preset("model", "nano-327m")))  # two are kept, a third is written
+    model = ModelConfig(**load_preset("model", "nano-327m"))
+    optimizer = training_memory(model, sequences=1, compute_bytes=4, optimizer="muon").optimizer
+    needed = 3 * (4 * model.total_parameters + optimizer)  # two checkpoints are kept, a third is written
     said = f"{free / GB:,.1f} GB free; checkpoints of nano-327m take {needed / GB:.1f} GB"
     advice = "make room, or take another disk: --out decides where a run is kept"
     if free < 0.5 * GB:
         raise OSError(f"{said}: {advice}")
     return said, advice if free < 10 * GB else ""
-
-
-def checkpoint_bytes(model: ModelConfig) -> int:
-    """What one takes on the disk where Muon trains, as in our shipped runs."""
-    remembered = training_memory(model, sequences=1, compute_bytes=4, optimizer="muon").optimizer
-    return 4 * model.total_parameters + remembered
 
 
 # --- the small run ---
@@ -220,7 +201,7 @@ def small_run(around: Path) -> tuple[str, str]:
             c = training_config(Path(name))
             prepare(c)
             done = [train(c), resume(c), reply(c.out / "bundle", "torch")]
-            done += [reply(c.out / "bundle", "native")] * (not compiler_problem())
+            done += [reply(c.out / "bundle", "native")] * native.can_draw()
     finally:
         torch.set_num_threads(threads)
         set_quiet(False)

@@ -16,11 +16,11 @@ from typing import Any, Literal
 import torch
 
 from nanollm import hardware
-from nanollm.config import load_config, load_preset, preset_names
+from nanollm.config import load_config, load_preset
 from nanollm.hardware import GPUS, GPUS_PER_HOST, TERA, Hardware
 from nanollm.kernels import attention as fused
 from nanollm.model.config import ModelConfig
-from nanollm.progress import say
+from nanollm.progress import duration, say
 from nanollm.stages.info import size
 from nanollm.train.memory import TrainingMemory, training_memory
 from nanollm.world import World
@@ -236,18 +236,12 @@ def time_facts(m: ModelConfig, h: Hardware, layout: Layout, steps: int) -> dict[
 
 
 def nothing_fits(m: ModelConfig, h: Hardware, batch_size: int, gpus: int, name: str) -> str:
-    """What would fit instead."""
+    """The message that says what would fit instead."""
     assert h.memory is not None
     least = min(machine_bytes(m, h, layout) for layout in layouts(m, h.kind, batch_size, gpus))
     larger = sorted((gpu.memory, gpu.name) for gpu in GPUS.values() if gpu.memory and gpu.memory >= least)
-    known = f", which {larger[0][1]} has" if larger else ", which no known GPU has"
-    smaller = [one for one in preset_names("model") if choose(preset(one), h, gpus, gpus)]
-    largest = max(smaller, key=lambda one: preset(one).total_parameters, default=None)
-    return (
-        f"{name} does not fit into {size(h.memory)}: its smallest step takes a machine of "
-        f"{size(math.ceil(least / 1e8) * 10**8)}{known if h.kind == 'cuda' else ''}"
-        f"{f'; {largest} is the largest preset that fits' if largest else ''}"
-    )
+    hint = f"; {larger[0][1]} has that" if larger and h.kind == "cuda" else ""
+    return f"{name} does not fit into {size(h.memory)}: its smallest step takes {size(least)}{hint}"
 
 
 def preset(name: str) -> ModelConfig:
@@ -265,58 +259,39 @@ def command(c: Config, layout: Layout, steps: int) -> str:
     numbers = {"steps": steps, "batch_size": layout.batch_size, "micro_batch_size": layout.micro_batch_size}
     train = [word for name, value in numbers.items() for word in (f"--train.{name}", str(value))]
     more = ["--parallel", layout.parallel] * (layout.gpus > 1) + ["--speed.recompute"] * layout.recompute
-    more += ["--device", "cpu"] * (c.cpu and World.start().device.type != "cpu")
+    more += ["--device", "cpu"] * c.cpu
     return shlex.join([*start, "--model", c.model, *paths, *train, *more])
 
 
 # --- for people ---
 
-PART_NAMES = {"kept_gradients": "gradients of earlier micro-batches", "idle": "allocator overhead"}
-
 
 def table(facts: dict[str, Any]) -> str:
     """What people decide by, one line each, and the command."""
     parameters, layout, memory, time = facts["parameters"], facts["layout"], facts["memory_bytes"], facts["time"]
-    parts = [
-        f"{PART_NAMES.get(name, name)} {size(n)}" for name, n in memory.items() if n and name not in ("total", "of")
-    ]
+    h, gpus = facts["hardware"], layout["gpus"]
     of = f" of {size(memory['of'])}" if memory["of"] else ""
+    parts = [f"{name.replace('_', ' ')} {size(n)}" for name, n in memory.items() if n and name not in ("total", "of")]
     rows = {
         "model": f"{facts['model']}: {parameters['total']:,} parameters, {parameters['active']:,} active per token, "
         f"context {facts['context_length']:,}",
         "training": f"{facts['tokens']:,} tokens in {facts['steps']:,} steps of {layout['batch_size']:,} sequences",
-        "hardware": hardware_line(facts["hardware"]),
+        "hardware": (f"{gpus} x " if gpus > 1 else "")
+        + f"{h['name']}: {size(h['memory']) if h['memory'] else 'memory unknown'}, "
+        + (f"{h['tflops']:,.4g} TFLOP/s" if h["tflops"] else "TFLOP/s unknown")
+        + (", measured just now" if h["is_measured"] else ""),
         "layout": f"micro-batches of {layout['micro_batch_size']} sequences, {layout['micro_batches']:,} a step"
-        + (f" on each of {layout['gpus']:,} GPUs, {layout['parallel']}" if layout["gpus"] > 1 else "")
-        + (", blocks computed again (--speed.recompute)" if layout["recompute"] else ""),
+        + (f" on each of {gpus:,} GPUs, {layout['parallel']}" if gpus > 1 else "")
+        + (", activations recomputed (--speed.recompute)" if layout["recompute"] else ""),
         "memory": f"{size(memory['total'])}{of} at the peak ({', '.join(parts)}; gradients come while activations go)",
-        "time": "unknown: say how fast it is, such as --tflops 40" if time is None else time_line(time, layout["gpus"]),
+        "time": "unknown: say how fast it is, such as --tflops 40",
     }
+    if time is not None:
+        rows["time"] = (
+            f"{duration(3600 * time['hours'])} at {time['tokens_per_s']:,.0f} tokens/s: {time['mfu']:.0%} of the peak, "
+            f"as measured with {time['mfu_measured_with']}; not counted: validation, saving"
+            + (", messages between GPUs" if gpus > 1 else "")
+        )
     if facts["cost"] is not None:
         rows["cost"] = f"{facts['cost']:,.2f} ({time['gpu_hours']:,.2f} hours)"
     return "\n".join([*(f"{name:<10}{text}" for name, text in rows.items()), "", facts["command"]])
-
-
-def hardware_line(facts: dict[str, Any]) -> str:
-    said = f"{facts['count']} x {facts['name']}" if facts["count"] > 1 else facts["name"]
-    said += f": {size(facts['memory'])}" if facts["memory"] else ": memory unknown"
-    said += f", {facts['tflops']:,.4g} TFLOP/s" if facts["tflops"] else ", TFLOP/s unknown"
-    said += f", {facts['gb_per_s']:,} GB/s" if facts["gb_per_s"] else ""
-    return said + (", measured just now" if facts["is_measured"] else "")
-
-
-def time_line(time: dict[str, Any], gpus: int) -> str:
-    return (
-        f"{duration(time['hours'])} at {time['tokens_per_s']:,.0f} tokens/s: {time['mfu']:.0%} of the peak, "
-        f"as measured with {time['mfu_measured_with']}; not counted: validation, saving"
-        + (", messages between GPUs" if gpus > 1 else "")
-    )
-
-
-def duration(hours: float) -> str:
-    """In the unit people say."""
-    if hours < 1 / 30:
-        return f"{hours * 3600:.0f} seconds"
-    if hours < 2:
-        return f"{hours * 60:.0f} minutes"
-    return f"{hours:,.1f} hours" + (f" ({hours / 24:,.1f} days)" if hours >= 48 else "")

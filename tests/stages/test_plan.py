@@ -7,15 +7,13 @@ import shlex
 from pathlib import Path
 
 import pytest
-import torch
 
 from nanollm import cli, hardware
 from nanollm.config import load_preset, parse_options, to_yaml
 from nanollm.hardware import GPUS
 from nanollm.model.config import ModelConfig
 from nanollm.stages import plan
-from nanollm.stages.plan import Config, Layout, command, duration, good_batch_size, machine_bytes, run
-from nanollm.world import World
+from nanollm.stages.plan import Config, Layout, command, good_batch_size, run
 
 H200 = GPUS["h200"]
 
@@ -118,13 +116,6 @@ def test_the_model_is_divided_only_where_no_gpu_holds_it_alone():
     assert alone is not None and alone.parallel == "ddp"
 
 
-def test_the_memory_that_a_layout_takes_is_just_enough():
-    c = preset("nano-60m")
-    least = min(machine_bytes(c, H200, layout) for layout in plan.layouts(c, "cuda", 4, 1))
-    assert plan.choose(c, dataclasses.replace(H200, memory=least), 4, 1) is not None
-    assert plan.choose(c, dataclasses.replace(H200, memory=least - 1), 4, 1) is None
-
-
 def test_the_step_to_begin_with_is_that_of_the_recipes():
     assert good_batch_size(preset("nano-327m"), 9e9) * 2048 == 524_288
     assert good_batch_size(preset("nano-327m"), 9e9, gpus=8) == 256
@@ -149,17 +140,9 @@ def test_a_gpu_of_which_only_the_memory_is_known_is_told_what_fits_and_hours_wit
 
 def test_the_table_names_its_source_and_a_command_with_no_folder_of_another_model():
     text = run(Config(model="nano-5m", gpu="h200", price=2))
-    assert "h200: 141.0 GB, 989.4 TFLOP/s, 4,800 GB/s" in text
+    assert "h200: 141.0 GB, 989.4 TFLOP/s" in text
     assert "38% of the peak, as measured with nano-327m on one H200; not counted: validation, saving\n" in text
     assert text.splitlines()[-1].startswith("nanollm pretrain --model nano-5m --tokenizer_path TOKENIZER --data TOKENS")
-
-
-@pytest.mark.parametrize(
-    ("hours", "said"),
-    [(0.01, "36 seconds"), (0.5, "30 minutes"), (5, "5.0 hours"), (72, "72.0 hours (3.0 days)")],
-)
-def test_time_is_said_in_the_unit_people_use(hours, said):
-    assert duration(hours) == said
 
 
 # --- this machine ---
@@ -173,35 +156,18 @@ def test_a_cpu_is_measured_and_planned_for_by_its_own_memory():
     assert facts["time"]["mfu_measured_with"] == "nano-1m on two CPU cores"
 
 
-def test_where_the_system_does_not_say_its_memory_what_training_takes_is_said_alone(monkeypatch):
-    monkeypatch.setattr(hardware, "memory", lambda: None)
-    text = run(Config(model="nano-1m", cpu=True, tokens=1e6))
-    assert "memory unknown" in text and " at the peak (weights " in text
-
-
-def test_a_device_that_was_never_timed_is_refused(monkeypatch):
-    mps = dataclasses.replace(World(), device=torch.device("mps"))
-    monkeypatch.setattr(World, "start", lambda _: mps)
-    monkeypatch.setattr(hardware, "measure_gemm", lambda *_: 1.0)
-    with pytest.raises(ValueError, match="no training was timed on mps; plan for --cpu"):
-        plan.this_machine()
-
-
 # --- mistakes ---
 
 
-def test_an_unknown_gpu_is_answered_with_the_nearest_and_those_that_are_known(capsys):
-    assert "unknown GPU a100; did you mean a100-80gb? Known are t4, " in refused(capsys, "nano-1m", "--gpu", "a100")
-    assert "b200; of another give the memory: --gpu 24GB" in refused(capsys, "nano-1m", "--gpu", "8TB")
+def test_an_unknown_gpu_is_answered_with_those_that_are_known(capsys):
+    said = refused(capsys, "nano-1m", "--gpu", "a100")
+    assert "unknown GPU a100; known are t4, " in said and "b200; of another give the memory: --gpu 24GB" in said
 
 
-def test_where_nothing_fits_the_least_that_would_is_said(capsys, tmp_path):
+def test_where_nothing_fits_the_least_that_would_is_said(capsys):
     said = refused(capsys, "nano-327m", "--gpu", "2GB")
-    assert "nano-327m does not fit into 2.0 GB: its smallest step takes a machine of 6." in said
-    assert " GB, which t4 has; nano-60m is the largest preset that fits" in said
-    (tmp_path / "deep.yaml").write_text(to_yaml(preset("nano-327m", n_blocks=4000)))
-    said = refused(capsys, str(tmp_path / "deep.yaml"), "--gpu", "b200")
-    assert ", which no known GPU has; nano-327m-fine is the largest preset that fits" in said
+    assert "nano-327m does not fit into 2.0 GB: its smallest step takes 6." in said
+    assert "; t4 has that" in said
 
 
 @pytest.mark.parametrize(
