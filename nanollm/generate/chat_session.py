@@ -1,7 +1,7 @@
-"""How does a conversation go on, turn by turn, within the model's context?
+"""A conversation with a model, turn by turn, within the model's context.
 
-The engine keeps what it has read, so that a turn costs its new words only. When the context is full, the oldest
-exchanges are forgotten: the model does not see them any more, though they stay in the conversation.
+The engine keeps what it has read, so that a turn costs its new words only. When the context is full, the model no
+longer sees the oldest exchanges, though they stay in the conversation.
 """
 
 import time
@@ -18,7 +18,7 @@ from nanollm.text.stream import TextStream, check_stops
 
 
 @dataclass(frozen=True, kw_only=True)
-class TalkConfig(SamplingConfig):
+class ChatConfig(SamplingConfig):
     """How the model replies."""
 
     system: str | None = None
@@ -65,10 +65,10 @@ class Reply:
         return ", ".join(parts)
 
 
-class Talk:
+class ChatSession:
     """A conversation that grows, and a model that has read it. Its settings may change on the way."""
 
-    def __init__(self, bundle: Bundle, c: TalkConfig, quantize: Quantize = "none"):
+    def __init__(self, bundle: Bundle, c: ChatConfig, quantize: Quantize = "none"):
         self.bundle, self.c = bundle, c
         self.engine = Engine(bundle.model, rows=1, quantize=quantize)  # remembers what it read in earlier turns
         self.reset()
@@ -78,9 +78,7 @@ class Talk:
         self.messages: list[Message] = []
         """Of user and assistant in turn, all of them."""
         self.forgotten = 0
-        """How many of these, the oldest, the model does not see any more."""
-        self.unanswered = ""
-        """The user's last message, if the model said nothing."""
+        """How many of these, the oldest, the model no longer sees."""
         self.replies = 0
 
     def conversation(self, *question: Message, start: int = 0) -> Conversation:
@@ -89,7 +87,7 @@ class Talk:
         return Conversation((*system, *self.messages[start:], *question))
 
     def prompt(self, question: str) -> list[int]:
-        """The ids that the model replies to. Exchanges for which there is no room are forgotten, which is said.
+        """The ids that the model replies to. It says so when there is no room for the oldest exchanges.
 
         ValueError if the question has no room even alone.
         """
@@ -110,14 +108,14 @@ class Talk:
         self,
         question: str,
         prompt: list[int],
-        hear: Callable[[str], None],
+        on_text: Callable[[str], None],
         is_interrupted: Callable[[], bool] = lambda: False,
     ) -> Reply:
-        """Let the model reply to the prompt of this question; `hear` is told the text as it appears."""
+        """Let the model reply to the prompt of this question; `on_text` gets the text as it appears."""
         stream = TextStream(self.bundle.tokenizer, self.c.stop)
 
         def is_over(token: int) -> bool:
-            hear(stream.push(token))
+            on_text(stream.push(token))
             return stream.is_stopped
 
         request = Request(
@@ -128,14 +126,7 @@ class Talk:
             stop=is_over,
             seed=self.c.seed + self.replies,
         )
-        completion, times = self._run(request, is_interrupted)
-        hear(stream.close())
-        self._remember(question, stream.text)
-        return Reply(completion, times[1] - times[0], times[-1] - times[1])
-
-    def _run(self, request: Request, is_interrupted: Callable[[], bool]) -> tuple[Completion, list[float]]:
-        """The finished completion, and when it was asked for and when each of its tokens came (or the interruption)."""
-        times = [time.perf_counter()]
+        times = [time.perf_counter()]  # of the question, and of each token or the interruption
         completion = self.engine.submit(request)
         while completion.finish is None:
             if is_interrupted():
@@ -143,20 +134,16 @@ class Talk:
                 times.append(time.perf_counter())
             elif self.engine.step():
                 times.append(time.perf_counter())
-        return completion, times
-
-    def _remember(self, question: str, text: str) -> None:
+        on_text(stream.close())
         self.replies += 1
-        self.unanswered = "" if text.strip() else question
-        if self.unanswered:
-            say("the model said nothing, so this message is left out of the conversation")
+        if stream.text.strip():
+            self.messages += [Message("user", question), Message("assistant", stream.text)]
         else:
-            self.messages += [Message("user", question), Message("assistant", text)]
+            say("the model said nothing, so this message is left out of the conversation")
+        return Reply(completion, times[1] - times[0], times[-1] - times[1])
 
-    def take_back(self) -> str:
+    def retract(self) -> str:
         """Forget the last reply; returns the message that it answered."""
-        if self.unanswered:
-            return self.unanswered
         if not self.messages:
             raise ValueError("there is no message yet to reply to again")
         question = self.messages[-2].content

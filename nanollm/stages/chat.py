@@ -1,10 +1,9 @@
-"""How does one talk to a model in a terminal, or through a pipe?
+"""A conversation with a model in a terminal, or through a pipe.
 
 On a terminal a reply appears token by token, Ctrl-C stops it, and a line that begins with / is a command. In a pipe
 every line of stdin is a message. Either way it is one conversation, and stdout carries its replies and nothing else.
 """
 
-import difflib
 import importlib.util
 import json
 import os
@@ -15,16 +14,14 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
 
 from nanollm.bundle import load_bundle
-from nanollm.generate.chat_session import Talk, TalkConfig
+from nanollm.generate.chat_session import ChatConfig, ChatSession
 from nanollm.generate.request import Quantize
 from nanollm.progress import say
 from nanollm.world import DeviceName, DtypeName, World
 
 POSITIONAL = ("bundle",)
-PROMPT, MORE = "> ", ". "
 INVISIBLE = re.compile("[\0-\b\v-\x1f\x7f-\x9f]")  # a reply must not move the cursor or rename the window
 
 COMMANDS = {
@@ -32,21 +29,17 @@ COMMANDS = {
     "/system [TEXT]": "show the system message, or set it and forget the conversation",
     "/retry": "another reply to the last message",
     "/save FILE.jsonl": "write the conversation as `nanollm preprocess chat` reads it",
-    "/temp [X]": "show or set the temperature; alike: /top_k /top_p /min_p /repetition_penalty /max_tokens /seed",
+    "/temperature [X]": "show or set it; likewise /top_k /top_p /min_p /repetition_penalty /max_tokens /seed",
     "/help": "these lines",
     "/exit": "leave; Ctrl-D does the same",
 }
-SETTINGS = {"/temp": "temperature"} | {
-    f"/{name}": name for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_tokens", "seed")
-}
-HINTS = """\
-Ctrl-C stops a reply. A line that ends in \\ goes on in the next one.
-A message that begins with / needs a space before it."""
+SETTINGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_tokens", "seed")
+HINTS = "Ctrl-C stops a reply. A message that begins with / needs a space before it."
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(TalkConfig):
-    """Talk to a model in the terminal (/help lists the commands); in a pipe, each line is a message to reply to."""
+class Config(ChatConfig):
+    """Chat with a model in the terminal (/help lists the commands); in a pipe, each line is a message to reply to."""
 
     bundle: Path
     """Folder of a bundle, such as runs/demo/sft/bundle."""
@@ -59,26 +52,26 @@ class Config(TalkConfig):
 
 
 def run(c: Config) -> None:
-    """Talk until the user leaves, or reply to each line of stdin."""
+    """Chat until the user leaves, or reply to each line of stdin."""
     world = World.start(c.device, c.dtype)
-    talk = Talk(load_bundle(c.bundle, world.dtype, world.device), c, c.quantize)
+    session = ChatSession(load_bundle(c.bundle, world.dtype, world.device), c, c.quantize)
     if sys.stdin.isatty():
-        if talk.bundle.is_base:
+        if session.bundle.is_base:
             say("this model was only pretrained: it continues text, nanollm sft teaches it to reply")
-        shape = talk.bundle.model.config
+        shape = session.bundle.model.config
         say(
             f"{c.bundle}: {shape.total_parameters:,} parameters, context {shape.context_length:,} tokens; "
             f"/help lists the commands"
         )
-        converse(talk, line_reader())
+        converse(session, line_reader())
     else:
-        answer(talk, sys.stdin.buffer)
+        answer(session, sys.stdin.buffer)
 
 
 # --- a pipe ---
 
 
-def answer(talk: Talk, lines: Iterable[bytes]) -> None:
+def answer(session: ChatSession, lines: Iterable[bytes]) -> None:
     """Reply to each line that is not blank."""
     for number, line in enumerate(lines, start=1):
         try:
@@ -86,61 +79,52 @@ def answer(talk: Talk, lines: Iterable[bytes]) -> None:
         except UnicodeDecodeError:
             raise ValueError(f"line {number} of stdin is not UTF-8; convert it") from None
         if question:
-            talk.reply(question, talk.prompt(question), show)
+            session.reply(question, session.prompt(question), show)
             show("\n")
-    if not talk.replies:
+    if not session.replies:
         raise ValueError("stdin held no message; pipe one message per line, or start this in a terminal")
 
 
 def show(text: str) -> None:
-    """Put a piece of a reply on stdout."""
+    """Put a part of a reply on stdout."""
     print(INVISIBLE.sub("\ufffd", text) if sys.stdout.isatty() else text, end="", flush=True)
 
 
 # --- a terminal ---
 
 
-def converse(talk: Talk, read: Callable[[str], str]) -> None:
+def converse(session: ChatSession, read: Callable[[str], str]) -> None:
     """Reply to messages and obey commands until the user leaves. `read` takes a prompt and gives a line."""
-    ctrl_c = CtrlC()
-    before = signal.signal(signal.SIGINT, ctrl_c)
-    try:
-        while (line := read_message(read, ctrl_c)).strip() != "/exit":
-            try:
-                question = obey(talk, line) if line.startswith("/") else line.strip()
-                prompt = talk.prompt(question) if question else []
-            except ValueError as error:
-                say(str(error))
-                continue
+    while True:
+        try:
+            line = read("> ")
+            if line.strip() == "/exit":
+                return
+            question = obey(session, line) if line.startswith("/") else line.strip()
             if question:
-                reply = talk.reply(question, prompt, show, lambda: ctrl_c.was_pressed)
+                prompt = session.prompt(question)
+                with noticing_ctrl_c() as was_pressed:
+                    reply = session.reply(question, prompt, show, was_pressed)
                 show("\n")
                 say(dim(reply.figures()))
+        except KeyboardInterrupt:
+            say("\nCtrl-D or /exit leaves")
+        except EOFError:
+            say("")  # what the shell says next begins on a line of its own
+            return
+        except ValueError as error:
+            say(str(error))
+
+
+@contextmanager
+def noticing_ctrl_c() -> Iterator[Callable[[], bool]]:
+    """A block in which Ctrl-C raises nothing, so that no step of the model is torn; gives whether it was pressed."""
+    presses: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: presses.append(number))
+    try:
+        yield lambda: bool(presses)
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-class CtrlC:
-    """What Ctrl-C does: it raises while a line is typed; otherwise it is noted, and no step of the model is torn."""
-
-    def __init__(self) -> None:
-        self.was_pressed = False
-        self._raises = False
-
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        self.was_pressed = True
-        if self._raises:
-            self._raises = False
-            raise KeyboardInterrupt
-
-    @contextmanager
-    def raising(self) -> Iterator[None]:
-        """A block in which it raises; what was pressed before is past."""
-        self._raises = True
-        try:
-            yield
-        finally:
-            self.was_pressed = self._raises = False
 
 
 def line_reader() -> Callable[[str], str]:
@@ -159,26 +143,6 @@ def line_reader() -> Callable[[str], str]:
     return input
 
 
-def read_message(read: Callable[[str], str], ctrl_c: CtrlC) -> str:
-    """A line, and those after it for as long as the last ends in a backslash; /exit where there are no more."""
-    try:
-        with ctrl_c.raising():
-            lines = [read(PROMPT)]
-            while lines[-1].endswith("\\"):
-                lines[-1] = lines[-1][:-1]
-                lines.append(read(MORE))
-        return "\n".join(lines)
-    except EOFError:
-        say("")  # what the shell says next begins on a line of its own
-        return "/exit"
-    except KeyboardInterrupt:
-        say("\nCtrl-D or /exit leaves")
-        return ""
-    except UnicodeDecodeError:
-        say("that line is not UTF-8; set the terminal to it")
-        return ""
-
-
 def dim(text: str) -> str:
     is_plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not sys.stderr.isatty()
     return text if is_plain else f"\x1b[2m{text}\x1b[0m"
@@ -187,69 +151,62 @@ def dim(text: str) -> str:
 # --- commands ---
 
 
-def obey(talk: Talk, line: str) -> str:
+def obey(session: ChatSession, line: str) -> str:
     """Do what a command says; returns the message to reply to now, or nothing."""
-    name, value = (*line.split(maxsplit=1), "")[:2]
+    name, value = (*line[1:].split(maxsplit=1), "", "")[:2]
+    value = value.strip()
     if name in SETTINGS:
-        say(change(talk, name, value.strip()))
-    elif name == "/reset":
-        talk.reset()
+        say(change(session, name, value))
+    elif name == "reset":
+        session.reset()
         say("the conversation is forgotten")
-    elif name == "/system":
-        say(change_system(talk, value.strip()))
-    elif name == "/save":
-        say(save(talk, value.strip()))
-    elif name == "/retry":
-        return talk.take_back()
-    elif name == "/help":
+    elif name == "system":
+        say(change_system(session, value))
+    elif name == "save":
+        say(save(session, value))
+    elif name == "retry":
+        return session.retract()
+    elif name == "help":
         say("\n".join([*(f"{usage:<17} {meaning}" for usage, meaning in COMMANDS.items()), HINTS]))
     else:
-        raise ValueError(f"unknown command {name}; {suggestion(name)}")
+        raise ValueError(f"unknown command /{name}; /help lists them; a message that begins with / needs a space first")
     return ""
 
 
-def suggestion(name: str) -> str:
-    known = [*(usage.split()[0] for usage in COMMANDS), *SETTINGS]
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {near[0]}?" if near else "/help lists them; a message that begins with / needs a space first"
-
-
-def change(talk: Talk, name: str, value: str) -> str:
+def change(session: ChatSession, option: str, value: str) -> str:
     """Give a setting a new value, if there is one; says what it is."""
-    option = SETTINGS[name]
     if value:
+        default = getattr(Config, option)
         try:
-            number = type(getattr(Config, option))(value)
+            number = type(default)(value)
         except ValueError:
-            raise ValueError(f"{name} expects a number such as {getattr(Config, option)}, got {value!r}") from None
-        talk.c = replace(talk.c, **{option: number})
+            raise ValueError(f"/{option} expects a number such as {default}, got {value!r}") from None
+        session.c = replace(session.c, **{option: number})
         if option == "seed":
-            talk.replies = 0
-    return f"{option}: {getattr(talk.c, option)}"
+            session.replies = 0
+    return f"{option}: {getattr(session.c, option)}"
 
 
-def change_system(talk: Talk, text: str) -> str:
+def change_system(session: ChatSession, text: str) -> str:
     """Set the system message and begin again, if there is a text; says what it is."""
     if not text:
-        return f"system: {talk.c.system}" if talk.c.system else "there is no system message; /system TEXT sets one"
-    talk.c = replace(talk.c, system=text)
-    talk.reset()
+        return f"system: {session.c.system}" if session.c.system else "no system message; /system TEXT sets one"
+    session.c = replace(session.c, system=text)
+    session.reset()
     return "the system message is set, and the conversation begins again"
 
 
-def save(talk: Talk, name: str) -> str:
+def save(session: ChatSession, name: str) -> str:
     """Write the conversation as one line of JSON; says where."""
     if not name.endswith(".jsonl"):
         raise ValueError(f"/save expects a file name that ends in .jsonl, got {name!r}")
-    if not talk.messages:
+    if not session.messages:
         raise ValueError("there is nothing to save yet")
-    messages = [{"role": message.role, "content": message.content} for message in talk.conversation().messages]
+    messages = [{"role": message.role, "content": message.content} for message in session.conversation().messages]
     path = Path(name).expanduser()
     try:
         with path.open("x", encoding="utf-8") as file:
             file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
-    except FileExistsError:
-        raise ValueError(f"{path} is there already; choose another name") from None
-    except OSError as error:
+    except OSError as error:  # it exists, or its folder does not
         raise ValueError(f"{path} cannot be written ({error.strerror}); choose another name") from None
     return f"{len(messages)} messages written to {path}"

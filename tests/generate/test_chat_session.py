@@ -7,11 +7,11 @@ from itertools import accumulate
 import pytest
 
 from nanollm.bundle import Bundle
-from nanollm.generate.chat_session import Reply, Talk, TalkConfig
+from nanollm.generate.chat_session import ChatConfig, ChatSession, Reply
 from nanollm.generate.request import Completion, Request
 from nanollm.model.transformer import Transformer
 from nanollm.text.chat import Conversation, Message, encode_prompt
-from nanollm.text.tokenizer import END, USER
+from nanollm.text.tokenizer import END
 from tests.stages.conftest import MODEL
 
 LONG = replace(MODEL, context_length=128)
@@ -23,127 +23,120 @@ def bundle(tokenizer):
 
 
 @pytest.fixture
-def talk(bundle):
-    return Talk(bundle, TalkConfig(max_tokens=8, logit_bias={3: -100.0, 7: -100.0}))  # a reply does not end by itself
+def session(bundle):
+    return ChatSession(
+        bundle, ChatConfig(max_tokens=8, logit_bias={3: -100.0, 7: -100.0})
+    )  # a reply does not end by itself
 
 
-def ask(talk, question, **more):
+def ask(session, question, **more):
     """What was said, and the pieces in which it appeared."""
     pieces = []
-    talk.reply(question, talk.prompt(question), pieces.append, **more)
+    session.reply(question, session.prompt(question), pieces.append, **more)
     return "".join(pieces)
 
 
-def contents(talk):
-    return [message.content for message in talk.messages]
+def contents(session):
+    return [message.content for message in session.messages]
 
 
-def test_the_model_sees_the_system_message_and_all_turns(talk, tokenizer):
-    talk.c = replace(talk.c, system="Be kind.")
-    first, second = ask(talk, "Who?"), ask(talk, "Why?")
-    assert contents(talk) == ["Who?", first, "Why?", second]
-    turns = [Message("system", "Be kind."), *talk.messages, Message("user", "How?")]
-    assert talk.prompt("How?") == encode_prompt(Conversation(tuple(turns)), tokenizer)
-    assert talk.conversation() == Conversation(tuple(turns[:-1]))
+def test_the_model_sees_the_system_message_and_all_turns(session, tokenizer):
+    session.c = replace(session.c, system="Be kind.")
+    first, second = ask(session, "Who?"), ask(session, "Why?")
+    assert contents(session) == ["Who?", first, "Why?", second]
+    turns = [Message("system", "Be kind."), *session.messages, Message("user", "How?")]
+    assert session.prompt("How?") == encode_prompt(Conversation(tuple(turns)), tokenizer)
+    assert session.conversation() == Conversation(tuple(turns[:-1]))
 
 
-def test_a_turn_reads_again_only_what_is_new_and_says_what_a_new_start_would_say(talk, bundle):
-    ask(talk, "Once upon a time there was a king who had a daughter")
-    before = talk.engine.reused_tokens
-    fresh = Talk(bundle, talk.c)
-    fresh.messages, fresh.replies = list(talk.messages), talk.replies
-    assert ask(talk, "And then?") == ask(fresh, "And then?")
-    assert talk.engine.reused_tokens > before
+def test_a_turn_reads_again_only_what_is_new_and_says_what_a_new_start_would_say(session, bundle):
+    ask(session, "Once upon a time there was a king who had a daughter")
+    before = session.engine.reused_tokens
+    fresh = ChatSession(bundle, session.c)
+    fresh.messages, fresh.replies = list(session.messages), session.replies
+    assert ask(session, "And then?") == ask(fresh, "And then?")
+    assert session.engine.reused_tokens > before
     assert fresh.engine.reused_tokens == 0
 
 
-def test_the_oldest_exchanges_are_forgotten_by_the_model_and_that_is_said(talk, capsys):
-    talk.c = replace(talk.c, system="Be kind.")
+def test_the_oldest_exchanges_are_forgotten_by_the_model_and_that_is_said(session, capsys):
+    session.c = replace(session.c, system="Be kind.")
     questions = [f"What of {number}?" for number in range(8)]
     for question in questions:
-        assert len(talk.prompt(question)) <= LONG.context_length - 8
-        ask(talk, question)
-    assert contents(talk)[::2] == questions  # they stay in the conversation
-    assert talk.forgotten > 0
-    text = talk.bundle.tokenizer.decode(talk.prompt("Last?"))
+        assert len(session.prompt(question)) <= LONG.context_length - 8
+        ask(session, question)
+    assert contents(session)[::2] == questions  # they stay in the conversation
+    assert session.forgotten > 0
+    text = session.bundle.tokenizer.decode(session.prompt("Last?"))
     assert text.startswith("Be kind.") and text.endswith("Last?")
     assert questions[0] not in text and questions[7] in text
     said = capsys.readouterr().err.splitlines()
     assert said[0] == "the model forgot the oldest exchange: its context is 128 tokens"
-    assert len(said) == talk.forgotten // 2
-    talk.prompt("word " * 20)
+    assert len(said) == session.forgotten // 2
+    session.prompt("word " * 20)
     assert re.match(r"the model forgot the oldest \d exchanges: its context is 128", capsys.readouterr().err)
 
 
-def test_a_message_that_does_not_fit_even_alone_is_refused_and_nothing_is_forgotten(talk):
-    ask(talk, "Who?")
+def test_a_message_that_does_not_fit_even_alone_is_refused_and_nothing_is_forgotten(session):
+    ask(session, "Who?")
     with pytest.raises(ValueError, match="the model's context is 128 and a reply needs at least one"):
-        talk.prompt("word " * 200)
-    assert talk.forgotten == 0
+        session.prompt("word " * 200)
+    assert session.forgotten == 0
     long = "word " * 30
-    assert len(talk.prompt(long)) > 96  # more than leaves room for a quarter of the context, but it fits
-    ask(talk, long)
+    assert len(session.prompt(long)) > 96  # more than leaves room for a quarter of the context, but it fits
+    ask(session, long)
 
 
-def test_a_reply_without_words_is_no_part_of_the_conversation(talk, capsys):
-    talk.c = replace(talk.c, logit_bias={7: 100.0})
-    assert talk.bundle.tokenizer.mark_id(END) == 7
-    assert ask(talk, "Who?") == ""
-    assert talk.messages == []
+def test_a_reply_without_words_is_no_part_of_the_conversation(session, capsys):
+    session.c = replace(session.c, logit_bias={session.bundle.tokenizer.mark_id(END): 100.0})
+    assert ask(session, "Who?") == ""
+    assert session.messages == []
     assert "the model said nothing, so this message is left out" in capsys.readouterr().err
-    assert talk.take_back() == "Who?"
 
 
-def test_a_reply_that_is_taken_back_is_drawn_anew(talk):
-    ask(talk, "Who?")
-    first = ask(talk, "Why?")
-    question = talk.take_back()
+def test_a_reply_that_is_taken_back_is_drawn_anew(session):
+    ask(session, "Who?")
+    first = ask(session, "Why?")
+    question = session.retract()
     assert question == "Why?"
-    assert contents(talk)[-1] != first and len(talk.messages) == 2
-    assert ask(talk, question) != first
+    assert contents(session)[-1] != first and len(session.messages) == 2
+    assert ask(session, question) != first
 
 
-def test_without_a_message_nothing_can_be_taken_back(talk):
+def test_without_a_message_nothing_can_be_taken_back(session):
     with pytest.raises(ValueError, match="there is no message yet"):
-        talk.take_back()
+        session.retract()
 
 
-def test_an_interrupted_reply_stays_as_far_as_it_came(talk):
+def test_an_interrupted_reply_stays_as_far_as_it_came(session):
     told = []
 
     def is_interrupted():
         told.append(None)
         return len(told) > 4
 
-    talk.c = replace(talk.c, max_tokens=100)
-    said = ask(talk, "Who?", is_interrupted=is_interrupted)
-    assert contents(talk) == ["Who?", said]
-    assert not talk.engine.has_work
+    session.c = replace(session.c, max_tokens=100)
+    said = ask(session, "Who?", is_interrupted=is_interrupted)
+    assert contents(session) == ["Who?", said]
+    assert not session.engine.has_work
 
 
-def test_reply_i_draws_from_seed_plus_i(bundle, talk):
-    first, second = ask(talk, "Who?"), ask(talk, "Why?")
-    other = Talk(bundle, replace(talk.c, seed=1))
-    other.messages = talk.messages[:2]
+def test_reply_i_draws_from_seed_plus_i(bundle, session):
+    first, second = ask(session, "Who?"), ask(session, "Why?")
+    other = ChatSession(bundle, replace(session.c, seed=1))
+    other.messages = session.messages[:2]
     assert ask(other, "Why?") == second
-    assert ask(Talk(bundle, talk.c), "Who?") == first
+    assert ask(ChatSession(bundle, session.c), "Who?") == first
 
 
-def test_a_mark_that_begins_a_message_ends_the_reply(talk, tokenizer):
-    talk.c = replace(talk.c, logit_bias={tokenizer.mark_id(USER): 100.0})
-    prompt = talk.prompt("Who?")
-    reply = talk.reply("Who?", prompt, lambda text: None)
-    assert (reply.completion.finish, reply.completion.ids) == ("end", [])
-
-
-def test_a_stop_text_across_token_borders_ends_the_reply_and_is_never_shown(bundle, talk):
-    talk.c = replace(talk.c, max_tokens=40)
+def test_a_stop_text_across_token_borders_ends_the_reply_and_is_never_shown(bundle, session):
+    session.c = replace(session.c, max_tokens=40)
     pieces = []
-    talk.reply("Who?", talk.prompt("Who?"), pieces.append)
+    session.reply("Who?", session.prompt("Who?"), pieces.append)
     appeared = list(accumulate(pieces))  # the text after each token
     free = appeared[-1]
     stops = [free[len(text) - 1 : len(text) + 1] for text in appeared[3:] if len(text) < len(free)]  # two tokens' ends
-    stopped, heard = Talk(bundle, replace(talk.c, stop=stops[:1])), []
+    stopped, heard = ChatSession(bundle, replace(session.c, stop=stops[:1])), []
     reply = stopped.reply("Who?", stopped.prompt("Who?"), heard.append)
     assert "".join(heard) == contents(stopped)[-1] == free.partition(stops[0])[0]
     assert reply.completion.finish == "stop"
@@ -177,4 +170,4 @@ def test_figures_tell_how_fast_it_was_and_why_it_ended(tokens, finish, expected)
 )
 def test_senseless_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
-        TalkConfig(**settings)
+        ChatConfig(**settings)

@@ -14,7 +14,7 @@ import pytest
 
 from nanollm import cli
 from nanollm.bundle import load_bundle, save_bundle
-from nanollm.generate.chat_session import Talk
+from nanollm.generate.chat_session import ChatSession
 from nanollm.model.transformer import Transformer
 from nanollm.sources.datasets import chats
 from nanollm.stages import chat
@@ -48,7 +48,7 @@ def said(capsys):
 def reply_to(bundle, *questions, **settings):
     """What the model replies to the last of these questions."""
     c = chat.Config(bundle=bundle, max_tokens=4, logit_bias=NO_END, **settings)
-    talk, pieces = Talk(load_bundle(bundle), c), []
+    talk, pieces = ChatSession(load_bundle(bundle), c), []
     for question in questions:
         pieces.clear()
         talk.reply(question, talk.prompt(question), pieces.append)
@@ -65,11 +65,9 @@ def test_the_lines_of_a_pipe_are_one_conversation(piped, bundle):
     ("stdin", "words", "message"),
     [
         (b"", [], "stdin held no message; pipe one message per line, or start this in a terminal"),
-        (b"\n \n", [], "stdin held no message"),
         (b"word " * 100, [], "the model's context is 32 and a reply needs at least one; shorten the prompt"),
         (b"\xff\n", [], "line 1 of stdin is not UTF-8; convert it"),
         (b"Who?", ["--dtype", "float16", "--quantize", "int8"], "quantize int8 and kernels native need"),
-        (b"Who?", ["--system", ""], "the system message needs at least one character"),
     ],
 )
 def test_a_mistake_in_a_pipe_is_one_line_and_exit_code_2(piped, stdin, words, message):
@@ -86,7 +84,7 @@ def test_a_mistake_in_a_pipe_is_one_line_and_exit_code_2(piped, stdin, words, me
 def type_lines(bundle, capsys):
     """Types lines at the prompt; returns the talk, what stdout got and what stderr got."""
     c = chat.Config(bundle=bundle, max_tokens=3, logit_bias=NO_END)
-    talk = Talk(load_bundle(bundle), c)
+    talk = ChatSession(load_bundle(bundle), c)
 
     def make(*lines):
         left = list(lines)
@@ -114,7 +112,6 @@ def test_a_message_is_replied_to_on_stdout_and_figures_go_to_stderr(type_lines):
 @pytest.mark.parametrize(
     ("lines", "questions", "said"),
     [
-        (["one\\", "two\\", " three "], ["one\ntwo\n three"], ""),
         ([" /usr is"], ["/usr is"], ""),  # a space before it
         (["/exit", "Who?"], [], ""),
         ([KeyboardInterrupt(), "Who?"], ["Who?"], "Ctrl-D or /exit leaves"),
@@ -129,10 +126,10 @@ def test_what_is_typed_becomes_messages_and_commands(type_lines, lines, question
 
 
 def test_the_system_message_is_shown_and_set(type_lines):
-    talk, _, err = type_lines("Who?", "/system", "/system Be kind.\\", "Be brief.", "/system")
-    assert talk.c.system == "Be kind.\nBe brief."
+    talk, _, err = type_lines("Who?", "/system", "/system Be kind.", "/system")
+    assert talk.c.system == "Be kind."
     assert talk.messages == []
-    lines = ["there is no system message; /system TEXT sets one", "the system message is set", "system: Be kind."]
+    lines = ["no system message; /system TEXT sets one", "the system message is set", "system: Be kind."]
     assert [line in err for line in lines] == [True] * 3
 
 
@@ -143,23 +140,17 @@ def test_retry_replies_again_to_the_last_message(type_lines):
 
 
 def test_settings_are_shown_and_changed(type_lines):
-    talk, _, err = type_lines("/temp 0", "/top_k 5", "/seed 9", "/max_tokens 2", "/temperature", "Who?")
+    talk, _, err = type_lines("/temperature 0", "/top_k 5", "/seed 9", "/max_tokens 2", "/temperature", "Who?")
     c = talk.c
     assert (c.temperature, c.top_k, c.seed, c.max_tokens) == (0.0, 5, 9, 2)
     assert err.startswith("temperature: 0.0\ntop_k: 5\nseed: 9\nmax_tokens: 2\ntemperature: 0.0\n2 tokens")
-
-
-def test_a_new_seed_begins_its_draws_anew(type_lines):
-    _, out, _ = type_lines("/seed 5", "Who?", "/seed 5", "/retry")
-    first, second, _ = out.split("\n")
-    assert first == second
 
 
 def test_a_saved_conversation_is_read_by_preprocess_and_not_overwritten(type_lines, tmp_path):
     file = tmp_path / "talk.jsonl"
     talk, _, err = type_lines("/system Be kind.", "Who?", "Why 日本?", f"/save {file}", f"/save {file}")
     assert f"5 messages written to {file}\n" in err
-    assert f"{file} is there already; choose another name\n" in err
+    assert f"{file} cannot be written (File exists); choose another name\n" in err
     bad = []
     assert list(chats([file], bad.append)) == [talk.conversation()]
     assert bad == []
@@ -168,24 +159,20 @@ def test_a_saved_conversation_is_read_by_preprocess_and_not_overwritten(type_lin
 def test_help_names_every_command(type_lines):
     _, out, err = type_lines("/help")
     assert out == ""
-    assert [name for name in [*chat.COMMANDS, *chat.SETTINGS] if name.split()[0] not in f"{err} /temperature"] == []
+    assert [name for name in [*chat.COMMANDS, *chat.SETTINGS] if name.split()[0] not in err] == []
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("/rest", "unknown command /rest; did you mean /reset?"),
         ("/xyz 1", "unknown command /xyz; /help lists them; a message that begins with / needs a space first"),
-        ("/temp warm", "/temp expects a number such as 0.8, got 'warm'"),
-        ("/temp -1", "temperature must be 0 (always the likeliest token) or at least 0.0001, got -1.0"),
-        ("/seed -1", "seed must be from 0 to 2**62 - 1, got -1"),
-        ("/max_tokens 1.5", "/max_tokens expects a number such as 512, got '1.5'"),
+        ("/temperature warm", "/temperature expects a number such as 0.8, got 'warm'"),
+        ("/temperature -1", "temperature must be 0 (always the likeliest token) or at least 0.0001, got -1.0"),
         ("/retry", "there is no message yet to reply to again"),
         ("/save", "/save expects a file name that ends in .jsonl, got ''"),
         ("/save talk.jsonl", "there is nothing to save yet"),
         ("word " * 100, "the model's context is 32 and a reply needs at least one"),
         ("a\ud800", "character 1 of the text is the lone surrogate U+D800"),
-        (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "odd"), "that line is not UTF-8; set the terminal to it"),
     ],
 )
 def test_a_mistake_is_one_line_and_the_conversation_goes_on(type_lines, line, message):
@@ -282,6 +269,9 @@ def terminal(tmp_path, tokenizer, pseudo_terminal):
 
 
 def test_in_a_terminal_a_reply_streams_ctrl_c_stops_it_and_the_talk_goes_on(terminal, tmp_path):
+    readline = pytest.importorskip("readline", reason="this Python has no readline")
+    if "GNU readline" not in str(readline.__doc__):
+        pytest.skip("this Python has no GNU readline, which alone knows what is pasted")
     screen = terminal("--max_tokens", "8000")
     assert "8,192 tokens; /help lists the commands" in screen.wait_for("> ")
     screen.press("Who is there?\r")
@@ -304,50 +294,32 @@ def test_in_a_terminal_a_reply_streams_ctrl_c_stops_it_and_the_talk_goes_on(term
     screen.press("\r")
     screen.wait_for("max_tokens: 5\r\n")
     screen.wait_for("> ")
-    screen.press(f"/save {tmp_path}/talk.jsonl\r")
-    screen.wait_for("4 messages written")
-    assert screen.leave() == 0
-    messages = json.loads((tmp_path / "talk.jsonl").read_text("utf-8"))["messages"]
-    assert [message["content"] for message in messages[::2]] == ["Who is there?", "And now?"]
-    assert "Traceback" not in screen.screen
-
-
-def test_lines_that_are_pasted_are_one_message(terminal, tmp_path):
-    readline = pytest.importorskip("readline", reason="this Python has no readline")
-    if "GNU readline" not in str(readline.__doc__):
-        pytest.skip("only GNU readline knows what is pasted")
-    screen = terminal("--max_tokens", "3")
-    screen.wait_for("\x1b[?2004h")  # asks the terminal to mark it
-    screen.wait_for("> ")
-    screen.press("\x1b[200~two\nlines\x1b[201~\r")
+    screen.press("\x1b[200~two\nlines\x1b[201~\r")  # pasted: one message
     screen.wait_for("cut at max_tokens")
     screen.wait_for("> ")
     screen.press(f"/save {tmp_path}/talk.jsonl\r")
-    screen.wait_for("2 messages written")
-    assert json.loads((tmp_path / "talk.jsonl").read_text("utf-8"))["messages"][0]["content"] == "two\nlines"
+    screen.wait_for("6 messages written")
     assert screen.leave() == 0
+    messages = json.loads((tmp_path / "talk.jsonl").read_text("utf-8"))["messages"]
+    assert [message["content"] for message in messages[::2]] == ["Who is there?", "And now?", "two\nlines"]
+    assert "Traceback" not in screen.screen
 
 
-def test_without_colour_nothing_is_dim_and_a_reply_cannot_steer_the_terminal(terminal, tokenizer):
-    escape = tokenizer.encode("\x1b")
-    words = ["--max_tokens", "3", "--logit_bias", json.dumps({str(token): 100 for token in escape})]
-    screen = terminal(*words, NO_COLOR="1")
-    screen.wait_for("> ")
-    screen.press("Who?\r")
-    screen.wait_for("Who?\r\n")
-    shown = screen.wait_for("first after")
-    assert "\ufffd\ufffd\ufffd\r\n3 tokens, " in shown
-    assert "\x1b[2m" not in shown
-    assert screen.leave() == 0
+def test_a_reply_cannot_steer_the_terminal_and_figures_are_dim_where_colours_are_wanted(monkeypatch):
+    screen = io.StringIO()
+    screen.isatty = lambda: True
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setattr(sys, "stderr", screen)
+    chat.show("a\x1b[2Jb\n")
+    assert screen.getvalue() == "a\ufffd[2Jb\n"
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("NO_COLOR", "")
+    assert chat.dim("9 tokens") == "\x1b[2m9 tokens\x1b[0m"
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert chat.dim("9 tokens") == "9 tokens"
 
 
-def test_prompts_never_go_into_a_file(bundle, tmp_path, pseudo_terminal):
-    keyboard, inside = pseudo_terminal
-    os.write(keyboard, b"Who?\n\x04")
-    words = ["chat", str(bundle), "--dtype", "float32", "--max_tokens", "4", *ENDLESS]
-    with (tmp_path / "out.txt").open("wb") as file:
-        command = [sys.executable, "-m", "nanollm", *words]
-        done = subprocess.run(command, stdin=inside, stdout=file, stderr=subprocess.PIPE, timeout=60, check=False)
-    assert done.returncode == 0
-    assert (tmp_path / "out.txt").read_text("utf-8") == reply_to(bundle, "Who?") + "\n"
-    assert done.stderr.count(b"> ") == 2
+def test_prompts_never_go_into_a_file(monkeypatch, capsys):
+    monkeypatch.setattr("builtins.input", lambda: "Who?")
+    assert chat.line_reader()("> ") == "Who?"  # stdout is no terminal here
+    assert capsys.readouterr() == ("", "> ")
