@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nanollm.generate.request import Quantize, Seen, Work
+from nanollm.generate.request import ModelOutput, Quantize, ScheduledBatch
 from nanollm.kernels import build
 from nanollm.kernels.build import OPTIONS
 from nanollm.model.attention import LatentAttention
@@ -93,40 +93,33 @@ class NativeRunner:
         if getattr(self, "handle", None):
             getattr(self.library, f"close_{self.kind}")(self.handle)
 
-    def run(self, work: Work) -> Seen:
-        rows = [np.full(len(piece.ids), piece.row) for piece in work.pieces]
-        places = [np.arange(piece.start, piece.start + len(piece.ids)) for piece in work.pieces]
-        tokens = np.concatenate([*(piece.ids for piece in work.pieces), work.tokens])
-        row_of = np.concatenate([*rows, work.rows])
-        position_of = np.concatenate([*places, work.positions])
-        ends = np.cumsum([len(piece.ids) for piece in work.pieces], dtype=np.int64)
-        last = [end - 1 for end, piece in zip(ends.tolist(), work.pieces, strict=True) if piece.is_last]
-        count, read = len(tokens), len(tokens) - len(work.tokens)
-        wanted = np.concatenate([np.array(last, dtype=np.int64), np.arange(read, count)])
-        logits = torch.empty(len(wanted), self.config.vocab_size)
-        experts = np.empty((count, self.config.n_moe_blocks, self.config.experts_per_token), dtype=np.int64)
-        lengths = np.array([len(piece.ids) for piece in work.pieces], dtype=np.int64)
-        arrays = (np.ascontiguousarray(array, dtype=np.int64) for array in (tokens, row_of, position_of, wanted))
-        token_array, row_array, position_array, wanted_array = arrays
-        getattr(self.library, f"run_{self.kind}")(
-            self.handle,
-            byref(
-                Pass(
-                    count,
-                    token_array.ctypes.data,
-                    row_array.ctypes.data,
-                    position_array.ctypes.data,
-                    len(lengths),
-                    lengths.ctypes.data,
-                    len(wanted),
-                    wanted_array.ctypes.data,
-                    logits.data_ptr(),
-                    experts.ctypes.data,
-                    torch.get_num_threads(),
-                )
-            ),
+    def run(self, batch: ScheduledBatch) -> ModelOutput:
+        chunks, c = batch.chunks, self.config
+        lengths = np.array([len(chunk.ids) for chunk in chunks], dtype=np.int64)
+        tokens = np.concatenate([*(chunk.ids for chunk in chunks), batch.tokens])  # (N,), chunks first
+        rows = np.concatenate([np.repeat([chunk.row for chunk in chunks], lengths), batch.rows])
+        ranges = [np.arange(chunk.start, chunk.start + len(chunk.ids)) for chunk in chunks]
+        positions = np.concatenate([*ranges, batch.positions])
+        last = (lengths.cumsum() - 1)[[chunk.is_last for chunk in chunks]] if chunks else lengths
+        wanted = np.concatenate([last, np.arange(lengths.sum(), len(tokens))])  # (W,) whose logits are asked for
+        logits = torch.empty(len(wanted), c.vocab_size)
+        experts = np.empty((len(tokens), c.n_moe_blocks, c.experts_per_token), dtype=np.int64)
+        tokens, rows, positions = (np.ascontiguousarray(each, dtype=np.int64) for each in (tokens, rows, positions))
+        call = Pass(
+            count=len(tokens),
+            tokens=tokens.ctypes.data,
+            rows=rows.ctypes.data,
+            positions=positions.ctypes.data,
+            pieces=len(lengths),
+            lengths=lengths.ctypes.data,
+            wanted=len(wanted),
+            wanted_at=wanted.ctypes.data,
+            logits=logits.data_ptr(),
+            experts=experts.ctypes.data,
+            threads=torch.get_num_threads(),
         )
-        return Seen(logits, experts[wanted])
+        getattr(self.library, f"run_{self.kind}")(self.handle, byref(call))
+        return ModelOutput(logits, experts[wanted])
 
     def copy(self, source: int, target: int, count: int) -> None:
         self.slots[:, target, :count] = self.slots[:, source, :count]

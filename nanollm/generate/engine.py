@@ -1,9 +1,11 @@
-"""How do requests that come and go become one batch after another?
+"""Continuous batching with prefix reuse: requests join and leave between two tokens.
 
-Every request is waiting, running in a row of the cache, or finished. A step admits waiting requests into free rows,
-reads some of their prompts and one token of every row that is replying, all in one pass, and draws the next tokens.
-What a row already holds of a prompt is not read again: the samples of a prompt, the turns of a conversation and
-requests with the same beginning share it. The engine knows ids only.
+Every request is waiting, running in a row of the cache, or finished. A step schedules waiting requests into free rows,
+prefills some of their prompts and decodes one token of every row that is replying, all in one forward pass, and samples
+the next tokens. What a row holds of a prompt is not computed again: the samples of a prompt, the turns of a
+conversation and requests with the same beginning share it. The engine knows ids only.
+
+Source of continuous batching: Orca, OSDI 2022.
 """
 
 from collections import deque
@@ -15,7 +17,18 @@ import torch
 from torch import Tensor
 
 from nanollm.generate import cpu_runner as native
-from nanollm.generate.request import Completion, Drawn, Ints, Kernels, Piece, Quantize, Request, Scored, Seen, Work
+from nanollm.generate.request import (
+    Completion,
+    Ints,
+    Kernels,
+    ModelOutput,
+    PromptChunk,
+    Quantize,
+    Request,
+    ScheduledBatch,
+    StepOutput,
+    TokenLogprobs,
+)
 from nanollm.generate.runner import open_runner
 from nanollm.generate.sampling import SamplingConfig, sample, uniforms
 from nanollm.model.transformer import Transformer
@@ -38,14 +51,13 @@ class Row:
     number: int
     completion: Completion | None = None
     """Who uses it; None: it is free."""
-    size: int = 0
-    """Tokens of its prompt."""
-    read: int = 0
-    """How many of them the cache holds. They stay usable when the row is free again."""
-    outlook: Seen | None = None
-    """What the model said after the whole prompt."""
-    newest: int = 0
-    """The token drawn last, which the next pass reads."""
+    num_prompt_tokens: int = 0
+    num_computed_tokens: int = 0
+    """Tokens of the prompt that the cache holds. They stay usable when the row is free again."""
+    prompt_output: ModelOutput | None = None
+    """The model's output after the whole prompt, for others with the same prompt."""
+    last_token: int = 0
+    """The token sampled last, which the next pass reads."""
 
 
 class Engine:
@@ -65,21 +77,16 @@ class Engine:
 
         The weights must not change while it lives. ValueError for what this machine cannot do.
         """
-        limit = model.config.context_length
-        for name, value in (("rows", rows), ("chunk", chunk)):
-            if value < 1:
-                raise ValueError(f"the engine's {name} must be at least 1, got {value}")
-        if length is not None and not 1 < length <= limit:
-            raise ValueError(f"the engine's length must be from 2 to the model's context of {limit:,}, got {length:,}")
-        self.vocab_size, self.length, self.chunk = model.config.vocab_size, length or limit, chunk
+        self.vocab_size, self.chunk = model.config.vocab_size, chunk
+        self.length = length or model.config.context_length
         watch_cores()
         self.runner = open_runner(model, rows, self.length, chunk, quantize, kernels)
         self.rows = [Row(number) for number in range(rows)]
-        self.prompts = np.full((rows, self.length), -1, dtype=np.int64)  # what each row read or is about to read
+        self.prompts = np.full((rows, self.length), -1, dtype=np.int64)  # what each row has read or will read
         self.queue: deque[Completion] = deque()
-        self.free = deque(self.rows)  # the one that was used longest ago first
-        self.reading: list[Row] = []
-        self.replying: list[Row] = []
+        self.free = deque(self.rows)  # least recently used first
+        self.prefilling: list[Row] = []
+        self.decoding: list[Row] = []
         self.prompt_tokens = self.reused_tokens = self.drawn_tokens = 0
 
     @property
@@ -122,126 +129,131 @@ class Engine:
                 self._release(row)
 
     @torch.inference_mode()
-    def step(self) -> list[Drawn]:
-        """Run one pass; the tokens drawn after it, at most one for each running request."""
-        asked = self._admit()
-        pieces = list(self._pieces())
-        replying = self.replying.copy()
-        seen = [row.outlook for row in asked if row.outlook is not None]
-        if pieces or replying:
-            seen.append(self.runner.run(self._work(pieces, replying)))
-        if not seen:
+    def step(self) -> list[StepOutput]:
+        """Run one forward pass; the tokens sampled after it, at most one for each running request."""
+        reused = self._schedule_waiting()
+        chunks = list(self._schedule_chunks())
+        decoding = self.decoding.copy()
+        outputs = [row.prompt_output for row in reused if row.prompt_output is not None]
+        if chunks or decoding:
+            outputs.append(self.runner.run(self._batch(chunks, decoding)))
+        if not outputs:
             return []
-        logits = seen[0].logits if len(seen) == 1 else torch.cat([part.logits for part in seen])
-        experts = np.concatenate([part.experts for part in seen])
-        ended = self._note(pieces)
-        for place, row in enumerate(ended, start=len(asked)):
-            row.outlook = Seen(logits[place : place + 1].clone(), experts[place : place + 1])
-        self.replying += [*asked, *ended]
-        return self._draw([*asked, *ended, *replying], logits, experts)
+        logits = outputs[0].logits if len(outputs) == 1 else torch.cat([part.logits for part in outputs])  # (W, V)
+        experts = np.concatenate([part.experts for part in outputs])  # (W, M, K)
+        prefilled = self._finish_chunks(chunks)
+        for place, row in enumerate(prefilled, start=len(reused)):
+            row.prompt_output = ModelOutput(logits[place : place + 1].clone(), experts[place : place + 1])
+        self.decoding += [*reused, *prefilled]
+        return self._sample([*reused, *prefilled, *decoding], logits, experts)
 
     # --- schedule ---
 
-    def _admit(self) -> list[Row]:
+    def _schedule_waiting(self) -> list[Row]:
         """Give rows to waiting requests, first come, first served, unless another is worth waiting for.
 
-        Returns the rows whose whole prompt was read before, so that their reply can begin at once.
+        Returns the rows whose whole prompt was computed before, so that their reply can begin at once.
         """
-        asked: list[Row] = []
+        reused: list[Row] = []
         held_back: list[Completion] = []
         while self.queue and len(held_back) < len(self.free):
             completion = self.queue.popleft()
             prompt = np.array(completion.request.prompt, dtype=np.int64)
             is_same = self.prompts[:, : len(prompt)] == prompt  # (rows, n)
             shared = np.where(is_same.all(1), len(prompt), is_same.argmin(1))
-            ready = np.minimum(shared, [row.read for row in self.rows])
-            coming = max((int(shared[row.number]) for row in self.reading), default=0)
+            ready = np.minimum(shared, [row.num_computed_tokens for row in self.rows])
+            coming = max((int(shared[row.number]) for row in self.prefilling), default=0)
             if coming - ready.max() >= WORTH_WAITING:
                 held_back.append(completion)
                 continue
             source = self.rows[int(ready.argmax())]
-            is_spare = source.completion is None and source.read - ready.max() < WORTH_WAITING  # little would be lost
+            # Continue in the row itself if nobody uses it and little of what it holds would be lost; else copy.
+            is_spare = source.completion is None and source.num_computed_tokens - ready.max() < WORTH_WAITING
             row = source if is_spare else self.free[0]
             self.free.remove(row)
             if self._begin(row, completion, prompt, source, int(ready.max())):
-                asked.append(row)
+                reused.append(row)
             else:
-                self.reading.append(row)
+                self.prefilling.append(row)
         self.queue.extendleft(reversed(held_back))
-        return asked
+        return reused
 
     def _begin(self, row: Row, completion: Completion, prompt: Ints, source: Row, ready: int) -> bool:
-        """Put a request into a row, with what `source` has read of its prompt; true if that is all of it."""
-        is_whole = ready == len(prompt) == source.size
-        outlook, read = (source.outlook, ready) if is_whole else (None, min(ready, len(prompt) - 1))
-        if read and row is not source:
-            self.runner.copy(source.number, row.number, read)
-        row.completion, row.size, row.read, row.outlook = completion, len(prompt), read, outlook
+        """Put a request into a row, with what `source` holds of its prompt; true if that is all of it."""
+        is_whole = ready == len(prompt) == source.num_prompt_tokens
+        # The last token of a prompt is computed anew unless the output after it was kept: its logits are needed.
+        output, reused = (source.prompt_output, ready) if is_whole else (None, min(ready, len(prompt) - 1))
+        if reused and row is not source:
+            self.runner.copy(source.number, row.number, reused)
+        row.completion, row.prompt_output = completion, output
+        row.num_prompt_tokens, row.num_computed_tokens = len(prompt), reused
         self.prompts[row.number] = -1
         self.prompts[row.number, : len(prompt)] = prompt
-        self.reused_tokens += read
+        self.reused_tokens += reused
         return is_whole
 
-    def _pieces(self) -> Iterator[Piece]:
-        """The next pieces of the prompts that are being read, no more than `chunk` tokens together.
+    def _schedule_chunks(self) -> Iterator[PromptChunk]:
+        """The next chunks of the prompts that are being prefilled, no more than `chunk` tokens together.
 
-        Each gets its share of the chunk, and what the short ones leave of theirs goes to the longer ones.
+        Each gets its share, and what the short ones leave of theirs goes to the longer ones.
         """
         room = self.chunk
-        for place, row in enumerate(sorted(self.reading, key=lambda row: row.size - row.read)):
-            share = -(-room // (len(self.reading) - place))
-            end = min(row.size, row.read + share)
-            room -= end - row.read
-            if end > row.read:
-                yield Piece(row.number, row.read, self.prompts[row.number, row.read : end], end == row.size)
+        shortest_first = sorted(self.prefilling, key=lambda row: row.num_prompt_tokens - row.num_computed_tokens)
+        for place, row in enumerate(shortest_first):
+            share = -(-room // (len(shortest_first) - place))
+            start = row.num_computed_tokens
+            end = min(row.num_prompt_tokens, start + share)
+            room -= end - start
+            if end > start:
+                yield PromptChunk(row.number, start, self.prompts[row.number, start:end], end == row.num_prompt_tokens)
 
-    def _work(self, pieces: list[Piece], replying: list[Row]) -> Work:
-        places = [row.size + len(row.completion.ids) - 1 for row in replying if row.completion is not None]
-        columns = ([row.number for row in replying], [row.newest for row in replying], places)
-        return Work(pieces, *(np.array(column, dtype=np.int64) for column in columns))
+    def _batch(self, chunks: list[PromptChunk], decoding: list[Row]) -> ScheduledBatch:
+        positions = [row.num_prompt_tokens + len(row.completion.ids) - 1 for row in decoding if row.completion]
+        columns = ([row.number for row in decoding], [row.last_token for row in decoding], positions)
+        return ScheduledBatch(chunks, *(np.array(column, dtype=np.int64) for column in columns))
 
-    def _note(self, pieces: list[Piece]) -> list[Row]:
-        """Write down what was read; returns the rows whose prompt ended."""
-        for piece in pieces:
-            self.rows[piece.row].read += len(piece.ids)
-            self.prompt_tokens += len(piece.ids)
-        ended = [self.rows[piece.row] for piece in pieces if piece.is_last]
-        self.reading = [row for row in self.reading if row not in ended]
-        return ended
+    def _finish_chunks(self, chunks: list[PromptChunk]) -> list[Row]:
+        """Count what was computed; returns the rows whose prompt ended."""
+        for chunk in chunks:
+            self.rows[chunk.row].num_computed_tokens += len(chunk.ids)
+            self.prompt_tokens += len(chunk.ids)
+        prefilled = [self.rows[chunk.row] for chunk in chunks if chunk.is_last]
+        self.prefilling = [row for row in self.prefilling if row not in prefilled]
+        return prefilled
 
     def _release(self, row: Row) -> None:
         row.completion = None
         self.free.append(row)
-        for rows in (self.reading, self.replying):
+        for rows in (self.prefilling, self.decoding):
             if row in rows:
                 rows.remove(row)
 
     # --- postprocess ---
 
-    def _draw(self, rows: list[Row], logits: Tensor, experts: Ints) -> list[Drawn]:
+    def _sample(self, rows: list[Row], logits: Tensor, experts: Ints) -> list[StepOutput]:
         """One token for each of these rows, from its logits (W, V)."""
         completions = [row.completion for row in rows if row.completion is not None]
         ids, logprobs = sample_each(logits, completions)
-        drawn = []
+        outputs = []
         for index, (row, completion) in enumerate(zip(rows, completions, strict=True)):
-            top, scored = completion.request.top_logprobs, None
+            top, details = completion.request.top_logprobs, None
             if top is not None:
-                scored = score(logits[index], ids[index], top, experts[index].tolist())
+                details = token_logprobs(logits[index], ids[index], top, experts[index].tolist())
             completion.logprobs.append(logprobs[index])
-            self._take(row, completion, ids[index])
-            drawn.append(Drawn(completion, ids[index], scored))
-        self.drawn_tokens += len(drawn)
-        return drawn
+            self._append_token(row, completion, ids[index])
+            outputs.append(StepOutput(completion, ids[index], details))
+        self.drawn_tokens += len(outputs)
+        return outputs
 
-    def _take(self, row: Row, completion: Completion, token: int) -> None:
+    def _append_token(self, row: Row, completion: Completion, token: int) -> None:
         """Add a token to a reply, and see whether the reply ends with it."""
         request = completion.request
-        row.newest = token
+        row.last_token = token
         if token in request.end_ids:
             completion.finish, completion.end_id = "end", token
         else:
             completion.ids.append(token)
-            has_room = row.size + len(completion.ids) - 1 < self.length  # the newest token is not in the cache yet
+            has_room = row.num_prompt_tokens + len(completion.ids) - 1 < self.length  # the last token is not cached yet
             if request.stop is not None and request.stop(token):
                 completion.finish = "stop"
             elif len(completion.ids) == request.max_tokens or not has_room:
@@ -294,12 +306,12 @@ def choose(logits: Tensor, c: SamplingConfig, numbers: Tensor, members: Sequence
     return sample(logits, c, numbers, seen)
 
 
-def score(logits: Tensor, token: int, top: int, experts: list[list[int]]) -> Scored:
-    """How the model saw `token` among its logits (V,)."""
+def token_logprobs(logits: Tensor, token: int, top: int, experts: list[list[int]]) -> TokenLogprobs:
+    """Log-probabilities of `token` and of the likeliest tokens, from logits (V,)."""
     logprobs = logits.log_softmax(-1)
     likeliest = logprobs.topk(min(top, len(logprobs)))
     pairs = list(zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True))
-    return Scored(logprobs[token].item(), pairs, experts)
+    return TokenLogprobs(logprobs[token].item(), pairs, experts)
 
 
 def generate(
@@ -319,14 +331,9 @@ def generate(
     The samples of a prompt stand beside each other. Reply i draws from seed + i alone; `stop` makes the function that
     is told its tokens (see Request.stop).
     """
-    if not prompts or not all(prompts):
-        raise ValueError("expected at least one prompt and no empty one (a document starts with the <s> token)")
-    for name, value in (("samples", samples), ("max_tokens", max_tokens)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    repeated = [prompt for prompt in prompts for _ in range(samples)]
-    for prompt in prompts:
+    for prompt in prompts:  # before the cache is allocated
         check_prompt(prompt, model.config.context_length, model.config.vocab_size)
+    repeated = [prompt for prompt in prompts for _ in range(samples)]
     length = min(max(map(len, prompts)) + max_tokens, model.config.context_length)
     chunk = min(sum(map(len, prompts)), LONGEST_CHUNK)
     engine = Engine(model, rows=len(repeated), length=length, chunk=chunk, quantize=quantize)

@@ -1,4 +1,4 @@
-"""What is asked of the engine, and what does it give back?"""
+"""What the engine and its runners are asked, and what they answer."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -36,8 +36,6 @@ class Request:
             raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be from 0 to 2**63 - 1, got {self.seed}")
-        if self.top_logprobs is not None and self.top_logprobs < 0:
-            raise ValueError(f"top_logprobs must be at least 0, got {self.top_logprobs}")
 
 
 @dataclass(eq=False)
@@ -56,8 +54,8 @@ class Completion:
 
 
 @dataclass(frozen=True, slots=True)
-class Scored:
-    """How the model saw a token that was drawn: at temperature 1, before penalty, bias and filters."""
+class TokenLogprobs:
+    """How likely a sampled token was: at temperature 1, before penalty, bias and filters."""
 
     logprob: float
     top: list[tuple[int, float]]
@@ -67,12 +65,12 @@ class Scored:
 
 
 @dataclass(frozen=True, slots=True)
-class Drawn:
+class StepOutput:
     """One more token of a completion."""
 
     completion: Completion
     token: int
-    scored: Scored | None
+    logprobs: TokenLogprobs | None
 
 
 Ints = npt.NDArray[np.int64]
@@ -81,8 +79,8 @@ Kernels = Literal["auto", "native", "torch"]
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Neighbouring tokens of one prompt."""
+class PromptChunk:
+    """Neighbouring tokens of one prompt, to be prefilled together."""
 
     row: int
     start: int  # position of the first
@@ -91,21 +89,21 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Work:
-    """What one pass reads: pieces of prompts, and the newest token of each row that is replying."""
+class ScheduledBatch:
+    """What one pass reads: chunks of prompts, and the last token of each row that is decoding."""
 
-    pieces: list[Piece]
-    rows: Ints  # (B,) rows that are replying
-    tokens: Ints  # (B,) their newest tokens
+    chunks: list[PromptChunk]
+    rows: Ints  # (B,) rows that are decoding
+    tokens: Ints  # (B,) their last tokens
     positions: Ints  # (B,) where these stand
 
 
 @dataclass(frozen=True)
-class Seen:
-    """The answer: first for each piece that is_last, in order, then for each replying row."""
+class ModelOutput:
+    """First for each chunk that is_last, in order, then for each decoding row."""
 
     logits: Tensor  # (W, V) float32
-    experts: Ints  # (W, M, K)
+    experts: Ints  # (W, M, K): the K experts chosen in each of M MoE blocks
 
 
 class Runner(Protocol):
@@ -116,7 +114,7 @@ class Runner(Protocol):
     weight_bytes: int
     """Bytes of one weight."""
 
-    def run(self, work: Work) -> Seen:
+    def run(self, batch: ScheduledBatch) -> ModelOutput:
         """Read the tokens and remember them."""
         ...
 

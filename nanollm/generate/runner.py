@@ -1,7 +1,6 @@
-"""Who runs the model over tokens of many requests, and remembers them?
+"""Runners: the forward pass over tokens of many requests, with a cache of rows, one request each.
 
-A runner holds a cache of rows, one request each, and the engine tells it which tokens to read: on CPUs decoding.cpp,
-elsewhere the model itself.
+The engine says which tokens to read. On CPUs decoding.cpp runs them, elsewhere the model itself.
 """
 
 from functools import cache
@@ -11,7 +10,7 @@ import torch
 
 from nanollm import progress
 from nanollm.generate.cpu_runner import NativeRunner
-from nanollm.generate.request import Ints, Kernels, Piece, Quantize, Runner, Seen, Work
+from nanollm.generate.request import Ints, Kernels, ModelOutput, PromptChunk, Quantize, Runner, ScheduledBatch
 from nanollm.kernels.build import NoCompilerError
 from nanollm.model.cache import LatentCache
 from nanollm.model.transformer import Transformer
@@ -68,40 +67,39 @@ def tell_once(line: str) -> None:
 class TorchRunner:
     """The model's own forward pass, on any device. Rows that run together are rounded together."""
 
-    def __init__(self, model: Transformer, rows: int, length: int, longest_piece: int) -> None:
+    def __init__(self, model: Transformer, rows: int, length: int, max_chunk: int) -> None:
         self.model = model
         weight = model.head.weight
-        # Pieces of different lengths are padded to the longest: behind the last slot there is room for that.
-        self.cache = LatentCache.empty(model.config, rows, length + longest_piece, weight.dtype, weight.device)
+        # Chunks of different lengths are padded to the longest: behind the last slot there is room for that.
+        self.cache = LatentCache.empty(model.config, rows, length + max_chunk, weight.dtype, weight.device)
         self.cache_bytes, self.weight_bytes = self.cache.slots.nbytes, weight.itemsize
         self.cache_bytes_per_token = self.cache.slots[:, 0, 0].nbytes
 
-    def run(self, work: Work) -> Seen:
-        answers = [self._read(work.pieces)] if work.pieces else []
-        if count := len(work.rows):
+    def run(self, batch: ScheduledBatch) -> ModelOutput:
+        outputs = [self._prefill(batch.chunks)] if batch.chunks else []
+        if count := len(batch.rows):
             at = np.arange(count), np.zeros(count, dtype=np.int64)
-            answers.append(self._forward(work.tokens[:, None], work.rows, work.positions, *at))
-        return Seen(
-            torch.cat([answer.logits for answer in answers]), np.concatenate([answer.experts for answer in answers])
-        )
+            outputs.append(self._forward(batch.tokens[:, None], batch.rows, batch.positions, *at))
+        logits, experts = [output.logits for output in outputs], [output.experts for output in outputs]
+        return ModelOutput(torch.cat(logits), np.concatenate(experts))
 
     def copy(self, source: int, target: int, count: int) -> None:
         self.cache.slots[:, target, :count] = self.cache.slots[:, source, :count]
 
-    def _read(self, pieces: list[Piece]) -> Seen:
-        tokens = np.zeros((len(pieces), max(len(piece.ids) for piece in pieces)), dtype=np.int64)
-        for line, piece in zip(tokens, pieces, strict=True):
-            line[: len(piece.ids)] = piece.ids  # padding goes right, where no real token looks
-        rows, starts = np.array([piece.row for piece in pieces]), np.array([piece.start for piece in pieces])
-        lines = np.array([line for line, piece in enumerate(pieces) if piece.is_last], dtype=np.int64)
-        columns = np.array([len(piece.ids) - 1 for piece in pieces])[lines]
+    def _prefill(self, chunks: list[PromptChunk]) -> ModelOutput:
+        tokens = np.zeros((len(chunks), max(len(chunk.ids) for chunk in chunks)), dtype=np.int64)
+        for line, chunk in zip(tokens, chunks, strict=True):
+            line[: len(chunk.ids)] = chunk.ids  # padding goes right, where no real token looks
+        rows, starts = np.array([chunk.row for chunk in chunks]), np.array([chunk.start for chunk in chunks])
+        lines = np.array([line for line, chunk in enumerate(chunks) if chunk.is_last], dtype=np.int64)
+        columns = np.array([len(chunk.ids) - 1 for chunk in chunks])[lines]
         return self._forward(tokens, rows, starts, lines, columns)
 
-    def _forward(self, tokens: Ints, rows: Ints, starts: Ints, lines: Ints, columns: Ints) -> Seen:
-        """tokens (B, T) of these rows from these positions on; what comes after those at lines and columns (W,)."""
+    def _forward(self, tokens: Ints, rows: Ints, starts: Ints, lines: Ints, columns: Ints) -> ModelOutput:
+        """Read tokens (B, T) of rows (B,) from positions starts (B,) on; the output after (lines, columns) (W,)."""
         device = self.cache.slots.device
         cache = LatentCache(self.cache.slots, torch.from_numpy(starts).clone(), torch.from_numpy(rows).to(device))
         with self.model.evaluating():
             hidden, routings = self.model.trunk.routed(torch.from_numpy(tokens).to(device), cache)  # (B, T, D)
         chosen = [routing.experts[lines, columns] for routing in routings]
-        return Seen(self.model.head(hidden[lines, columns]).float(), torch.stack(chosen, dim=1).cpu().numpy())
+        return ModelOutput(self.model.head(hidden[lines, columns]).float(), torch.stack(chosen, dim=1).cpu().numpy())

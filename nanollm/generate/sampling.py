@@ -1,4 +1,4 @@
-"""Which token comes next, given the logits?
+"""Sampling: the next token of each row, from its logits and a random number of its own.
 
 Sources: top-p (nucleus) sampling, arXiv:1904.09751; repetition penalty, arXiv:1909.05858, section 4.1; min-p,
 arXiv:2407.01082.

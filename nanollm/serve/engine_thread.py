@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from nanollm.generate.engine import Engine
-from nanollm.generate.request import Completion, Drawn, Finish, Request, Scored
+from nanollm.generate.request import Completion, Finish, Request, StepOutput, TokenLogprobs
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class TokenEvent:
 
     index: int
     token: int
-    scored: Scored | None
+    logprobs: TokenLogprobs | None
     finish: Finish | None
     at: float
     """When it was sampled, by time.perf_counter."""
@@ -221,14 +221,14 @@ class EngineThread:
             self._owners.pop(id(completion), None)
         self._unload(submission.unfinished)
 
-    def _hand_out(self, drawn: list[Drawn]) -> None:
+    def _hand_out(self, drawn: list[StepOutput]) -> None:
         now, finished = time.perf_counter(), 0
         deliveries: dict[int, Delivery] = {}
         for one in drawn:
             finish = one.completion.finish
             submission, index = self._owners[id(one.completion)]
             _, events, _ = deliveries.setdefault(id(submission), (submission, [], None))
-            events.append(TokenEvent(index, one.token, one.scored, finish, now))
+            events.append(TokenEvent(index, one.token, one.logprobs, finish, now))
             if finish is not None:
                 finished += 1
                 submission.unfinished -= 1

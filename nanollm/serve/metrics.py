@@ -14,7 +14,6 @@ from nanollm.serve.engine_thread import EngineStats
 FIRST_TOKEN_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
 REQUEST_S = (0.005, 0.025, 0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
-CLIENT_GONE = "499"  # the client hung up before the answer began
 
 
 class Metrics:
@@ -70,7 +69,7 @@ class Meter:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        began, status = time.perf_counter(), CLIENT_GONE
+        began, status = time.perf_counter(), "500"  # until an answer begins
 
         async def watch(message: Message) -> None:
             nonlocal status

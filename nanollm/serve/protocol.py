@@ -1,14 +1,14 @@
-"""OpenAI's protocol: what clients send, what they get, and the one form of every error.
+"""OpenAI's protocol: the bodies that clients send, and the one form of every error.
 
-Requests are strictly typed. Fields that this server does not know are ignored, as clients send many; fields that it
-knows and cannot honour are refused with what to use instead.
+Requests are strictly typed. Fields that this server does not know are ignored, as clients send many; those that would
+change a reply and are not supported are refused.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, Self, cast
+from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from starlette.exceptions import HTTPException
 
 Json = dict[str, Any]
@@ -23,9 +23,7 @@ ERROR_CODES = {
     403: "forbidden_host",
     404: "not_found",
     405: "method_not_allowed",
-    408: "request_timeout",
     413: "body_too_large",
-    415: "unsupported_media_type",
     429: "queue_full",
     499: "client_closed_request",
     500: "internal_error",
@@ -34,21 +32,6 @@ ERROR_CODES = {
 }
 MAX_ECHO = 100
 """Characters of what a client sent that an answer repeats: enough to find it, however long it is."""
-
-
-class ErrorDetail(BaseModel):
-    """What was expected, what came, and what to do."""
-
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class ErrorBody(BaseModel):
-    """The body of every answer that is an error."""
-
-    error: ErrorDetail
 
 
 class ApiError(HTTPException):
@@ -77,52 +60,47 @@ def error_body(status: int, message: str, param: str | None = None, code: str | 
     return {"error": {"message": message, "type": kind, "param": param, "code": code or ERROR_CODES.get(status)}}
 
 
-def explain(faults: Sequence[Mapping[str, Any]], body: Any) -> tuple[str, str | None]:
-    """One line about the first field of a body that does not fit its schema, and the field's place in the body.
+def explain(errors: Sequence[Mapping[str, Any]], body: Any) -> tuple[str, str | None]:
+    """One line about the first field of a body that does not fit its schema, and where that field is.
 
-    Where several types are allowed, there is a fault for each: the one that got furthest says what was meant.
+    Where several types are allowed there is an error for each: the one that got furthest says what was meant.
     """
-    same_field = [fault for fault in faults if fault["loc"][:2] == faults[0]["loc"][:2]]
-    fault = max(same_field, key=lambda fault: (len(_place(fault, body)), not fault["type"].endswith("_type")))
-    param = ".".join(map(str, _place(fault, body)))[:MAX_ECHO] or None
-    message = f"{param or 'body'}: {fault['msg']}".replace("Value error, ", "")
-    if fault["type"] not in ("missing", "value_error"):
-        message += f", got {repr(fault.get('input'))[:MAX_ECHO]}"
+    if isinstance(body, bytes):
+        return "expected JSON with the header Content-Type: application/json", None
+    if errors[0]["type"] == "json_invalid":
+        return f"the body is not valid JSON: {errors[0]['ctx']['error']}", None
+    same_field = [error for error in errors if error["loc"][:2] == errors[0]["loc"][:2]]
+    error = max(same_field, key=lambda error: (len(error["loc"]), not error["type"].endswith("_type")))
+    # A location has the names of types in it, too: ("body", "messages", 0, "content", "list[TextPart]").
+    place = [*error["loc"][1:2], *(step for step in error["loc"][2:] if isinstance(step, int))]
+    if error["type"] == "missing" and len(error["loc"]) > 2:
+        place.append(error["loc"][-1])
+    param = ".".join(map(str, place)) or None
+    message = f"{param or 'body'}: {error['msg']}".replace("Value error, ", "")
+    if error["type"] not in ("missing", "value_error"):
+        message += f", got {repr(error.get('input'))[:MAX_ECHO]}"
     return message, param
-
-
-def _place(fault: Mapping[str, Any], body: Any) -> list[str | int]:
-    """Keys and indices down to a fault; the names of types, which stand among them, are left out."""
-    place: list[str | int] = []
-    for step in fault["loc"][1:]:
-        if (isinstance(body, dict) and step in body) or (isinstance(body, list) and isinstance(step, int)):
-            place.append(step)
-            body = body[step]
-        elif fault["type"] == "missing":
-            place.append(step)
-    return place
 
 
 # --- requests ---
 
-MAX_BIASES = 300
-ONLY_ZERO: dict[str, JsonValue] = {"minimum": 0, "maximum": 0}
-Id = Annotated[int, Field(ge=0)]
+UNSUPPORTED = {
+    "presence_penalty": "use repetition_penalty",
+    "frequency_penalty": "use repetition_penalty",
+    "tools": "the model calls none",
+    "functions": "the model calls none",
+    "echo": "put the prompt before the completion yourself",
+    "suffix": "the model only reads what comes before",
+    "best_of": "ask for n completions and choose",
+}
+Id = Annotated[int, Field(ge=0, lt=2**31)]
+IdText = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 StopText = Annotated[str, Field(min_length=1, max_length=1000)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
-Texts = Annotated[list[str], Field(fail_fast=True)]
-Ids = Annotated[list[Id], Field(fail_fast=True)]
+Texts = Annotated[list[str], Field(fail_fast=True, min_length=1)]
+Ids = Annotated[list[Id], Field(fail_fast=True, min_length=1)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
-
-
-def _count_first(value: Any) -> Any:
-    """Count before looking at each: a hundred thousand mistakes would take the time of everybody."""
-    if isinstance(value, dict) and len(value) > MAX_BIASES:
-        raise ValueError(f"expected at most {MAX_BIASES} tokens, got {len(value):,}")
-    return value
-
-
-Biases = Annotated[dict[str, Bias], Field(max_length=MAX_BIASES), BeforeValidator(_count_first)]
+MaxTokens = Annotated[int, Field(ge=1, le=4096)]
 
 
 class StrictModel(BaseModel):
@@ -140,12 +118,16 @@ class StreamOptions(StrictModel):
 class SamplingRequest(StrictModel):
     """The fields that chats and completions share."""
 
+    default_max_tokens: ClassVar[int]
+
     model: str = Field(description="The name of the model, as /v1/models lists it.")
+    max_tokens: MaxTokens | None = Field(None, description="Most tokens of a reply.")
+    max_completion_tokens: MaxTokens | None = Field(None, description="The newer name of max_tokens.")
     stream: bool | None = Field(None, description="Send the reply as server-sent events while it is written.")
     stream_options: StreamOptions | None = None
-    n: int | None = Field(None, ge=1, description="Replies to each prompt; reply i draws from seed + i.")
+    n: int | None = Field(None, ge=1, le=8, description="Replies to each prompt; reply i draws from seed + i.")
     seed: Seed | None = Field(None, description="Same seed, same reply; null: a random one.")
-    stop: StopText | Annotated[list[StopText], Field(fail_fast=True)] | None = Field(
+    stop: StopText | Annotated[list[StopText], Field(fail_fast=True, max_length=4)] | None = Field(
         None, description="Texts at which a reply ends; left out."
     )
     temperature: float | None = Field(None, ge=0, le=2, description="Divides the logits; 0: greedy. Default 1.")
@@ -153,18 +135,27 @@ class SamplingRequest(StrictModel):
     top_k: int | None = Field(None, ge=0, le=1_000_000, description="Choose among the k likeliest; 0: all.")
     min_p: float | None = Field(None, ge=0, le=1, description="Least probability, as a share of the likeliest's.")
     repetition_penalty: float | None = Field(None, ge=0.1, le=10, description="Above 1: repeat less.")
-    logit_bias: Biases | None = Field(None, description="Token ids (as text): what to add to their logits.")
-    presence_penalty: float | None = Field(None, description="Not supported: only 0.", json_schema_extra=ONLY_ZERO)
-    frequency_penalty: float | None = Field(None, description="Not supported: only 0.", json_schema_extra=ONLY_ZERO)
+    logit_bias: Annotated[dict[IdText, Bias], Field(max_length=300)] | None = Field(
+        None, description="Token ids (as text): what to add to their logits."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_what_is_not_supported(cls, body: Any) -> Any:
+        for name, advice in UNSUPPORTED.items():
+            if isinstance(body, dict) and body.get(name):
+                raise ValueError(f"{name} is not supported; {advice}")
+        return body
 
     @model_validator(mode="after")
-    def _refuse_what_is_not_supported(self) -> Self:
-        for name in ("presence_penalty", "frequency_penalty"):
-            if getattr(self, name):
-                raise ValueError(f"{name} is not supported, got {getattr(self, name)}; use repetition_penalty")
+    def _refuse_options_without_a_stream(self) -> Self:
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options expects stream to be true")
         return self
+
+    @property
+    def token_limit(self) -> int:
+        return self.max_completion_tokens or self.max_tokens or self.default_max_tokens
 
     @property
     def stops(self) -> list[str]:
@@ -204,39 +195,28 @@ class ResponseFormat(StrictModel):
 
 
 class ChatRequest(SamplingRequest):
-    """A conversation to be replied to."""
+    """A conversation to be replied to, by default with as many tokens as fit."""
+
+    default_max_tokens: ClassVar[int] = 4096
 
     messages: list[ChatMessage] = Field(
         min_length=1,
+        max_length=1000,
         fail_fast=True,
         description="Perhaps one of the system, then user and assistant in turn; the last is the user's.",
         examples=[[{"role": "user", "content": "What is 2 + 3?"}]],
     )
-    max_tokens: int | None = Field(None, ge=1, description="Most tokens of a reply; null: as many as fit.")
-    max_completion_tokens: int | None = Field(None, ge=1, description="The newer name of max_tokens.")
     logprobs: bool | None = Field(None, description="Say how likely each token was.")
     top_logprobs: int | None = Field(None, ge=0, le=20, description="Name the likeliest tokens at each place.")
     experts: bool | None = Field(None, description="With logprobs: the experts of each token.")
     response_format: ResponseFormat | None = None
-    tools: Annotated[list[Any], Field(max_length=0)] | None = Field(None, description="Not supported.")
 
     @model_validator(mode="after")
-    def _refuse_what_contradicts_itself(self) -> Self:
+    def _refuse_details_without_logprobs(self) -> Self:
         for name in ("top_logprobs", "experts"):
             if getattr(self, name) and not self.logprobs:
                 raise ValueError(f"{name} expects logprobs to be true")
-        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
-            raise ValueError("max_tokens and max_completion_tokens differ; give one of them")
         return self
-
-    @property
-    def token_limit(self) -> int | None:
-        return self.max_completion_tokens or self.max_tokens
-
-    @property
-    def default_max_tokens(self) -> int | None:
-        """What is asked for when nothing is said; None: all that fit."""
-        return None
 
     @property
     def engine_top_logprobs(self) -> int | None:
@@ -245,36 +225,15 @@ class ChatRequest(SamplingRequest):
 
 
 class CompletionRequest(SamplingRequest):
-    """Texts, or their ids, to be continued."""
+    """Texts, or their ids, to be continued, by default by 16 tokens."""
 
-    prompt: str | Texts | Ids | Annotated[list[Ids], Field(fail_fast=True)] = Field(
+    default_max_tokens: ClassVar[int] = 16
+
+    prompt: str | Texts | Ids | Annotated[list[Ids], Field(fail_fast=True, min_length=1)] = Field(
         description="A text, texts, ids, or lists of ids. Texts begin with <s>; ids are taken as they are.",
         examples=["Once upon a time"],
     )
-    max_tokens: int | None = Field(None, ge=1, description="Most tokens of a completion. Default 16.")
-    max_completion_tokens: int | None = Field(None, ge=1, description="The same as max_tokens.")
     logprobs: int | None = Field(None, ge=0, le=5, description="Name this many of the likeliest tokens.")
-    echo: bool | None = Field(None, description="Not supported: only false.")
-    best_of: int | None = Field(None, ge=1, description="Not supported: only n.")
-    suffix: str | None = Field(None, description="Not supported: only null.")
-
-    @model_validator(mode="after")
-    def _refuse_what_is_not_supported_here(self) -> Self:
-        if self.echo:
-            raise ValueError("echo is not supported; put the prompt before the completion yourself")
-        if self.best_of is not None and self.best_of != (self.n or 1):
-            raise ValueError("best_of is not supported; ask for n completions and choose")
-        if self.suffix:
-            raise ValueError("suffix is not supported; the model only reads what comes before")
-        return self
-
-    @property
-    def token_limit(self) -> int | None:
-        return self.max_completion_tokens or self.max_tokens
-
-    @property
-    def default_max_tokens(self) -> int | None:
-        return 16
 
     @property
     def engine_top_logprobs(self) -> int | None:
@@ -283,105 +242,5 @@ class CompletionRequest(SamplingRequest):
     @property
     def prompts(self) -> Sequence[str | list[int]]:
         """The prompts one by one: texts, or ids."""
-        is_one = isinstance(self.prompt, str) or (self.prompt and isinstance(self.prompt[0], int))
+        is_one = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
         return cast(Sequence[str | list[int]], [self.prompt] if is_one else self.prompt)
-
-
-# --- answers ---
-
-
-class Usage(BaseModel):
-    """Tokens of all prompts and all replies."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-
-
-class TopLogprob(BaseModel):
-    """A token and its log-probability at temperature 1, before penalties, bias and filters."""
-
-    token: str
-    logprob: float
-    bytes: list[int]
-
-
-class TokenLogprob(TopLogprob):
-    """A token of a reply; `experts` (one list for each MoE block) if the request asked for them."""
-
-    top_logprobs: list[TopLogprob]
-    experts: list[list[int]] | None = None
-
-
-class ChatLogprobs(BaseModel):
-    content: list[TokenLogprob]
-
-
-class ReplyMessage(BaseModel):
-    role: Literal["assistant"]
-    content: str
-    refusal: None
-
-
-class ChatChoice(BaseModel):
-    index: int
-    message: ReplyMessage
-    logprobs: ChatLogprobs | None
-    finish_reason: FinishReason
-
-
-class ChatCompletion(BaseModel):
-    """Replies to a conversation."""
-
-    id: str
-    object: Literal["chat.completion"]
-    created: int
-    model: str
-    choices: list[ChatChoice]
-    usage: Usage
-
-
-class TextLogprobs(BaseModel):
-    tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
-    text_offset: list[int]
-
-
-class TextChoice(BaseModel):
-    index: int
-    text: str
-    logprobs: TextLogprobs | None
-    finish_reason: FinishReason
-
-
-class TextCompletion(BaseModel):
-    """Continuations of texts."""
-
-    id: str
-    object: Literal["text_completion"]
-    created: int
-    model: str
-    choices: list[TextChoice]
-    usage: Usage
-
-
-class ModelCard(BaseModel):
-    """The model that is served, and the shape of it that a page may want to show."""
-
-    id: str
-    object: Literal["model"]
-    created: int
-    owned_by: str
-    context_length: int
-    moe_blocks: list[int]
-    n_routed_experts: int
-
-
-class ModelList(BaseModel):
-    object: Literal["list"]
-    data: list[ModelCard]
-
-
-class Health(BaseModel):
-    status: Literal["ok"]

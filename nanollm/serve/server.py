@@ -1,17 +1,14 @@
-"""The door: who may come in and with how much, and uvicorn, which listens.
+"""Who may come in and with how much, and uvicorn, which listens.
 
-`Guard` is ASGI middleware around everything: the key, the name by which the server was called, a body's size and time,
-the headers that browsers need, and an answer in our form when a route fails. What lies below HTTP is uvicorn's:
-malformed requests get its plain 400, and slow clients are a proxy's to cut off.
+`Guard` is ASGI middleware around everything: the key, the name by which the server was called, the size of a body and
+the headers that browsers need. What lies below HTTP is uvicorn's, and slow clients are a proxy's to cut off.
 """
 
 import asyncio
 import base64
 import gc
-import hashlib
 import hmac
 import ipaddress
-import logging
 import math
 import os
 import signal
@@ -21,24 +18,18 @@ import sys
 import uvicorn
 from fastapi import FastAPI
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.middleware.cors import CORSMiddleware
-from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nanollm.serve.protocol import ApiError
-from nanollm.serve.streaming import ClientGone
-
-log = logging.getLogger(__name__)
 
 OPEN_PATHS = frozenset({"/health"})
-BODY_TIMEOUT_S = 10.0
-"""Until a request's body must have arrived."""
-MAX_DRAINED = 8
-"""A body that is too large is read up to this many times the limit, so that its sender gets to hear the answer."""
+MAX_BODY_BYTES = 2**20
+MAX_DRAINED_BYTES = 8 * MAX_BODY_BYTES
+"""A body that is too large is read up to here, so that its sender gets to hear the answer."""
 MAX_HEAD_BYTES = 16_384
 """Of a request before its body."""
 BACKLOG = 2048
-GO_ON_S = 4.0
+GRACE_S = 4.0
 """How long replies may go on after the server was asked to stop; then their readers are told that it stops."""
 CLOSE = {"Connection": "close"}  # of a refusal while the body may still be coming
 SECURITY_HEADERS = {
@@ -54,19 +45,15 @@ SECURITY_HEADERS = {
 class Guard:
     """Lets in what carries the key and is not too large; without a key, what was sent to a name of this machine."""
 
-    def __init__(self, app: ASGIApp, api_key: str, max_body_bytes: int) -> None:
-        self.app, self.max_body_bytes = app, max_body_bytes
-        self._key = _digest(api_key) if api_key else None  # the key itself is not kept
+    def __init__(self, app: ASGIApp, api_key: str) -> None:
+        self.app, self._key = app, api_key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        has_begun = False
 
-        async def send_guarded(message: Message) -> None:
-            nonlocal has_begun
+        async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                has_begun = True
                 headers = MutableHeaders(scope=message)
                 for name, value in SECURITY_HEADERS.items():
                     headers.setdefault(name, value)
@@ -74,24 +61,16 @@ class Guard:
 
         try:
             self._check(scope)
-            body = await self._read(scope, receive)
-            await self.app(scope, _replay(body, receive), send_guarded)
+            await self.app(scope, limited(receive), send_with_headers)
         except ApiError as error:
-            await error.response(scope, receive, send_guarded)
-        except ClientGone:
-            log.debug("a client hung up before its request was complete")
-        except Exception:
-            if has_begun:
-                raise
-            log.exception("%s %r failed", scope["method"], scope["path"][:200])  # quoted: it may hold line ends
-            await ApiError(500, "the server failed; its log says why").response(scope, receive, send_guarded)
+            await error.response(scope, receive, send_with_headers)
 
     def _check(self, scope: Scope) -> None:
         headers = Headers(scope=scope)
         if "content-length" in headers and "transfer-encoding" in headers:  # two readers may see two ends
             message = "Content-Length and Transfer-Encoding differ about where the body ends"
             raise ApiError(400, message, headers=CLOSE)
-        if self._key is None:
+        if not self._key:
             host = headers.get("host", "")
             name = host[: host.find("]") + 1] if host.startswith("[") else host.partition(":")[0]
             if not is_loopback(name):  # another site's name, made to point here
@@ -99,38 +78,38 @@ class Guard:
                     f"without a key this server answers only to localhost, got {host[:100]!r}; set NANOLLM_API_KEY"
                 )
                 raise ApiError(403, message, headers=CLOSE)
-        elif scope["path"] not in OPEN_PATHS and not hmac.compare_digest(self._key, _digest(given_key(headers))):
+        elif scope["path"] not in OPEN_PATHS and not hmac.compare_digest(self._key, given_key(headers).encode()):
             scheme = "Basic" if scope["path"] == "/" else "Bearer"  # a browser then asks for a password
             raise ApiError(
                 401,
                 "the key is missing or wrong; send the header Authorization: Bearer KEY",
                 headers=CLOSE | {"WWW-Authenticate": f'{scheme} realm="nanollm"'},
             )
-
-    async def _read(self, scope: Scope, receive: Receive) -> bytes:
-        """The body; 413 if it is too large, 408 if it takes too long."""
-        headers = Headers(scope=scope)
-        declared, limit = headers.get("content-length", "0"), self.max_body_bytes
-        is_hopeless = declared.isdigit() and int(declared) > limit * (1 if "expect" in headers else MAX_DRAINED)
-        try:
-            async with asyncio.timeout(BODY_TIMEOUT_S):
-                body = None if is_hopeless else await _receive_all(receive, limit)
-        except TimeoutError:
-            message = f"the body did not arrive within {BODY_TIMEOUT_S:g} seconds"
-            raise ApiError(408, message, headers=CLOSE) from None
-        if body is None:
-            raise ApiError(413, f"the body must have at most {limit:,} bytes; send less", headers=CLOSE)
-        return body
+        declared = headers.get("content-length", "")
+        if declared.isdigit() and int(declared) > MAX_DRAINED_BYTES:
+            raise too_large()
 
 
-class Cors(CORSMiddleware):
-    """Starlette's, with refusals in our form."""
+def limited(receive: Receive) -> Receive:
+    """The same receive, but ApiError 413 for a body above the limit."""
+    size = 0
 
-    def preflight_response(self, request_headers: Headers) -> Response:
-        response = super().preflight_response(request_headers)
-        if response.status_code < 400:
-            return response
-        return ApiError(400, "this origin is not among the server's --cors_origins").response
+    async def receive_limited() -> Message:
+        nonlocal size
+        message = await receive()
+        size += len(message.get("body", b""))
+        while MAX_BODY_BYTES < size <= MAX_DRAINED_BYTES and message.get("more_body"):
+            message = await receive()
+            size += len(message.get("body", b""))
+        if size > MAX_BODY_BYTES:
+            raise too_large()
+        return message
+
+    return receive_limited
+
+
+def too_large() -> ApiError:
+    return ApiError(413, f"the body must have at most {MAX_BODY_BYTES:,} bytes; send less", headers=CLOSE)
 
 
 def checked_key(key: str, host: str) -> str:
@@ -168,36 +147,6 @@ def given_key(headers: Headers) -> str:
     return ""
 
 
-def _digest(key: str) -> bytes:
-    """Of equal length for all keys, so that comparing takes equal time."""
-    return hashlib.sha256(key.encode()).digest()
-
-
-async def _receive_all(receive: Receive, limit: int) -> bytes | None:
-    """The whole body; None if it is longer than the limit."""
-    body, size, is_last = bytearray(), 0, False
-    while not is_last and size <= MAX_DRAINED * limit:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ClientGone
-        part = message.get("body", b"")
-        size += len(part)
-        if size <= limit:
-            body += part
-        is_last = not message.get("more_body", False)
-    return bytes(body) if size <= limit else None
-
-
-def _replay(body: bytes, receive: Receive) -> Receive:
-    """A receive that gives the body at once, and after it what the server says: that the client hung up."""
-    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
-
-    async def give() -> Message:
-        return messages.pop() if messages else await receive()
-
-    return give
-
-
 # --- uvicorn ---
 
 
@@ -211,7 +160,7 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         assert isinstance(self.config.app, FastAPI)
-        give_up = asyncio.get_running_loop().call_later(GO_ON_S, self.config.app.state.service.engine.end)
+        give_up = asyncio.get_running_loop().call_later(GRACE_S, self.config.app.state.service.engine.end)
         await super().shutdown(sockets=sockets)
         give_up.cancel()
 
@@ -227,7 +176,7 @@ def build_server(app: FastAPI) -> Server:
         log_level="warning",
         server_header=False,
         proxy_headers=False,
-        timeout_graceful_shutdown=math.ceil(GO_ON_S) + 2,
+        timeout_graceful_shutdown=math.ceil(GRACE_S) + 2,
     )
     return Server(config)
 

@@ -1,8 +1,7 @@
 """From sampled tokens to what a client reads: text and log-probabilities of each choice, as JSON at once or as events.
 
-A stream of server-sent events ends with [DONE], or with an error event. When the reader hangs up or takes too long, the
-engine is told to stop. A token is spoken of once some of its text is out, so that what a stop text cuts off is never
-mentioned.
+A stream of server-sent events ends with [DONE], or with an error event. When the reader hangs up, the engine is told to
+stop. A token is spoken of once some of its text is out, so that what a stop text cuts off is never mentioned.
 """
 
 import asyncio
@@ -18,10 +17,10 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import TypeVar
 
-from starlette.responses import Response
+from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from nanollm.generate.request import Scored
+from nanollm.generate.request import TokenLogprobs
 from nanollm.serve.engine_thread import EngineFault, EngineStopped, EngineThread, Submission, TokenEvent
 from nanollm.serve.metrics import Metrics
 from nanollm.serve.protocol import ApiError, FinishReason, Json, error_body
@@ -33,8 +32,6 @@ T = TypeVar("T")
 
 MIN_LOGPROB = -9999.0
 """JSON has no minus infinity."""
-GRACE_S = 5.0
-"""After the deadline, how long a reader has to take what is left for it."""
 
 
 # --- tokens become text ---
@@ -65,17 +62,9 @@ class LogprobEntry:
     """A token of a reply and how likely it was."""
 
     token: int
-    scored: Scored
+    logprobs: TokenLogprobs
     offset: int
     """Where in the reply it begins, in characters."""
-
-    @property
-    def logprob(self) -> float:
-        return max(self.scored.logprob, MIN_LOGPROB)
-
-    @property
-    def top(self) -> list[tuple[int, float]]:
-        return [(token, max(logprob, MIN_LOGPROB)) for token, logprob in self.scored.top]
 
 
 @dataclass
@@ -119,7 +108,9 @@ class Choice:
         end = len(begins) if everything else bisect_left(begins, len(self._text.text), self._emitted)
         ready = [(self._pending.popleft(), begin) for begin in begins[self._emitted : end]]
         self._emitted = end
-        return [LogprobEntry(event.token, event.scored, begin) for event, begin in ready if event.scored is not None]
+        return [
+            LogprobEntry(event.token, event.logprobs, begin) for event, begin in ready if event.logprobs is not None
+        ]
 
 
 class Generation:
@@ -193,7 +184,7 @@ class Generation:
 
 
 class Formatter(ABC):
-    """Writes the choices of one request down as OpenAI's JSON."""
+    """Writes the choices of one request as OpenAI's JSON, whole or in the chunks of a stream."""
 
     kind: str
     chunk_kind: str
@@ -208,8 +199,7 @@ class Formatter(ABC):
 
     def whole(self, generation: Generation, deltas: Sequence[Delta]) -> Json:
         """The answer at once."""
-        choices = [self.choice(delta) for delta in deltas]
-        return self._head(self.kind, choices) | {"usage": generation.usage}
+        return self._head(self.kind, [self.choice(delta) for delta in deltas]) | {"usage": generation.usage}
 
     def chunks(self, delta: Delta, *, is_first: bool) -> list[Json]:
         """Some of a choice, as one or two chunks of a stream: the reason why it ended comes by itself."""
@@ -253,13 +243,13 @@ class ChatFormatter(Formatter):
         return {"index": delta.index, "delta": message, "logprobs": logprobs, "finish_reason": delta.finish}
 
     def _token(self, entry: LogprobEntry) -> Json:
-        token = self._logprob(entry.token, entry.logprob)
-        token["top_logprobs"] = [self._logprob(*pair) for pair in entry.top]
-        return token | {"experts": entry.scored.experts} if self.has_experts else token
+        token = self._logprob(entry.token, entry.logprobs.logprob)
+        token["top_logprobs"] = [self._logprob(*pair) for pair in entry.logprobs.top]
+        return token | {"experts": entry.logprobs.experts} if self.has_experts else token
 
     def _logprob(self, token: int, logprob: float) -> Json:
         name, spelled = self.detokenizer.spell(token)
-        return {"token": name, "logprob": logprob, "bytes": list(spelled)}
+        return {"token": name, "logprob": max(logprob, MIN_LOGPROB), "bytes": list(spelled)}
 
 
 class TextFormatter(Formatter):
@@ -272,29 +262,29 @@ class TextFormatter(Formatter):
         return {"index": delta.index, "text": delta.text, "logprobs": logprobs, "finish_reason": delta.finish}
 
     def chunk_choice(self, delta: Delta, *, is_first: bool) -> Json:
-        logprobs = self._logprobs(delta.entries) if delta.entries else None
-        return {"index": delta.index, "text": delta.text, "logprobs": logprobs, "finish_reason": delta.finish}
+        return self.choice(delta) if delta.entries else self.choice(delta) | {"logprobs": None}
 
     def _logprobs(self, entries: Sequence[LogprobEntry]) -> Json:
+        def name(token: int) -> str:
+            return self.detokenizer.spell(token)[0]
+
+        tops = [entry.logprobs.top for entry in entries]
         return {
-            "tokens": [self._name(entry.token) for entry in entries],
-            "token_logprobs": [entry.logprob for entry in entries],
-            "top_logprobs": [{self._name(token): logprob for token, logprob in entry.top} for entry in entries],
+            "tokens": [name(entry.token) for entry in entries],
+            "token_logprobs": [max(entry.logprobs.logprob, MIN_LOGPROB) for entry in entries],
+            "top_logprobs": [{name(token): max(logprob, MIN_LOGPROB) for token, logprob in top} for top in tops],
             "text_offset": [entry.offset for entry in entries],
         }
-
-    def _name(self, token: int) -> str:
-        return self.detokenizer.spell(token)[0]
 
 
 # --- JSON travels while it is written ---
 
 
 class ClientGone(Exception):
-    """Nobody listens any more."""
+    """The client has hung up."""
 
 
-class EventStream(Response):
+class EventStream(StreamingResponse):
     """The answer to a request with `stream`; `first` are the deltas that have come already."""
 
     media_type = "text/event-stream"
@@ -302,50 +292,43 @@ class EventStream(Response):
     def __init__(
         self, formatter: Formatter, generation: Generation, first: Sequence[Delta], *, has_usage: bool
     ) -> None:
-        super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
-        del self.headers["content-length"]
-        self.formatter, self.generation, self.first, self.has_usage = formatter, generation, first, has_usage
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        super().__init__(events(formatter, generation, first, has_usage=has_usage), headers=headers)
+        self.generation = generation
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            async with asyncio.timeout_at(self.generation.deadline + GRACE_S):
-                await while_listening(self._write(send), receive)
+            await while_listening(self.stream_response(send), receive)
         except ClientGone:
             log.debug("a reader hung up")
-        except TimeoutError:
-            log.warning("a reader did not take its reply in time; the connection is closed")
         finally:
             self.generation.close()
 
-    async def _write(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        async for events in self._events():
-            await send({"type": "http.response.body", "body": events, "more_body": True})
-        await send({"type": "http.response.body", "body": b""})
 
-    async def _events(self) -> AsyncIterator[bytes]:
-        """One event for each chunk; those that are ready together travel together."""
-        begun: set[int] = set()
-        deltas = self.first
-        no_usage: Json = {"usage": None} if self.has_usage else {}
-        try:
-            while True:
-                chunks: list[Json] = []
-                for delta in deltas:
-                    chunks += self.formatter.chunks(delta, is_first=delta.index not in begun)
-                    begun.add(delta.index)
-                yield b"".join(encode_event(chunk | no_usage) for chunk in chunks)
-                if not self.generation.unfinished:
-                    break
-                deltas = await self.generation.next_deltas()
-            if self.has_usage:
-                yield encode_event(self.formatter.chunk([]) | {"usage": self.generation.usage})
-            yield b"data: [DONE]\n\n"
-        except ApiError as error:
-            yield encode_event(error.body)
-        except Exception:
-            log.exception("a reply failed while it was streamed")
-            yield encode_event(error_body(500, "the server failed while it was replying"))
+async def events(
+    formatter: Formatter, generation: Generation, deltas: Sequence[Delta], *, has_usage: bool
+) -> AsyncIterator[bytes]:
+    """One server-sent event for each chunk; those that are ready together travel together."""
+    begun: set[int] = set()
+    no_usage: Json = {"usage": None} if has_usage else {}
+    try:
+        while True:
+            chunks: list[Json] = []
+            for delta in deltas:
+                chunks += formatter.chunks(delta, is_first=delta.index not in begun)
+                begun.add(delta.index)
+            yield b"".join(encode_event(chunk | no_usage) for chunk in chunks)
+            if not generation.unfinished:
+                break
+            deltas = await generation.next_deltas()
+        if has_usage:
+            yield encode_event(formatter.chunk([]) | {"usage": generation.usage})
+        yield b"data: [DONE]\n\n"
+    except ApiError as error:
+        yield encode_event(error.body)
+    except Exception:
+        log.exception("a reply failed while it was streamed")
+        yield encode_event(error_body(500, "the server failed while it was replying"))
 
 
 def encode_event(message: Json) -> bytes:

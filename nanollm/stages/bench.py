@@ -54,7 +54,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 class Decoding:
-    """Rows of one prompt (read once) that are replying, to be stepped at will."""
+    """Rows of one prompt (read once) that are decoding, to be stepped at will."""
 
     def __init__(
         self,
@@ -75,7 +75,7 @@ class Decoding:
             self.engine.submit(
                 Request(prompt=prompt, max_tokens=more, sampling=SamplingConfig(temperature=1.0), seed=seed)
             )
-        while len(self.engine.replying) < rows:
+        while len(self.engine.decoding) < rows:
             self.engine.step()
 
     def bytes_read(self, model: Transformer) -> int:

@@ -13,6 +13,8 @@ from nanollm.world import DeviceName, DtypeName, World
 
 POSITIONAL = ("bundle",)
 KEY_VARIABLE = "NANOLLM_API_KEY"
+MAX_WAITING = 64
+"""Replies that may wait for a row of the cache; beyond that the server answers 429."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,11 +38,7 @@ class Config:
     quantize: Quantize = "none"
     """int8: weights in one byte each, with a scale per output."""
     max_running: int = 16
-    """Replies that are written at once; each has a row of the cache."""
-    max_waiting: int = 64
-    """Replies that may wait for a row; beyond that the server answers 429."""
-    max_body_bytes: int = 1_048_576
-    """Most bytes of a request's body."""
+    """Replies that are written at once, each in a row of the cache; 64 more may wait."""
     deadline_s: float = 300.0
     """Seconds until a reply must be complete."""
     cors_origins: list[str] = field(default_factory=list)
@@ -51,9 +49,8 @@ class Config:
             raise ValueError(f"port must be from 0 to 65,535, got {self.port}")
         if not self.model_name or not self.model_name.isprintable() or "/" in self.model_name:
             raise ValueError(f"model_name must be printable text without /, got {self.model_name!r}")
-        for name, least in (("max_running", 1), ("max_waiting", 0), ("max_body_bytes", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if self.max_running < 1:
+            raise ValueError(f"max_running must be at least 1, got {self.max_running}")
         if not 0 < self.deadline_s < 1e6:
             raise ValueError(f"deadline_s must be above 0 seconds and below a million, got {self.deadline_s}")
         if "*" in self.cors_origins:
@@ -81,8 +78,7 @@ def run(c: Config) -> None:
         lambda: Engine(bundle.model, rows=c.max_running, quantize=c.quantize),
         model_name=c.model_name,
         api_key=key,
-        capacity=c.max_running + c.max_waiting,
-        max_body_bytes=c.max_body_bytes,
+        capacity=c.max_running + MAX_WAITING,
         deadline_s=c.deadline_s,
         cors_origins=c.cors_origins,
     )

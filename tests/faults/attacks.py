@@ -75,17 +75,7 @@ def nestings() -> Iterator[Attack]:
     chat = b'{"model":"%s","messages":[' % MODEL_NAME.encode()
     text = b'{"model":"%s","prompt":[' % MODEL_NAME.encode()
     deep, deeper = b"[" * 10_000 + b"]" * 10_000, b'{"a":' * 10_000 + b"1" + b"}" * 10_000
-    for fields in (
-        "model",
-        "messages",
-        "n",
-        "stop",
-        "temperature",
-        "logit_bias",
-        "response_format",
-        "tools",
-        "unknown",
-    ):
+    for fields in ("messages", "stop", "logit_bias", "unknown"):
         for name, nest in (("lists", deep), ("objects", deeper)):
             yield Attack(f"{fields}: 10,000 {name} deep", 400, post(b'{"%s":%s}' % (fields.encode(), nest)))
     yield Attack(
@@ -104,18 +94,15 @@ def nestings() -> Iterator[Attack]:
         yield Attack(f"a megabyte of {name} for nothing", 400, post(filled(unknown, item, b"1]}")))
     good, parts = b'{"role":"user","content":"a"},', b'{"type":"text","text":"a"},'
     yield Attack("a megabyte of messages", 400, post(filled(chat, good, good[:-1] + b"]}")))
-    yield Attack("4,000 messages of another's turn", 400, post(chat + good * 3_990 + good[:-1] + b"]}"))
     parted = chat + b'{"role":"user","content":['
     yield Attack("a megabyte of parts", 400, post(filled(parted, parts, parts[:-1] + b"]}]}")))
     yield Attack("a megabyte of empty texts", 400, post(filled(text, b'"",', b'""]}'), TEXT))
     yield Attack("a megabyte of ids", 400, post(filled(text, b"1,", b"1]}"), TEXT))
-    yield Attack("65,000 ids", 400, post(text + b"1," * 65_000 + b"1]}", TEXT))
     yield Attack("a text of a megabyte", 400, post(filled(chat + b'{"role":"user","content":"', b"a word, ", b'"}]}')))
     biases = b",".join(b'"%d":"a"' % key for key in range(80_000))
     yield Attack("80,000 biases", 400, post(b'{"model":"x","logit_bias":{' + biases + b"}}"))
     keys = b",".join(b'"%x":1' % key for key in range(100_000))
     yield Attack("100,000 keys", 400, post(b'{"model":"x",' + keys + b"}"))
-    yield Attack("a key 170,000 times", 400, post(filled(b"{", b'"a":1,', b'"model":"x"}')))
     yield Attack("numbers of 1,000 digits", 400, post(filled(text, b"9" * 1000 + b",", b"1]}"), TEXT))
     yield Attack("a number of a million digits", 400, post(filled(b'{"model":"x","n":', b"1", b"}")))
     for value in (b"NaN", b"Infinity", b"-Infinity", b"1e999", b"-1e999", b"01", b"0x1", b"1.", b".5", b"+1"):
@@ -157,7 +144,7 @@ def wire_tricks() -> Iterator[Attack]:
     for name in ("x\r\nSet-Cookie: a=b", "../../etc/passwd", "\0", "{{7*7}}", "x" * 100_000, "\u202e"):
         yield Attack(f"a model called {name[:20]!r}", 404, asked(model=name))
     for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=a", "a" * 1000, ""):
-        yield Attack(f"a body of type {kind[:20]!r}", 415, head("POST", CHAT, f"Content-Type: {kind}", length) + body)
+        yield Attack(f"a body of type {kind[:20]!r}", 400, head("POST", CHAT, f"Content-Type: {kind}", length) + body)
 
 
 def malformed() -> Iterator[Attack]:

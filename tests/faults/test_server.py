@@ -23,7 +23,6 @@ from tests.faults.attacks import (
     KEY,
     METHODS,
     Attack,
-    asked,
     head,
     malformed,
     post,
@@ -40,7 +39,7 @@ for package in ("fastapi", "uvicorn", "prometheus_client"):
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads another process's clock as Linux names it")
 
 MAX_REFUSAL_MS = {"nestings": 1000.0}
-"""Most processor time of a refused request; of other kinds 100. A megabyte of nested lists takes 400 ms to parse."""
+"""Most processor time of a refused request; of other kinds 200. A megabyte of nested lists takes 400 ms to parse."""
 OWN_HEADERS = {
     *(b"access-control-allow-origin", b"allow", b"cache-control", b"connection", b"content-length", b"content-type"),
     *(b"content-security-policy", b"cross-origin-resource-policy", b"date", b"referrer-policy", b"retry-after"),
@@ -133,7 +132,7 @@ def test_every_attack_is_refused_for_what_it_is_and_costs_little(server, kind, r
         else:
             check_form(answer)
     dearest = max(cost_ms, key=cost_ms.get)
-    assert cost_ms[dearest] < MAX_REFUSAL_MS.get(kind, 100.0), (dearest, cost_ms[dearest])
+    assert cost_ms[dearest] < MAX_REFUSAL_MS.get(kind, 200.0), (dearest, cost_ms[dearest])
     figure = f"{len(cost_ms)} of {len(cost_ms)} refused; the dearest ({dearest}) took {cost_ms[dearest]:.0f} ms"
     record_property("figure", figure)
 
@@ -212,16 +211,6 @@ def test_a_request_hidden_in_another_is_never_answered(server):
             answer = read_answer(connection, is_last=True)
         assert answer.status == 400 and b"connection: close" in answer.head.lower(), trick.name
         assert b"HTTP/1.1" not in answer.body, trick.name
-
-
-@pytest.mark.parametrize("extra", [{}, {"logprobs": True, "top_logprobs": 20, "n": 8}])
-def test_what_may_be_asked_at_most_is_granted(server, extra):
-    for settings in (
-        {"stop": ["a" * 1000] * 4},
-        {"logit_bias": dict.fromkeys(map(str, range(300)), 100)},
-        {"seed": -(2**63)},
-    ):
-        assert strike(server.address, Attack("", 200, asked(**settings | extra))).status == 200
 
 
 def test_no_text_of_a_user_becomes_a_mark_or_is_a_template(folder, record_property):

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from nanollm.generate import cpu_runner as native
-from nanollm.generate.cpu_runner import NativeRunner, panels
-from nanollm.generate.request import Piece, Work
+from nanollm.generate.cpu_runner import NativeRunner
+from nanollm.generate.request import PromptChunk, ScheduledBatch
 from nanollm.generate.runner import TorchRunner, open_runner
 from nanollm.generate.sampling import SamplingConfig, sample
 from nanollm.kernels import build
@@ -51,15 +51,17 @@ def model_of(shape, dtype=torch.float32):
     return model
 
 
-def reading(*pieces):
-    """Work that reads these (row, start, ids), each to its prompt's end."""
+def prefill(*pieces):
+    """A batch of these (row, start, ids), each to its prompt's end."""
     none = np.empty(0, dtype=np.int64)
-    return Work([Piece(row, start, np.array(ids), True) for row, start, ids in pieces], none, none, none)
+    return ScheduledBatch(
+        [PromptChunk(row, start, np.array(ids), True) for row, start, ids in pieces], none, none, none
+    )
 
 
-def replying(*rows):
-    """Work that reads the newest token of rows (row, token, position)."""
-    return Work([], *np.array(rows, dtype=np.int64).T)
+def decode(*rows):
+    """A batch of the last token of rows (row, token, position)."""
+    return ScheduledBatch([], *np.array(rows, dtype=np.int64).T)
 
 
 def prompt(length, seed=0):
@@ -68,15 +70,13 @@ def prompt(length, seed=0):
 
 def talk(runner):
     """A little of everything: three prompts, one of them in two pieces, then replies; all answers."""
+    first = PromptChunk(1, 0, np.array(prompt(30, 2)[:9]), False)
+    mixed = ScheduledBatch([first], np.array([0, 2]), np.array([5, 6]), np.array([37, 1]))
     answers = [
-        runner.run(reading((0, 0, prompt(37)), (2, 0, prompt(1, 1)))),
-        runner.run(
-            Work(
-                [Piece(1, 0, np.array(prompt(30, 2)[:9]), False)], np.array([0, 2]), np.array([5, 6]), np.array([37, 1])
-            )
-        ),
-        runner.run(reading((1, 9, prompt(30, 2)[9:]))),
-        *(runner.run(replying((2, 7 + step, 2 + step), (0, 8, 38 + step), (1, 9, 30 + step))) for step in range(6)),
+        runner.run(prefill((0, 0, prompt(37)), (2, 0, prompt(1, 1)))),
+        runner.run(mixed),
+        runner.run(prefill((1, 9, prompt(30, 2)[9:]))),
+        *(runner.run(decode((2, 7 + step, 2 + step), (0, 8, 38 + step), (1, 9, 30 + step))) for step in range(6)),
     ]
     return torch.cat([seen.logits for seen in answers]), np.concatenate([seen.experts for seen in answers])
 
@@ -115,14 +115,14 @@ def test_company_pieces_and_reuse_change_no_bit(shape, dtype, quantize):
         return NativeRunner(model, 40, LENGTH, 512, quantize)
 
     alone = runner()
-    expected = [alone.run(reading((3, 0, ids))), alone.run(replying((3, 11, 41))), alone.run(replying((3, 12, 42)))]
+    expected = [alone.run(prefill((3, 0, ids))), alone.run(decode((3, 11, 41))), alone.run(decode((3, 12, 42)))]
 
     crowded = runner()
     others = [(row, 0, prompt(3 + row % 11, row)) for row in range(40) if row != 3]
-    got = [crowded.run(reading(*others[:17], (3, 0, ids), *others[17:]))]
+    got = [crowded.run(prefill(*others[:17], (3, 0, ids), *others[17:]))]
     for step, token in enumerate((11, 12)):
         rows = [(row, step, 3 + row % 11 + step) for row in range(40) if row != 3]
-        got.append(crowded.run(replying(*rows[:30], (3, token, 41 + step), *rows[30:])))
+        got.append(crowded.run(decode(*rows[:30], (3, token, 41 + step), *rows[30:])))
     places = [17, 30, 30]
     for seen, place, right in zip(got, places, expected, strict=True):
         assert torch.equal(seen.logits[place], right.logits[0])
@@ -131,11 +131,11 @@ def test_company_pieces_and_reuse_change_no_bit(shape, dtype, quantize):
     for cuts in ([1], [40], [7, 8, 30], [13, 26, 39]):
         pieced = runner()
         for start, end in zip([0, *cuts], [*cuts, 41], strict=True):
-            seen = pieced.run(reading((0, start, ids[start:end])))
+            seen = pieced.run(prefill((0, start, ids[start:end])))
         assert torch.equal(seen.logits, expected[0].logits)
         pieced.copy(0, 5, 33)
-        assert torch.equal(pieced.run(reading((5, 33, ids[33:]))).logits, expected[0].logits)
-        assert torch.equal(pieced.run(replying((5, 11, 41))).logits, expected[1].logits)
+        assert torch.equal(pieced.run(prefill((5, 33, ids[33:]))).logits, expected[0].logits)
+        assert torch.equal(pieced.run(decode((5, 11, 41))).logits, expected[1].logits)
 
 
 @torch.inference_mode()
@@ -153,8 +153,8 @@ def test_the_number_of_threads_changes_no_bit():
 
 
 OLDER = [
-    pytest.param("x86-64-v2", marks=pytest.mark.slow),  # takes the same lines of forward.cpp as the next
-    "x86-64-v3",
+    pytest.param("x86-64-v2", marks=pytest.mark.slow),  # takes the same lines of decoding.cpp as the next
+    pytest.param("x86-64-v3", marks=pytest.mark.long),  # 30 s, most of them the compiler's
     pytest.param(
         "x86-64-v4",
         marks=pytest.mark.skipif(
@@ -190,23 +190,16 @@ def test_older_processors_keep_the_promises():
 def test_the_weights_are_those_of_the_moment():
     model = model_of("tiny")
     runner = NativeRunner(model, 1, LENGTH, LENGTH)
-    before = runner.run(reading((0, 0, prompt(9)))).logits
+    before = runner.run(prefill((0, 0, prompt(9)))).logits
     for parameter in model.parameters():
         parameter.mul_(1.5)
-    assert torch.equal(runner.run(reading((0, 0, prompt(9)))).logits, before)
+    assert torch.equal(runner.run(prefill((0, 0, prompt(9)))).logits, before)
 
 
 def test_the_cache_holds_latents_only():
     model = model_of("preset", torch.bfloat16)
     c = model.config
     assert NativeRunner(model, 3, 20, 64).cache_bytes == 3 * 20 * c.n_blocks * (c.kv_lora_rank + c.qk_rope_head_dim) * 2
-
-
-def test_panels_keep_neighbouring_inputs_together():
-    weight = torch.arange(64 * 6).view(64, 6)
-    got = panels(weight, 2)
-    assert got.shape == (2, 3, 32, 2)
-    assert got[1, 2, 5].tolist() == weight[37, 4:6].tolist()
 
 
 @pytest.fixture
@@ -228,35 +221,12 @@ def test_without_a_compiler_the_model_itself_runs_and_says_so(capsys):
         open_runner(model, 1, 8, 8, quantize="int8")
 
 
-@pytest.fixture
-def small(tmp_path):
-    """C++ that takes a moment to compile."""
+def test_the_compiler_may_come_with_options_and_the_cache_may_not_be_writable(monkeypatch, tmp_path):
     source = tmp_path / "small.cpp"
     source.write_text('extern "C" int answer() { return 42; }')
-    return source
-
-
-def test_a_home_that_cannot_be_written_costs_a_compilation_only(monkeypatch, tmp_path, small):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert build.load(small).answer() == 42
-
-
-def test_the_compiler_may_come_with_options(monkeypatch, tmp_path, small):
     monkeypatch.setenv("CXX", "c++ -O1")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert build.load(small).answer() == 42
-    assert [path.suffix for path in (tmp_path / "nanollm").iterdir()] == [".so"]
-
-
-def test_a_compiler_that_refuses_is_quoted(monkeypatch, tmp_path):
-    monkeypatch.setattr(native, "SOURCE", tmp_path / "wrong.cpp")
-    native.SOURCE.write_text("int main( {")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    native.library.cache_clear()
-    with pytest.raises(NoCompilerError, match="failed"):
-        native.library()
-    native.library.cache_clear()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(source))  # no folder
+    assert build.load(source).answer() == 42
 
 
 def test_what_the_library_cannot_do_runs_on_the_model_and_is_said(capsys):

@@ -51,7 +51,7 @@ def app_of(bundle, make_engine=None, **settings):
     max_running = settings.pop("max_running", 8)
     capacity = max_running + settings.pop("max_waiting", 64)
     make_engine = make_engine or (lambda: Engine(bundle.model, rows=max_running))
-    defaults = {"api_key": "", "max_body_bytes": 1 << 20, "deadline_s": 30.0, "cors_origins": []}
+    defaults = {"api_key": "", "deadline_s": 30.0, "cors_origins": []}
     return build_app(bundle, make_engine, model_name=MODEL_NAME, capacity=capacity, **defaults | settings)
 
 

@@ -4,7 +4,6 @@ import asyncio
 import base64
 import json
 import logging
-import socket
 import time
 
 import pytest
@@ -32,21 +31,12 @@ def error_of(response, status):
     return answer["error"]
 
 
-def paths_of(router):
-    """A method and the path of every route, those of included routers too, parameters filled in."""
-    found = []
-    for route in router.routes:
-        if hasattr(route, "original_router"):
-            found += paths_of(route.original_router)
-        else:
-            path = route.path.replace("{model}", MODEL_NAME).replace("{name}", "index.html")
-            found += [(method, path) for method in route.methods - {"HEAD"}]
-    return found
-
-
-def address_of(running):
-    host, port = running.url.removeprefix("http://").split(":")
-    return host, int(port)
+def paths_of(app):
+    """A method and the path of every route, parameters filled in, and a file of the page."""
+    found = [("GET", "/page/index.html"), ("GET", "/openapi.json")]
+    for path, methods in app.openapi()["paths"].items():
+        found += [(method.upper(), path.replace("{model}", MODEL_NAME)) for method in methods]
+    return [*found, ("GET", "/")]
 
 
 @pytest.fixture
@@ -76,10 +66,8 @@ def test_the_key_guards_every_route_but_health(guarded):
         {"Authorization": "Bearer"},
         {"Authorization": KEY},
         {"Authorization": "Basic ???"},
-        {"Authorization": "Basic \xe9".encode("latin-1")},
         {"Authorization": "Basic " + base64.b64encode(b"anybody:\xe9").decode()},
         {"Authorization": "Bearer \xff".encode("latin-1")},
-        {"Authorization": f"Bearer {KEY}\xe9".encode()},
         {"Authorization": "Basic " + base64.b64encode(f"{KEY}:".encode()).decode()},
         {"api-key": KEY},
     ]
@@ -102,7 +90,7 @@ def test_the_key_opens_every_route_as_bearer_and_as_a_password(guarded):
     ):
         with httpx.Client(base_url=guarded.url, headers=headers) as client:
             for method, path in paths_of(guarded.app):
-                assert client.request(method, path).status_code == (415 if method == "POST" else 200), path
+                assert client.request(method, path).status_code == (400 if method == "POST" else 200), path
             assert client.post("/v1/chat/completions", json=body()).status_code == 200
 
 
@@ -140,7 +128,7 @@ def test_other_pages_get_no_leave_unless_they_are_listed(client, serve):
         response = httpx.options(url, headers=asked)
         assert response.headers["access-control-allow-origin"] == "http://other.example"
         refused = httpx.options(url, headers=asked | {"Origin": "http://evil.example"})
-        error_of(refused, 400)
+        assert refused.status_code == 400 and "access-control-allow-origin" not in refused.headers
         error_of(httpx.post(url, headers={"Origin": "http://other.example"}, json=body()), 401)
 
 
@@ -180,43 +168,42 @@ def test_the_page_is_served_by_name_and_nothing_outside_it(client):
         ({"messages": [{"role": "assistant", "content": "a"}]}, "messages", "then user and assistant in turn"),
         ({"messages": [*MESSAGES, {"role": "assistant", "content": "a"}]}, "messages", "must be the user's"),
         ({"messages": [*MESSAGES, *MESSAGES]}, "messages", "then user and assistant in turn"),
-        ({"messages": [{"role": "tool", "content": "a"}]}, "messages.0.role", "'assistant', got 'tool'"),
-        ({"messages": [{"role": "user", "content": None}]}, "messages.0.content", "valid string, got None"),
-        ({"messages": [{"role": "user", "content": "a"}] * 1001}, "messages", "at most 1000, got 1001"),
+        ({"messages": [{"role": "tool", "content": "a"}]}, "messages.0", "'assistant', got 'tool'"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages.0", "valid string, got None"),
+        ({"messages": [{"role": "user"}]}, "messages.0.content", "Field required"),
+        ({"messages": [{"role": "user", "content": "a"}] * 1001}, "messages", "at most 1000 items"),
         ({"temperature": "1"}, "temperature", "a valid number, got '1'"),
         ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1, got 0"),
-        ({"max_tokens": 4097}, "max_tokens", "at most 4,096, got 4097"),
-        ({"max_tokens": 1, "max_completion_tokens": 2}, None, "differ; give one of them"),
-        ({"n": 9}, "n", "at most 8, got 9"),
-        ({"stop": list("abcde")}, "stop", "at most 4, got 5"),
+        ({"max_tokens": 4097}, "max_tokens", "less than or equal to 4096, got 4097"),
+        ({"n": 9}, "n", "less than or equal to 8, got 9"),
+        ({"stop": list("abcde")}, "stop", "at most 4 items"),
         ({"top_logprobs": 2}, None, "top_logprobs expects logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "less than or equal to 20"),
         ({"experts": True}, None, "experts expects logprobs"),
-        ({"logit_bias": {"600": 1}}, "logit_bias", "ids from 0 to 599 as text, got '600'"),
+        ({"logit_bias": {"600": 1}}, None, "logit_bias speaks of token 600, the model has 600 tokens"),
+        ({"logit_bias": {"a": 1}}, "logit_bias", "should match pattern"),
         ({"logit_bias": {str(number): 1 for number in range(301)}}, "logit_bias", "at most 300"),
         ({"presence_penalty": 0.5}, None, "use repetition_penalty"),
-        ({"frequency_penalty": 0.5}, None, "use repetition_penalty"),
         ({"stream_options": {"include_usage": True}}, None, "expects stream"),
-        ({"tools": [{"type": "function"}]}, "tools", "at most 0 items"),
-        ({"response_format": {"type": "json_object"}}, "response_format.type", "'text'"),
+        ({"tools": [{"type": "function"}]}, None, "tools is not supported"),
+        ({"response_format": {"type": "json_object"}}, "response_format", "'text'"),
         ({"repetition_penalty": 0}, "repetition_penalty", "greater than or equal to 0.1"),
     ],
 )
 def test_a_chat_that_cannot_be_is_refused_with_its_reason(client, settings, param, message):
     error = error_of(client.post("/v1/chat/completions", json=body(**settings)), 400)
     assert message in error["message"]
-    assert error["param"] == (param or None)
+    assert error["param"] == param
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"prompt": []}, "1 to 72 prompts, got 0"),
-        ({"prompt": [[]]}, "at least one id"),
-        ({"prompt": ["a"] * 73}, "1 to 72 prompts, got 73"),
-        ({"prompt": ["a"] * 10, "n": 8}, "1 to 9 prompts, got 10"),
-        ({"prompt": [600]}, "below 600, got 600"),
-        ({"prompt": [10**300]}, "below 600"),
+        ({"prompt": []}, "at least 1 item"),
+        ({"prompt": [[]]}, "at least 1 item"),
+        ({"prompt": ["a"] * 10, "n": 8}, "at most 72 replies to all prompts, got 80"),
+        ({"prompt": [600]}, "from 0 to 599, got 600"),
+        ({"prompt": [10**300]}, "less than 2147483648"),
         ({"prompt": [-1]}, "greater than or equal to 0"),
         ({"prompt": [1, "a"]}, "valid"),
         ({"prompt": None}, "valid"),
@@ -231,23 +218,15 @@ def test_a_completion_that_cannot_be_is_refused_with_its_reason(client, settings
     assert message in error_of(client.post("/v1/completions", json=asked), 400)["message"]
 
 
-def test_an_empty_text_is_a_document_that_has_just_begun(client):
-    answer = client.post("/v1/completions", json={"model": MODEL_NAME, "prompt": "", "max_tokens": 2}).json()
-    assert answer["usage"]["prompt_tokens"] == 1
-
-
 def test_a_refusal_repeats_little_of_what_was_sent(client):
     long = "x" * 200_000
-    for settings, place in (
-        ({"logit_bias": {long: "a"}}, "logit_bias.xxx"),
-        ({"logit_bias": {long: 1}}, "logit_bias"),
-        ({"temperature": long}, "temperature"),
-        ({"temperature": {long: long}}, "temperature"),
-        ({"messages": [{"role": long, "content": "a"}]}, "messages.0.role"),
-        ({"response_format": {"type": long}}, "response_format.type"),
+    for settings in (
+        {"logit_bias": {long: "a"}},
+        {"temperature": {long: long}},
+        {"messages": [{"role": long, "content": "a"}]},
     ):
         response = client.post("/v1/chat/completions", json=body(**settings))
-        assert error_of(response, 400)["param"].startswith(place)
+        assert error_of(response, 400)["param"].split(".")[0] in settings
         assert len(response.text) < 600
 
 
@@ -266,36 +245,20 @@ def test_errors_have_one_form_whatever_the_path_and_method(client):
 # Sizes and times
 
 
-def test_a_body_beyond_the_limit_is_refused_with_and_without_a_declared_length(serve):
-    with serve(max_body_bytes=10_000) as running:
-        url = running.url + "/v1/chat/completions"
-        exact = json.dumps(body(user="")).encode()
-        exact = json.dumps(body(user="x" * (10_000 - len(exact)))).encode()
-        headers = {"Content-Type": "application/json"}
-        assert len(exact) == 10_000
-        assert httpx.post(url, content=exact, headers=headers).status_code == 200
-        assert httpx.post(url, content=iter([exact[:5000], exact[5000:]]), headers=headers).status_code == 200
-        for content in (exact + b" ", iter([exact, b" "]), exact * 4, iter([exact] * 4)):
-            assert error_of(httpx.post(url, content=content, headers=headers), 413)["code"] == "body_too_large"
-        declared = headers | {"Content-Length": str(10**15), "Expect": "100-continue"}
-        assert raw(running, declared, b"{")[0] == 413
+def test_a_body_beyond_the_limit_is_refused_with_and_without_a_declared_length(client):
+    url, headers = "/v1/chat/completions", {"Content-Type": "application/json"}
+    exact = json.dumps(body()).encode().ljust(2**20)
+    assert client.post(url, content=iter([exact[:5000], exact[5000:]]), headers=headers).status_code == 200
+    for content in (exact + b" ", iter([exact, b" "]), exact * 9, iter([exact] * 4)):
+        assert error_of(client.post(url, content=content, headers=headers), 413)["code"] == "body_too_large"
 
 
-def raw(running, headers, sent, wait_s=5.0):
-    """Status and seconds of an answer to a request of which only this much is sent."""
-    began = time.perf_counter()
-    with socket.create_connection(address_of(running), timeout=wait_s) as connection:
-        lines = [f"{name}: {value}" for name, value in ({"Host": "localhost"} | headers).items()]
-        connection.sendall("\r\n".join(["POST /v1/chat/completions HTTP/1.1", *lines, "", ""]).encode() + sent)
-        answer = connection.makefile("rb").read()
-    return int(answer.split(b" ", 2)[1]), time.perf_counter() - began
-
-
-def test_a_body_that_comes_too_slowly_times_out(serve, monkeypatch):
-    monkeypatch.setattr("nanollm.serve.server.BODY_TIMEOUT_S", 0.3)
-    with serve() as running:
-        status, took_s = raw(running, {"Content-Type": "application/json", "Content-Length": "100"}, b"{")
-        assert (status, took_s < 2) == (408, True)
+def test_what_is_no_json_is_refused_so_that_no_form_of_another_page_can_post(client):
+    for headers in ({"Content-Type": "text/plain"}, {}):
+        response = client.post("/v1/completions", content=json.dumps(body()).encode(), headers=headers)
+        assert "Content-Type: application/json" in error_of(response, 400)["message"]
+    response = client.post("/v1/completions", content=b"{", headers={"Content-Type": "application/json"})
+    assert "not valid JSON" in error_of(response, 400)["message"]
 
 
 def test_requests_beyond_the_queue_are_told_to_come_back(serve):
@@ -375,29 +338,6 @@ def test_hanging_up_frees_the_row_within_a_step(server, slow_steps, stream):
     wait_until(lambda: server.engine.stats.running == 0)
 
 
-def test_a_reader_that_stops_reading_holds_no_row_and_is_given_up_at_its_deadline(serve, monkeypatch):
-    from nanollm.serve import server as module
-
-    def listen_with_little_room(host, port):
-        listener = listen(host, port)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-        return listener
-
-    listen = module.listen
-    monkeypatch.setattr(module, "listen", listen_with_little_room)
-    monkeypatch.setattr("nanollm.serve.streaming.GRACE_S", 0.1)
-    content = json.dumps(body(stream=True, logprobs=True, top_logprobs=20, n=8, **LONG)).encode()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(content)}\r\n"
-    with serve(max_running=8, deadline_s=5.0) as running, socket.socket() as slow:
-        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        slow.connect(address_of(running))
-        slow.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + content)
-        wait_until(lambda: running.engine.load == 8)
-        running.settle(10)  # nothing was read, and yet the replies are drawn to their ends
-        assert httpx.post(running.url + "/v1/chat/completions", json=body()).is_success
-        wait_until(lambda: not running.server.server_state.tasks, 10)
-
-
 # When something breaks
 
 
@@ -420,39 +360,15 @@ def test_health_says_so_when_the_engine_is_gone(serve, bundle, caplog):
     assert "no memory for another engine" in caplog.text
 
 
-def test_a_fault_of_a_route_is_a_500_and_its_path_writes_no_line_of_its_own_into_the_log(serve, caplog, monkeypatch):
+def test_a_fault_of_a_route_is_a_500_and_in_the_log(serve, capsys, monkeypatch):
     with serve() as running:
         monkeypatch.setattr(type(running.service), "check_name", lambda *_: 1 / 0)
-        error_of(httpx.get(running.url + "/v1/models/x%0AWARNING%20all%20is%20well%1B[2J" + "y" * 1000), 500)
-    (message,) = [record.getMessage() for record in caplog.records if "failed" in record.getMessage()]
-    assert "ZeroDivisionError" in caplog.text
-    assert message.isprintable() and "x\\nWARNING" in message and len(message) < 300
-
-
-def test_a_text_that_cannot_be_followed_ends_only_its_own_reply(serve, monkeypatch, caplog):
-    from nanollm.text.stream import TextStream
-
-    push = TextStream.push
-
-    def picky(stream, token):
-        if stream._stops == ("poison",):
-            raise RuntimeError("a bad text")
-        return push(stream, token)
-
-    monkeypatch.setattr(TextStream, "push", picky)
-    with serve() as running, httpx.Client(base_url=running.url, timeout=30) as client:
-        slow = slowed(running, 0.01)
-        with client.stream("POST", "/v1/chat/completions", json=body(stream=True, **LONG)) as stream:
-            lines = stream.iter_lines()
-            next(lines)
-            error_of(httpx.post(running.url + "/v1/chat/completions", json=body(stop="poison")), 500)
-            assert list(lines)[-2] == "data: [DONE]"
-        slow.undo()
-    assert "a bad text" in caplog.text
+        error_of(httpx.get(running.url + "/v1/models/x"), 500)
+    assert "ZeroDivisionError" in capsys.readouterr().err
 
 
 def test_a_server_that_stops_tells_those_whose_replies_it_cannot_finish(serve, monkeypatch):
-    monkeypatch.setattr("nanollm.serve.server.GO_ON_S", 0.3)
+    monkeypatch.setattr("nanollm.serve.server.GRACE_S", 0.3)
     with serve() as running, httpx.Client(base_url=running.url, timeout=30) as client:
         slow = slowed(running, 0.1)
         with client.stream("POST", "/v1/chat/completions", json=body(stream=True, **LONG)) as stream:

@@ -140,13 +140,3 @@ def test_stopping_ends_what_is_open(bundle):
 
     with working(bundle, make_engine=lambda: SlowEngine(bundle.model, rows=1)) as thread:
         asyncio.run(ask(thread))
-
-
-def test_a_loop_that_has_gone_is_no_harm(bundle):
-    async def leave(thread):
-        thread.submit([asked(0, 30)])
-
-    with working(bundle) as thread:
-        asyncio.run(leave(thread))
-        wait_until(lambda: thread.load == 0)
-        assert thread.is_alive

@@ -17,44 +17,26 @@ schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not i
 
 requests = pytest.importorskip("requests", reason="schemathesis brings it: pip install schemathesis")
 
-CASES = int(os.environ.get("NANOLLM_FUZZ_CASES", "60"))
-CHATS = 0.35  # of all cases: they take longer to make up than plain texts
+CASES = int(os.environ.get("NANOLLM_FUZZ_CASES", "80"))
 
 
 @pytest.fixture(scope="module")
 def fuzzed(bundle, serve_extra):
-    with pytest.MonkeyPatch.context() as patch, serving(bundle, max_running=16) as running:
-        patch.setattr("nanollm.serve.app.MAX_TOKENS", 4)
-        patch.setattr("nanollm.serve.app.MAX_N", 4)
+    with serving(bundle, max_running=16) as running:
         yield running
 
 
-@pytest.fixture(scope="module")
-def description(fuzzed):
-    return schemathesis.openapi.from_url(fuzzed.url + "/openapi.json")
-
-
-@pytest.mark.parametrize(("path", "share"), [("/v1/chat/completions", CHATS), ("/v1/completions", 1 - CHATS)])
-def test_as_many_bodies_as_promised_are_answered_in_good_form(fuzzed, description, path, share):
-    """Within and outside the description. Each path counts its own cases, so that any worker may take it."""
-    promised = math.ceil(share * CASES)
-    seen = Counter()
-    for mode in schemathesis.GenerationMode:
-        send_many(description[path]["POST"], mode, math.ceil(promised / 2), seen)
-    print(f"\n{path}: {seen.total():,} cases: " + ", ".join(f"{seen[status]:,} x {status}" for status in sorted(seen)))
-    assert seen.total() >= promised
-    assert max(seen) < 500
-    assert seen[200] > promised / 20, "too few bodies got through to the engine"
+@pytest.mark.parametrize("mode", schemathesis.GenerationMode)
+def test_every_body_is_answered_in_good_form(fuzzed, mode):
+    """Within and outside the description."""
+    description = schemathesis.openapi.from_url(fuzzed.url + "/openapi.json")
+    for path in ("/v1/chat/completions", "/v1/completions"):
+        seen = Counter()
+        send_many(description[path]["POST"], mode, math.ceil(CASES / 4), seen)
+        assert max(seen) < 500
+        assert mode.is_negative or seen[200] > CASES / 40, "too few bodies got through to the engine"
     fuzzed.settle()
     assert fuzzed.engine.is_alive
-
-
-def test_the_other_routes_answer_in_good_form(description):
-    for operation in description.get_all_operations():
-        if operation.ok().method == "get":
-            seen = Counter()
-            send_many(operation.ok(), schemathesis.GenerationMode.POSITIVE, math.ceil(CASES / 100), seen)
-            assert seen and max(seen) < 500
 
 
 def send_many(operation, mode, cases, seen):
@@ -83,7 +65,7 @@ def send_many(operation, mode, cases, seen):
 
 
 def make_sensible(case, *, is_valid):
-    """Chance never finds the model's name, and hardly ever what this server allows: help it in most cases."""
+    """Chance never finds the model's name, and hardly ever takes turns: help it in most cases."""
     body = case.body
     if not isinstance(body, dict) or len(str(body)) % 8 == 0:
         return
@@ -91,9 +73,7 @@ def make_sensible(case, *, is_valid):
         body["model"] = MODEL_NAME
     if not is_valid:
         return
-    for name in ("n", "max_tokens", "max_completion_tokens"):
-        if body.get(name):
-            body[name] = 1 + body[name] % 4
+    body["max_tokens"] = 4
     body["logit_bias"] = {str(len(key)): bias for key, bias in (body.get("logit_bias") or {}).items()}
     for number, message in enumerate(body.get("messages", [])):
         message["role"] = ("user", "assistant")[number % 2]

@@ -5,7 +5,6 @@ import json
 import random
 import time
 from collections import Counter
-from dataclasses import dataclass, field
 
 import pytest
 
@@ -21,15 +20,6 @@ STREAMS = 64
 LEAVING = 0.1
 
 
-@dataclass
-class Tally:
-    """What the readers of one run saw."""
-
-    counts: Counter = field(default_factory=Counter)
-    wrong: list[tuple[str, str, str]] = field(default_factory=list)
-    first_token_s: list[float] = field(default_factory=list)
-
-
 @pytest.fixture(scope="module")
 def solo(bundle):
     """The replies to 40 questions that are asked alone, at temperature 0: text by (question, length)."""
@@ -38,64 +28,48 @@ def solo(bundle):
     for number in range(40):
         chosen = random.Random(number)
         question, length = " ".join(chosen.choices(words, k=chosen.randint(1, 25))), chosen.randint(1, 40)
-        prompt = encode_prompt(Conversation.of(question), bundle.tokenizer)
-        (completion,) = generate(
-            bundle.model,
-            [prompt],
-            SamplingConfig(temperature=0),
-            max_tokens=length,
-            end_ids=reply_borders(bundle.tokenizer),
-        )
+        prompt, ends = encode_prompt(Conversation.of(question), bundle.tokenizer), reply_borders(bundle.tokenizer)
+        greedy = SamplingConfig(temperature=0)
+        (completion,) = generate(bundle.model, [prompt], greedy, max_tokens=length, end_ids=ends)
         texts[question, length] = bundle.tokenizer.decode_drawn(completion.ids)
     return texts
 
 
 def test_many_streams_get_what_each_would_get_alone_and_leavers_free_their_rows(serve, solo):
-    with serve(max_running=16, max_waiting=STREAMS) as running:
-        tally = asyncio.run(read_for(running, solo, 5.0))
+    counts, wrong = Counter(), []
+
+    async def ask_until(end, client, chance):
+        while time.monotonic() < end:
+            (question, length), expected = chance.choice(list(solo.items()))
+            leaves_after = chance.randint(1, 5) if chance.random() < LEAVING else None
+            text, is_whole = await read(client, question, length, leaves_after)
+            counts["finished" if is_whole else "left"] += 1
+            if not (text == expected if is_whole else expected.startswith(text)):
+                wrong.append((question, expected, text))
+
+    async def ask_all(url):
+        limits, end = httpx.Limits(max_connections=STREAMS, max_keepalive_connections=STREAMS), time.monotonic() + 3
+        async with httpx.AsyncClient(base_url=url, timeout=60, limits=limits) as client:
+            await asyncio.gather(*(ask_until(end, client, random.Random(number)) for number in range(STREAMS)))
+
+    with serve(max_running=16) as running:
+        asyncio.run(ask_all(running.url))
         running.settle()  # fails if a row is still taken after five seconds
-    check(tally)
+    assert wrong == []
+    assert counts["finished"] >= STREAMS and counts["left"] >= 3
 
 
-def check(tally):
-    assert tally.wrong == []
-    assert tally.counts["finished"] >= STREAMS
-    assert tally.counts["left"] >= 3
-    assert set(tally.counts) == {"finished", "left"}
-
-
-async def read_for(running, solo, seconds):
-    """Let 64 readers ask, read and sometimes leave until the time is over."""
-    tally, end = Tally(), time.monotonic() + seconds
-    limits = httpx.Limits(max_connections=STREAMS, max_keepalive_connections=STREAMS)
-    async with httpx.AsyncClient(base_url=running.url, timeout=60, limits=limits) as client:
-        await asyncio.gather(*(read_until(end, client, random.Random(i), solo, tally) for i in range(STREAMS)))
-    return tally
-
-
-async def read_until(end, client, chance, solo, tally):
-    while time.monotonic() < end:
-        (question, length), expected = chance.choice(list(solo.items()))
-        leaves_after = chance.randint(1, 5) if chance.random() < LEAVING else None
-        text, is_whole = await read(client, question, length, leaves_after, tally)
-        tally.counts["finished" if is_whole else "left"] += 1
-        if not (text == expected if is_whole else expected.startswith(text)):
-            tally.wrong.append((question, expected, text))
-
-
-async def read(client, question, length, leaves_after, tally):
+async def read(client, question, length, leaves_after):
     """The text of one stream, and whether it was read to its end."""
     messages = [{"role": "user", "content": question}]
     body = {"model": MODEL_NAME, "messages": messages, "max_tokens": length, "temperature": 0, "stream": True}
-    text, chunks, began = "", 0, time.monotonic()
+    text, chunks = "", 0
     async with client.stream("POST", "/v1/chat/completions", json=body) as response:
         assert response.status_code == 200, await response.aread()
         async for line in response.aiter_lines():
             if line == "data: [DONE]":
                 return text, True
             if line:
-                if not chunks:
-                    tally.first_token_s.append(time.monotonic() - began)
                 chunks += 1
                 text += json.loads(line.removeprefix("data: "))["choices"][0]["delta"].get("content", "")
                 if chunks == leaves_after:

@@ -52,9 +52,10 @@ def test_a_chat_is_answered_with_what_the_engine_says(client, bundle):
 def test_a_stream_joined_is_the_answer_at_once(client):
     at_once = chat(client, logprobs=True, top_logprobs=2).choices[0]
     assert all(entry.token == entry.top_logprobs[0].token for entry in at_once.logprobs.content)  # at temperature 0
-    text, tokens, reasons = "", [], []
+    text, tokens, reasons, roles = "", [], [], []
     for chunk in chat(client, logprobs=True, top_logprobs=2, stream=True):
         (choice,) = chunk.choices
+        roles.append(choice.delta.role)
         text += choice.delta.content or ""
         tokens += choice.logprobs.content if choice.logprobs else []
         reasons.append(choice.finish_reason)
@@ -62,15 +63,7 @@ def test_a_stream_joined_is_the_answer_at_once(client):
     assert [entry.token for entry in tokens] == [entry.token for entry in at_once.logprobs.content]
     assert reasons[-1] == at_once.finish_reason
     assert set(reasons[:-1]) == {None}
-
-
-def test_the_first_chunk_of_each_choice_names_the_role(client):
-    roles = {}
-    for chunk in chat(client, n=3, stream=True):
-        for choice in chunk.choices:
-            roles.setdefault(choice.index, []).append(choice.delta.role)
-    assert sorted(roles) == [0, 1, 2]
-    assert all(told[0] == "assistant" and set(told[1:]) == {None} for told in roles.values())
+    assert roles[0] == "assistant" and set(roles[1:]) == {None}
 
 
 def test_usage_comes_last_in_a_stream_that_asks_for_it(client):
@@ -110,10 +103,6 @@ def test_choices_differ_by_their_seed_and_repeat_with_it(client):
     assert len(set(first)) == 3
     third = chat(client, temperature=1.5, seed=9).choices[0]
     assert third.message.content == first[2]
-
-
-def test_without_a_seed_replies_differ(client):
-    assert len({chat(client, temperature=1.5).choices[0].message.content for _ in range(3)}) > 1
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -187,16 +176,6 @@ def test_models_are_listed_with_what_the_page_shows(client, bundle):
     assert client.models.retrieve(MODEL_NAME) == card
 
 
-def test_text_parts_are_joined_and_a_developer_is_the_system(client):
-    parts = [{"type": "text", "text": "Once upon "}, {"type": "text", "text": "a time?"}]
-    assert chat(client, messages=[{"role": "user", "content": parts}]).choices == chat(client).choices
-    by_name = [
-        chat(client, messages=[{"role": role, "content": "Be kind."}, *QUESTION]).choices
-        for role in ("system", "developer")
-    ]
-    assert by_name[0] == by_name[1]
-
-
 def test_extra_parameters_reach_the_sampling(client):
     free = chat(client, temperature=2, seed=1).choices[0].message.content
     greedy = chat(client).choices[0].message.content
@@ -210,22 +189,12 @@ def test_extra_parameters_reach_the_sampling(client):
     assert penalised != chat(client, max_tokens=40).choices[0].message.content
 
 
-def test_a_reply_may_fill_the_context_and_then_ends_by_length(client, bundle):
-    limit = bundle.model.config.context_length
-    prompt = [bundle.tokenizer.bos_id, *[300] * (limit - 3)]
-    forever = {"logit_bias": {str(bundle.tokenizer.eos_id): -100}}
-    (choice,) = complete(client, prompt=prompt, max_tokens=50, logprobs=0, **forever).choices
-    assert (len(choice.logprobs.tokens), choice.finish_reason) == (3, "length")  # the last is never read
-    (choice,) = complete(client, prompt=[*prompt, 300], max_tokens=50, logprobs=0, **forever).choices
-    assert (len(choice.logprobs.tokens), choice.finish_reason) == (2, "length")
-
-
 @pytest.mark.parametrize("length", [192, 193, 1920])
 def test_a_prompt_that_leaves_no_room_is_refused(client, length):
-    with pytest.raises(openai.BadRequestError, match=r"tokens, at most 191 are accepted") as caught:
+    with pytest.raises(openai.BadRequestError, match=f"{length:,} tokens, the model's context is 192") as caught:
         complete(client, prompt=[300] * length)
     assert caught.value.code == "context_length_exceeded"
-    with pytest.raises(openai.BadRequestError, match="at most 191 are accepted"):
+    with pytest.raises(openai.BadRequestError, match="the model's context is 192"):
         chat(client, messages=[{"role": "user", "content": "word " * length}])
 
 
@@ -238,3 +207,10 @@ def test_mistakes_arrive_as_the_clients_own_exceptions(client, server):
         client.models.retrieve("other")
     with pytest.raises(openai.BadRequestError, match="temperature: Input should be less than or equal to 2, got 9"):
         chat(client, temperature=9)
+
+
+def test_text_parts_are_joined_and_a_developer_is_the_system(client):
+    parts = [{"type": "text", "text": "Once upon "}, {"type": "text", "text": "a time?"}]
+    by_parts = [{"role": "developer", "content": "Be kind."}, {"role": "user", "content": parts}]
+    plain = [{"role": "system", "content": "Be kind."}, *QUESTION]
+    assert chat(client, messages=by_parts).choices == chat(client, messages=plain).choices

@@ -69,7 +69,6 @@ def test_the_key_of_the_environment_counts_and_is_not_shown(tmp_path, capsys, mo
         ({"port": 65_536}, "port must be from 0 to 65,535"),
         ({"model_name": "a/b"}, "printable text without /"),
         ({"max_running": 0}, "max_running must be at least 1, got 0"),
-        ({"max_waiting": -1}, "max_waiting must be at least 0"),
         ({"deadline_s": 0.0}, "deadline_s must be above 0 seconds"),
         ({"deadline_s": float("nan")}, "deadline_s must be above 0 seconds"),
         ({"cors_origins": ["*"]}, r"must list origins one by one"),
