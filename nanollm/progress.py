@@ -1,4 +1,4 @@
-"""How far is a long step, how fast is it, and how long will it still take?
+"""Progress of a long step: how far, how fast, and how long it will still take.
 
 Everything goes to stderr: a live bar on a terminal, otherwise one plain line per interval and one at the end, so that
 a log file stays readable. Colours follow the terminal; NO_COLOR turns them off (https://no-color.org).

@@ -91,15 +91,15 @@ def write_report(out: Path, world: World) -> None:
         say(f"the page could not be written ({error!r}); mend that, and ask again: nanollm report {out}")
 
 
-def write_page(page: Path, runs: Sequence[Run], price: float | None = None, refresh_s: float | None = None) -> None:
+def write_page(page: Path, runs: Sequence[Run], refresh_s: float | None = None) -> None:
     """See render."""
-    write_file(page, render(runs, price, refresh_s).encode())
+    write_file(page, render(runs, refresh_s).encode())
 
 
-def render(runs: Sequence[Run], price: float | None = None, refresh_s: float | None = None) -> str:
+def render(runs: Sequence[Run], refresh_s: float | None = None) -> str:
     """The page as HTML: of one run, or of several with the first in front.
 
-    `price` is money per hour; with `refresh_s` the browser reads the page again after so many seconds.
+    With `refresh_s` the browser reads the page again after so many seconds.
     """
     templates = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -111,7 +111,7 @@ def render(runs: Sequence[Run], price: float | None = None, refresh_s: float | N
         runs=runs,
         quiet=duration(runs[0].quiet_s),
         legend=keys([run.name for run in runs]),
-        facts=list(facts(runs, price)),
+        facts=list(facts(runs)),
         changed=differing_settings(runs) if runs[1:] else [],
         charts={title: list(charts(runs, chosen)) for title, chosen in QUANTITIES.items()},
         parts=list(reward_parts(runs)),

@@ -15,14 +15,14 @@ Figures = Mapping[str, Any]
 # --- facts ---
 
 
-def facts(runs: Sequence[Run], price: float | None) -> Iterator[tuple[str, list[str]]]:
+def facts(runs: Sequence[Run]) -> Iterator[tuple[str, list[str]]]:
     """A row for each fact: its name, and its text for each run."""
-    rows: list[dict[str, str]] = [dict(facts_of(run, price)) for run in runs]
+    rows: list[dict[str, str]] = [dict(facts_of(run)) for run in runs]
     for name in dict.fromkeys(name for row in rows for name in row):
         yield name, [row.get(name, "") for row in rows]
 
 
-def facts_of(run: Run, price: float | None) -> Iterator[tuple[str, str]]:
+def facts_of(run: Run) -> Iterator[tuple[str, str]]:
     """The facts of one run, as far as it has come."""
     yield "stage", run.stage
     state = "done" if run.is_done else f"{run.step / run.steps:.0%}"
@@ -35,15 +35,12 @@ def facts_of(run: Run, price: float | None) -> Iterator[tuple[str, str]]:
     yield from outcomes(run)
     if run.seconds:
         yield "time", f"{duration(run.seconds)}, until the last line, evaluations included"
-        if price is not None:
-            yield "cost", f"{run.seconds / 3600 * price:,.2f} at {price:g} per hour"
     if rates := run.numbers.get("tokens_per_s"):
         yield "speed", f"{median(rate for _, rate in rates):,.0f} tokens/s (median)"
     if peaks := run.numbers.get("peak_memory_gb"):
         yield "peak memory", f"{max(peak for _, peak in peaks):.2f} GB"
     if run.skipped:
-        steps = ", ".join(f"{step:,}" for step in run.skipped[:10])
-        yield "skipped updates", f"{len(run.skipped):,} (steps {steps}{', ...' if run.skipped[10:] else ''})"
+        yield "skipped updates", f"{len(run.skipped):,}, the last in step {run.skipped[-1]:,}"
     yield from origin(run)
 
 
@@ -102,14 +99,15 @@ class Unit:
             return text
         return f"{text} ({self.scale * low:{self.form}} to {self.scale * high:{self.form}})"
 
-    def write_difference(self, pair: Figures) -> str:
-        points = Unit("points" if self == PERCENT else self.name, self.scale, f"+{self.form}")
-        return points.write(pair["difference"], pair["low"], pair["high"])
-
 
 PERCENT = Unit("%", 100, ".1f")
 BITS = Unit("bits per byte", 1, ".4f")
 AS_IT_IS = Unit("", 1, ".4f")
+DIFFERENCES = {
+    PERCENT: Unit("points", 100, "+.1f"),
+    BITS: Unit("bits per byte", 1, "+.4f"),
+    AS_IT_IS: Unit("", 1, "+.4f"),
+}
 
 
 @dataclass(frozen=True)
@@ -180,7 +178,8 @@ def differences_of(run: Run) -> Iterator[tuple[str, str, float | None]]:
         for suite, each in found.get("suite_difference", {}).items():
             pairs.append((f"{suite}, mean above chance", each, AS_IT_IS))
         for what, pair, unit in pairs:
-            yield f"{run.name} minus {found['against']['path']}: {what}", unit.write_difference(pair), pair.get("p")
+            difference = DIFFERENCES[unit].write(pair["difference"], pair["low"], pair["high"])
+            yield f"{run.name} minus {found['against']['path']}: {what}", difference, pair.get("p")
 
 
 def notes_of(run: Run) -> Iterator[str]:

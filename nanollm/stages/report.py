@@ -1,4 +1,4 @@
-"""A run's folder becomes one page to look at."""
+"""One HTML page of a run's folder, or of several to compare."""
 
 import time
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ WATCH_S = 10.0
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Write one self-contained HTML page of a run: what was run, curves, experts, samples, scores, time and cost.
+    """Write one self-contained HTML page of a run: what was run, curves, experts, samples, scores and time.
 
     Every run writes it at its end; this is for one that goes on, for scores that came later, and for comparing.
     """
@@ -30,12 +30,6 @@ class Config:
     """The page; null: report.html in the folder of the run, and with --compare compared.html there."""
     watch: bool = False
     """Write the page every 10 s until all its runs are done; a browser that shows it reads it again, too."""
-    price: float | None = None
-    """Money for an hour of the machine, in any currency: the page then tells what the run has cost."""
-
-    def __post_init__(self) -> None:
-        if self.price is not None and not 0 <= self.price < 1e9:
-            raise ValueError(f"price must be at least 0 and below 1e9, got {self.price:g}")
 
     @property
     def page(self) -> Path:
@@ -51,12 +45,9 @@ def run(c: Config) -> Path:
     runs = [read_run(folder) for folder in folders]
     check_writable(c.page.parent, "--out")
     while c.watch and not all(run.is_done for run in runs):
-        try:
-            write_page(c.page, runs, c.price, WATCH_S)
-            say(f"step {runs[0].step:,} of {runs[0].steps:,}, {duration(runs[0].quiet_s)} ago: {c.page}")
-        except PermissionError:  # Windows: a browser is reading it just now
-            say(f"{c.page} is in use; the next time")
+        write_page(c.page, runs, WATCH_S)
+        say(f"step {runs[0].step:,} of {runs[0].steps:,}, {duration(runs[0].quiet_s)} ago: {c.page}")
         time.sleep(WATCH_S)
         runs = [read_run(folder) for folder in folders]
-    write_page(c.page, runs, c.price)
+    write_page(c.page, runs)
     return c.page

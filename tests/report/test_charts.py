@@ -92,11 +92,6 @@ def test_a_thinned_line_is_short_ends_where_the_line_ends_and_never_leaves_its_r
     assert min(ys) - 1e-3 <= min(line.ys) and max(line.ys) <= max(ys) + 1e-3
 
 
-def test_a_thinned_line_is_made_of_means():
-    line = thinned(Series(name="run", xs=range(9), ys=[*range(8), 100.0]), most=3)
-    assert line.ys == [1, 4, 6.5, 100]
-
-
 def test_a_cell_is_as_dark_as_its_value():
     values = [[0.0, 0.25, 2.0]]
     svg = ElementTree.fromstring(heat_map("Share", ["block 4 · 1"], [10, 20, 30], values, "steps", full=0.5))

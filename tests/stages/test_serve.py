@@ -106,7 +106,9 @@ def test_a_port_in_use_is_a_mistake_of_the_user(bundle, capsys):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has other signals")
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.long)]
+)
 def test_it_prints_its_address_answers_and_stops_in_good_order(bundle, number, code):
     pytest.importorskip("fastapi", reason='fastapi is not installed: pip install -e ".[serve]"')
     command = [sys.executable, "-m", "nanollm", "serve", str(bundle), "--port", "0", "--dtype", "float32"]
