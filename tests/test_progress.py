@@ -1,4 +1,4 @@
-"""Is a long step told once per interval in a log, live on a terminal, and never on stdout?"""
+"""A long step is told once per interval in a log, live on a terminal, and never on stdout."""
 
 import io
 import re

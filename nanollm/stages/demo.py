@@ -1,4 +1,4 @@
-"""The whole journey on what is already on this machine: what does it look like when everything works?"""
+"""The whole journey in minutes: tokenizer, pretraining, instruction tuning and GRPO on built-in text, offline."""
 
 import json
 import os
@@ -85,7 +85,7 @@ def run(c: Config) -> Path:
     steps = journey(c, model)
     for number, step in enumerate(steps, start=1):
         say(f"\n[{number}/{len(steps)}] {step.title}")
-        if Path(summary["made"].get(step.name, "")).exists() and step.name in summary["made"]:
+        if step.name in summary["made"] and Path(summary["made"][step.name]).exists():
             say(f"done before, in {duration(summary['seconds'][step.name])}")
             continue
         started = time.monotonic()
@@ -134,7 +134,9 @@ def journey(c: Config, model: ModelConfig) -> list[Step]:
     pretraining, tuning, reinforcing = pretrain_config(c, model, learn.model_path), sft_config(c), grpo_config(c)
     return [
         Step(
-            "problems", f"{SPELLED_PROBLEMS:,} school problems, so that the tokenizer knows their words", write(spelled)
+            "problems",
+            f"{SPELLED_PROBLEMS:,} school problems, so that the tokenizer knows their words",
+            lambda: write_problems(spelled),
         ),
         Step("tokenizer", f"a tokenizer of {model.vocab_size:,} pieces", lambda: tokenizer.run(learn)),
         Step("preprocess", "the corpus as token files", lambda: preprocess.run(encode)),
@@ -150,15 +152,11 @@ def journey(c: Config, model: ModelConfig) -> list[Step]:
     ]
 
 
-def write(path: Path) -> Callable[[], Path]:
+def write_problems(path: Path) -> Path:
     """Problems and their solutions as text, one after the other."""
-
-    def work() -> Path:
-        problems = WordProblems(levels=(1, 2), largest=LARGEST).problems("train")[:SPELLED_PROBLEMS]
-        write_file(path, "\n\n".join(f"{each.question}\n{each.answer}" for each in problems).encode())
-        return path
-
-    return work
+    problems = WordProblems(levels=(1, 2), largest=LARGEST).problems("train")[:SPELLED_PROBLEMS]
+    write_file(path, "\n\n".join(f"{each.question}\n{each.answer}" for each in problems).encode())
+    return path
 
 
 def pretrain_config(c: Config, model: ModelConfig, tokenizer_path: Path) -> pretrain.Config:
@@ -280,6 +278,7 @@ def outcome(folder: Path) -> dict[str, Any]:
 def farewell(c: Config, summary: dict[str, Any]) -> str:
     """What was reached, what the model writes and solves now, and what to type next."""
     learned, tuned, reinforced = summary["pretrain"], summary["sft"], summary["grpo"]
+    nanollm = command()
     lines = ["", "The model continues a text it has never seen:"]
     for prompt, before, after in zip(PROMPTS, learned["samples_before"], learned["samples_after"], strict=True):
         lines += [f"  before  {_shorten(prompt + before)}", f"  after   {_shorten(prompt + after)}", ""]
@@ -299,10 +298,10 @@ def farewell(c: Config, summary: dict[str, Any]) -> str:
         f"{_percent(reinforced['heldout'], 'after')}).",
         f"All in {duration(sum(summary['seconds'].values()))}.",
         f"Look: {', '.join(str(c.out / name / PAGE) for name in MODELS)}",
-        f'Next:  {command()} generate {c.out / "pretrain" / "bundle"} --prompt "The function returns"',
-        f"       {command()} chat {c.out / 'grpo' / 'bundle'}      and ask it: {QUESTION}",
-        f"       {command()} serve {c.out / 'grpo' / 'bundle'}     and ask it in the browser",
-        f"       {command()} eval {c.out / 'grpo' / 'bundle'} --against {c.out / 'sft' / 'bundle'} "
+        f'Next:  {nanollm} generate {c.out / "pretrain" / "bundle"} --prompt "The function returns"',
+        f"       {nanollm} chat {c.out / 'grpo' / 'bundle'}      and ask it: {QUESTION}",
+        f"       {nanollm} serve {c.out / 'grpo' / 'bundle'}     and ask it in the browser",
+        f"       {nanollm} eval {c.out / 'grpo' / 'bundle'} --against {c.out / 'sft' / 'bundle'} "
         f"--task.name words --task.levels 2 --task.largest {LARGEST}",
         "       and the road to the 327M model in README.md",
     ]
@@ -313,7 +312,7 @@ QUESTION = "Tom has 5 cups. Rosa has 3 times as many cups as Tom. How many cups 
 
 
 def command() -> str:
-    """What starts this program here, as short as it can be typed."""
+    """What starts this program here, as short as it can be typed; `make demo` runs where it may not be on the PATH."""
     if shutil.which("nanollm"):
         return "nanollm"
     beside = shutil.which("nanollm", path=str(Path(sys.executable).parent))

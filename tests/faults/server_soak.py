@@ -1,4 +1,4 @@
-"""Many clients for many minutes, and a server that is killed in the middle: are the replies right, is nothing used up?
+"""Many clients for many minutes, and a server that is killed in the middle: replies stay right, and nothing is used up.
 
 python -m tests.faults.server_soak --minutes 15 --clients 32 --json FILE
 """

@@ -1,4 +1,4 @@
-"""Does the page of a run work in a real browser, for every reader?"""
+"""The page of a run works in a real browser, for every reader."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Are the pictures of the report true to their numbers?"""
+"""The pictures of the report are true to their numbers."""
 
 import math
 import re
