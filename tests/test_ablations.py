@@ -121,6 +121,7 @@ def test_a_seed_decides_weights_and_windows_so_that_rows_are_pairs(prepared: Pat
 # --- the variants ---
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("row", ROWS)
 def test_every_row_learns(row: str, prepared: Path) -> None:
     run = started(row, prepared)

@@ -8,7 +8,7 @@ import pytest
 
 from nanollm.train.checkpoint import checkpoints, verify
 from tests.faults.processes import Fault
-from tests.faults.test_kills import VERBS, short, shot_of
+from tests.faults.test_kills import FEW, VERBS, short, shot_of
 
 __all__ = ["shot_of"]
 
@@ -41,9 +41,7 @@ def strike(shot, faults):
     return struck, harmless
 
 
-@pytest.mark.parametrize(
-    "verb", [pytest.param(verb, marks=pytest.mark.long if verb in ("sft", "grpo") else []) for verb in VERBS]
-)
+@pytest.mark.parametrize("verb", FEW)
 def test_from_a_disk_that_fails_a_job_recovers(shot_of, verb):
     shot = shot_of(verb, *short(verb))
     strike(shot, zip(range(0, shot.moments, 53), cycle(REASON), strict=False))

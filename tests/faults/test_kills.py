@@ -15,6 +15,8 @@ from tests.faults.processes import Fault
 
 VERBS = ("preprocess", "pretrain", "sft", "grpo")
 TRAINING = VERBS[1:]
+FEW = [*VERBS[:2], *(pytest.param(verb, marks=pytest.mark.long) for verb in VERBS[2:])]
+"""All of them; what is tested of SFT and GRPO takes long, and breaks with pretraining."""
 WITHIN_S = 10.0
 MOST_LOST = SAVE_EVERY | {"preprocess": 3 * SAVE_EVERY["preprocess"]}
 """One interval; preprocess writes whole chunks, of at most four bytes of text for each token of it."""
@@ -80,7 +82,7 @@ class Shot:
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(50, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", FEW)
 def test_killed_at_random_moments_a_job_ends_with_the_bits_of_one_left_alone(shot_of, record_property, verb, kills):
     shot, draw = shot_of(verb), random.Random(f"{verb} {kills}")
     struck = in_saves = 0
@@ -124,7 +126,7 @@ def test_killed_at_each_change_of_a_file_a_job_ends_with_the_same_bits(shot_of, 
     ("verb", "fault", "code"),
     [
         ("pretrain", Fault.ASK_BY_SIGTERM, 143),
-        ("pretrain", Fault.ASK_BY_SIGINT, 130),
+        pytest.param("pretrain", Fault.ASK_BY_SIGINT, 130, marks=pytest.mark.long),
         *(pytest.param(verb, Fault.ASK_BY_SIGTERM, 143, marks=pytest.mark.long) for verb in TRAINING[1:]),
         *(pytest.param(verb, Fault.ASK_BY_SIGINT, 130, marks=pytest.mark.slow) for verb in TRAINING[1:]),
     ],

@@ -6,6 +6,7 @@ import time
 import psutil
 import pytest
 
+from nanollm.rl import sandbox
 from nanollm.rl.reward import Reply, RewardConfig, Rewards, overlong, well_formed
 from nanollm.rl.sandbox import MAX_TIMEOUTS
 from nanollm.sources.gsm8k import Problem
@@ -55,6 +56,7 @@ def own(tmp_path, monkeypatch):
     """A module of somebody else's, in the current folder."""
     (tmp_path / "own_rewards.py").write_text(OWN)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sandbox, "WORKERS", 2)  # each has to start
     yield "own_rewards"
     sys.modules.pop("own_rewards", None)
     sys.path[:] = [folder for folder in sys.path if folder != str(tmp_path)]

@@ -17,7 +17,7 @@ schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not i
 
 requests = pytest.importorskip("requests", reason="schemathesis brings it: pip install schemathesis")
 
-CASES = int(os.environ.get("NANOLLM_FUZZ_CASES", "80"))
+CASES = int(os.environ.get("NANOLLM_FUZZ_CASES", "40"))
 
 
 @pytest.fixture(scope="module")

@@ -284,7 +284,7 @@ def bytes_of(path):
         return None
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(15, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [pytest.param(1, marks=pytest.mark.long), pytest.param(15, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_it_ends_in_the_same_bytes(tmp_path, articles, tokenizer_path, kills):
     """With two workers; with one: faults/test_kills.py."""
     finish(start(articles, tokenizer_path, tmp_path / "whole", **LIMITS))
