@@ -21,7 +21,7 @@ from nanollm.data.batches import IGNORE
 from nanollm.model.attention import LatentAttention
 from nanollm.model.cache import LatentCache
 from nanollm.model.config import ModelConfig
-from nanollm.model.layers import Places, SwiGLU, rotary_table, rotate
+from nanollm.model.layers import AttentionMetadata, SwiGLU, rotary_table, rotate
 from nanollm.model.moe import MoE
 from nanollm.model.transformer import Transformer
 from nanollm.train.optim import Muon, OptimConfig, is_hidden_matrix
@@ -193,7 +193,7 @@ class ResidualLatentAttention(LatentAttention):
         self.first, self.is_first = first, is_first  # a list that holds the first block's latent of the pass at hand
         self.share = nn.Parameter(torch.empty(1))
 
-    def forward(self, x: Tensor, places: Places, cache: LatentCache | None, block: int) -> Tensor:
+    def forward(self, x: Tensor, places: AttentionMetadata, cache: LatentCache | None, block: int) -> Tensor:
         assert cache is None, "for training only"
         c = self.config
         q_nope, q_rope = self.queries(x, places.table)
@@ -231,7 +231,7 @@ class GroupedAttention(nn.Module):
         self.v_proj = nn.Linear(d, groups * width, bias=False)
         self.o_proj = nn.Linear(heads * width, d, bias=False)
 
-    def forward(self, x: Tensor, places: Places, cache: LatentCache | None, block: int) -> Tensor:
+    def forward(self, x: Tensor, places: AttentionMetadata, cache: LatentCache | None, block: int) -> Tensor:
         assert cache is None, "for training only"
         table = rotary_table(places.positions, self.width, self.theta)
         q = rotate(self.q_proj(x).unflatten(-1, (self.heads, -1)), table)  # (B, T, H, E)

@@ -66,7 +66,7 @@ def one_rank(preset: str, rows: int, micro_batches: int, steps: int, parallel: s
 
     c = ModelConfig(**load_preset("model", preset))
     with World.join("cpu", "auto", parallel) as world:  # type: ignore[arg-type]
-        gemm = world.total(multiplied(c, rows, world))
+        gemm = world.all_reduce_sum(multiplied(c, rows, world))
         tokens = trained(c, rows, micro_batches, steps, world)
         if world.is_main:
             print(json.dumps({"gemm_gflop_per_s": gemm, "tokens_per_s": tokens}), flush=True)
@@ -80,7 +80,7 @@ def multiplied(c: "ModelConfig", rows: int, world: "World") -> float:
     pairs = [(ones(n, width, world.dtype, "cpu"), ones(out, width, world.dtype, "cpu")) for n, width, out in shapes]
     for x, weight in pairs:
         F.linear(x, weight)
-    world.wait()
+    world.barrier()
     begun, work = time.perf_counter(), 0.0
     while (elapsed := time.perf_counter() - begun) < GEMM_S:
         for (x, weight), (n, width, out) in zip(pairs, shapes, strict=True):
@@ -109,11 +109,11 @@ def trained(c: "ModelConfig", rows: int, micro_batches: int, steps: int, world: 
         train_step(state, batches, next_token_loss, 1e-3, optim, world)
 
     step()
-    world.wait()
+    world.barrier()
     begun = time.perf_counter()
     for _ in range(steps):
         step()
-    world.wait()
+    world.barrier()
     return steps * micro_batches * rows * c.context_length * world.size / (time.perf_counter() - begun)
 
 

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nanollm.durable import new_folder, read_json, read_sealed_json, settle, sha256_of, write_file, write_sealed_json
+from nanollm.durable import new_folder, read_json, read_sealed_json, recover, sha256_of, write_file, write_sealed_json
 from nanollm.model.config import ModelConfig
 from nanollm.model.transformer import Transformer
 from nanollm.text.tokenizer import Tokenizer
@@ -77,7 +77,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 def load_bundle(folder: Path | str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Bundle:
     """Read a bundle, check every file against its sha256, and let the model compute in `dtype` on `device`."""
     folder = Path(folder)
-    settle(folder)
+    recover(folder)
     config, provenance = read_config(folder), _read_json(folder, PROVENANCE)
     _check_format(folder / PROVENANCE, provenance)
     digests = provenance.get("files")

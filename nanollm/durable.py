@@ -15,7 +15,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-MOST_JSON_BYTES = 2**25
+MAX_JSON_BYTES = 2**25
 """A file of others may be of any size, and takes more memory than that when it is read."""
 SEAL, END = b',\n  "seal": "', b'"\n}\n'
 SEALED = 64 + len(END)  # the last bytes of a sealed file: sha256 in hex, and the end
@@ -63,7 +63,7 @@ def write_json(path: Path, value: object) -> None:
     write_file(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
-def read_json(path: Path, advice: str = "copy it again", most_bytes: int = MOST_JSON_BYTES) -> dict[str, Any]:
+def read_json(path: Path, advice: str = "copy it again", most_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """The object in a JSON file; ValueError for anything else. advice: what to do about that."""
     return _parse(path, _read(path, most_bytes), advice)
 
@@ -75,7 +75,7 @@ def write_sealed_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def read_sealed_json(
-    path: Path, form: object, advice: str = "copy it again", most_bytes: int = MOST_JSON_BYTES
+    path: Path, form: object, advice: str = "copy it again", most_bytes: int = MAX_JSON_BYTES
 ) -> dict[str, Any]:
     """The object without its seal; ValueError if a single byte is not as it was written.
 
@@ -114,12 +114,12 @@ def _parse(path: Path, raw: bytes, advice: str) -> dict[str, Any]:
 def new_folder(path: Path) -> Iterator[Path]:
     """Yield a folder to fill; when the block ends well it takes the place of `path`, and not before.
 
-    A folder already at `path` is moved aside just before and deleted just after; killed in between, `settle` brings it
+    A folder already at `path` is moved aside just before and deleted just after; killed in between, `recover` brings it
     back.
     """
     path = path.resolve()  # a link keeps its place, what it leads to is replaced
     make_folder(path.parent)
-    settle(path)
+    recover(path)
     beside = path.with_name(path.name + ".tmp")
     beside.mkdir()
     try:
@@ -139,10 +139,10 @@ def put_in_place(draft: Path, path: Path) -> None:
         path.rename(path.with_name(path.name + ".old"))
     draft.rename(path)
     sync(path.parent)
-    settle(path)
+    recover(path)
 
 
-def settle(path: Path) -> None:
+def recover(path: Path) -> None:
     """Undo or finish what a killed `new_folder(path)` left: the folder is then the old one or the new one, alone."""
     path = path.resolve()
     beside, old = path.with_name(path.name + ".tmp"), path.with_name(path.name + ".old")

@@ -28,13 +28,13 @@ LOOK_S, SAID_AFTER_S = 0.1, 10.0
 
 
 def meet(store: Store, rank: int, size: int, *, limit_s: float = MEETING_S) -> Store:
-    """A corner of the store for this attempt alone, once all its ranks are there. ConnectionError if some stay away.
+    """A namespace of the store for this attempt alone, once all its ranks are there. ConnectionError if some stay away.
 
     torchrun keeps one store for all attempts: what the ranks of an earlier one wrote is still in it, and would be taken
     for the word of those of this one. Its number of restarts does not tell the attempts apart, because hosts count for
-    themselves. So every rank says hello with a word of its own, and is welcomed by that word into the first's corner.
+    themselves. So every rank says hello with a word of its own, and by that word rank 0 lets it into its namespace.
     """
-    word, patience = uuid4().hex, _Patience(limit_s)
+    word, deadline = uuid4().hex, _Deadline(limit_s)
     store.set(f"hello/{rank}", word)
 
     def look(key: str) -> str:
@@ -42,10 +42,10 @@ def meet(store: Store, rank: int, size: int, *, limit_s: float = MEETING_S) -> S
 
     if rank > 0:
         while not (welcome := look(f"welcome/{rank}")).startswith(word):
-            patience.wait("rank 0")
-        corner = welcome.removeprefix(word)
-        store.set(f"here/{corner}/{rank}", "")
-        return PrefixStore(corner, store)
+            deadline.wait("rank 0")
+        namespace = welcome.removeprefix(word)
+        store.set(f"here/{namespace}/{rank}", "")
+        return PrefixStore(namespace, store)
     missing, welcomed = set(range(1, size)), dict[int, str]()
     while missing:
         for other in missing:
@@ -55,11 +55,11 @@ def meet(store: Store, rank: int, size: int, *, limit_s: float = MEETING_S) -> S
                 welcomed[other] = hello
         missing = {other for other in missing if not store.check([f"here/{word}/{other}"])}
         if missing:
-            patience.wait(", ".join(f"rank {other}" for other in sorted(missing)[:4]))
+            deadline.wait(", ".join(f"rank {other}" for other in sorted(missing)[:4]))
     return PrefixStore(word, store)
 
 
-class _Patience:
+class _Deadline:
     """Waits for others up to a limit, and says so after a while."""
 
     def __init__(self, limit_s: float) -> None:
@@ -146,11 +146,11 @@ class Heartbeat:
     def _watch(self) -> None:
         while not self._stopped.wait(EVERY_S):
             if missed := self.silent():
-                self.leave(farewell(self.rank, self.size, missed, self.silence_s))
+                self.leave(farewell_message(self.rank, self.size, missed, self.silence_s))
                 return
 
 
-def farewell(rank: int, size: int, missed: Iterable[str], silence_s: float) -> str:
+def farewell_message(rank: int, size: int, missed: Iterable[str], silence_s: float) -> str:
     """What a process says when it leaves because of others."""
     names = list(missed)
     some = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -84,14 +84,14 @@ class World:
         store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=MEETING_S)))
         set_quiet(rank > 0)
         is_first_attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-        corner = meet(store, rank, size, limit_s=MEETING_S if is_first_attempt else MEETING_AGAIN_S)
-        heartbeat = Heartbeat(PrefixStore("heartbeat", corner.clone()), rank, size)  # type: ignore[attr-defined]
-        with _one_line(rank, size), heartbeat:
+        namespace = meet(store, rank, size, limit_s=MEETING_S if is_first_attempt else MEETING_AGAIN_S)
+        heartbeat = Heartbeat(PrefixStore("heartbeat", namespace.clone()), rank, size)  # type: ignore[attr-defined]
+        with _in_one_line(rank, size), heartbeat:
             # Time limits are the heartbeat's matter: a rank may be slow, but not silent.
             no_limit = timedelta(seconds=FAR_S)
             distributed.init_process_group(
                 "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo",
-                store=PrefixStore("groups", corner),
+                store=PrefixStore("groups", namespace),
                 rank=rank,
                 world_size=size,
                 timeout=no_limit,
@@ -99,12 +99,12 @@ class World:
             )
             world = cls(rank=rank, size=size, device=chosen, dtype=_choose_dtype(dtype, chosen))
             shape, dimensions = _mesh_shape(size, parallel)
-            world.agree("device, dtype and mesh", f"{world.names} --parallel {parallel} {shape}")
+            world.check_same("device, dtype and mesh", f"{world.names} --parallel {parallel} {shape}")
             mesh = init_device_mesh(chosen.type, shape, mesh_dim_names=dimensions)
             for group in mesh.get_all_groups():
                 _set_pg_timeout(no_limit, group)
             yield replace(world, mesh=mesh, saving=distributed.new_group(backend="gloo", timeout=no_limit))
-            world.wait()
+            world.barrier()
             heartbeat.stop()
             distributed.destroy_process_group()
 
@@ -119,16 +119,16 @@ class World:
         return self.rank == 0
 
     @property
-    def copies(self) -> int:
+    def replicas(self) -> int:
         """How often the model is held, in whole or in parts, by all ranks together."""
         return self.mesh.size(0) if self.mesh is not None and self.mesh.ndim == 2 else 1
 
     @property
-    def holds_all(self) -> bool:
+    def is_replicated(self) -> bool:
         """Whether every rank holds all of the model."""
-        return self.copies == self.size
+        return self.replicas == self.size
 
-    def total(self, number: float) -> float:
+    def all_reduce_sum(self, number: float) -> float:
         """The sum of a number over all ranks."""
         if self.size == 1:
             return number
@@ -136,7 +136,7 @@ class World:
         distributed.all_reduce(tensor)
         return tensor.item()
 
-    def largest(self, number: float) -> float:
+    def all_reduce_max(self, number: float) -> float:
         """The largest of all ranks' numbers."""
         if self.size == 1:
             return number
@@ -144,21 +144,21 @@ class World:
         distributed.all_reduce(tensor, distributed.ReduceOp.MAX)
         return tensor.item()
 
-    def add_up(self, tensors: Iterable[Tensor]) -> None:
+    def all_reduce_(self, tensors: Iterable[Tensor]) -> None:
         """Put in place of each tensor its sum over all ranks."""
         if self.size > 1:
             for tensor in tensors:
                 distributed.all_reduce(tensor)
 
-    def norm(self, of_own_part: Tensor) -> Tensor:
+    def global_norm(self, of_own_part: Tensor) -> Tensor:
         """The norm () of a vector of which each rank knows that of its part; all ranks get the same bits."""
         if self.size == 1:
             return of_own_part
         squares = of_own_part.double().square()
         distributed.all_reduce(squares)
-        return (squares / self.copies).sqrt().to(of_own_part.dtype)
+        return (squares / self.replicas).sqrt().to(of_own_part.dtype)
 
-    def gather(self, value: Value) -> list[Value]:
+    def all_gather(self, value: Value) -> list[Value]:
         """Everybody's value, by rank, on every rank. It is pickled on the way between processes of one job."""
         if self.size == 1:
             return [value]
@@ -166,24 +166,24 @@ class World:
         distributed.all_gather_object(values, value)
         return values  # type: ignore[return-value]
 
-    def of_main(self, value: Value) -> Value:
+    def broadcast(self, value: Value) -> Value:
         """The main rank's value, on every rank; the others' are ignored."""
         values = [value]
         if self.size > 1:
             distributed.broadcast_object_list(values, src=0)
         return values[0]
 
-    def own(self, values: Iterable[Value]) -> Iterator[Value]:
+    def shard(self, values: Iterable[Value]) -> Iterator[Value]:
         """Every size-th of some values: a rank's share of work of which all know the whole."""
         return islice(values, self.rank, None, self.size)
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Until every rank is here."""
-        self.total(0.0)
+        self.all_reduce_sum(0.0)
 
-    def agree(self, what: str, value: object) -> None:
+    def check_same(self, what: str, value: object) -> None:
         """Raises ValueError unless all ranks say the same."""
-        values = self.gather(value)
+        values = self.all_gather(value)
         for rank, other in enumerate(values):
             if other != values[0]:
                 raise ValueError(
@@ -191,7 +191,7 @@ class World:
                     f"host with the same command"
                 )
 
-    def shard(self, root: nn.Module, parts: Iterable[nn.Module]) -> None:
+    def fully_shard(self, root: nn.Module, parts: Iterable[nn.Module]) -> None:
         """Keep the float32 parameters of `root` as this mesh says; `parts` of it are gathered one at a time.
 
         While `root` or one of the parts is called, its parameters are whole and in the compute type. Gradients are
@@ -206,14 +206,14 @@ class World:
             reduce_dtype=torch.promote_types(self.dtype, torch.float32),
             cast_forward_inputs=False,
         )
-        parts_per_copy = self.size // self.copies
+        parts_per_copy = self.size // self.replicas
         for module in [*parts, root]:
             fully_shard(
                 module,
                 mesh=self.mesh,
                 mp_policy=policy,
-                reshard_after_forward=not self.holds_all and module is not root,
-                shard_placement_fn=lambda parameter: _cut(parameter, parts_per_copy),
+                reshard_after_forward=not self.is_replicated and module is not root,
+                shard_placement_fn=lambda parameter: _placement(parameter, parts_per_copy),
             )
         for module in root.modules():
             if isinstance(module, FSDPModule):
@@ -221,7 +221,7 @@ class World:
                 module.set_gradient_divide_factor(1.0)
 
 
-def _cut(parameter: nn.Parameter, parts: int) -> "Shard | None":
+def _placement(parameter: nn.Parameter, parts: int) -> "Shard | None":
     """Along which dimension a parameter is cut: the first, unless a stack has fewer matrices than there are parts."""
     from torch.distributed.tensor import Shard
 
@@ -243,7 +243,7 @@ def _mesh_shape(size: int, parallel: ParallelName) -> tuple[tuple[int, ...], tup
 
 
 @contextmanager
-def _one_line(rank: int, size: int) -> Iterator[None]:
+def _in_one_line(rank: int, size: int) -> Iterator[None]:
     """Say in one line that another process went away, instead of what each library makes of it."""
     try:
         yield

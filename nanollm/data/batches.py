@@ -78,7 +78,7 @@ class Windows:
     def micro_batches(
         self, step: int, batch_size: int, micro_batch_size: int, *, rank: int = 0, world: int = 1
     ) -> list[Batch]:
-        """What one rank reads at a step, in portions; `batch_size` counts the windows of the step over all ranks.
+        """What one rank reads at a step, in batches; `batch_size` counts the windows of the step over all ranks.
 
         Micro-batch m of rank r is slice m * world + r of the step's windows, so that all slices in that order are the
         batch that one rank would read at once.
@@ -225,10 +225,10 @@ class Conversations:
     def micro_batches(
         self, step: int, batch_size: int, micro_batch_size: int, *, rank: int = 0, world: int = 1
     ) -> list[Batch]:
-        """What one rank reads at a step, in portions of `micro_batch_size` rows, the last ones perhaps empty.
+        """What one rank reads at a step, in batches of `micro_batch_size` rows, the last ones perhaps empty.
 
         `batch_size` counts the conversations of the step over all ranks. They are packed once for all, so that every
-        rank has as many portions: micro-batch m of rank r is slice m * world + r of the step's rows.
+        rank has as many batches: micro-batch m of rank r is slice m * world + r of the step's rows.
         """
         if batch_size < 1 or micro_batch_size < 1:
             raise ValueError(f"a step needs at least 1 conversation and 1 row, got {batch_size} and {micro_batch_size}")

@@ -59,7 +59,7 @@ def best_width(lengths: Sequence[int], limit: int, *, is_masked: bool) -> int:
 
 
 def even_rows(rows: int, most: int) -> int:
-    """Rows of a portion, at most `most`, so that `rows` of them make the fewest portions and all are nearly full."""
+    """Rows of a portion, at most `most`, so that `rows` of them make the fewest batches and all are nearly full."""
     return -(-rows // -(-rows // most))
 
 

@@ -48,7 +48,7 @@ def bits_per_byte(
     device = model.head.weight.device
     nats, n_bytes, tokens = 0.0, 0, 0
     with model.evaluating():
-        for batch in world.own(batches):
+        for batch in world.shard(batches):
             target_bytes = bytes_of(batch.targets, token_bytes)
             targets = batch.targets.where(target_bytes > 0, IGNORE)
             positions = None if batch.positions is None else batch.positions.to(device)
@@ -56,7 +56,11 @@ def bits_per_byte(
             nats += cross_entropy_sum(model.head, hidden, targets.to(device)).item()
             n_bytes += int(target_bytes.sum())
             tokens += int((targets != IGNORE).sum())
-    nats, n_bytes, tokens = world.total(nats), int(world.total(n_bytes)), int(world.total(tokens))
+    nats, n_bytes, tokens = (
+        world.all_reduce_sum(nats),
+        int(world.all_reduce_sum(n_bytes)),
+        int(world.all_reduce_sum(tokens)),
+    )
     if n_bytes == 0:
         raise ValueError(NO_TEXT)
     return BitsPerByte(nats, n_bytes, tokens)

@@ -115,9 +115,9 @@ def accuracy(
     The ranks of a world share the problems, and all get the same answer.
     """
     world = world or World()
-    attempts = solve(model, tokenizer, list(world.own(problems)), max_tokens=max_tokens, rows=rows)
+    attempts = solve(model, tokenizer, list(world.shard(problems)), max_tokens=max_tokens, rows=rows)
     verdicts = judge(attempts, {"correct": task.grade}).first("correct")
-    return Accuracy.of([verdict for of_rank in world.gather(verdicts) for verdict in of_rank])
+    return Accuracy.of([verdict for of_rank in world.all_gather(verdicts) for verdict in of_rank])
 
 
 def solve(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nanollm.data.order import Indices, mix
 
-LEAST_TEMPERATURE = 1e-4
+MIN_TEMPERATURE = 1e-4
 """Below this, and above 0, logits over temperature may leave float32."""
 
 STREAM = np.uint64(0x5A3B1E)  # keeps these draws apart from other uses of the same hash
@@ -39,9 +39,9 @@ class SamplingConfig:
     """Added to the logits of these token ids."""
 
     def __post_init__(self) -> None:
-        if self.temperature != 0 and not LEAST_TEMPERATURE <= self.temperature < math.inf:
+        if self.temperature != 0 and not MIN_TEMPERATURE <= self.temperature < math.inf:
             raise ValueError(
-                f"temperature must be 0 (always the likeliest token) or at least {LEAST_TEMPERATURE}, "
+                f"temperature must be 0 (always the likeliest token) or at least {MIN_TEMPERATURE}, "
                 f"got {self.temperature}"
             )
         if self.top_k < 0:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from nanollm.kernels import attention as fused
 from nanollm.model.cache import LatentCache
 from nanollm.model.config import ModelConfig
-from nanollm.model.layers import Places, RMSNorm, rotate
+from nanollm.model.layers import AttentionMetadata, RMSNorm, rotate
 
 
 class LatentAttention(nn.Module):
@@ -32,20 +32,20 @@ class LatentAttention(nn.Module):
         self.o_proj = nn.Linear(c.n_heads * c.v_head_dim, c.d_model, bias=False)
         self.scale = c.qk_head_dim**-0.5
 
-    def forward(self, x: Tensor, places: Places, cache: LatentCache | None, block: int) -> Tensor:
+    def forward(self, x: Tensor, metadata: AttentionMetadata, cache: LatentCache | None, block: int) -> Tensor:
         """x (B, T, D) to (B, T, D). Without a cache S is T; with one it is the number of slots that the mask covers."""
-        c, table, mask = self.config, places.table, places.mask
+        c, table, mask = self.config, metadata.table, metadata.mask
         q_nope, q_rope = self.queries(x, table)  # (B, T, H, N) and (B, T, H, R)
         latent, k_rope = self.kv_a_proj(x).split([c.kv_lora_rank, c.qk_rope_head_dim], dim=-1)
         latent = self.kv_a_norm(latent)  # (B, T, C)
         k_rope = rotate(k_rope[:, :, None], table)[:, :, 0]  # (B, T, R): one key for all heads
-        if places.is_fused:
-            return self.fused(q_nope, q_rope, latent, k_rope, places.starts)
+        if metadata.is_fused:
+            return self.fused(q_nope, q_rope, latent, k_rope, metadata.starts)
         if cache is None:
             return self.expanded(q_nope, q_rope, latent, k_rope, mask)
 
         assert mask is not None
-        entries = cache.write(block, torch.cat((latent, k_rope), dim=-1), places)  # (B, S, C + R)
+        entries = cache.write(block, torch.cat((latent, k_rope), dim=-1), metadata)  # (B, S, C + R)
         if x.shape[1] < c.absorbed_is_cheaper_below:
             return self.absorbed(q_nope, q_rope, entries, mask)
         latent, k_rope = entries.split([c.kv_lora_rank, c.qk_rope_head_dim], dim=-1)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nanollm.model.config import ModelConfig
-from nanollm.model.layers import Places
+from nanollm.model.layers import AttentionMetadata
 
 SLOTS = 32
 """The slots that are read are rounded up to a multiple of this, so that few shapes occur: on CPUs a kernel is made
@@ -57,10 +57,10 @@ class LatentCache:
         read = min(in_use + -in_use % SLOTS, self.slots.shape[2])
         return torch.arange(read, device=positions.device) <= positions[:, :, None]
 
-    def write(self, block: int, entries: Tensor, places: Places) -> Tensor:
+    def write(self, block: int, entries: Tensor, metadata: AttentionMetadata) -> Tensor:
         """Store entries (B, T, C + R) at their positions; returns the slots (B, S', C + R) that the mask speaks of."""
-        assert places.mask is not None, "a cache needs a mask"
-        slots, read = self.slots[block], places.mask.shape[-1]
+        assert metadata.mask is not None, "a cache needs a mask"
+        slots, read = self.slots[block], metadata.mask.shape[-1]
         rows = torch.arange(len(entries), device=entries.device) if self.rows is None else self.rows
-        slots[rows[:, None], places.positions] = entries.to(slots.dtype)
+        slots[rows[:, None], metadata.positions] = entries.to(slots.dtype)
         return slots[:, :read] if self.rows is None else slots[rows, :read]

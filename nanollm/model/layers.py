@@ -71,7 +71,7 @@ def rotary_table(positions: Tensor, width: int, theta: float) -> tuple[Tensor, T
 
 
 @dataclass(frozen=True)
-class Places:
+class AttentionMetadata:
     """Where the tokens of a forward pass stand, and what each of them may see."""
 
     positions: Tensor  # (B, T) or (T,) int64

@@ -17,7 +17,7 @@ from nanollm.kernels import attention as fused
 from nanollm.model.attention import LatentAttention
 from nanollm.model.cache import LatentCache
 from nanollm.model.config import ModelConfig
-from nanollm.model.layers import Places, RMSNorm, SwiGLU, rotary_table
+from nanollm.model.layers import AttentionMetadata, RMSNorm, SwiGLU, rotary_table
 from nanollm.model.moe import MoE, Routing
 
 StartName = Literal["gpt2", "fast"]
@@ -34,11 +34,13 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(config.d_model, config.rms_norm_eps)
         self.ffn = MoE(config) if config.is_moe(index) else SwiGLU(config.d_model, config.d_ff)
 
-    def forward(self, x: Tensor, places: Places, cache: LatentCache | None) -> tuple[Tensor, Routing | None]:
+    def forward(
+        self, x: Tensor, metadata: AttentionMetadata, cache: LatentCache | None
+    ) -> tuple[Tensor, Routing | None]:
         index = 0 if cache is None else self.index  # compiled once, a block serves for all that are built like it
-        x = x + self.attention(self.attention_norm(x), places, cache, index)
+        x = x + self.attention(self.attention_norm(x), metadata, cache, index)
         normed = self.ffn_norm(x)
-        out, routing = self.ffn(normed, places.is_text) if isinstance(self.ffn, MoE) else (self.ffn(normed), None)
+        out, routing = self.ffn(normed, metadata.is_text) if isinstance(self.ffn, MoE) else (self.ffn(normed), None)
         return x + out, routing
 
 
@@ -103,15 +105,15 @@ class Trunk(nn.Module):
         else:
             positions = torch.arange(count, device=tokens.device)
         table = rotary_table(positions, self.config.qk_rope_head_dim, self.config.rope_theta)
-        places = Places(positions, table, mask, is_text, starts, is_fused)
+        metadata = AttentionMetadata(positions, table, mask, is_text, starts, is_fused)
         recompute, routings = recompute and torch.is_grad_enabled(), list[Routing]()
         for block in self.blocks:
             if recompute:
-                x, routing = checkpoint(block, x, places, cache, use_reentrant=False, preserve_rng_state=False)
+                x, routing = checkpoint(block, x, metadata, cache, use_reentrant=False, preserve_rng_state=False)
             elif cache is None:
-                x, routing = block(x, places, cache)
+                x, routing = block(x, metadata, cache)
             else:
-                x, routing = block.forward(x, places, cache)  # never a compiled one: caches come in too many shapes
+                x, routing = block.forward(x, metadata, cache)  # never a compiled one: caches come in too many shapes
             if routing is not None:
                 routings.append(routing)
         if cache is not None:

@@ -19,7 +19,15 @@ from nanollm.data.order import epoch_seed, sample_indices
 from nanollm.data.packing import PackedLayout, best_width, even_rows, pack
 from nanollm.model.transformer import Transformer
 from nanollm.progress import say
-from nanollm.rl.loss import ObjectiveConfig, RolloutBatch, Seen, count_of, grpo_loss, policy_logprobs, token_weights
+from nanollm.rl.loss import (
+    LossMetrics,
+    ObjectiveConfig,
+    RolloutBatch,
+    count_of,
+    grpo_loss,
+    policy_logprobs,
+    token_weights,
+)
 from nanollm.rl.reward import Reply, Rewards
 from nanollm.rl.rollout import Graded, Group, Rollout, RolloutConfig, prompt_of, roll_out
 from nanollm.rl.vllm import VllmServer
@@ -95,7 +103,7 @@ class Collector:
         begin, end = (len(problems) * rank // self.world.size for rank in (self.world.rank, self.world.rank + 1))
         # Every reply has the seed of its place among all, whichever rank samples it.
         own = self._grade(sample(problems[begin:end], seed + begin * self.c.group_size))
-        return [each for of_rank in self.world.gather(own) for each in of_rank]
+        return [each for of_rank in self.world.all_gather(own) for each in of_rank]
 
     def _grade(self, groups: Sequence[Group]) -> list[Graded]:
         replies = [
@@ -111,7 +119,7 @@ class Collector:
 
     def take_faults(self) -> Counter[str]:
         """What went wrong with rewards on any rank since this was last asked, and how often."""
-        faults = sum(self.world.gather(self.rewards.faults), Counter[str]())
+        faults = sum(self.world.all_gather(self.rewards.faults), Counter[str]())
         self.rewards.faults = Counter()
         return faults
 
@@ -126,7 +134,7 @@ def open_sampler(
     weights = state.bundle_weights(keep=world.is_main)
     if world.is_main:
         server.push(weights)
-    world.wait()  # nobody asks before the new weights are there
+    world.barrier()  # nobody asks before the new weights are there
     return lambda problems, seed: server.roll_out(problems, c, seed)
 
 
@@ -167,13 +175,13 @@ def update_policy(
     reference: Transformer | None = None,
     *,
     recompute: bool = False,
-) -> tuple[StepStats | None, list[Seen]]:
+) -> tuple[StepStats | None, list[LossMetrics]]:
     """Pass over a step's rollouts `updates` times, with an optimizer update for each mini-batch; none: no update.
 
     mini_batches: the micro-batches of each, of all ranks. Returns the stats of the last update, and what every
     micro-batch of all ranks and updates showed.
     """
-    device, seen, stats = world.device, list[Seen](), None
+    device, seen, stats = world.device, list[LossMetrics](), None
 
     def prepared(batch: RolloutBatch) -> RolloutBatch:
         """With the log-probabilities of the models that stay as they are during the step."""
@@ -184,7 +192,7 @@ def update_policy(
             batch = replace(batch, old_logprobs=state.run(frozen_logprobs, here, temperature))
         return batch
 
-    own = [[prepared(batch) for batch in world.own(batches)] for batches in mini_batches]
+    own = [[prepared(batch) for batch in world.shard(batches)] for batches in mini_batches]
 
     def loss_of(model: Transformer, batch: RolloutBatch) -> tuple[Tensor, Tensor]:
         loss, report, shown = grpo_loss(model, batch, c, temperature, recompute=recompute)
@@ -195,7 +203,7 @@ def update_policy(
         stats = train_step(state, batches, loss_of, lr, optim, world)
         if stats.skipped:
             break
-    return stats, [each for of_rank in world.gather([each.cpu() for each in seen]) for each in of_rank]
+    return stats, [each for of_rank in world.all_gather([each.cpu() for each in seen]) for each in of_rank]
 
 
 def make_mini_batches(
@@ -252,7 +260,7 @@ def make_micro_batches(
     taken = [len(rollout.prompt_ids) + len(rollout.reply_ids) - 1 for rollout, _ in kept]
     width = best_width(taken, max_places, is_masked=is_masked)
     rows = even_rows(-(-len(pack(taken, width)) // ranks), max_places // width)
-    return in_rows(kept, width, rows * ranks, c.aggregation, count).portions(rows)
+    return in_rows(kept, width, rows * ranks, c.aggregation, count).split_micro_batches(rows)
 
 
 def in_rows(
@@ -270,7 +278,7 @@ def in_rows(
     return RolloutBatch(
         tokens=layout.place([each[:-1] for each in ids]),
         positions=layout.place([torch.arange(length) for length in layout.lengths]),
-        places=before[reply] + torch.arange(len(reply)) - (lengths.cumsum(0) - lengths)[reply],
+        token_indices=before[reply] + torch.arange(len(reply)) - (lengths.cumsum(0) - lengths)[reply],
         targets=torch.tensor([token for rollout in rollouts for token in rollout.reply_ids]),
         reply=reply,
         advantages=torch.tensor([advantage for _, advantage in kept])[order][reply],

@@ -95,11 +95,11 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True)
 class RolloutBatch:
-    """Replies packed into rows; what is known of each trained token stands in vectors (M,), ordered as `places`."""
+    """Replies packed into rows; what is known of each trained token is in vectors (M,), ordered as `token_indices`."""
 
     tokens: Tensor  # (B, T) int64
     positions: Tensor  # (B, T) int64, 0 where a prompt begins
-    places: Tensor  # (M,) int64: where in the flattened rows the trained tokens are predicted
+    token_indices: Tensor  # (M,) int64: where in the flattened rows the trained tokens are predicted
     targets: Tensor  # (M,) int64: the trained tokens
     reply: Tensor  # (M,) int64: which of the micro-batch's R replies the token belongs to
     advantages: Tensor  # (M,) float32
@@ -116,7 +116,7 @@ class RolloutBatch:
         }
         return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
 
-    def portions(self, rows: int) -> list["RolloutBatch"]:
+    def split_micro_batches(self, rows: int) -> list["RolloutBatch"]:
         """The same in micro-batches of that many rows, into which they divide; replies stand in the order of the rows.
 
         The last may have no reply: there are as many for every rank.
@@ -124,13 +124,14 @@ class RolloutBatch:
         parts, places = len(self.tokens) // rows, rows * self.tokens.shape[1]
         batches = []
         for part in range(parts):
-            here = self.places // places == part  # (M,)
+            here = self.token_indices // places == part  # (M,)
             vectors = {
                 f.name: value[here]
                 for f in fields(self)
                 if isinstance(value := getattr(self, f.name), Tensor) and value.dim() == 1
             }
-            vectors |= {"places": vectors["places"] - part * places, "reply": vectors["reply"] - vectors["reply"][:1]}
+            vectors["token_indices"] = vectors["token_indices"] - part * places
+            vectors["reply"] = vectors["reply"] - vectors["reply"][:1]
             stretch = slice(part * rows, (part + 1) * rows)
             matrices: dict[str, Any] = {"tokens": self.tokens[stretch], "positions": self.positions[stretch]}
             batches.append(replace(self, **matrices, **vectors, count=self.count / parts))
@@ -138,7 +139,7 @@ class RolloutBatch:
 
 
 @dataclass(frozen=True)
-class Seen:
+class LossMetrics:
     """What a micro-batch showed, each a sum over its tokens (M of them) except the maximum."""
 
     tokens: int
@@ -150,7 +151,7 @@ class Seen:
     importance: Tensor  # trainer / engine probability, at most the cap
     truncated: Tensor  # tokens where it is above the cap
 
-    def cpu(self) -> "Seen":
+    def cpu(self) -> "LossMetrics":
         """The same, to be told to other processes, whose devices are their own."""
         return replace(self, **{f.name: getattr(self, f.name).cpu() for f in fields(self) if f.name != "tokens"})
 
@@ -168,12 +169,12 @@ def policy_logprobs(
     """
     hidden, _ = model.trunk.routed(batch.tokens, positions=batch.positions, recompute=recompute)
     hidden = hidden.flatten(0, 1)  # (B*T, D)
-    return token_logprobs(model.head, hidden.index_select(0, batch.places), batch.targets, temperature)
+    return token_logprobs(model.head, hidden.index_select(0, batch.token_indices), batch.targets, temperature)
 
 
 def grpo_loss(
     model: Transformer, batch: RolloutBatch, c: ObjectiveConfig, temperature: float, *, recompute: bool = False
-) -> tuple[Tensor, Tensor, Seen]:
+) -> tuple[Tensor, Tensor, LossMetrics]:
     """Loss of a micro-batch to train on, the same detached, and what was seen on the way."""
     logprobs, entropy = policy_logprobs(model, batch, temperature, recompute=recompute)
     old = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
@@ -189,7 +190,7 @@ def grpo_loss(
     if c.importance_cap:
         terms = importance * terms  # the divergence too: its estimate is over tokens that the trainer would draw
     loss = (batch.weights * terms).sum()
-    seen = Seen(
+    seen = LossMetrics(
         tokens=len(terms),
         entropy=entropy.sum(),
         clipped=clipped.sum(),

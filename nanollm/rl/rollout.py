@@ -19,7 +19,7 @@ from nanollm.durable import make_folder, write_file
 from nanollm.generate.engine import generate
 from nanollm.generate.sampling import SamplingConfig
 from nanollm.model.transformer import Transformer
-from nanollm.rl.loss import Seen
+from nanollm.rl.loss import LossMetrics
 from nanollm.rl.reward import Reward
 from nanollm.sources.gsm8k import Problem
 from nanollm.text.chat import Conversation, encode_prompt, reply_ends
@@ -167,7 +167,7 @@ def rollout_metrics(graded: Sequence[Graded]) -> dict[str, float]:
     }
 
 
-def policy_metrics(seen: Sequence[Seen]) -> dict[str, float]:
+def policy_metrics(seen: Sequence[LossMetrics]) -> dict[str, float]:
     """Whether the numbers can be trusted: means over all trained tokens of a step's updates."""
     if not seen:
         return {}

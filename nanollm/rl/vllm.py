@@ -37,7 +37,7 @@ from nanollm.text.chat import reply_ends
 from nanollm.text.tokenizer import Tokenizer
 
 OLDEST = (0, 27)
-MOST_REQUESTS = 256
+MAX_REQUESTS = 256
 """Requests under way at once; vLLM's own default for what it runs at once is about that (--max-num-seqs)."""
 BUSY = (502, 503, 504)
 DEVELOPER_ROUTES = ("/collective_rpc", "/reset_prefix_cache")
@@ -109,7 +109,7 @@ class VllmServer:
         if not problems:
             return []
         prompts = [prompt_of(problem, self.tokenizer) for problem in problems]
-        pool = ThreadPoolExecutor(min(len(prompts), MOST_REQUESTS))
+        pool = ThreadPoolExecutor(min(len(prompts), MAX_REQUESTS))
         try:
             seeds = range(seed, seed + len(prompts) * c.group_size, c.group_size)
             drawn = list(pool.map(lambda prompt, first: self._sample(prompt, c, first), prompts, seeds))

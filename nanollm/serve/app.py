@@ -21,7 +21,7 @@ from nanollm import __version__
 from nanollm.bundle import Bundle
 from nanollm.generate.engine import Engine
 from nanollm.generate.request import Request
-from nanollm.generate.sampling import LEAST_TEMPERATURE, SamplingConfig
+from nanollm.generate.sampling import MIN_TEMPERATURE, SamplingConfig
 from nanollm.serve.engine_thread import EngineStopped, EngineThread, QueueFull
 from nanollm.serve.metrics import Meter, Metrics
 from nanollm.serve.protocol import ApiError, ChatMessage, ChatRequest, CompletionRequest, Json, error_body, explain
@@ -296,7 +296,7 @@ class Service:
 def sampling_of(body: ChatRequest | CompletionRequest) -> SamplingConfig:
     temperature = 1.0 if body.temperature is None else body.temperature
     return SamplingConfig(
-        temperature=temperature if temperature >= LEAST_TEMPERATURE else 0.0,
+        temperature=temperature if temperature >= MIN_TEMPERATURE else 0.0,
         top_k=body.top_k or 0,
         top_p=1.0 if body.top_p is None else max(body.top_p, MIN_TOP_P),
         min_p=body.min_p or 0.0,

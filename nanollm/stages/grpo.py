@@ -45,7 +45,7 @@ IMPORTANCE_CAP = 2.0
 
 @dataclass(frozen=True, kw_only=True)
 class GrpoTrainConfig(LoopConfig):
-    """How long, in which portions, and how often to look, log and save."""
+    """How long, in which batches, and how often to look, log and save."""
 
     log_every: int = 1
     """Steps between two lines of metrics.jsonl, each with the numbers of its step alone."""

@@ -45,7 +45,7 @@ class Config(RunConfig):
     data: Path
     """Folder of token files, as nanollm preprocess makes it."""
     train: TrainConfig
-    """Length, portions and intervals."""
+    """Length, batches and intervals."""
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(spike_sigmas=SIGMAS))
     """Optimizer and schedule."""
     start: StartName = "gpt2"

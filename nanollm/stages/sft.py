@@ -35,7 +35,7 @@ Splits = Mapping[str, ChatShards]  # by folder
 
 @dataclass(frozen=True, kw_only=True)
 class ChatTrainConfig(LoopConfig):
-    """How long, in which portions, and how often to look, log and save."""
+    """How long, in which batches, and how often to look, log and save."""
 
     batch_size: int = 32
     """Conversations per optimizer step."""
@@ -59,7 +59,7 @@ class Config(RunConfig):
     """Folder of conversations, as nanollm preprocess makes it, or several with their weights, {folder: weight, ...}: a
     weight is a share of the conversations seen, whatever the sizes of the folders."""
     train: ChatTrainConfig
-    """Length, portions and intervals."""
+    """Length, batches and intervals."""
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=3e-4, warmup_steps=20, spike_sigmas=SIGMAS))
     """Optimizer and schedule."""
     validation_conversations: int = 256
@@ -166,10 +166,10 @@ def validate(c: Config, state: TrainState, splits: Splits, world: World) -> dict
         for folder, split in splits.items():
             own = 0.0, 0.0
             batches = split.batches(c.train.micro_batch_size, c.validation_conversations or None)
-            for batch in world.own(batches):
+            for batch in world.shard(batches):
                 loss = next_token_loss(model, batch.to(world.device))[1].item()
                 own = own[0] + loss, own[1] + batch.count
-            of_split = world.total(own[0]), world.total(own[1])
+            of_split = world.all_reduce_sum(own[0]), world.all_reduce_sum(own[1])
             losses[f"val_loss/{folder}"] = of_split[0] / of_split[1]
             nats, count = nats + of_split[0], count + of_split[1]
     say(f"step {state.step:,}: validation loss {nats / count:.4f} per token of the replies")

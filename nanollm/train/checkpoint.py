@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from nanollm.bundle import check_header, write_tensors
-from nanollm.durable import new_folder, put_in_place, read_sealed_json, settle, sha256_of, write_sealed_json
+from nanollm.durable import new_folder, put_in_place, read_sealed_json, recover, sha256_of, write_sealed_json
 from nanollm.progress import say
 from nanollm.train.state import TrainState
 from nanollm.world import World
@@ -72,7 +72,7 @@ class Checkpoints:
         if self._pending is None:
             return
         error, self._pending = self._pending.exception(), None
-        failed = {rank: told for rank, told in enumerate(self.world.gather(error and str(error))) if told}
+        failed = {rank: told for rank, told in enumerate(self.world.all_gather(error and str(error))) if told}
         if error is not None:
             raise error
         for rank, told in failed.items():
@@ -135,7 +135,7 @@ def load_newest(folder: Path, state: TrainState, world: World) -> bool:
 
     Newer ones that are damaged are said and renamed to step-N.damaged. ValueError if there are only damaged ones.
     """
-    found = world.of_main(find_newest(folder) if world.is_main else None)
+    found = world.broadcast(find_newest(folder) if world.is_main else None)
     if found is None:
         return False
     _load(*found, state)
@@ -145,7 +145,7 @@ def load_newest(folder: Path, state: TrainState, world: World) -> bool:
 def find_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     """The newest sound checkpoint and its counters; what a killed save left is removed."""
     for leftover in [*folder.glob("step-*.tmp"), *folder.glob("step-*.old")]:
-        settle(leftover.with_suffix(""))
+        recover(leftover.with_suffix(""))
     damaged: list[Path] = []
     for path in checkpoints(folder):
         try:
@@ -224,7 +224,7 @@ def _load(path: Path, counters: dict[str, Any], state: TrainState) -> None:
     state.step, state.losses = counters["step"], counters.get("losses", [])  # older checkpoints have none
     if state.scales_loss and counters["loss_scale"] > 1:  # not so if the run began in another type
         state.loss_scale, state.scale_age = counters["loss_scale"], counters["scale_age"]
-    state.publish()
+    state.copy_to_model()
 
 
 def _room(entry: Any, parameter: Tensor) -> Tensor:

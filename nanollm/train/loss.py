@@ -79,15 +79,15 @@ class _CrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=_wide(hidden), device=hidden.device)
         gradients = _Gradients(hidden, weight, ctx.needs_input_grad)
         fuses = fuses and gradients.are_wanted  # full chunks and a last one: no more shapes than that
-        turn = (
-            torch.compile(_turn_in_one_go, dynamic=False)
+        to_grad = (
+            torch.compile(_logits_to_grad_fused, dynamic=False)
             if fuses
-            else partial(_turn_into_errors, are_wanted=gradients.are_wanted)
+            else partial(_logits_to_grad, are_wanted=gradients.are_wanted)
         )
         for rows, logits in _chunks(hidden, weight):
             trained, wanted = (targets[rows] != IGNORE)[:, None], targets[rows].clamp(min=0)[:, None]  # (R, 1)
             for part in [slice(None)] if fuses else _parts(logits):
-                logprobs = turn(logits[part], wanted[part])
+                logprobs = to_grad(logits[part], wanted[part])
                 total -= logprobs.masked_fill_(~trained[part], 0.0).sum()
             gradients.add(rows, logits, trained)
         # Sums over all tokens leave float16; they fit into it once they are divided by their number.
@@ -118,10 +118,10 @@ class _TokenLogprobs(torch.autograd.Function):
             wanted = targets[rows, None]
             keeps = any(ctx.needs_input_grad) and len(logits) == len(targets)
             for part in _parts(logits):
-                powers = logits[part].to(logprobs.dtype).div_(temperature)
-                logprobs[rows][part], sums = _exponentiate(powers, wanted[part], entropies[rows][part])
+                exp_logits = logits[part].to(logprobs.dtype).div_(temperature)
+                logprobs[rows][part], sums = _exponentiate(exp_logits, wanted[part], entropies[rows][part])
                 if keeps:
-                    _errors(powers, sums, wanted[part], out=logits[part])
+                    _nll_grad(exp_logits, sums, wanted[part], out=logits[part])
             if keeps:
                 errors = logits
         ctx.save_for_backward(hidden, weight, targets, errors)
@@ -141,9 +141,9 @@ class _TokenLogprobs(torch.autograd.Function):
         for rows, logits in _chunks(hidden, weight):
             for part in _parts(logits):
                 wanted = targets[rows][part, None]
-                powers = logits[part].to(incoming.dtype).div_(ctx.temperature)
-                _, sums = _exponentiate(powers, wanted)
-                _errors(powers, sums, wanted, out=logits[part])
+                exp_logits = logits[part].to(incoming.dtype).div_(ctx.temperature)
+                _, sums = _exponentiate(exp_logits, wanted)
+                _nll_grad(exp_logits, sums, wanted, out=logits[part])
             gradients.add(rows, logits, scale[rows])
         return *gradients.finished(), None, None
 
@@ -191,17 +191,17 @@ class _Gradients:
         return self.of_hidden, self.of_weight
 
 
-def _turn_into_errors(logits: Tensor, targets: Tensor, are_wanted: bool) -> Tensor:
+def _logits_to_grad(logits: Tensor, targets: Tensor, are_wanted: bool) -> Tensor:
     """Log-probabilities (r, 1) of the targets (r, 1); the logits (r, V) become errors in place, if they are wanted."""
-    powers = logits.to(_wide(logits))
-    logprobs, sums = _exponentiate(powers, targets)
+    exp_logits = logits.to(_wide(logits))
+    logprobs, sums = _exponentiate(exp_logits, targets)
     if are_wanted:
-        _errors(powers, sums, targets, out=logits)
+        _nll_grad(exp_logits, sums, targets, out=logits)
     return logprobs
 
 
-def _turn_in_one_go(logits: Tensor, targets: Tensor) -> Tensor:
-    """`_turn_into_errors` for a compiler: fused, these operations never write a float32 copy of the logits."""
+def _logits_to_grad_fused(logits: Tensor, targets: Tensor) -> Tensor:
+    """`_logits_to_grad` for a compiler: fused, these operations never write a float32 copy of the logits."""
     wide = logits.to(_wide(logits))
     of_all = wide.logsumexp(-1, keepdim=True)
     logprobs = wide.gather(-1, targets) - of_all
@@ -217,17 +217,17 @@ def _exponentiate(logits: Tensor, targets: Tensor, entropies: Tensor | None = No
     """
     logits.sub_(logits.amax(-1, keepdim=True))
     of_targets = logits.gather(-1, targets)
-    powers = logits.exp_() if entropies is None else logits.exp()
-    sums = powers.sum(-1, keepdim=True)
+    exp_logits = logits.exp_() if entropies is None else logits.exp()
+    sums = exp_logits.sum(-1, keepdim=True)
     if entropies is not None:
-        entropies.copy_(sums.log() - (powers[:, None] @ logits[:, :, None])[:, 0] / sums)
-        logits.copy_(powers)
+        entropies.copy_(sums.log() - (exp_logits[:, None] @ logits[:, :, None])[:, 0] / sums)
+        logits.copy_(exp_logits)
     return of_targets - sums.log(), sums
 
 
-def _errors(powers: Tensor, sums: Tensor, targets: Tensor, out: Tensor) -> None:
-    """Gradient of the negative log-probability of the targets with respect to the logits (r, V); spoils the powers."""
-    torch.div(powers.scatter_add_(-1, targets, -sums), sums, out=out)
+def _nll_grad(exp_logits: Tensor, sums: Tensor, targets: Tensor, out: Tensor) -> None:
+    """Gradient of the negative log-probability of the targets by the logits (r, V); spoils exp_logits."""
+    torch.div(exp_logits.scatter_add_(-1, targets, -sums), sums, out=out)
 
 
 def _chunks(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:

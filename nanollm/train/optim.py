@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
-from nanollm.train.parts import cut_like, gather, own_part
+from nanollm.train.dtensor import gather_full, shard_like, to_local
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 MAX_STACK = 2**24
@@ -120,13 +120,13 @@ class Muon(Optimizer):
             for parameters in _stacks(moving):
                 shape = parameters[0].shape[-2:]
                 directions = self._directions(parameters, group["momentum"])
-                gathered = [gather(d, p, group["dtype"]) for d, p in zip(directions, parameters, strict=True)]
+                gathered = [gather_full(d, p, group["dtype"]) for d, p in zip(directions, parameters, strict=True)]
                 moves = orthogonalise(torch.cat([g.view(-1, *shape) for g in gathered]), group["dtype"])  # (K, M, N)
                 sizes = [p.numel() // shape.numel() for p in parameters]
                 parts = [
-                    cut_like(p, move.view(p.shape)) for p, move in zip(parameters, moves.split(sizes), strict=True)
+                    shard_like(p, move.view(p.shape)) for p, move in zip(parameters, moves.split(sizes), strict=True)
                 ]
-                own = [own_part(parameter) for parameter in parameters]
+                own = [to_local(parameter) for parameter in parameters]
                 torch._foreach_mul_(own, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(own, parts, alpha=-group["lr"] * 0.2 * math.sqrt(max(shape)))
 
@@ -135,8 +135,8 @@ class Muon(Optimizer):
         for parameter in parameters:
             if "momentum_buffer" not in self.state[parameter]:
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-        grads = [own_part(parameter.grad) for parameter in parameters if parameter.grad is not None]
-        buffers = [own_part(self.state[parameter]["momentum_buffer"]) for parameter in parameters]
+        grads = [to_local(parameter.grad) for parameter in parameters if parameter.grad is not None]
+        buffers = [to_local(self.state[parameter]["momentum_buffer"]) for parameter in parameters]
         torch._foreach_lerp_(buffers, grads, 1 - momentum)
         return torch._foreach_lerp(grads, buffers, momentum)
 

@@ -76,7 +76,7 @@ class LoopConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(LoopConfig):
-    """How long, in which portions, and how often to look, log and save."""
+    """How long, in which batches, and how often to look, log and save."""
 
     batch_size: int = 32
     """Sequences per optimizer step."""
@@ -317,7 +317,7 @@ class Run:
         self._checkpoints.save(self.state)
 
     def _leave_if_interrupted(self) -> None:
-        number = int(self._world.largest(self._received[0] if self._received else 0))
+        number = int(self._world.all_reduce_max(self._received[0] if self._received else 0))
         if not number:
             return
         self._save()
@@ -381,7 +381,7 @@ def note_start(out: Path, step: int, world: World) -> None:
 
 def check_same_everywhere(settings: Mapping[str, object], inputs: Mapping[str, object], world: World) -> None:
     """Raises ValueError where processes, perhaps on different hosts, were started to do different things."""
-    first, *others = world.gather(flat({**settings, "inputs": inputs}))
+    first, *others = world.all_gather(flat({**settings, "inputs": inputs}))
     for rank, other in enumerate(others, start=1):
         for key in sorted(first.keys() | other.keys()):
             if (ours := first.get(key)) != (theirs := other.get(key)):

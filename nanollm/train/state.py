@@ -21,12 +21,12 @@ from torch.optim import Optimizer
 
 from nanollm.bundle import build_model
 from nanollm.model.transformer import Transformer
+from nanollm.train.dtensor import full_tensor, is_dtensor, to_local
 from nanollm.train.optim import OptimConfig, build_optimizers
-from nanollm.train.parts import is_cut, own_part, whole
 from nanollm.world import World
 
 
-class Applied(nn.Module):
+class ForwardWrapper(nn.Module):
     """Calls functions of a model as its forward pass: what FSDP2 does before and after that it does around them."""
 
     def __init__(self, model: Transformer) -> None:
@@ -55,12 +55,12 @@ class TrainState:
     """Matrices of which the model sees every row divided by its root mean square."""
     dtype: torch.dtype = torch.float32
     """What the model computes in."""
-    holds_all: bool = True
+    is_replicated: bool = True
     """Whether this process holds all of the masters."""
-    applied: Applied = field(init=False)
+    wrapped: ForwardWrapper = field(init=False)
 
     def __post_init__(self) -> None:
-        self.applied = Applied(self.model)
+        self.wrapped = ForwardWrapper(self.model)
 
     @classmethod
     def start(
@@ -88,7 +88,7 @@ class TrainState:
             if masters[name] is not parameter:
                 hook = _moving(masters[name], weakref.ref(state), has_unit_rows=name in unit_rows)
                 parameter.register_post_accumulate_grad_hook(hook)
-        state.publish()
+        state.copy_to_model()
         return state
 
     @classmethod
@@ -102,37 +102,37 @@ class TrainState:
             loss_scale=_first_scale(world.dtype),
             unit_rows=frozenset(unit_rows),
             dtype=world.dtype,
-            holds_all=world.holds_all,
+            is_replicated=world.is_replicated,
         )
         for name in unit_rows:
             model.get_submodule(name.rpartition(".")[0]).register_forward_hook(_divide_rows)
-        world.shard(state.applied, model.trunk.blocks)
+        world.fully_shard(state.wrapped, model.trunk.blocks)
         state.masters = dict(model.named_parameters())
         state.optimizers = build_optimizers(state.masters, optim, world.dtype)
         return state
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """`function(model, ...)` with the model's parameters whole. In several processes all must call it."""
-        value = self.applied(function, *arguments)
+        value = self.wrapped(function, *arguments)
         if self.is_sharded and not torch.is_grad_enabled():
-            modules: list[Any] = [module for module in self.applied.modules() if hasattr(module, "reshard")]
+            modules: list[Any] = [module for module in self.wrapped.modules() if hasattr(module, "reshard")]
             for module in modules:  # without a backward pass they would stay whole, and grow old
                 module.reshard()
         return value
 
-    def last_backward_comes(self, is_last: bool) -> None:
+    def set_grad_sync(self, is_last: bool) -> None:
         """Gradients need to be added up over the ranks only once, in the last backward pass of a step.
 
         Until then a rank that holds all of the model keeps it in the compute type as well.
         """
         if self.is_sharded:
-            root: Any = self.applied  # FSDP2 gave it these
+            root: Any = self.wrapped  # FSDP2 gave it these
             root.set_requires_gradient_sync(is_last)
-            root.set_reshard_after_backward(is_last or not self.holds_all)
+            root.set_reshard_after_backward(is_last or not self.is_replicated)
 
     def gradients(self) -> list[Tensor]:
         """Those of the masters, unscaled, as far as this rank holds them, to be changed in place."""
-        grads = [own_part(master.grad) for master in self.masters.values() if master.grad is not None]
+        grads = [to_local(master.grad) for master in self.masters.values() if master.grad is not None]
         grads = [grad for grad in grads if grad.numel()]
         if self.is_sharded and self.loss_scale != 1:
             torch._foreach_div_(grads, self.loss_scale)
@@ -141,7 +141,7 @@ class TrainState:
     @property
     def is_sharded(self) -> bool:
         """Whether this is one of several processes that hold the masters together."""
-        return is_cut(next(iter(self.masters.values())))
+        return is_dtensor(next(iter(self.masters.values())))
 
     @property
     def scales_loss(self) -> bool:
@@ -149,14 +149,14 @@ class TrainState:
         return self.dtype == torch.float16
 
     @torch.no_grad()
-    def publish(self) -> None:
+    def copy_to_model(self) -> None:
         """Round the masters into the model's parameters."""
         pairs = [(p, self._seen(name)) for name, p in self.model.named_parameters() if p is not self.masters[name]]
         if pairs:
             parameters, masters = zip(*pairs, strict=True)
             torch._foreach_copy_(list(parameters), list(masters))
 
-    def drop_gradients(self) -> None:
+    def zero_grad(self) -> None:
         for master in self.masters.values():
             master.grad = None
 
@@ -194,7 +194,7 @@ class TrainState:
 
     def _seen(self, name: str) -> Tensor:
         """A master as the model sees it, whole and in float32."""
-        master = whole(self.masters[name])
+        master = full_tensor(self.masters[name])
         return master * _per_row(master) if name in self.unit_rows else master
 
 

@@ -113,11 +113,11 @@ def train_step(
 ) -> StepStats:
     """Move the weights once, by the gradient of the mean loss over the micro-batches of all ranks."""
     device = next(state.model.parameters()).device
-    count = world.total(sum(batch.count for batch in micro_batches))
+    count = world.all_reduce_sum(sum(batch.count for batch in micro_batches))
     reports = []
     with fastest_attention(device):
         for number, batch in enumerate(micro_batches, start=1):
-            state.last_backward_comes(number == len(micro_batches))
+            state.set_grad_sync(number == len(micro_batches))
             loss, report = state.run(loss_of, batch.to(device))
             # One denominator for all micro-batches and ranks: one with few trained tokens must not shout louder.
             (loss * (state.loss_scale / count)).backward()
@@ -125,8 +125,8 @@ def train_step(
 
     grads = state.gradients()
     report_sum, loads = torch.stack(reports).sum(), [layer.load for layer in state.model.moe_layers()]
-    world.add_up([report_sum, *loads])
-    norm = world.norm(torch.stack(torch._foreach_norm(grads)).norm())
+    world.all_reduce_([report_sum, *loads])
+    norm = world.global_norm(torch.stack(torch._foreach_norm(grads)).norm())
     # Everything that the host wants to know at once: one wait for the device, not one for each number.
     numbers = torch.cat([part.flatten().float() for part in (report_sum, norm, *loads)]).cpu()
     (reported_sum, grad_norm), *tokens_of_experts = (part.tolist() for part in numbers.split([2, *map(len, loads)]))
@@ -143,8 +143,8 @@ def train_step(
             for group in optimizer.param_groups:
                 group["lr"] = lr
             optimizer.step()
-        state.publish()
-    state.drop_gradients()
+        state.copy_to_model()
+    state.zero_grad()
     _adjust_loss_scale(state, finite)
     for layer in state.model.moe_layers():
         layer.balance(c.balance_rate if moves else 0.0)

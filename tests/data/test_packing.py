@@ -94,7 +94,7 @@ def test_rows_are_as_wide_as_leaves_little_empty():
 @given(rows=st.integers(1, 200), most=st.integers(1, 50))
 def test_portions_of_rows_are_as_few_as_can_be_and_even(rows, most):
     each = even_rows(rows, most)
-    portions = -(-rows // each)
+    batches = -(-rows // each)
     assert each <= most
-    assert portions == -(-rows // most)
-    assert portions * each - rows < portions <= rows  # no portion is empty
+    assert batches == -(-rows // most)
+    assert batches * each - rows < batches <= rows  # no portion is empty

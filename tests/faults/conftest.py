@@ -111,7 +111,7 @@ def job_of(materials: dict[str, Path], tmp_path: Path):
             *(*steps, "--train.validate_every", 4, "--optim.warmup_steps", 2),
             *("--device", "cpu", "--dtype", "float32", "--out", out),
         ]
-        portions = ["--train.batch_size", 4, "--train.micro_batch_size", 2, "--sample_prompts"]  # none
+        batches = ["--train.batch_size", 4, "--train.micro_batch_size", 2, "--sample_prompts"]  # none
         words: dict[str, list[object]] = {
             "preprocess": [
                 *("text", "--tokenizer_path", materials["tokenizer"], "--input", materials["texts"]),
@@ -119,11 +119,11 @@ def job_of(materials: dict[str, Path], tmp_path: Path):
             ],
             "pretrain": [
                 *("--model", materials["model"], "--tokenizer_path", materials["tokenizer"]),
-                *("--data", materials["text"], "--validation_windows", 4, *training, *portions),
+                *("--data", materials["text"], "--validation_windows", 4, *training, *batches),
             ],
             "sft": [
                 *("--bundle", materials["bundle"], "--data", materials["chat"]),
-                *("--validation_conversations", 4, *training, *portions),
+                *("--validation_conversations", 4, *training, *batches),
             ],
             "grpo": [
                 *("--bundle", materials["bundle"], "--task.name", "tests.faults.even:Even", *training),

@@ -25,7 +25,7 @@ WHOLE = 0.25
 LEAVING = 0.1
 """Shares: of all replies, those that are asked for at once; of all streams, those whose readers leave."""
 SAMPLE_EVERY_S = 5.0
-MOST_DRIFT_PERCENT = 2.0
+MAX_DRIFT_PERCENT = 2.0
 
 
 @dataclass
@@ -162,7 +162,7 @@ def main(words):
     if options.json:
         options.json.write_text(text + "\n", encoding="utf-8")
     drifts = [life["memory_drift_percent"] for life in figures["lives"]]
-    return 1 if run.wrong or run.counts["lost"] or max(drifts) > MOST_DRIFT_PERCENT else 0
+    return 1 if run.wrong or run.counts["lost"] or max(drifts) > MAX_DRIFT_PERCENT else 0
 
 
 if __name__ == "__main__":

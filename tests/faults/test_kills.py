@@ -18,7 +18,7 @@ TRAINING = VERBS[1:]
 FEW = [*VERBS[:2], *(pytest.param(verb, marks=pytest.mark.long) for verb in VERBS[2:])]
 """All of them; what is tested of SFT and GRPO takes long, and breaks with pretraining."""
 WITHIN_S = 10.0
-MOST_LOST = SAVE_EVERY | {"preprocess": 3 * SAVE_EVERY["preprocess"]}
+MAX_LOST = SAVE_EVERY | {"preprocess": 3 * SAVE_EVERY["preprocess"]}
 """One interval; preprocess writes whole chunks, of at most four bytes of text for each token of it."""
 
 
@@ -105,7 +105,7 @@ def test_killed_at_random_moments_a_job_ends_with_the_bits_of_one_left_alone(sho
         if code == 0 or draw.random() < 0.5:
             shot.end()
     shot.end()
-    assert max(shot.lost) <= MOST_LOST[verb]
+    assert max(shot.lost) <= MAX_LOST[verb]
     what = "steps" if shot.job.is_training else "tokens"
     lost = f"; at most {max(shot.lost):,} {what} done again, saved every {SAVE_EVERY[verb]:,}"
     record_property("figure", f"{verb}: {struck} of {kills} the same bits, {in_saves} of them inside a save{lost}")
@@ -118,7 +118,7 @@ def test_killed_at_each_change_of_a_file_a_job_ends_with_the_same_bits(shot_of, 
     for moment in range(shot.moments):
         assert shot.start(Fault.KILL, moment).wait() == -signal.SIGKILL
         shot.end()
-    assert max(shot.lost) <= MOST_LOST[verb]
+    assert max(shot.lost) <= MAX_LOST[verb]
     record_property("figure", f"{verb}: {shot.moments} of {shot.moments} changes, the same bits")
 
 

@@ -14,10 +14,10 @@ from nanollm.data.batches import Windows
 from nanollm.data.shards import Shards
 from nanollm.stages import pretrain, sft
 from nanollm.train.checkpoint import Checkpoints, checkpoints, load_newest, save_checkpoint
+from nanollm.train.dtensor import to_local
 from nanollm.train.loss import next_token_loss
 from nanollm.train.metrics import read_metrics
 from nanollm.train.optim import OptimConfig
-from nanollm.train.parts import own_part
 from nanollm.train.run import MAX_SKIPPED_IN_A_ROW
 from nanollm.train.state import TrainState
 from nanollm.train.step import MIN_LOSSES, SIGMAS, WINDOW, spike_threshold, train_step, update_window
@@ -38,7 +38,7 @@ def poisoned(model, batch, *, factor=1.0, of_loss=1.0):
 
 def copied(state: TrainState) -> dict[str, Tensor]:
     """What this rank holds of the weights."""
-    return {name: own_part(tensor).clone() for name, tensor in state.weights().items()}
+    return {name: to_local(tensor).clone() for name, tensor in state.weights().items()}
 
 
 def poison_one_rank(world: World, where: str, bad: float):

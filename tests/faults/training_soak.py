@@ -22,7 +22,7 @@ import psutil
 from nanollm.train.metrics import read_metrics
 
 EVERY_S = 5.0
-MOST_DRIFT = 0.02
+MAX_DRIFT = 0.02
 DRIFTS = {"tokens_per_s": -1, "memory_bytes": 1, "files": 1, "threads": 1}
 """Which way is worse."""
 
@@ -107,8 +107,8 @@ def main() -> None:
         print(f"{name:24}", f"{value['drift']:+.2%}  {value}" if isinstance(value, dict) else value)
     if options.json:
         options.json.write_text(json.dumps(seen, indent=2) + "\n")
-    if worse := [name for name, bad in DRIFTS.items() if bad * seen[name]["drift"] > MOST_DRIFT]:
-        sys.exit(f"{', '.join(worse)}: more than {MOST_DRIFT:.0%} worse at last")
+    if worse := [name for name, bad in DRIFTS.items() if bad * seen[name]["drift"] > MAX_DRIFT]:
+        sys.exit(f"{', '.join(worse)}: more than {MAX_DRIFT:.0%} worse at last")
 
 
 if __name__ == "__main__":

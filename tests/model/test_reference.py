@@ -9,7 +9,7 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, Glm4MoeLiteCon
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention, DeepseekV3MoE
 
 from benchmarks.peers import reference_settings, reference_weights
-from nanollm.model.layers import Places, rotary_table
+from nanollm.model.layers import AttentionMetadata, rotary_table
 from nanollm.model.transformer import Transformer
 from tests.model.conftest import TINY, randomised
 
@@ -35,7 +35,7 @@ def test_latent_attention_equals_deepseek_v3(tiny_model, rng):
     rotary = tuple(torch.cat((part, part), dim=-1)[None].expand(2, -1, -1) for part in (cos, sin))
     mask = torch.full((17, 17), -torch.inf).triu(1)[None, None].expand(2, -1, -1, -1)
     expected, _ = theirs(x, position_embeddings=rotary, attention_mask=mask)
-    got = block.attention(x, Places(positions, (cos, sin), mask=None, is_text=None), None, 0)
+    got = block.attention(x, AttentionMetadata(positions, (cos, sin), mask=None, is_text=None), None, 0)
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 

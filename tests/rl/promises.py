@@ -313,4 +313,4 @@ def one_step(world: World, batches: list[Batch]) -> torch.Tensor:
 
 
 def _of_rank(world: World, batches: list[Batch], add_up: bool) -> torch.Tensor:
-    return one_step(world if add_up else World(), list(world.own(batches)))
+    return one_step(world if add_up else World(), list(world.shard(batches)))

@@ -207,7 +207,7 @@ def test_a_micro_batch_without_a_reply_adds_nothing(make_learner, ratio):
     longer = dataclasses.replace(
         batch, tokens=torch.cat((batch.tokens, blank)), positions=torch.cat((batch.positions, blank))
     )
-    full, empty = longer.portions(rows)
+    full, empty = longer.split_micro_batches(rows)
     assert torch.equal(full.targets, batch.targets)
     loss, _, seen = grpo_loss(learner.state.model, empty, c, 1.0)
     loss.backward()

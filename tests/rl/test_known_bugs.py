@@ -77,10 +77,10 @@ def change_batches(monkeypatch, change):
 def with_padding(batch):
     """Every empty place predicts token 0, like padding that nobody masked."""
     empty = torch.ones(batch.tokens.numel(), dtype=torch.bool)
-    empty[batch.places] = False
+    empty[batch.token_indices] = False
     places = empty.nonzero()[:, 0]
     known = {
-        "places": places,
+        "token_indices": places,
         "targets": torch.zeros_like(places),
         "reply": torch.zeros_like(places),
         "advantages": batch.advantages[0].expand(len(places)),
@@ -101,7 +101,7 @@ def test_padding_in_the_loss(monkeypatch):
 def test_labels_unshifted(monkeypatch):
     """The original of this project: logits at a token compared with that token."""
     c = ObjectiveConfig()
-    change_batches(monkeypatch, lambda batch: dataclasses.replace(batch, places=batch.places + 1))
+    change_batches(monkeypatch, lambda batch: dataclasses.replace(batch, token_indices=batch.token_indices + 1))
     with broken():
         promises.the_expected_gradient_is_exact(c)
 

@@ -12,7 +12,13 @@ from torch.profiler import ProfilerActivity, profile
 from nanollm.data.batches import IGNORE
 from nanollm.model.moe import balance_loss
 from nanollm.train import loss
-from nanollm.train.loss import _turn_in_one_go, _turn_into_errors, cross_entropy_sum, next_token_loss, token_logprobs
+from nanollm.train.loss import (
+    _logits_to_grad,
+    _logits_to_grad_fused,
+    cross_entropy_sum,
+    next_token_loss,
+    token_logprobs,
+)
 
 VOCAB = 61
 
@@ -217,6 +223,6 @@ def test_what_is_written_for_a_compiler_turns_logits_into_the_same_errors(dtype,
     rng = torch.Generator().manual_seed(0)
     logits, targets = (8 * torch.randn(6, 50, generator=rng)).to(dtype), torch.randint(50, (6, 1), generator=rng)
     fused, plain = logits.clone(), logits.clone()
-    torch.testing.assert_close(_turn_in_one_go(fused, targets), _turn_into_errors(plain, targets, True))
+    torch.testing.assert_close(_logits_to_grad_fused(fused, targets), _logits_to_grad(plain, targets, True))
     torch.testing.assert_close(fused, plain, rtol=error, atol=error)
     assert not torch.equal(plain, logits)

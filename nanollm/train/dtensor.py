@@ -8,24 +8,24 @@ import torch
 from torch import Tensor
 
 
-def is_cut(tensor: Tensor) -> bool:
+def is_dtensor(tensor: Tensor) -> bool:
     """Whether it is a DTensor."""
     return hasattr(tensor, "device_mesh")
 
 
-def own_part(tensor: Tensor) -> Tensor:
+def to_local(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor, to be changed in place."""
-    return tensor.to_local() if is_cut(tensor) else tensor  # type: ignore[attr-defined]
+    return tensor.to_local() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """All of a tensor; every process that holds a part must ask."""
-    return tensor.full_tensor() if is_cut(tensor) else tensor  # type: ignore[attr-defined]
+    return tensor.full_tensor() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
-def gather(part: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
+def gather_full(part: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
     """The whole tensor of which every rank has a part, cut as `like` is; on the way in bfloat16, if that is `dtype`."""
-    if not is_cut(like):
+    if not is_dtensor(like):
         return part
     from torch.distributed.tensor import DTensor
 
@@ -36,9 +36,9 @@ def gather(part: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
     return cut.full_tensor().to(part.dtype)
 
 
-def cut_like(like: Tensor, tensor: Tensor) -> Tensor:
+def shard_like(like: Tensor, tensor: Tensor) -> Tensor:
     """The part of a whole tensor, the same on every rank, that this one holds of `like`."""
-    if not is_cut(like):
+    if not is_dtensor(like):
         return tensor
     from torch.distributed.tensor import DTensor, distribute_tensor
 
