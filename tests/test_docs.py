@@ -72,8 +72,8 @@ def is_free(key: str) -> bool:
 def test_a_row_says_what_to_type_what_holds_without_it_and_what_it_means():
     rows = reference.page_of("eval").splitlines()
     assert "| `--bundle` | `path` | required | Folder of a bundle, such as runs/demo/pretrain/bundle. |" in rows
-    assert "| `--n` | `int` | `500` | Problems, the first of the split; with fewer in it, all of them. |" in rows
-    assert "| `--temperature` | `float` | `1.0` | Of --samples; divides the logits. |" in rows
+    assert "| `--n` | `int` | `500` | Number of problems: the first of the split, or all if it has fewer. |" in rows
+    assert "| `--temperature` | `float` | `1.0` | Sampling temperature of --samples. |" in rows
     rows = reference.page_of("pretrain").splitlines()
     assert "| `--model.n_heads` | `int` | of the preset | Attention heads per block. |" in rows
     rows = reference.page_of("info").splitlines()

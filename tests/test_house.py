@@ -90,6 +90,15 @@ def test_every_room_is_on_the_map():
     assert [room for room in sorted(rooms) if not room.startswith("__") and f"`{room}" not in listed] == []
 
 
+def test_the_map_names_every_module_and_no_other():
+    package = ROOT / "nanollm"
+    named = set(re.findall(r"`([a-z]+/\w+\.(?:py|cpp|h|mjs))`", (ROOT / "docs" / "map.md").read_text(encoding="utf-8")))
+    files = [path for kind in ("py", "cpp", "h", "mjs") for path in package.glob(f"*/*.{kind}")]
+    modules = {path.relative_to(package).as_posix() for path in files}
+    assert {name for name in named if not any((root / name).exists() for root in (package, ROOT))} == set()
+    assert {name for name in modules - named if not name.startswith("stages/") and "/__" not in name} == set()
+
+
 def test_links_between_documents_lead_somewhere():
     broken = []
     for file, text in texts().items():
