@@ -88,7 +88,7 @@ def test_a_rank_that_never_began_is_missed_without_a_host():
 
 
 def test_many_missed_ranks_are_told_in_one_line():
-    message = heartbeat.farewell(0, 9, [f"rank {rank}" for rank in range(1, 9)], 30)
+    message = heartbeat.farewell_message(0, 9, [f"rank {rank}" for rank in range(1, 9)], 30)
     assert "rank 1, rank 2, rank 3, rank 4 and 4 more for 30 s" in message
 
 

@@ -315,11 +315,12 @@ def test_without_a_compiler_and_on_one_core_it_goes_on_and_says_what_is_slower(c
         assert f"{words}: {why}" in said
 
 
-CURATE = f"curate --input texts.jsonl --tokenizer_path {TOKENIZER} --save_dir curated --evals.enabled false"
+CURATE = f"curate --input texts.jsonl --tokenizer_path {TOKENIZER} --save_dir curated --evals.enabled false "
+CURATE += "--filters.gopher_repetition false --filters.gopher_quality false --dedup false"
 WITHOUT = {  # what each extra is for: a command, its code once the extra is there, and a word of what it says then
     "completion": ("--completion bash", 0, ""),
     "serve": (f"serve {BUNDLE} --port PORT", 2, "cannot listen"),
-    "export": (f"export {BUNDLE} --folder exported --verify false", 0, "written to exported"),
+    "export": (f"export {BUNDLE} --out exported --verify false", 0, "written to exported"),
     "eval": (f"eval {BUNDLE} --harness none", 2, "none"),
     "data": (CURATE, 0, "what was removed is listed"),
     "data,ray": (f"{CURATE}_by_ray --executor ray --mem_gb 1", 0, "what was removed is listed"),

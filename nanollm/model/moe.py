@@ -111,7 +111,6 @@ class Experts(nn.Module):
         )
         return F.grouped_mm(F.silu(gate) * up, self.down_proj.transpose(-2, -1), offs=ends)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def one_by_one(self, gathered: Tensor, counts: Tensor) -> Tensor:
         """The same, expert after expert."""
         groups = gathered.split(counts.tolist())

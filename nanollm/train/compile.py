@@ -15,6 +15,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nanollm.kernels import build
+from nanollm.model.moe import Experts
 from nanollm.model.transformer import Transformer
 from nanollm.progress import say
 
@@ -53,6 +54,8 @@ def compile_blocks(model: Transformer, c: SpeedConfig, device: torch.device) -> 
         say(f"training without torch.compile, more slowly: it needs {missing}")
         return False
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(build.cache_folder() / "inductor"))
+    # Experts get other numbers of tokens in each step. As a decorator it would have every command import the compiler.
+    Experts.one_by_one = torch.compiler.disable(Experts.one_by_one)  # type: ignore[method-assign]
     for block in model.trunk.blocks:  # blocks of a kind share what is compiled
         block.compile(dynamic=False)
     say("compiling: the first step takes a minute or more, and seconds where the same was compiled before")

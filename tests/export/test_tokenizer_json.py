@@ -82,7 +82,7 @@ def test_every_type_of_model_has_the_same_ids(each_type, tmp_path):
     assert [sum(scores[token] for token in ids) for ids in there] == pytest.approx(
         [sum(scores[token] for token in ids) for ids in ours]
     )
-    assert sum(map(list.__eq__, ours, there)) >= 0.97 * len(strings)
+    assert sum(map(list.__eq__, ours, there)) >= 0.95 * len(strings)
 
 
 def test_a_literal_space_mark_is_spelled_in_bytes_and_comes_back(tokenizer, tmp_path):

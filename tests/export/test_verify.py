@@ -18,9 +18,9 @@ from tests.conftest import STORY
 PROMPTS = 6
 FORMS = [
     ("compact", "f32"),
-    ("compact", "bf16"),
+    pytest.param("compact", "bf16", marks=pytest.mark.long),
     ("deepseek-v3", "f32"),
-    ("deepseek-v3", "f16"),
+    pytest.param("deepseek-v3", "f16", marks=pytest.mark.long),
     ("gguf", "f32"),
     pytest.param("gguf", "bf16", marks=pytest.mark.slow),
     pytest.param("gguf", "f16", marks=pytest.mark.slow),

@@ -9,7 +9,7 @@ from torch.func import functional_call
 
 from nanollm.data.batches import IGNORE, Batch
 from nanollm.model.attention import LatentAttention
-from nanollm.model.layers import Places, RMSNorm, SwiGLU, rotary_table, rotate
+from nanollm.model.layers import AttentionMetadata, RMSNorm, SwiGLU, rotary_table, rotate
 from nanollm.model.moe import MoE, balance_loss, route
 from nanollm.model.transformer import Transformer
 from nanollm.rl.loss import ObjectiveConfig, k3, surrogate
@@ -68,7 +68,7 @@ def places(rows, length, texts=None):
         same = number[:, None] == number[None]
         mask = (same & torch.ones(length, length, dtype=torch.bool).tril()).expand(rows, -1, -1)
     cos, sin = rotary_table(positions, SMALL.qk_rope_head_dim, SMALL.rope_theta)
-    return Places(positions, (cos.double(), sin.double()), mask, None)
+    return AttentionMetadata(positions, (cos.double(), sin.double()), mask, None)
 
 
 def test_norms():

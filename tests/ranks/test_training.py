@@ -137,6 +137,7 @@ def both(alone):
     return together(2, train_in_all_ways, alone[0], dtype="float32")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("parallel", MESHES)
 def test_two_processes_train_as_one_does(alone, both, parallel):
     _, numbers, weights, looked_at, half = alone
@@ -157,6 +158,7 @@ def test_four_processes_train_as_one_does_and_go_on_from_what_they_saved(alone):
             close(got_weights, weights)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("parallel", MESHES)
 def test_all_ranks_hold_the_same_bits(both, parallel):
     first, second = (of_rank[parallel] for of_rank in both)
@@ -177,6 +179,7 @@ def test_any_number_of_processes_in_any_mode_goes_on_from_what_any_other_saved(a
         close(state.bundle_weights(), weights)
 
 
+@pytest.mark.long
 def test_a_sharded_checkpoint_is_sealed_and_complete(alone, both):
     (path,) = checkpoints(alone[0] / "fsdp")
     names = sorted(file.name for file in path.iterdir())
@@ -184,6 +187,7 @@ def test_a_sharded_checkpoint_is_sealed_and_complete(alone, both):
     assert all(name.endswith(".safetensors") for name in names[:-1])
 
 
+@pytest.mark.long
 def test_a_checkpoint_that_lacks_a_part_of_a_matrix_is_not_read(alone, both, tmp_path):
     (path,) = checkpoints(alone[0] / "fsdp")
     damaged = Path(shutil.copytree(path, tmp_path / path.name))

@@ -25,6 +25,8 @@ from nanollm.text.chat import reply_ends
 from tests.model.conftest import TINY, randomised
 from tests.rl.conftest import EndsSoon
 
+pytestmark = pytest.mark.long
+
 PROBLEMS = EndsSoon().problems("train")[:4]
 SAMPLING = RolloutConfig(prompts=4, group_size=3, max_tokens=12, temperature=0.7)
 

@@ -134,8 +134,8 @@ def test_a_reply_appears_while_it_is_written_and_says_what_it_cost(visit, slow_s
     page = visit(slow_server)
     set_up(page, seed=3, max_tokens=60)
     send(page)
+    page.wait_for_selector("[data-status=streaming]")
     wait_until(lambda: len(page.locator(REPLY).text_content()) > 3)
-    assert page.locator("[data-status=streaming]").is_visible()
     early = page.locator(REPLY).text_content()
     page.wait_for_selector(FINISHED)
     whole = page.locator(REPLY).text_content()
@@ -263,6 +263,7 @@ def test_nothing_that_is_written_runs_or_fetches_anything(visit, server):
 # --- settings ---
 
 
+@pytest.mark.long
 def test_settings_outlive_the_page_and_reach_the_server(visit, server):
     page = visit(server)
     page.click("#settings")
@@ -302,6 +303,7 @@ def test_settings_that_make_no_sense_are_refused_and_never_kept(visit, server):
 # --- looking inside ---
 
 
+@pytest.mark.long
 def test_looking_inside_shows_each_token_its_rivals_and_its_experts(visit, server, bundle):
     page = visit(server)
     set_up(page, seed=3, max_tokens=20)
@@ -504,6 +506,7 @@ def test_a_stream_may_be_cut_anywhere(visit, server):
     assert found == [['{"a": "é"}', "one\ntwo", "🐚", "[DONE]"]]
 
 
+@pytest.mark.long
 def test_with_a_key_the_browser_is_asked_for_it_once_and_the_page_works(bundle, serve_extra, visit):
     with serving(bundle, api_key="a key") as guarded:
         page = visit(guarded, http_credentials={"username": "anyone", "password": "a key"})

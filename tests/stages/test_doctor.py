@@ -51,6 +51,7 @@ def no_compiler(monkeypatch):
 # The whole
 
 
+@pytest.mark.long
 def test_every_check_runs_on_this_machine_and_nothing_is_left_behind(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(doctor, "USUAL_S", 300.0)  # other tests run beside it
     assert main(["doctor", "--dir", str(tmp_path), "--json"]) == 0
