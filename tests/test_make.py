@@ -315,8 +315,8 @@ def test_without_a_compiler_and_on_one_core_it_goes_on_and_says_what_is_slower(c
         assert f"{words}: {why}" in said
 
 
-CURATE = f"curate --input texts.jsonl --tokenizer_path {TOKENIZER} --save_dir curated --evals.enabled false "
-CURATE += "--filters.gopher_repetition false --filters.gopher_quality false --dedup false"
+CURATE = f"curate --input texts.jsonl --tokenizer_path {TOKENIZER} --evals.enabled false --dedup false "
+CURATE += "--filters.gopher_repetition false --filters.gopher_quality false --save_dir curated"
 WITHOUT = {  # what each extra is for: a command, its code once the extra is there, and a word of what it says then
     "completion": ("--completion bash", 0, ""),
     "serve": (f"serve {BUNDLE} --port PORT", 2, "cannot listen"),
