@@ -504,9 +504,9 @@ def the_gradient(parameter: "torch.nn.Parameter") -> "torch.Tensor":
 
 
 def reply_of(text: str) -> Any:
-    from nanollm.rl.reward import Reply
+    from nanollm.rl.reward import RewardInput
 
-    return Reply(text, REPLY, ended=False)
+    return RewardInput(text, REPLY, ended=False)
 
 
 def as_trl_has_them(groups: Sequence[Any], compared: "torch.Tensor", pad_id: int) -> "dict[str, torch.Tensor]":

@@ -148,3 +148,17 @@ def plant(package: Path, **modules: str) -> Path:
 )
 def test_a_planted_fault_is_caught(tmp_path, modules, fault):
     assert any(fault in line for line in faults(read_imports(plant(tmp_path, **modules))))
+
+
+def test_a_class_name_is_used_once_and_modules_open_with_a_statement():
+    homes: dict[str, list[str]] = {}
+    questions = []
+    for file in sorted(PACKAGE.rglob("*.py")):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        if (ast.get_docstring(tree) or "").partition("\n")[0].endswith("?"):
+            questions.append(file.name)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef) and node.name != "Config":  # every stage has one of that name
+                homes.setdefault(node.name, []).append(file.name)
+    assert {name: files for name, files in homes.items() if len(files) > 1} == {}
+    assert questions == []

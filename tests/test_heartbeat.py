@@ -25,13 +25,13 @@ def meet_all(store, size, **options):
         return [each.result() for each in [pool.submit(meet, store, rank, size, **options) for rank in range(size)]]
 
 
-def test_ranks_that_meet_share_a_corner_of_the_store_in_which_nothing_is_left_of_an_earlier_attempt():
+def test_ranks_that_meet_share_a_namespace_of_the_store_in_which_nothing_is_left_of_an_earlier_attempt():
     store = HashStore()
     for _ in range(3):
-        corners = meet_all(store, 3)
-        assert not any(corner.check(["word"]) for corner in corners)
-        corners[2].set("word", "of this attempt")
-        assert all(corner.get("word") == b"of this attempt" for corner in corners)
+        namespaces = meet_all(store, 3)
+        assert not any(namespace.check(["word"]) for namespace in namespaces)
+        namespaces[2].set("word", "of this attempt")
+        assert all(namespace.get("word") == b"of this attempt" for namespace in namespaces)
 
 
 def test_a_rank_that_stays_away_is_named():

@@ -15,9 +15,9 @@ from nanollm.config import SWITCHES, kinds_of
 from tests.test_floor_plan import PACKAGE, Imports, read_imports
 
 LIMITS = {
-    "package, lines of Python": 23_720,
+    "package, lines of Python": 21_930,
     "package, files": 133,
-    "options of all verbs": 338,
+    "options of all verbs": 334,
     "modules behind pretrain": 48,
     "modules behind rl.grpo": 48,
     "modules behind serve": 29,

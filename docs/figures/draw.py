@@ -263,10 +263,10 @@ def grpo_steps() -> Figure:
     """Five panels over the steps of a run, and one of the models before and after it."""
     facts = measured("grpo")
     figure, ((reward, solved, compared), (dropped, entropy, length)) = panels(2, 3, 4.8, facts)
-    barren = [100 * a / b for a, b in zip(facts["groups_dropped"], facts["groups"], strict=True)]
+    zero_variance = [100 * a / b for a, b in zip(facts["groups_dropped"], facts["groups"], strict=True)]
     for axes, title, unit, values in (
         (reward, "Reward", "mean of a step's replies", facts["reward"]),
-        (dropped, "Groups that teach nothing", "percent of the step's groups", barren),
+        (dropped, "Groups that teach nothing", "percent of the step's groups", zero_variance),
         (entropy, "Entropy", "nats per token", facts["entropy"]),
         (length, "Length of the replies", "tokens, mean", facts["reply_tokens"]),
     ):

@@ -68,7 +68,7 @@ class PackedLayout:
     """Where sequences stand in rows of T places; whatever goes with their tokens is put into the same places."""
 
     lengths: Sequence[int]
-    """Places of each sequence."""
+    """Tokens of each sequence."""
     rows: Sequence[Sequence[int]]
     """The sequences of each row, from left to right; a row may be empty."""
     width: int

@@ -32,7 +32,7 @@ MAX_TOKENS = 256
 FILTERS = {"top_k", "top_p", "min_p", "repetition_penalty"}
 
 Ids = list[int]
-Scored = tuple[Any, Ids, Ids]  # lm_eval's texts, the ids of a context, the ids that are scored after it
+ScoredRequest = tuple[Any, Ids, Ids]  # lm_eval's texts, the ids of a context, the ids that are scored after it
 Row = tuple[tuple[int, ...], list[int]]  # what the model reads, and the requests that it answers
 
 
@@ -65,7 +65,7 @@ class NanoLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
 
         lm_eval's `hf` does this with add_bos_token=False; else it adds how likely <s> is after <s>.
         """
-        windows: list[Scored] = []
+        windows: list[ScoredRequest] = []
         for number, request in enumerate(requests):
             ids = self.tok_encode(request.args[0], add_special_tokens=False)
             for window in get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, 1):
@@ -77,7 +77,7 @@ class NanoLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
 
     @torch.inference_mode()
     def _loglikelihood_tokens(
-        self, requests: Sequence[Scored], disable_tqdm: bool = False, **_: object
+        self, requests: Sequence[ScoredRequest], disable_tqdm: bool = False, **_: object
     ) -> list[tuple[float, bool]]:
         """How likely the scored ids of each request are after its context, in nats, and whether each is the likeliest.
 

@@ -42,7 +42,7 @@ class ChatConfig(SamplingConfig):
 
 
 @dataclass(frozen=True)
-class Reply:
+class ChatReply:
     """What the model said, and how fast."""
 
     completion: Completion
@@ -110,7 +110,7 @@ class ChatSession:
         prompt: list[int],
         on_text: Callable[[str], None],
         is_interrupted: Callable[[], bool] = lambda: False,
-    ) -> Reply:
+    ) -> ChatReply:
         """Let the model reply to the prompt of this question; `on_text` gets the text as it appears."""
         stream = TextStream(self.bundle.tokenizer, self.c.stop)
 
@@ -140,7 +140,7 @@ class ChatSession:
             self.messages += [Message("user", question), Message("assistant", stream.text)]
         else:
             say("the model said nothing, so this message is left out of the conversation")
-        return Reply(completion, times[1] - times[0], times[-1] - times[1])
+        return ChatReply(completion, times[1] - times[0], times[-1] - times[1])
 
     def retract(self) -> str:
         """Forget the last reply; returns the message that it answered."""

@@ -32,7 +32,7 @@ class Matrix(ctypes.Structure):
     _fields_ = (("panels", c_void_p), ("scales", c_void_p), ("outputs", c_int64), ("inputs", c_int64))
 
 
-class Block(ctypes.Structure):
+class BlockWeights(ctypes.Structure):
     _fields_ = (
         *((name, c_void_p) for name in ("attention_norm", "q_norm", "kv_norm", "ffn_norm")),
         *((name, Matrix) for name in ("low", "q_up", "key_up", "key_down", "value_up", "out", "gate", "up", "down")),
@@ -129,7 +129,7 @@ class NativeRunner:
     def _describe(self, model: Transformer, rows: int, length: int, longest: int) -> Model:
         c = self.config
         cosine, sine = rotary_table(torch.arange(length), c.qk_rope_head_dim, c.rope_theta)
-        blocks = (Block * c.n_blocks)(*(self._block(block) for block in model.trunk.blocks))
+        blocks = (BlockWeights * c.n_blocks)(*(self._block(block) for block in model.trunk.blocks))
         self.kept.append(blocks)
         embed = model.trunk.embed.weight.detach().to(self.dtype, copy=True)
         return Model(
@@ -161,10 +161,10 @@ class NativeRunner:
             cache=self.slots.data_ptr(),
         )
 
-    def _block(self, block: Any) -> Block:
+    def _block(self, block: Any) -> BlockWeights:
         attention, ffn = block.attention, block.ffn
         dense = ffn.shared if isinstance(ffn, MoE) else ffn
-        record = Block(
+        record = BlockWeights(
             attention_norm=self._numbers(block.attention_norm.weight),
             q_norm=self._numbers(attention.q_a_norm.weight),
             kv_norm=self._numbers(attention.kv_a_norm.weight),

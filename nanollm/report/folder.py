@@ -30,7 +30,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class RunFolder:
     """A run, as far as it has come."""
 
     name: str
@@ -101,7 +101,7 @@ class Run:
         return [line["step"] for line in self.lines if line.get("skipped")]
 
 
-def read_run(folder: Path) -> Run:
+def read_run(folder: Path) -> RunFolder:
     """The run in a folder. ValueError where there is none."""
     for name in ("config.yaml", "metrics.jsonl"):
         if not (folder / name).is_file():
@@ -111,7 +111,7 @@ def read_run(folder: Path) -> Run:
             raise ValueError(f"{folder} is not the folder of a run: it has no {name}; give one such as {known}")
     settings = read_mapping(folder / "config.yaml")
     inputs = folder / "inputs.json"
-    return Run(
+    return RunFolder(
         name=folder.resolve().name,
         settings=settings,
         inputs=read_json(inputs) if inputs.exists() else {},

@@ -18,7 +18,7 @@ from nanollm.config import to_yaml
 from nanollm.durable import write_file
 from nanollm.progress import duration, say
 from nanollm.report.charts import Series, all_positive, heat_map, key, line_chart, short
-from nanollm.report.folder import Run, read_run
+from nanollm.report.folder import RunFolder, read_run
 from nanollm.report.tables import differences_of, differing_settings, facts, notes_of, scores_of
 from nanollm.world import World
 
@@ -91,12 +91,12 @@ def write_report(out: Path, world: World) -> None:
         say(f"the page could not be written ({error!r}); mend that, and ask again: nanollm report {out}")
 
 
-def write_page(page: Path, runs: Sequence[Run], refresh_s: float | None = None) -> None:
+def write_page(page: Path, runs: Sequence[RunFolder], refresh_s: float | None = None) -> None:
     """See render."""
     write_file(page, render(runs, refresh_s).encode())
 
 
-def render(runs: Sequence[Run], refresh_s: float | None = None) -> str:
+def render(runs: Sequence[RunFolder], refresh_s: float | None = None) -> str:
     """The page as HTML: of one run, or of several with the first in front.
 
     With `refresh_s` the browser reads the page again after so many seconds.
@@ -143,7 +143,7 @@ class Chart:
     rows: list[list[str]]
 
 
-def charts(runs: Sequence[Run], quantities: Sequence[Quantity]) -> Iterator[Chart]:
+def charts(runs: Sequence[RunFolder], quantities: Sequence[Quantity]) -> Iterator[Chart]:
     """One for each quantity that some run has."""
     x_unit, stretch = x_axis(runs)
     for quantity in quantities:
@@ -156,7 +156,7 @@ def charts(runs: Sequence[Run], quantities: Sequence[Quantity]) -> Iterator[Char
             yield chart_of(quantity, lines, x_unit)
 
 
-def reward_parts(runs: Sequence[Run]) -> Iterator[Chart]:
+def reward_parts(runs: Sequence[RunFolder]) -> Iterator[Chart]:
     """What the rewards are made of, one chart for each run."""
     for run in runs:
         names = [name for name in run.numbers if name.startswith(PART) and name != "reward_std"]
@@ -170,7 +170,7 @@ def reward_parts(runs: Sequence[Run]) -> Iterator[Chart]:
             yield chart_of(quantity, lines, "steps", keys([line.name for line in lines]))
 
 
-def series_of(run: Run, quantity: Quantity, stretch: float, look: int, name: str = "") -> Series:
+def series_of(run: RunFolder, quantity: Quantity, stretch: float, look: int, name: str = "") -> Series:
     """The points of a number, with its interval if it has one; `stretch` turns steps into the unit of the axis."""
     points = run.numbers[quantity.name]
     lows, highs = ([y for _, y in run.numbers.get(each, [])] for each in quantity.interval)
@@ -185,7 +185,7 @@ def series_of(run: Run, quantity: Quantity, stretch: float, look: int, name: str
     )
 
 
-def x_axis(runs: Sequence[Run]) -> tuple[str, list[float]]:
+def x_axis(runs: Sequence[RunFolder]) -> tuple[str, list[float]]:
     """Steps, but tokens where the steps of the runs are of different size; and what makes these of steps."""
     sizes = [run.tokens_per_step for run in runs]
     if len(set(sizes)) > 1 and None not in sizes:
@@ -228,7 +228,7 @@ def table_of(lines: Sequence[Series]) -> list[list[str]]:
 # --- experts, samples, replies ---
 
 
-def experts(run: Run) -> tuple[Markup, list[str]]:
+def experts(run: RunFolder) -> tuple[Markup, list[str]]:
     """The share of each expert over time, and the experts that get next to nothing at the end."""
     size = -(-len(run.loads) // MAX_COLUMNS)
     parts = [run.loads[max(0, end - size) : end] for end in range(len(run.loads), 0, -size)][::-1]
@@ -245,7 +245,7 @@ def experts(run: Run) -> tuple[Markup, list[str]]:
     return Markup(picture), dead
 
 
-def moe_blocks(run: Run, count: int) -> list[str]:
+def moe_blocks(run: RunFolder, count: int) -> list[str]:
     """The blocks with a Mixture of Experts, numbered from 1; without a model only the mixtures can be numbered."""
     m = run.model
     if m is None:
@@ -253,7 +253,7 @@ def moe_blocks(run: Run, count: int) -> list[str]:
     return [f"block {block + 1}" for block in range(m.n_blocks) if m.is_moe(block)]
 
 
-def samples(run: Run) -> list[tuple[str, list[tuple[int, str]]]]:
+def samples(run: RunFolder) -> list[tuple[str, list[tuple[int, str]]]]:
     """Each prompt with what the model wrote, step by step."""
     told = [(line["step"], line["samples"]) for line in run.lines if line.get("samples")]
     prompts = run.settings.get("sample_prompts") or []
@@ -264,7 +264,7 @@ def samples(run: Run) -> list[tuple[str, list[tuple[int, str]]]]:
     ]
 
 
-def replies(run: Run) -> list[list[Mapping[str, Any]]]:
+def replies(run: RunFolder) -> list[list[Mapping[str, Any]]]:
     """Of the newest kept step the first groups that taught something: the best and the worst reply of each."""
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for record in run.rollouts:

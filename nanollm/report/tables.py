@@ -7,7 +7,7 @@ from statistics import median
 from typing import Any
 
 from nanollm.progress import duration
-from nanollm.report.folder import Evaluation, Run
+from nanollm.report.folder import Evaluation, RunFolder
 from nanollm.train.run import flat
 
 Figures = Mapping[str, Any]
@@ -15,14 +15,14 @@ Figures = Mapping[str, Any]
 # --- facts ---
 
 
-def facts(runs: Sequence[Run]) -> Iterator[tuple[str, list[str]]]:
+def facts(runs: Sequence[RunFolder]) -> Iterator[tuple[str, list[str]]]:
     """A row for each fact: its name, and its text for each run."""
     rows: list[dict[str, str]] = [dict(facts_of(run)) for run in runs]
     for name in dict.fromkeys(name for row in rows for name in row):
         yield name, [row.get(name, "") for row in rows]
 
 
-def facts_of(run: Run) -> Iterator[tuple[str, str]]:
+def facts_of(run: RunFolder) -> Iterator[tuple[str, str]]:
     """The facts of one run, as far as it has come."""
     yield "stage", run.stage
     state = "done" if run.is_done else f"{run.step / run.steps:.0%}"
@@ -44,7 +44,7 @@ def facts_of(run: Run) -> Iterator[tuple[str, str]]:
     yield from origin(run)
 
 
-def outcomes(run: Run) -> Iterator[tuple[str, str]]:
+def outcomes(run: RunFolder) -> Iterator[tuple[str, str]]:
     """Before and after."""
     for name, title, form in (
         ("val_bpb", "bits per byte", ".4f"),
@@ -57,7 +57,7 @@ def outcomes(run: Run) -> Iterator[tuple[str, str]]:
             yield title, f"{before:{form}} → {after:{form}}"
 
 
-def origin(run: Run) -> Iterator[tuple[str, str]]:
+def origin(run: RunFolder) -> Iterator[tuple[str, str]]:
     """Code, machine and data."""
     if run.starts:
         last = run.starts[-1]
@@ -73,7 +73,7 @@ def origin(run: Run) -> Iterator[tuple[str, str]]:
         yield f"sha256 of {name}", str(digest)[:16]
 
 
-def differing_settings(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+def differing_settings(runs: Sequence[RunFolder]) -> list[tuple[str, list[str]]]:
     """Dotted names of the settings in which runs differ, and the value of each run."""
     settings = [flat(run.settings) for run in runs]
     names = dict.fromkeys(name for each in settings for name in each)
@@ -135,7 +135,7 @@ class Score:
         return "–" if self.value is None else self.unit.write(self.value, self.low, self.high)
 
 
-def scores_of(run: Run) -> Iterator[Score]:
+def scores_of(run: RunFolder) -> Iterator[Score]:
     """All figures of all evaluations in the run's folder, those of the models it was compared with too."""
     for evaluation in run.evaluations:
         for side in ("bundle", "against"):
@@ -164,7 +164,7 @@ def figures_of(evaluation: Evaluation, measured: Figures) -> Iterator[tuple[str,
         yield f"{name}, mean above chance (1: all right)", suite, AS_IT_IS
 
 
-def differences_of(run: Run) -> Iterator[tuple[str, str, float | None]]:
+def differences_of(run: RunFolder) -> Iterator[tuple[str, str, float | None]]:
     """Of each comparison on the same problems or texts: what, the difference with its interval, and p if known."""
     for evaluation in run.evaluations:
         found = evaluation.figures
@@ -182,7 +182,7 @@ def differences_of(run: Run) -> Iterator[tuple[str, str, float | None]]:
             yield f"{run.name} minus {found['against']['path']}: {what}", difference, pair.get("p")
 
 
-def notes_of(run: Run) -> Iterator[str]:
+def notes_of(run: RunFolder) -> Iterator[str]:
     """Questions that stand in the training text."""
     for evaluation in run.evaluations:
         if found := evaluation.figures.get("contamination"):

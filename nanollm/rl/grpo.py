@@ -9,6 +9,7 @@ Letters: P prompts, G rollouts per prompt, B rows, T tokens, M trained tokens.
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from hashlib import blake2b
 from itertools import islice, pairwise
 
@@ -28,7 +29,7 @@ from nanollm.rl.loss import (
     policy_logprobs,
     token_weights,
 )
-from nanollm.rl.reward import Reply, Rewards
+from nanollm.rl.reward import RewardInput, Rewards
 from nanollm.rl.rollout import Graded, Group, Rollout, RolloutConfig, prompt_of, roll_out
 from nanollm.rl.vllm import VllmServer
 from nanollm.sources.gsm8k import Problem
@@ -106,8 +107,9 @@ class Collector:
         return [each for of_rank in self.world.all_gather(own) for each in of_rank]
 
     def _grade(self, groups: Sequence[Group]) -> list[Graded]:
+        text_of = partial(reply_text, tokenizer=self.tokenizer)
         replies = [
-            (group.problem, Reply(reply_text(each.reply_ids, self.tokenizer), len(each.reply_ids), each.stop == "end"))
+            (group.problem, RewardInput(text_of(each.reply_ids), len(each.reply_ids), each.stop == "end"))
             for group in groups
             for each in group.rollouts
         ]

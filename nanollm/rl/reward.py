@@ -52,7 +52,7 @@ class RewardConfig:
 
 
 @dataclass(frozen=True)
-class Reply:
+class RewardInput:
     """A reply as rewards see it."""
 
     text: str
@@ -68,7 +68,7 @@ class Reward:
     parts: dict[str, float]
 
 
-Judged = tuple[Problem, Reply]
+Judged = tuple[Problem, RewardInput]
 
 
 class Rewards:
@@ -78,7 +78,7 @@ class Rewards:
         self.weights = c.weights
         self.faults: Counter[str] = Counter()
         """What went wrong with parts since this was last emptied, and how often."""
-        own: dict[str, Callable[[Problem, Reply], float]] = {
+        own: dict[str, Callable[[Problem, RewardInput], float]] = {
             "correct": lambda problem, reply: float(task.grade(problem, reply.text)),
             "calculations": lambda problem, reply: true_share(reply.text),
             "format": lambda problem, reply: well_formed(reply),
@@ -120,14 +120,14 @@ class Rewards:
         return [instead if isinstance(verdict, str) else verdict for verdict in verdicts]
 
 
-def _ask(part: Callable[[Problem, Reply], float], problem: Problem, reply: Reply) -> Verdict:
+def _ask(part: Callable[[Problem, RewardInput], float], problem: Problem, reply: RewardInput) -> Verdict:
     try:
         return part(problem, reply)
     except Exception as error:  # a task of your own may raise anything: the step goes on, and says so
         return f"raised {type(error).__name__}: {error}"
 
 
-def well_formed(reply: Reply) -> float:
+def well_formed(reply: RewardInput) -> float:
     """1 for a reply that ended and whose last line, and no other, is "#### number"."""
     *before, last = reply.text.rstrip("\n").split("\n")
     answer = extract_answer(last) if last.startswith(ANSWER_MARK) else None
@@ -135,7 +135,7 @@ def well_formed(reply: Reply) -> float:
     return float(reply.ended and is_alone and answer is not None and number_of(answer) is not None)
 
 
-def overlong(reply: Reply, max_tokens: int, soft_tokens: int) -> float:
+def overlong(reply: RewardInput, max_tokens: int, soft_tokens: int) -> float:
     """0 up to max_tokens - soft_tokens tokens, then linear down to -1; -1 for a reply that was cut off."""
     if not reply.ended:
         return -1.0

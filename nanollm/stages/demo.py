@@ -97,7 +97,7 @@ def run(c: Config) -> Path:
             write_json(path, summary)
     summary |= {"pretrain": outcome(c.out / "pretrain")} | json.loads((c.out / "exam.json").read_bytes())
     write_json(path, summary)
-    say(farewell(c, summary))
+    say(next_commands(c, summary))
     return path
 
 
@@ -275,7 +275,7 @@ def outcome(folder: Path) -> dict[str, Any]:
     }
 
 
-def farewell(c: Config, summary: dict[str, Any]) -> str:
+def next_commands(c: Config, summary: dict[str, Any]) -> str:
     """What was reached, what the model writes and solves now, and what to type next."""
     learned, tuned, reinforced = summary["pretrain"], summary["sft"], summary["grpo"]
     nanollm = command()

@@ -7,7 +7,7 @@ from itertools import accumulate
 import pytest
 
 from nanollm.bundle import Bundle
-from nanollm.generate.chat_session import ChatConfig, ChatSession, Reply
+from nanollm.generate.chat_session import ChatConfig, ChatReply, ChatSession
 from nanollm.generate.request import Completion, Request
 from nanollm.model.transformer import Transformer
 from nanollm.text.chat import Conversation, Message, encode_prompt
@@ -155,7 +155,7 @@ def test_a_stop_text_across_token_borders_ends_the_reply_and_is_never_shown(bund
 )
 def test_figures_tell_how_fast_it_was_and_why_it_ended(tokens, finish, expected):
     completion = Completion(Request(prompt=[1], max_tokens=9), logprobs=[0.0] * tokens, finish=finish)
-    assert Reply(completion, first_s=0.25, rest_s=2.0).figures() == expected
+    assert ChatReply(completion, first_s=0.25, rest_s=2.0).figures() == expected
 
 
 @pytest.mark.parametrize(

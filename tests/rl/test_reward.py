@@ -7,7 +7,7 @@ import psutil
 import pytest
 
 from nanollm.rl import sandbox
-from nanollm.rl.reward import Reply, RewardConfig, Rewards, overlong, well_formed
+from nanollm.rl.reward import RewardConfig, RewardInput, Rewards, overlong, well_formed
 from nanollm.rl.sandbox import MAX_TIMEOUTS
 from nanollm.sources.gsm8k import Problem
 from tests.rl.conftest import EndsSoon
@@ -64,13 +64,13 @@ def own(tmp_path, monkeypatch):
 
 def totals(weights, texts, **changes):
     with Rewards(RewardConfig(weights=weights, **changes), EndsSoon(), max_tokens=40) as rewards:
-        got = rewards([(PROBLEM, Reply(text, 9, ended=True)) for text in texts])
+        got = rewards([(PROBLEM, RewardInput(text, 9, ended=True)) for text in texts])
         return [reward.total for reward in got], rewards.faults
 
 
 def test_parts_are_weighed_and_added():
     with Rewards(RewardConfig(weights={"correct": 1.0, "format": 0.25, "length": 2.0}), EndsSoon(), 40) as rewards:
-        (reward,) = rewards([(PROBLEM, Reply("1\n#### 3", 36, ended=True))])
+        (reward,) = rewards([(PROBLEM, RewardInput("1\n#### 3", 36, ended=True))])
     assert reward.parts == {"correct": 1.0, "format": 1.0, "length": -0.875}
     assert reward.total == 1.0 + 0.25 - 1.75
 
@@ -90,14 +90,14 @@ def test_parts_are_weighed_and_added():
     ],
 )
 def test_the_format_is_one_answer_in_the_last_line(text, expected):
-    assert well_formed(Reply(text, 5, ended=True)) == expected
-    assert well_formed(Reply(text, 5, ended=False)) == 0
+    assert well_formed(RewardInput(text, 5, ended=True)) == expected
+    assert well_formed(RewardInput(text, 5, ended=False)) == 0
 
 
 @pytest.mark.parametrize(("tokens", "expected"), [(1, 0), (30, 0), (35, -0.5), (40, -1)])
 def test_long_replies_lose_little_by_little(tokens, expected):
-    assert overlong(Reply("", tokens, ended=True), 40, 10) == expected
-    assert overlong(Reply("", tokens, ended=False), 40, 10) == -1
+    assert overlong(RewardInput("", tokens, ended=True), 40, 10) == expected
+    assert overlong(RewardInput("", tokens, ended=False), 40, 10) == -1
 
 
 def test_a_function_of_ones_own_is_a_part_like_any_other(own):
@@ -140,7 +140,7 @@ def test_a_task_that_cannot_grade_is_counted():
             raise KeyError("no key")
 
     with Rewards(RewardConfig(), Broken(), 40) as rewards:
-        assert [reward.total for reward in rewards([(PROBLEM, Reply("x", 1, ended=True))])] == [0.0]
+        assert [reward.total for reward in rewards([(PROBLEM, RewardInput("x", 1, ended=True))])] == [0.0]
     assert dict(rewards.faults) == {"correct raised KeyError: 'no key'": 1}
 
 
@@ -176,19 +176,19 @@ def test_a_path_that_leads_nowhere_is_refused_before_anything_is_sampled(path, m
 def test_failing_does_not_pay(own):
     """Where a part is a penalty, 0 would be its best value."""
     with Rewards(RewardConfig(weights={f"{own}:penalty": 1.0}), EndsSoon(), 40) as rewards:
-        got = rewards([(PROBLEM, Reply(text, 1, ended=True)) for text in ("long text", "raise", "short")])
+        got = rewards([(PROBLEM, RewardInput(text, 1, ended=True)) for text in ("long text", "raise", "short")])
     assert [reward.total for reward in got] == [-9, -9, -5]
     with Rewards(RewardConfig(weights={f"{own}:penalty": -1.0}), EndsSoon(), 40) as rewards:
-        got = rewards([(PROBLEM, Reply(text, 1, ended=True)) for text in ("long text", "raise", "short")])
+        got = rewards([(PROBLEM, RewardInput(text, 1, ended=True)) for text in ("long text", "raise", "short")])
     assert [reward.total for reward in got] == [9, 0, 5]
 
 
 def test_a_process_that_is_killed_while_it_waits_is_replaced(own):
     with Rewards(RewardConfig(weights={f"{own}:vowels": 10.0}), EndsSoon(), 40) as rewards:
-        assert rewards([(PROBLEM, Reply("aa", 1, ended=True))])[0].total == 2
+        assert rewards([(PROBLEM, RewardInput("aa", 1, ended=True))])[0].total == 2
         for child in psutil.Process().children(recursive=True):
             if "resource_tracker" not in " ".join(child.cmdline()):
                 child.kill()
         time.sleep(0.5)
-        got = [rewards([(PROBLEM, Reply("aa", 1, ended=True))])[0].total for _ in range(3)]
+        got = [rewards([(PROBLEM, RewardInput("aa", 1, ended=True))])[0].total for _ in range(3)]
     assert got[-1] == 2
