@@ -4,11 +4,13 @@ The `datasets` library streams the rows one by one and keeps nothing. A dataset'
 Parquet files, which the same library reads in the same way.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
 
+from nanollm.progress import say
 from nanollm.sources.files import BadRecord, OnBad, Row, find_files, need, problem, read_records, read_rows, read_texts
 from nanollm.text.chat import Conversation, Message
 
@@ -39,25 +41,75 @@ def super_natural_instructions(
 
 
 def chats(inputs: Sequence[Path], on_bad: OnBad) -> Iterator[Conversation]:
-    """The lines {"messages": [{"role": "user", "content": "..."}, ...]} in which the assistant speaks."""
-    return read_records(find_files(inputs), ["messages"], _parse_chat, on_bad)
+    """Conversations in which the assistant says something that is trained.
+
+    Records are {"messages": [{"role": ..., "content": ...}, ...]} as OpenAI writes them, {"conversations": [{"from":
+    ..., "value": ...}, ...]} (ShareGPT) or {"instruction": ..., "input": ..., "output": ...} (Alpaca). Fields of
+    messages that are not used are said at the end.
+    """
+    unused = Counter[str]()
+    yield from read_records(find_files(inputs), [], lambda values: _parse_chat(values[0], unused), on_bad)
+    if unused:
+        fields = ", ".join(f"{name} ({number:,})" for name, number in unused.most_common(5))
+        say(f"fields of messages that are not used: {fields}")
 
 
-def _parse_chat(values: list[Any]) -> Conversation | str:
+def _parse_chat(record: dict[str, Any], unused: Counter[str]) -> Conversation | str:
     """A conversation, or why it is none."""
-    (messages,) = values
+    if "messages" in record or "conversations" in record:
+        messages = record.get("messages", record.get("conversations"))
+    elif "instruction" in record and "output" in record:
+        asked = [part for part in (record["instruction"], record.get("input")) if part]
+        if reason := problem([*asked, record["output"]], [*["instruction"] * len(asked), "output"]):
+            return reason
+        messages = [{"from": "human", "value": "\n\n".join(asked)}, {"from": "gpt", "value": record["output"]}]
+    else:
+        return f"no messages, conversations, or instruction and output here, only {', '.join(record) or 'nothing'}"
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         return "messages must be a list of objects with role and content"
+    parsed = []
     for number, message in enumerate(messages, start=1):
-        if reason := problem([message.get("role"), message.get("content")], ["role", "content"]):
-            return f"message {number}: {reason}"
+        if isinstance(each := _parse_message(message, unused), str):
+            return f"message {number}: {each}"
+        parsed.append(each)
     try:
-        conversation = Conversation(tuple(Message(message["role"], message["content"]) for message in messages))
+        conversation = Conversation(tuple(parsed))
     except ValueError as error:
         return str(error)
-    if all(message.role != "assistant" for message in conversation.messages):
-        return "the assistant says nothing, so there is nothing to learn"
+    if not any(message.role == "assistant" and message.is_trained for message in conversation.messages):
+        return "the assistant says nothing that is trained, so there is nothing to learn"
     return conversation
+
+
+ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant", "developer": "system"}
+"""Other names for a role."""
+NOT_SUPPORTED = ("tool_calls", "function_call", "tool_call_id", "reasoning_content", "reasoning", "thinking", "audio")
+"""Fields without which a message means something else."""
+
+
+def _parse_message(message: dict[str, Any], unused: Counter[str]) -> Message | str:
+    """One message in any of these forms, or why it cannot be used."""
+    given = {name: value for name, value in message.items() if value is not None}
+    role, content = given.pop("role", given.pop("from", None)), given.pop("content", given.pop("value", None))
+    weight, train = given.pop("weight", 1), given.pop("train", True)
+    if named := [name for name in NOT_SUPPORTED if given.get(name)]:
+        return f"{named[0]} is not supported"
+    if role in ("tool", "function"):
+        return f"the role {role} is not supported"
+    if isinstance(content, list):
+        kinds = [part.get("type") if isinstance(part, dict) else type(part).__name__ for part in content]
+        if other := [kind for kind in kinds if kind != "text"]:
+            return f"a part of type {other[0]} is not supported, only text"
+        content = "".join(str(part.get("text", "")) for part in content)
+    if weight not in (0, 1) or not isinstance(train, bool):
+        return f"weight must be 0 or 1 and train true or false, got {weight!r} and {train!r}"
+    if reason := problem([role, content], ["role", "content"]):
+        return reason
+    unused.update(given.keys())
+    try:
+        return Message(ROLES.get(role, role), content, is_trained=bool(weight) and train)
+    except ValueError as error:
+        return str(error)
 
 
 def stream_rows(

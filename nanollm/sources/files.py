@@ -1,31 +1,39 @@
 """Files become texts, and broken records are reported.
 
-Formats: .txt (one document per file), .jsonl, .csv and .parquet (one record per line or row), each also .gz or .zst.
+Formats: .txt (one document per file), .jsonl, .json, .csv and .parquet (one record per line, element or row), each also
+.gz or .zst.
 Everything is read as a stream. A broken record is never dropped silently and never stops the rest: it goes to
 `on_bad` with its file, its line and the reason, and the caller decides what to do about it.
 """
 
+import codecs
 import csv
 import gzip
 import importlib
 import io
 import json
+import os
 import re
 import shutil
 import tempfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from types import ModuleType
 from typing import Any, BinaryIO, Literal, Protocol, TypeVar, cast
 
 from nanollm.extras import how_to_install
+from nanollm.progress import say
 
-FORMATS = (".txt", ".jsonl", ".csv", ".parquet")
+FORMATS = (".txt", ".jsonl", ".json", ".csv", ".parquet")
 PACKINGS = ("", ".gz", ".zst")
 DOCUMENT_BYTES = 16 * 2**20  # a .txt file above this is read as several documents
 LINE_BYTES = 16 * 2**20  # a longer line of .jsonl or field of .csv is a bad record
+NOT_OURS = ("__MACOSX", "__pycache__")
+UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 BATCH_ROWS = 256  # of Parquet, held in memory at once
 REASON_CHARS = 300  # a reason may quote what stands in the file
 
@@ -69,7 +77,7 @@ def find_files(inputs: Sequence[Path], split: str | None = None) -> list[Path]:
     found: dict[Path, None] = {}
     for given in map(Path, inputs):
         if given.is_dir():
-            inside = sorted(path for path in given.rglob("*") if format_of(path) and path.is_file())
+            inside = _search(given)
             chosen = [path for path in inside if split is None or is_named(path, split)]
             if not chosen:
                 wanted = "|".join(FORMATS) + ", also .gz or .zst" + (f", with {split!r} in its name" if split else "")
@@ -84,6 +92,25 @@ def find_files(inputs: Sequence[Path], split: str | None = None) -> list[Path]:
         else:
             found[given] = None
     return list(found)
+
+
+def _search(folder: Path) -> list[Path]:
+    """The readable files of a folder and those below it, in order; what is passed over is said with its number."""
+    found, passed = list[Path](), Counter[str]()
+    for place, folders, names in os.walk(folder):
+        for name in sorted(folders):
+            hidden, linked = name.startswith(".") or name in NOT_OURS, (Path(place) / name).is_symlink()
+            if hidden or linked:
+                folders.remove(name)
+                passed["hidden folders" if hidden else "linked folders"] += 1
+        for path in (Path(place) / name for name in names):
+            if format_of(path) and path.is_file():
+                found.append(path)
+            else:
+                passed["hidden files" if path.name.startswith(".") else path.suffix.lower() or "without ending"] += 1
+    if passed:
+        say(f"{folder}: passed over " + ", ".join(f"{number:,} {kind}" for kind, number in passed.most_common(8)))
+    return sorted(found)
 
 
 def is_named(path: Path, split: str) -> bool:
@@ -156,7 +183,13 @@ def format_of(path: File) -> str | None:
 
 def _read_file(path: File, columns: Sequence[str]) -> Numbered:
     """Records of one file; if it breaks off, the last one says why."""
-    read = {".txt": _read_txt, ".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}
+    read = {
+        ".txt": _read_txt,
+        ".jsonl": _read_jsonl,
+        ".json": _read_json,
+        ".csv": _read_csv,
+        ".parquet": _read_parquet,
+    }
     line = 0
     with path.open("rb") as file:  # a missing or forbidden file is the caller's to hear of
         kind = format_of(path)
@@ -186,6 +219,9 @@ def _read_txt(file: BinaryIO, columns: Sequence[str]) -> Numbered:
 
     The parts joined are the text, but for a byte order mark, which is left out, and CR LF, which becomes LF.
     """
+    if not columns:
+        yield 0, "a .txt file holds one text, and no records"
+        return
     if len(columns) != 1:
         raise ValueError(
             f"a .txt file has one text, not the columns {', '.join(columns)}; give .jsonl, .csv or .parquet"
@@ -196,9 +232,12 @@ def _read_txt(file: BinaryIO, columns: Sequence[str]) -> Numbered:
         end = _end_of_part(part)
         content, part = part[:end], part[end:]
         try:
-            yield line, [content.decode(encoding).replace("\r\n", "\n")]
+            text = content.decode(encoding)
+            is_utf16 = text.count("\0") > len(text) // 4
+            yield line, "UTF-16; convert the file to UTF-8" if is_utf16 else [text.replace("\r\n", "\n")]
         except UnicodeDecodeError as error:
-            yield line + content[: error.start].count(b"\n"), "not UTF-8; convert the file"
+            kind = "UTF-16" if content.startswith(UTF16_MARKS) else "not UTF-8"
+            yield line + content[: error.start].count(b"\n"), f"{kind}; convert the file to UTF-8"
         line += content.count(b"\n")
         encoding = "utf-8"
         part += file.read(DOCUMENT_BYTES + 1 - len(part))
@@ -230,12 +269,43 @@ def _read_lines(file: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
 
 
 def _read_jsonl(file: BinaryIO, columns: Sequence[str]) -> Numbered:
-    """One JSON object per line; blank lines are no records."""
-    for number, line in _read_lines(file):
+    """One JSON object per line; blank lines are no records. A file that is a list after all is read as .json."""
+    lines, is_first = _read_lines(file), True
+    for number, line in lines:
         if line is None:
             yield number, f"the line is longer than {LINE_BYTES:,} bytes"
+        elif is_first and line.lstrip()[:1] == b"[":
+            yield from _elements(chain([line], (more for _, more in lines if more is not None)), columns)
         elif line.strip():
+            is_first = False
             yield number, _parse_json(line, columns)
+
+
+def _read_json(file: BinaryIO, columns: Sequence[str]) -> Numbered:
+    """The objects of a list, or one after the other; elements are counted, not lines."""
+    return _elements(iter(lambda: file.read(2**20), b""), columns)
+
+
+def _elements(pieces: Iterable[bytes], columns: Sequence[str]) -> Numbered:
+    """Objects between brackets and commas, held one at a time."""
+    decoder, text, number, buffer = json.JSONDecoder(), codecs.iterdecode(pieces, "utf-8-sig"), 0, ""
+    is_over = False
+    try:
+        while not is_over:
+            piece = next(text, None)
+            buffer, is_over = buffer + (piece or ""), piece is None
+            while buffer := buffer.lstrip(" \t\r\n,[]"):
+                try:
+                    record, end = decoder.raw_decode(buffer)
+                except ValueError as error:
+                    if is_over or len(buffer) > LINE_BYTES or buffer[0] != "{":
+                        raise _Unreadable(f"malformed JSON in element {number + 1}: {error}") from error
+                    break  # its end is still to come
+                number, buffer = number + 1, buffer[end:]
+                yield number, _values_of(record, columns)
+    except (UnicodeDecodeError, RecursionError) as error:
+        what = "not UTF-8; convert the file" if isinstance(error, UnicodeDecodeError) else "nested too deeply"
+        raise _Unreadable(f"{what} (after element {number})") from error
 
 
 def _parse_json(line: bytes, columns: Sequence[str]) -> list[Any] | str:
@@ -246,10 +316,16 @@ def _parse_json(line: bytes, columns: Sequence[str]) -> list[Any] | str:
     except RecursionError:
         return "malformed JSON: nested too deeply"
     except ValueError as error:
-        return f"malformed JSON: {error}"
+        is_utf16 = len(line) // 4 < line.count(b"\0") < 3 * len(line) // 4  # all of it NULs: a crash left those
+        return "UTF-16; convert the file to UTF-8" if is_utf16 else f"malformed JSON: {error}"
+    return _values_of(record, columns)
+
+
+def _values_of(record: Any, columns: Sequence[str]) -> list[Any] | str:
+    """The values of the columns of a JSON object; the object itself where no column is named."""
     if not isinstance(record, dict):
         return f"expected a JSON object, got {type(record).__name__}"
-    return _missing(columns, list(record)) or [record[column] for column in columns]
+    return _missing(columns, list(record)) or [record[column] for column in columns] or [record]
 
 
 def _missing(columns: Sequence[str], present: Sequence[str]) -> str | None:
@@ -284,7 +360,7 @@ def _read_csv(file: BinaryIO, columns: Sequence[str]) -> Numbered:
         if len(fields) != len(header):
             yield row, f"expected {len(header)} fields, got {len(fields)}"
         else:
-            yield row, [fields[header.index(column)] for column in columns]
+            yield row, _values_of(dict(zip(header, fields, strict=True)), columns)
 
 
 def _csv_lines(file: BinaryIO) -> Iterator[str]:
@@ -310,10 +386,12 @@ def _read_parquet(file: BinaryIO, columns: Sequence[str]) -> Numbered:
                 return
             row = 0
             for group in range(table.num_row_groups):  # one by one, so that those before a damaged one are read
-                for batch in table.iter_batches(BATCH_ROWS, row_groups=[group], columns=list(columns)):
-                    for cells in zip(*(batch.column(column) for column in columns), strict=True):
+                for batch in table.iter_batches(BATCH_ROWS, row_groups=[group], columns=list(columns) or None):
+                    names = columns or batch.schema.names
+                    for cells in zip(*(batch.column(name) for name in names), strict=True):
                         row += 1
-                        yield row, [_value(cell) for cell in cells]
+                        values = [_value(cell) for cell in cells]
+                        yield row, values if columns else [dict(zip(names, values, strict=True))]
         except (arrow.ArrowException, UnicodeDecodeError) as error:  # the latter: in the name of a column
             raise _Unreadable(str(error)) from error
 

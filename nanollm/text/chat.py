@@ -29,6 +29,8 @@ MIN_LIMIT = 7
 class Message:
     role: Role
     content: str
+    is_trained: bool = True
+    """Of the assistant: whether a model learns to say it, or only sees it."""
 
     def __post_init__(self) -> None:
         if self.role not in get_args(Role):
@@ -89,7 +91,7 @@ def _encode_messages(conversation: Conversation, tokenizer: Tokenizer) -> Iterat
     end = tokenizer.mark_id(END)
     for message in conversation.messages:
         content = [*tokenizer.encode(message.content), end]
-        yield tokenizer.mark_id(MARK_OF[message.role]), content, message.role == "assistant"
+        yield tokenizer.mark_id(MARK_OF[message.role]), content, message.role == "assistant" and message.is_trained
 
 
 def reply_ends(tokenizer: Tokenizer) -> frozenset[int]:

@@ -1,11 +1,12 @@
 import json
+from collections import Counter
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from nanollm.sources import gsm8k
-from nanollm.sources.datasets import chats, openwebtext, stream_rows, super_natural_instructions
+from nanollm.sources.datasets import _parse_chat, chats, openwebtext, stream_rows, super_natural_instructions
 from nanollm.text.chat import Conversation, Message
 
 QUESTION, ANSWER = {"role": "user", "content": "Who?"}, {"role": "assistant", "content": " Me.\n"}
@@ -108,3 +109,68 @@ def test_messages_become_conversations_word_for_word(tmp_path):
         Conversation((Message("system", "Be brief."), Message("user", "Who?"), Message("assistant", " Me.\n"))),
     ]
     assert bad == []
+
+
+def spoken(record):
+    """The conversation of a record and why it is none, whichever there is."""
+    found = _parse_chat(record, Counter())
+    return found if isinstance(found, str) else [(each.role, each.content, each.is_trained) for each in found.messages]
+
+
+ASKED, SAID = ("user", "Who?", True), ("assistant", "Me.", True)
+SHAREGPT = [{"from": "human", "value": "Who?"}, {"from": "gpt", "value": "Me."}]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}]},
+        {"messages": SHAREGPT, "id": 3},
+        {"conversations": SHAREGPT},
+        {"conversations": [{"role": "human", "content": "Who?"}, {"role": "gpt", "content": "Me.", "name": "x"}]},
+        {"instruction": "Who?", "input": "", "output": "Me."},
+        {"instruction": "Who?", "output": "Me."},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "Who?"}]}, SHAREGPT[1]]},
+        {"messages": [SHAREGPT[0], SHAREGPT[1] | {"tool_calls": [], "reasoning_content": None, "weight": 1}]},
+    ],
+)
+def test_every_form_of_a_conversation_is_the_same_one(record):
+    assert spoken(record) == [ASKED, SAID]
+
+
+def test_what_an_assistant_says_without_weight_is_seen_and_not_trained():
+    again = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me.", "weight": 0}, *SHAREGPT]
+    assert spoken({"messages": again}) == [ASKED, ("assistant", "Me.", False), ASKED, SAID]
+    again[1] = {"role": "assistant", "content": "Me.", "train": False}
+    assert spoken({"messages": again}) == [ASKED, ("assistant", "Me.", False), ASKED, SAID]
+    assert "nothing that is trained" in spoken({"messages": again[:2]})
+
+
+def test_an_alpaca_record_asks_with_its_input_and_a_developer_is_the_system():
+    assert spoken({"instruction": "Add.", "input": "1, 2", "output": "3"})[0] == ("user", "Add.\n\n1, 2", True)
+    assert spoken({"messages": [{"role": "developer", "content": "Be brief."}, *SHAREGPT]})[0][0] == "system"
+
+
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        ({"role": "assistant", "content": "x", "tool_calls": [{}]}, "message 2: tool_calls is not supported"),
+        (
+            {"role": "assistant", "content": "x", "reasoning_content": "y"},
+            "message 2: reasoning_content is not supported",
+        ),
+        ({"role": "tool", "content": "x"}, "message 2: the role tool is not supported"),
+        ({"role": "assistant", "content": [{"type": "image_url"}]}, "a part of type image_url is not supported"),
+        ({"role": "assistant", "content": "x", "weight": 0.5}, "weight must be 0 or 1"),
+        ({"role": "assistant", "content": None}, "message 2: content is missing"),
+    ],
+)
+def test_what_changes_the_meaning_of_a_message_is_refused_by_its_name(message, reason):
+    assert reason in spoken({"messages": [SHAREGPT[0], message]})
+
+
+def test_fields_that_are_not_used_are_said_once_with_their_number(tmp_path, capsys):
+    path = tmp_path / "chats.json"
+    path.write_text(json.dumps([{"messages": [SHAREGPT[0] | {"name": "Ann"}, SHAREGPT[1]]}] * 3))
+    assert len(list(chats([path], [].append))) == 3
+    assert capsys.readouterr().err == "fields of messages that are not used: name (3)\n"

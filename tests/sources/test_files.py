@@ -143,7 +143,7 @@ def test_what_cannot_be_an_input_is_refused_with_advice(tmp_path):
     (tmp_path / "a.docx").write_bytes(b"x")
     with pytest.raises(FileNotFoundError, match=r"none\.txt does not exist"):
         find_files([tmp_path / "none.txt"])
-    with pytest.raises(ValueError, match=r"a\.docx is not one of \.txt, \.jsonl, \.csv, \.parquet"):
+    with pytest.raises(ValueError, match=r"a\.docx is not one of \.txt, \.jsonl, \.json, \.csv, \.parquet"):
         find_files([tmp_path / "a.docx"])
     with pytest.raises(FileNotFoundError, match="holds no file to read"):
         find_files([tmp_path])
@@ -170,3 +170,59 @@ def test_a_missing_library_is_named_with_the_command_that_brings_it():
         ValueError, match=r'no_such_library is needed to fly; in the folder of NanoLLM: pip install -e "\.\[data\]"'
     ):
         files.need("no_such_library", "to fly")
+
+
+@pytest.mark.parametrize("form", ["lines", "one line", "pretty", "a list on each line", "one after the other"])
+@pytest.mark.parametrize("ending", [".json", ".jsonl", ".json.gz"])
+def test_a_list_of_records_is_read_whatever_its_lines_and_its_name(tmp_path, form, ending):
+    records = [{"text": f"{number} [é] {{x}}\n", "more": [{"a": [number]}]} for number in range(300)]
+    each = [json.dumps(record, ensure_ascii=False) for record in records]
+    written = {
+        "lines": "[\n" + ",\n".join(each) + "\n]\n",
+        "one line": json.dumps(records),
+        "pretty": json.dumps(records, indent=2),
+        "a list on each line": "\n".join(f"[{one}]" for one in each),
+        "one after the other": "\n".join(each),
+    }[form]
+    path = tmp_path / f"a{ending}"
+    path.write_bytes(gzip.compress(written.encode()) if ending.endswith(".gz") else written.encode())
+    assert read(path) == ([record["text"] for record in records], [])
+
+
+def test_a_list_that_breaks_off_gives_what_comes_before(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text('[{"text": "one"}, {"text": 2}, {"text": "thr')
+    texts, bad = read(path)
+    assert texts == ["one"]
+    assert [line for _, line, _ in bad] == [2, 3]
+    assert "malformed JSON in element 3" in bad[1][2]
+
+
+def test_what_is_passed_over_in_a_folder_is_said_with_its_number(tmp_path, capsys):
+    for name in (
+        "a.txt",
+        ".ipynb_checkpoints/a.txt",
+        ".git/b.txt",
+        "__MACOSX/a.txt",
+        "deep/b.txt",
+        "x.md",
+        "y.md",
+        "z",
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("text")
+    (tmp_path / "self").symlink_to(tmp_path)
+    assert [path.name for path in find_files([tmp_path])] == ["a.txt", "b.txt"]
+    said = capsys.readouterr().err
+    assert f"{tmp_path}: passed over " in said
+    assert all(each in said for each in ("3 hidden folders", "2 .md", "1 without ending", "1 linked folders"))
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_utf16_is_named_and_never_read_as_text(tmp_path, encoding):
+    (tmp_path / "a.txt").write_bytes("Hello, world, as PowerShell writes it.\n".encode(encoding))
+    texts, bad = read(tmp_path / "a.txt")
+    assert texts == []
+    assert bad == [("a.txt", 1, "UTF-16; convert the file to UTF-8")]
+    (tmp_path / "a.jsonl").write_bytes('{"text": "one"}\n{"text": "two"}\n'.encode(encoding))
+    assert read(tmp_path / "a.jsonl")[0] == []
