@@ -48,9 +48,9 @@ def agreement(model: Transformer, peer: Peer) -> dict[str, float]:
     engine = Engine(model, rows=1, length=65)
     engine.submit(Request(prompt=prompt, max_tokens=1, top_logprobs=model.config.vocab_size))
     (drawn,) = engine.step()
-    assert drawn.scored is not None
+    assert drawn.logprobs is not None
     own = torch.empty_like(theirs)
-    own[[token for token, _ in drawn.scored.top]] = torch.tensor([logprob for _, logprob in drawn.scored.top])
+    own[[token for token, _ in drawn.logprobs.top]] = torch.tensor([logprob for _, logprob in drawn.logprobs.top])
     theirs, exact = theirs.log_softmax(-1), exact.log_softmax(-1)
     return {
         "transformers_to_nanollm": (theirs - own).abs().max().item(),

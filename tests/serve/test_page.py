@@ -510,6 +510,7 @@ def test_a_stream_may_be_cut_anywhere(visit, server):
 def test_with_a_key_the_browser_is_asked_for_it_once_and_the_page_works(bundle, serve_extra, visit):
     with serving(bundle, api_key="a key") as guarded:
         page = visit(guarded, http_credentials={"username": "anyone", "password": "a key"})
+        set_up(page, seed=3)  # whose reply is not empty
         ask(page)
         assert page.locator(REPLY).text_content()
         wait_until(lambda: guarded.engine.load == 0)
