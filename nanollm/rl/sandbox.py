@@ -13,7 +13,7 @@ from functools import cache
 from multiprocessing import get_context
 from typing import Self
 
-from pebble import ProcessExpired, ProcessPool
+from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
 from nanollm.sources.gsm8k import Problem
 from nanollm.sources.tasks import import_object
@@ -57,10 +57,7 @@ class Judge:
 
     def __call__(self, judged: Sequence[tuple[Problem, str]]) -> list[Verdict]:
         """A number for each problem and reply, or what went wrong, in their order. Raises nothing."""
-        if not self._pool.active:  # a process was killed while it held the pipe that all share
-            self.__exit__()
-            self.__enter__()
-        asked = [self._pool.schedule(_call, [self.path, *each], timeout=self.timeout_s) for each in judged]
+        asked = [self._ask(*each) for each in judged]
         verdicts: list[Verdict] = []
         timeouts = 0
         for future in asked:
@@ -78,6 +75,12 @@ class Judge:
             except Exception as error:  # all processes are gone, or what it was given cannot be sent
                 verdicts.append(f"could not be asked: {_told(error)}")
         return verdicts
+
+    def _ask(self, problem: Problem, text: str) -> ProcessFuture[Verdict]:
+        if not self._pool.active:  # a process was killed while it held the pipe that all share
+            self.__exit__()
+            self.__enter__()
+        return self._pool.schedule(_call, [self.path, problem, text], timeout=self.timeout_s)
 
 
 @cache

@@ -33,6 +33,7 @@ PACKINGS = ("", ".gz", ".zst")
 DOCUMENT_BYTES = 16 * 2**20  # a .txt file above this is read as several documents
 LINE_BYTES = 16 * 2**20  # a longer line of .jsonl or field of .csv is a bad record
 NOT_OURS = ("__MACOSX", "__pycache__")
+BETWEEN = re.compile(r"[\s,\[\]]*")  # the elements of a list
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 BATCH_ROWS = 256  # of Parquet, held in memory at once
 REASON_CHARS = 300  # a reason may quote what stands in the file
@@ -275,10 +276,17 @@ def _read_jsonl(file: BinaryIO, columns: Sequence[str]) -> Numbered:
         if line is None:
             yield number, f"the line is longer than {LINE_BYTES:,} bytes"
         elif is_first and line.lstrip()[:1] == b"[":
-            yield from _elements(chain([line], (more for _, more in lines if more is not None)), columns)
+            yield from _elements(chain([line], _whole(lines)), columns)
         elif line.strip():
             is_first = False
             yield number, _parse_json(line, columns)
+
+
+def _whole(lines: Iterable[tuple[int, bytes | None]]) -> Iterator[bytes]:
+    for number, line in lines:
+        if line is None:
+            raise _Unreadable(f"line {number} is longer than {LINE_BYTES:,} bytes")
+        yield line
 
 
 def _read_json(file: BinaryIO, columns: Sequence[str]) -> Numbered:
@@ -287,22 +295,28 @@ def _read_json(file: BinaryIO, columns: Sequence[str]) -> Numbered:
 
 
 def _elements(pieces: Iterable[bytes], columns: Sequence[str]) -> Numbered:
-    """Objects between brackets and commas, held one at a time."""
-    decoder, text, number, buffer = json.JSONDecoder(), codecs.iterdecode(pieces, "utf-8-sig"), 0, ""
-    is_over = False
+    """Objects between brackets and commas, held one at a time.
+
+    An element that does not end yet is tried again only when there is twice as much of it: each character is parsed a
+    few times at most, however large the element and small the pieces.
+    """
+    decoder, number, buffer, at, wanted = json.JSONDecoder(), 0, "", 0, 0
     try:
-        while not is_over:
-            piece = next(text, None)
-            buffer, is_over = buffer + (piece or ""), piece is None
-            while buffer := buffer.lstrip(" \t\r\n,[]"):
+        for piece in chain(codecs.iterdecode(pieces, "utf-8-sig"), [None]):
+            buffer += piece or ""
+            if piece is not None and len(buffer) < wanted:
+                continue
+            while (at := BETWEEN.match(buffer, at).end()) < len(buffer):  # type: ignore[union-attr]  # it matches nothing too
                 try:
-                    record, end = decoder.raw_decode(buffer)
+                    record, at = decoder.raw_decode(buffer, at)
                 except ValueError as error:
-                    if is_over or len(buffer) > LINE_BYTES or buffer[0] != "{":
+                    if piece is None or len(buffer) - at > LINE_BYTES:
                         raise _Unreadable(f"malformed JSON in element {number + 1}: {error}") from error
                     break  # its end is still to come
-                number, buffer = number + 1, buffer[end:]
+                number += 1
                 yield number, _values_of(record, columns)
+            buffer, at = buffer[at:], 0
+            wanted = 2 * len(buffer)
     except (UnicodeDecodeError, RecursionError) as error:
         what = "not UTF-8; convert the file" if isinstance(error, UnicodeDecodeError) else "nested too deeply"
         raise _Unreadable(f"{what} (after element {number})") from error

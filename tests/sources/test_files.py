@@ -189,6 +189,30 @@ def test_a_list_of_records_is_read_whatever_its_lines_and_its_name(tmp_path, for
     assert read(path) == ([record["text"] for record in records], [])
 
 
+def test_an_element_that_is_not_whole_yet_is_tried_a_few_times_only(tmp_path, monkeypatch):
+    tried = []
+
+    class Counting(json.JSONDecoder):
+        def raw_decode(self, *arguments):
+            tried.append(1)
+            return super().raw_decode(*arguments)
+
+    monkeypatch.setattr(files.json, "JSONDecoder", Counting)
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps([{"text": "x", "more": list(range(20_000))}], indent=1))  # one element on 20,000 lines
+    assert read(path) == (["x"], [])
+    assert len(tried) < 40
+
+
+def test_a_line_of_a_list_that_is_too_long_is_never_passed_over(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "LINE_BYTES", 100)
+    path = tmp_path / "a.jsonl"
+    path.write_text('[{"text": "one"},\n{"text": "' + "x" * 200 + '"},\n{"text": "three"}]')
+    texts, bad = read(path)
+    assert texts == ["one"]
+    assert "line 2 is longer than 100 bytes" in bad[0][2]
+
+
 def test_a_list_that_breaks_off_gives_what_comes_before(tmp_path):
     path = tmp_path / "a.json"
     path.write_text('[{"text": "one"}, {"text": 2}, {"text": "thr')
