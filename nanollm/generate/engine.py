@@ -139,6 +139,7 @@ class Engine:
             outputs.append(self.runner.run(self._batch(chunks, decoding)))
         if not outputs:
             return []
+        # As _sample's rows: those that begin from a kept output, those whose prompt has just ended, those decoding.
         logits = outputs[0].logits if len(outputs) == 1 else torch.cat([part.logits for part in outputs])  # (W, V)
         experts = np.concatenate([part.experts for part in outputs])  # (W, M, K)
         prefilled = self._finish_chunks(chunks)

@@ -40,7 +40,7 @@ def find_everywhere(inputs: Sequence[str]) -> list[File]:
     """The readable files among addresses and local files and folders, in order, each once."""
     found: dict[File, None] = {}
     for given in inputs:
-        some: Sequence[File] = _find_remote(given) if "://" in given else find_files([Path(given)])
+        some: Sequence[File] = _find_remote(given) if "://" in given else find_files([Path(given).expanduser()])
         found.update(dict.fromkeys(some))
     return list(found)
 

@@ -218,7 +218,7 @@ def _documents(c: Config, on_bad: OnBad) -> Iterator[str]:
 
 def corpus_files(c: Config) -> list[Path]:
     """The files of the corpus; none where it is the built-in one alone."""
-    given = [Path(name) for name in c.corpus if name != BUILTIN]
+    given = [Path(name).expanduser() for name in c.corpus if name != BUILTIN]
     return find_files(given) if given else []
 
 

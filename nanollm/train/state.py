@@ -50,7 +50,7 @@ class TrainState:
     scale_age: int = 0
     """Steps since the loss scale last changed."""
     losses: list[float] = field(default_factory=list)
-    """Of the last steps, outliers cut; see spikes.py."""
+    """Of the last steps, outliers cut; see spike_threshold in step.py."""
     unit_rows: frozenset[str] = frozenset()
     """Matrices of which the model sees every row divided by its root mean square."""
     dtype: torch.dtype = torch.float32

@@ -7,6 +7,7 @@ import pytest
 
 from nanollm.sources.files import read_texts
 from nanollm.sources.remote import find_everywhere, size_of
+from nanollm.stages.tokenizer import Config, corpus_files
 
 
 @pytest.fixture
@@ -53,3 +54,10 @@ def test_what_is_not_there_is_one_line(store, monkeypatch):
     monkeypatch.setattr(type(store), "find", lambda *_, **__: (_ for _ in ()).throw(OSError("no network")))
     with pytest.raises(ValueError, match="cannot look into memory://web: OSError: no network; check the address"):
         find_everywhere(["memory://web"])
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.txt").write_text("text")
+    assert find_everywhere(["~/a.txt"]) == [tmp_path / "a.txt"]
+    assert corpus_files(Config(corpus=["~/a.txt"])) == [tmp_path / "a.txt"]
