@@ -44,6 +44,11 @@ class Bundle:
         """Whether it was only pretrained: what learnt to reply has a parent."""
         return "parent" not in self.provenance
 
+    @property
+    def tools(self) -> list[str]:
+        """Names of what writes into its replies (generate/tools.py), as it was trained."""
+        return list(self.provenance.get("tools", []))
+
 
 def save_bundle(
     folder: Path,

@@ -39,7 +39,7 @@ from nanollm.data.shards import (
 from nanollm.progress import Progress, say
 from nanollm.sources.files import BadRecord, OnBad
 from nanollm.sources.split import hash_to_unit
-from nanollm.text.chat import Conversation, encode_conversation
+from nanollm.text.chat import Conversation, Tool, encode_conversation
 from nanollm.text.tokenizer import MAX_VOCAB_SIZE, Tokenizer
 
 BAD_RECORDS = "bad_records.jsonl"
@@ -119,6 +119,7 @@ def prepare(
     rules: PrepareConfig,
     *,
     source: dict[str, Any],
+    tools: Sequence[Tool] = (),
     num_workers: int = 1,
     flush_every: int = 5_000_000,
     strict: bool = False,
@@ -126,12 +127,15 @@ def prepare(
 ) -> dict[str, Any]:
     """Fill `folder` with shards, or go on filling it, and return its manifest; one job at a time.
 
-    `source` describes the parts in the manifest. A folder begun with another source, tokenizer or rules is refused.
+    What one of the `tools` would have written into a reply is not trained. `source` describes the parts in the
+    manifest. A folder begun with another source, tokenizer or rules is refused.
     `strict` raises ValueError at the first bad record; otherwise they are listed in bad_records.jsonl. A folder without
     a token of train is refused unless it `may_be_empty`, as a share of a larger source may (curate/blocks.py).
     """
     header = header_of(tokenizer, rules, source)
-    encode = partial(encode_chunk, tokenizer=tokenizer, seed=rules.seed, val_fraction=rules.val_fraction)
+    if tools:
+        header["tools"] = [tool.__name__ for tool in tools]
+    encode = partial(encode_chunk, tokenizer=tokenizer, seed=rules.seed, val_fraction=rules.val_fraction, tools=tools)
     with durable.lock_folder(folder):
         if (folder / MANIFEST).exists() and not (folder / PROGRESS).exists():
             manifest, _ = read_manifest(folder)
@@ -331,14 +335,19 @@ def _chunks(part: SourceSplit, job: _Job, chunk_bytes: int) -> Iterator[Chunk]:
 # --- documents become ids, on several cores, and come back in their order ---
 
 
-def encode_chunk(documents: list[Document], *, tokenizer: Tokenizer, seed: int, val_fraction: float) -> EncodedChunk:
+def encode_chunk(
+    documents: list[Document], *, tokenizer: Tokenizer, seed: int, val_fraction: float, tools: Sequence[Tool] = ()
+) -> EncodedChunk:
     """Ids of documents, all of them text or all conversations, and for each the side of the split it falls on."""
     assert tokenizer.vocab_size <= MAX_VOCAB_SIZE
     tokenizer.remember_words()
     texts = [document for document in documents if isinstance(document, str)]
     conversations = [document for document in documents if not isinstance(document, str)]
     assert not texts or not conversations
-    ids, flags, lengths = _spell_conversations(conversations, tokenizer) if conversations else _spell(texts, tokenizer)
+    if conversations:
+        ids, flags, lengths = _spell_conversations(conversations, tokenizer, tools)
+    else:
+        ids, flags, lengths = _spell(texts, tokenizer)
     spoken = texts or ["".join(message.content for message in document.messages) for document in conversations]
     return EncodedChunk(
         ids=ids,
@@ -361,10 +370,12 @@ def _spell(texts: list[str], tokenizer: Tokenizer) -> tuple[Ids, None, list[int]
     return ids, None, (lengths + 2).tolist()
 
 
-def _spell_conversations(conversations: list[Conversation], tokenizer: Tokenizer) -> tuple[Ids, Flags, list[int]]:
+def _spell_conversations(
+    conversations: list[Conversation], tokenizer: Tokenizer, tools: Sequence[Tool]
+) -> tuple[Ids, Flags, list[int]]:
     ids, flags, lengths = array("H"), bytearray(), list[int]()
     for conversation in conversations:
-        encoded = encode_conversation(conversation, tokenizer)
+        encoded = encode_conversation(conversation, tokenizer, tools)
         ids.fromlist(encoded.ids)
         flags += bytes(encoded.trained)
         lengths.append(len(encoded.ids))

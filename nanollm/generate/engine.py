@@ -51,9 +51,12 @@ class Row:
     number: int
     completion: Completion | None = None
     """Who uses it; None: it is free."""
+    num_tokens: int = 0
+    """Of the prompt and of the reply so far."""
     num_prompt_tokens: int = 0
-    num_computed_tokens: int = 0
-    """Tokens of the prompt that the cache holds. They stay usable when the row is free again."""
+    """Of these, what is prefilled: the prompt, and where a tool has spoken all up to the end of its words."""
+    num_cached_prompt_tokens: int = 0
+    """Of these, what the cache holds. They stay usable when the row is free again."""
     prompt_output: ModelOutput | None = None
     """The model's output after the whole prompt, for others with the same prompt."""
     last_token: int = 0
@@ -162,14 +165,14 @@ class Engine:
             prompt = np.array(completion.request.prompt, dtype=np.int64)
             is_same = self.prompts[:, : len(prompt)] == prompt  # (rows, n)
             shared = np.where(is_same.all(1), len(prompt), is_same.argmin(1))
-            ready = np.minimum(shared, [row.num_computed_tokens for row in self.rows])
+            ready = np.minimum(shared, [row.num_cached_prompt_tokens for row in self.rows])
             coming = max((int(shared[row.number]) for row in self.prefilling), default=0)
             if coming - ready.max() >= WORTH_WAITING:
                 held_back.append(completion)
                 continue
             source = self.rows[int(ready.argmax())]
             # Continue in the row itself if nobody uses it and little of what it holds would be lost; else copy.
-            is_spare = source.completion is None and source.num_computed_tokens - ready.max() < WORTH_WAITING
+            is_spare = source.completion is None and source.num_cached_prompt_tokens - ready.max() < WORTH_WAITING
             row = source if is_spare else self.free[0]
             self.free.remove(row)
             if self._begin(row, completion, prompt, source, int(ready.max())):
@@ -187,7 +190,8 @@ class Engine:
         if reused and row is not source:
             self.runner.copy(source.number, row.number, reused)
         row.completion, row.prompt_output = completion, output
-        row.num_prompt_tokens, row.num_computed_tokens = len(prompt), reused
+        row.num_tokens = row.num_prompt_tokens = len(prompt)
+        row.num_cached_prompt_tokens = reused
         self.prompts[row.number] = -1
         self.prompts[row.number, : len(prompt)] = prompt
         self.reused_tokens += reused
@@ -199,24 +203,23 @@ class Engine:
         Each gets its share, and what the short ones leave of theirs goes to the longer ones.
         """
         room = self.chunk
-        shortest_first = sorted(self.prefilling, key=lambda row: row.num_prompt_tokens - row.num_computed_tokens)
+        shortest_first = sorted(self.prefilling, key=lambda row: row.num_prompt_tokens - row.num_cached_prompt_tokens)
         for place, row in enumerate(shortest_first):
             share = -(-room // (len(shortest_first) - place))
-            start = row.num_computed_tokens
+            start = row.num_cached_prompt_tokens
             end = min(row.num_prompt_tokens, start + share)
             room -= end - start
             if end > start:
                 yield PromptChunk(row.number, start, self.prompts[row.number, start:end], end == row.num_prompt_tokens)
 
     def _batch(self, chunks: list[PromptChunk], decoding: list[Row]) -> ScheduledBatch:
-        positions = [row.num_prompt_tokens + len(row.completion.ids) - 1 for row in decoding if row.completion]
-        columns = ([row.number for row in decoding], [row.last_token for row in decoding], positions)
-        return ScheduledBatch(chunks, *(np.array(column, dtype=np.int64) for column in columns))
+        columns = [(row.number, row.last_token, row.num_tokens - 1) for row in decoding]
+        return ScheduledBatch(chunks, *np.array(columns, dtype=np.int64).reshape(-1, 3).T)
 
     def _finish_chunks(self, chunks: list[PromptChunk]) -> list[Row]:
         """Count what was computed; returns the rows whose prompt ended."""
         for chunk in chunks:
-            self.rows[chunk.row].num_computed_tokens += len(chunk.ids)
+            self.rows[chunk.row].num_cached_prompt_tokens += len(chunk.ids)
             self.prompt_tokens += len(chunk.ids)
         prefilled = [self.rows[chunk.row] for chunk in chunks if chunk.is_last]
         self.prefilling = [row for row in self.prefilling if row not in prefilled]
@@ -240,27 +243,50 @@ class Engine:
             top, details = completion.request.top_logprobs, None
             if top is not None:
                 details = token_logprobs(logits[index], ids[index], top, experts[index].tolist())
-            completion.logprobs.append(logprobs[index])
-            self._append_token(row, completion, ids[index])
-            outputs.append(StepOutput(completion, ids[index], details))
+            given = self._append_token(row, completion, ids[index], logprobs[index])
+            outputs.append(StepOutput(completion, ids[index], details, given))
         self.drawn_tokens += len(outputs)
         return outputs
 
-    def _append_token(self, row: Row, completion: Completion, token: int) -> None:
-        """Add a token to a reply, and see whether the reply ends with it."""
+    def _append_token(self, row: Row, completion: Completion, token: int, logprob: float) -> Sequence[int]:
+        """Add a sampled token to a reply, and see whether the reply ends with it; returns what a tool adds to it."""
         request = completion.request
-        row.last_token = token
+        given: Sequence[int] = ()
+        completion.logprobs.append(logprob)
         if token in request.end_ids:
             completion.finish, completion.end_id = "end", token
         else:
-            completion.ids.append(token)
-            has_room = row.num_prompt_tokens + len(completion.ids) - 1 < self.length  # the last token is not cached yet
-            if request.stop is not None and request.stop(token):
-                completion.finish = "stop"
-            elif len(completion.ids) == request.max_tokens or not has_room:
-                completion.finish = "length"
+            self._extend(row, completion, [token], is_sampled=True)
+            if completion.finish is None and request.tool is not None:
+                room = min(request.max_tokens - len(completion.ids), self.length + 1 - row.num_tokens)
+                given = request.tool(token)[:room]
+                if given:
+                    self._prefill_given(row, completion, given)
         if completion.finish is not None:
             self._release(row)
+        return given
+
+    def _extend(self, row: Row, completion: Completion, ids: Sequence[int], is_sampled: bool) -> None:
+        """Add tokens to a reply; it may end with them."""
+        request = completion.request
+        completion.ids += ids
+        completion.is_sampled += [is_sampled] * len(ids)
+        row.last_token, row.num_tokens = ids[-1], row.num_tokens + len(ids)
+        if request.stop is not None and any(map(request.stop, ids)):
+            completion.finish = "stop"
+        elif len(completion.ids) == request.max_tokens or row.num_tokens > self.length:  # the last is not cached yet
+            completion.finish = "length"
+
+    def _prefill_given(self, row: Row, completion: Completion, given: Sequence[int]) -> None:
+        """Read what a tool added as a prompt is read: behind it the next token is sampled."""
+        cached = row.num_tokens - 1
+        self._extend(row, completion, given, is_sampled=False)
+        completion.logprobs += [0.0] * len(given)
+        if completion.finish is None:
+            self.prompts[row.number, : row.num_tokens] = [*completion.request.prompt, *completion.ids]
+            row.num_prompt_tokens, row.num_cached_prompt_tokens, row.prompt_output = row.num_tokens, cached, None
+            self.decoding.remove(row)
+            self.prefilling.append(row)
 
 
 def check_prompt(prompt: Sequence[int], limit: int, vocab_size: int) -> None:
@@ -324,13 +350,14 @@ def generate(
     end_ids: frozenset[int],
     seed: int = 0,
     stop: Callable[[], Callable[[int], bool]] | None = None,
+    tool: Callable[[], Callable[[int], Sequence[int]]] | None = None,
     samples: int = 1,
     quantize: Quantize = "none",
 ) -> list[Completion]:
     """Continue each prompt `samples` times by at most `max_tokens` ids, within the model's context.
 
-    The samples of a prompt stand beside each other. Reply i draws from seed + i alone; `stop` makes the function that
-    is told its tokens (see Request.stop).
+    The samples of a prompt stand beside each other. Reply i draws from seed + i alone; `stop` and `tool` make the
+    functions that are told its tokens (see Request).
     """
     for prompt in prompts:  # before the cache is allocated
         check_prompt(prompt, model.config.context_length, model.config.vocab_size)
@@ -346,6 +373,7 @@ def generate(
                 sampling=sampling,
                 end_ids=end_ids,
                 stop=None if stop is None else stop(),
+                tool=None if tool is None else tool(),
                 seed=seed + number,
             )
         )

@@ -26,6 +26,9 @@ class Request:
     """Tokens that end the reply and are left out of it."""
     stop: Callable[[int], bool] | None = None
     """Told every token of the reply in order; true ends the reply with this one."""
+    tool: Callable[[int], Sequence[int]] | None = None
+    """Told every sampled token of the reply in order; what it returns is appended behind that token, as far as there is
+    room (generate/tools.py)."""
     seed: int = 0
     """The only source of this request's random numbers."""
     top_logprobs: int | None = None
@@ -46,7 +49,9 @@ class Completion:
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     """Log-probability of every token drawn, at the sampling temperature, before penalty, bias and filters: those of ids
-    and, last, that of the end token if one was drawn."""
+    (0 for one that a tool gave) and, last, that of the end token if one was drawn."""
+    is_sampled: list[bool] = field(default_factory=list)
+    """Of each of ids: whether the model sampled it; if not, a tool gave it."""
     finish: Finish | None = None
     """end: an end token; stop: the stop function; length: no room or tokens left; None: not finished."""
     end_id: int | None = None
@@ -66,11 +71,13 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """One more token of a completion."""
+    """One more sampled token of a completion."""
 
     completion: Completion
     token: int
     logprobs: TokenLogprobs | None
+    given: Sequence[int] = ()
+    """What a tool appended behind it."""
 
 
 Ints = npt.NDArray[np.int64]

@@ -257,7 +257,7 @@ def make_micro_batches(
     kept = [(rollout, advantage) for rollout, advantage, is_trained in counted if is_trained]
     if not kept:
         return []
-    lengths = [len(rollout.reply_ids) for rollout, *_ in counted]
+    lengths = [sum(rollout.is_sampled) for rollout, *_ in counted]
     count = count_of(len(lengths), sum(lengths), c.aggregation, max_tokens)
     taken = [len(rollout.prompt_ids) + len(rollout.reply_ids) - 1 for rollout, _ in kept]
     width = best_width(taken, max_places, is_masked=is_masked)
@@ -277,15 +277,19 @@ def in_rows(
     reply = torch.arange(len(rollouts)).repeat_interleave(lengths)  # (M,)
     # The last id of a prompt predicts the first token of the reply.
     before = layout.starts[order] + torch.tensor([len(rollout.prompt_ids) - 1 for rollout in rollouts])
+    is_sampled = torch.tensor([each for rollout in rollouts for each in rollout.is_sampled])  # (M,) with tools' tokens
+    weights = token_weights(torch.tensor([sum(rollout.is_sampled) for rollout in rollouts]), aggregation)  # (R,)
+    token_indices = before[reply] + torch.arange(len(reply)) - (lengths.cumsum(0) - lengths)[reply]
+    reply = reply[is_sampled]
     return RolloutBatch(
         tokens=layout.place([each[:-1] for each in ids]),
         positions=layout.place([torch.arange(length) for length in layout.lengths]),
-        token_indices=before[reply] + torch.arange(len(reply)) - (lengths.cumsum(0) - lengths)[reply],
-        targets=torch.tensor([token for rollout in rollouts for token in rollout.reply_ids]),
+        token_indices=token_indices[is_sampled],
+        targets=torch.tensor([token for rollout in rollouts for token in rollout.reply_ids])[is_sampled],
         reply=reply,
         advantages=torch.tensor([advantage for _, advantage in kept])[order][reply],
-        weights=token_weights(lengths, aggregation)[reply],
-        engine_logprobs=torch.tensor([logprob for rollout in rollouts for logprob in rollout.logprobs]),
+        weights=weights[reply],
+        engine_logprobs=torch.tensor([logprob for rollout in rollouts for logprob in rollout.logprobs])[is_sampled],
         old_logprobs=None,
         reference_logprobs=None,
         count=count,

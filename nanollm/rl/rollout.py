@@ -18,6 +18,7 @@ from torch import Tensor
 from nanollm.durable import make_folder, write_file
 from nanollm.generate.engine import generate
 from nanollm.generate.sampling import SamplingConfig
+from nanollm.generate.tools import tool_caller
 from nanollm.model.transformer import Transformer
 from nanollm.rl.loss import LossMetrics
 from nanollm.rl.reward import Reward
@@ -87,6 +88,7 @@ class Rollout:
     reply_ids: list[int]  # with the end mark, if it was drawn: it is trained like every other token
     logprobs: list[float]  # of each of reply_ids, by the engine
     stop: Literal["end", "length"]
+    is_sampled: list[bool]  # of each of reply_ids; a tool gave the others, which are not trained
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,12 @@ class Group:
 
 
 def roll_out(
-    model: Transformer, tokenizer: Tokenizer, problems: Sequence[Problem], c: RolloutConfig, seed: int
+    model: Transformer,
+    tokenizer: Tokenizer,
+    problems: Sequence[Problem],
+    c: RolloutConfig,
+    seed: int,
+    tools: Sequence[str] = (),
 ) -> list[Group]:
     """Ask each problem group_size times.  The context must have room for a reply."""
     if not problems:
@@ -111,6 +118,7 @@ def roll_out(
         max_tokens=c.max_tokens,
         end_ids=reply_ends(tokenizer),
         seed=seed,
+        tool=tool_caller(tools, tokenizer),
         samples=c.group_size,
     )
     rollouts = [
@@ -119,6 +127,7 @@ def roll_out(
             reply_ids=completion.ids + ([] if completion.end_id is None else [completion.end_id]),
             logprobs=completion.logprobs,
             stop="length" if completion.finish == "length" else "end",
+            is_sampled=completion.is_sampled + [True] * (completion.end_id is not None),
         )
         for row, completion in enumerate(completions)
     ]

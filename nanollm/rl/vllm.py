@@ -203,6 +203,7 @@ class VllmServer:
             Rollout(
                 prompt_ids=prompt,
                 reply_ids=choice["token_ids"],
+                is_sampled=[True] * len(choice["token_ids"]),
                 logprobs=choice["logprobs"]["token_logprobs"],
                 stop="length" if choice["finish_reason"] == "length" else "end",
             )

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from nanollm.config import check_seed
 from nanollm.data.prepare import BAD_RECORDS, Document, PrepareConfig, SourceSplit, prepare
 from nanollm.durable import check_writable
+from nanollm.generate.tools import check_tools
 from nanollm.progress import say
 from nanollm.sources import builtin, gsm8k
 from nanollm.sources.builtin import BUILTIN
@@ -85,6 +86,9 @@ class Config:
     on after a stop streams what is done once more."""
     words: WordsConfig = field(default_factory=WordsConfig)
     """Which problems, for kind words; none of them is one that an evaluation on the generated test asks."""
+    tools: list[str] = field(default_factory=list)
+    """What writes into the replies, so that a model need not learn it, for conversations: calculator, the results in
+    GSM8K's notes, <<48/2=24>>. A model that is trained on them replies with these tools (docs/post-training.md)."""
     text_column: str = "text"
     """Column (.jsonl key) that holds the text, for kind text."""
     val_fraction: float | None = None
@@ -117,6 +121,8 @@ class Config:
         if self.kind in ("text", "chat") and not (self.input or self.dataset_name):
             hub = ", --input builtin, or --dataset_name NAME" if self.kind == "text" else " with .jsonl conversations"
             raise ValueError(f"{self.kind} needs --input FILE_OR_FOLDER ...{hub}")
+        if self.tools and self.rules.kind == "text":
+            raise ValueError(f"--tools is for conversations; {self.kind} has no use for it")
         for name in ("text_column", "dataset_name"):
             if getattr(self, name) == "":
                 raise ValueError(f"{name} must be a name, got an empty text")
@@ -149,6 +155,7 @@ def run(config: Config) -> Path:
         config.save_dir,
         config.rules,
         source=source,
+        tools=check_tools(config.tools, tokenizer),
         num_workers=config.num_workers,
         flush_every=config.flush_every,
         strict=config.strict,

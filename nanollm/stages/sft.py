@@ -1,7 +1,7 @@
 """Conversations teach a model to reply."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -13,10 +13,10 @@ from nanollm.data.order import Mixture
 from nanollm.data.shards import Shards, Verification, read_manifest
 from nanollm.generate.engine import generate
 from nanollm.generate.sampling import SamplingConfig
+from nanollm.generate.tools import tool_caller
 from nanollm.progress import say
 from nanollm.report.page import write_report
 from nanollm.text.chat import Conversation, Marks, encode_prompt, reply_ends, reply_text
-from nanollm.text.tokenizer import Tokenizer
 from nanollm.train.loss import next_token_loss
 from nanollm.train.optim import OptimConfig, lr_at
 from nanollm.train.run import LoopConfig, Run, RunConfig
@@ -138,7 +138,7 @@ def run(c: Config) -> Path:
                 say(line)
             if run.is_new:
                 run.log(validate(c, state, validation, world))
-                run.log(sample(c, state, bundle.tokenizer, world))
+                run.log(sample(c, state, bundle, world))
             for step in run.steps():
                 batches = conversations.micro_batches(
                     step, c.train.batch_size, c.train.micro_batch_size, rank=world.rank, world=world.size
@@ -148,8 +148,10 @@ def run(c: Config) -> Path:
                 if run.validation_is_due():
                     run.log(validate(c, state, validation, world))
                 if run.sample_is_due():
-                    run.log(sample(c, state, bundle.tokenizer, world))
+                    run.log(sample(c, state, bundle, world))
             seen = {"conversations_seen": state.step * c.train.batch_size, "parent": bundle.provenance}
+            if bundle.tools:
+                seen["tools"] = bundle.tools
             folder = run.save_bundle("sft", bundle.model.config, bundle.tokenizer, **seen)
             write_report(c.out, world)
             return folder
@@ -176,16 +178,22 @@ def validate(c: Config, state: TrainState, splits: Splits, world: World) -> dict
     return {"val_loss": nats / count} | (losses if len(splits) > 1 else {})
 
 
-def sample(c: Config, state: TrainState, tokenizer: Tokenizer, world: World) -> dict[str, object]:
+def sample(c: Config, state: TrainState, bundle: Bundle, world: World) -> dict[str, object]:
     """The likeliest reply to each sample prompt; on the main rank."""
     if not c.sample_prompts:
         return {}
     model = state.whole_model()
     if not world.is_main:
         return {}
-    prompts = [encode_prompt(Conversation.of(prompt), tokenizer) for prompt in c.sample_prompts]
-    ends = reply_ends(tokenizer)
-    replies = generate(model, prompts, SamplingConfig(temperature=0), max_tokens=SAMPLE_TOKENS, end_ids=ends)
+    tokenizer = bundle.tokenizer
+    replies = generate(
+        model,
+        [encode_prompt(Conversation.of(prompt), tokenizer) for prompt in c.sample_prompts],
+        SamplingConfig(temperature=0),
+        max_tokens=SAMPLE_TOKENS,
+        end_ids=reply_ends(tokenizer),
+        tool=tool_caller(bundle.tools, tokenizer),
+    )
     texts = [reply_text(reply.ids, tokenizer) for reply in replies]
     for prompt, text in zip(c.sample_prompts, texts, strict=True):
         say(f"step {state.step:,}: {prompt!r} -> {text!r}")
@@ -218,7 +226,7 @@ def describe(c: Config, splits: Splits) -> list[str]:
 
 def _open(c: Config, world: World) -> tuple[Bundle, Splits, Splits]:
     """The bundle, the training splits and those validation splits that hold something, held to each other."""
-    bundle = load_bundle(c.bundle)
+    bundle, tools = load_bundle(c.bundle), set[str]()
     context, fingerprint = bundle.model.config.context_length, bundle.tokenizer.fingerprint
     for prompt in c.sample_prompts:
         if len(encode_prompt(Conversation.of(prompt), bundle.tokenizer)) >= context:
@@ -231,12 +239,13 @@ def _open(c: Config, world: World) -> tuple[Bundle, Splits, Splits]:
                 f"{folder} was written with tokenizer {written[:6]}, {c.bundle} has {fingerprint[:6]}; prepare it "
                 f"again (nanollm preprocess ... --tokenizer_path {c.bundle / TOKENIZER} --save_dir NEW_FOLDER)"
             )
+        tools |= {*manifest.get("tools", [])}
         train[folder] = _open_split(bundle, folder, "train", world)
         if manifest["splits"].get("val", {}).get("tokens"):
             validation[folder] = _open_split(bundle, folder, "val", world)
         else:
             say(f"{folder} has no validation split: nothing will be measured on it (nanollm preprocess --val_fraction)")
-    return bundle, train, validation
+    return replace(bundle, provenance=bundle.provenance | {"tools": sorted(tools)}), train, validation
 
 
 def _open_split(bundle: Bundle, folder: str, split: str, world: World) -> ChatShards:

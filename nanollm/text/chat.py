@@ -7,7 +7,7 @@ itself, so no content can end a message or begin another. Trained: what the assi
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, Protocol, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,17 @@ Ids = npt.NDArray[np.integer]
 Trained = npt.NDArray[np.bool_]
 Role = Literal["system", "user", "assistant"]
 Cut = Literal["dropped turns", "cut reply", "cut question"]
+
+
+class Tool(Protocol):
+    """What writes into a reply while a model writes it."""
+
+    __name__: str
+
+    def __call__(self, reply: str, /) -> str:
+        """The text of a reply so far to what is appended to it; "" for nothing."""
+        ...
+
 
 MARK_OF: dict[str, str] = {"system": SYSTEM, "user": USER, "assistant": ASSISTANT}
 TURNS = "an optional system message, then user and assistant in turn"
@@ -71,12 +82,40 @@ class Encoded:
     trained: list[bool]
 
 
-def encode_conversation(conversation: Conversation, tokenizer: Tokenizer) -> Encoded:
+def encode_conversation(conversation: Conversation, tokenizer: Tokenizer, tools: Sequence[Tool] = ()) -> Encoded:
+    """The ids of a conversation. What one of the tools writes into the assistant's words is encoded by itself, as the
+    engine appends it, and not trained."""
     ids, trained = [tokenizer.bos_id], [False]
-    for mark, content, is_trained in _encode_messages(conversation, tokenizer):
-        ids += [mark, *content]
-        trained += [False] + [is_trained] * len(content)
+    end = tokenizer.mark_id(END)
+    for message in conversation.messages:
+        ids.append(tokenizer.mark_id(MARK_OF[message.role]))
+        trained.append(False)
+        is_trained = message.role == "assistant" and message.is_trained
+        parts = given_parts(message.content, tools) if tools and is_trained else [(message.content, False)]
+        for part, is_given in parts:
+            encoded = tokenizer.encode(part)
+            ids += encoded
+            trained += [is_trained and not is_given] * len(encoded)
+        ids.append(end)
+        trained.append(is_trained)
     return Encoded(ids, trained)
+
+
+def given_parts(text: str, tools: Sequence[Tool]) -> Iterator[tuple[str, bool]]:
+    """A text in parts, and whether a tool would have written each, had it been asked after every character before.
+
+    With a calculator "5*3=<<5*3=15>>15" gives ("5*3=<<5*3=", False), ("15>>", True), ("15", False).
+    """
+    begin = end = 0
+    while end < len(text):
+        end += 1
+        given = next(filter(None, (tool(text[:end]) for tool in tools)), "")
+        if given and text.startswith(given, end):
+            yield text[begin:end], False
+            yield given, True
+            begin = end = end + len(given)
+    if begin < len(text):
+        yield text[begin:], False
 
 
 def encode_prompt(conversation: Conversation, tokenizer: Tokenizer) -> list[int]:
@@ -84,14 +123,6 @@ def encode_prompt(conversation: Conversation, tokenizer: Tokenizer) -> list[int]
     if conversation.messages[-1].role != "user":
         raise ValueError("a prompt must end with the user's message, this one ends with the assistant's")
     return [*encode_conversation(conversation, tokenizer).ids, tokenizer.mark_id(ASSISTANT)]
-
-
-def _encode_messages(conversation: Conversation, tokenizer: Tokenizer) -> Iterator[tuple[int, list[int], bool]]:
-    """For each message: the id of its mark, the ids of its content with <|end|>, and whether those are trained."""
-    end = tokenizer.mark_id(END)
-    for message in conversation.messages:
-        content = [*tokenizer.encode(message.content), end]
-        yield tokenizer.mark_id(MARK_OF[message.role]), content, message.role == "assistant" and message.is_trained
 
 
 def reply_ends(tokenizer: Tokenizer) -> frozenset[int]:

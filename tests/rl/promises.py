@@ -126,7 +126,13 @@ def by_our_batches(
         for p, prompt in enumerate(prompts):
             own = drawn[p * group_size : (p + 1) * group_size]
             rollouts = [
-                Rollout(prompt, replies[r], said[p, r].tolist(), "end" if replies[r][-1] == END_ID else "length")
+                Rollout(
+                    prompt,
+                    replies[r],
+                    said[p, r].tolist(),
+                    "end" if replies[r][-1] == END_ID else "length",
+                    [True] * len(replies[r]),
+                )
                 for _, r in own
             ]
             rewards = [Reward(reward_of(prompt, replies[r]), {}) for _, r in own]
@@ -189,7 +195,8 @@ def the_divergence_has_its_own_gradient(c: ObjectiveConfig) -> None:
     for reply, probability in zip(replies, likely, strict=True):
         said = logprobs_of(old, prompt, reply).tolist()
         width = len(prompt) + len(reply) - 1
-        batch = grpo.in_rows([(Rollout(prompt, reply, said, "end"), 0.0)], width, 1, c.aggregation, MAX_TOKENS)
+        rollout = Rollout(prompt, reply, said, "end", [True] * len(reply))
+        batch = grpo.in_rows([(rollout, 0.0)], width, 1, c.aggregation, MAX_TOKENS)
         batch = dataclasses.replace(
             batch,
             old_logprobs=grpo.frozen_logprobs(old, batch, TEMPERATURE),

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from nanollm.sources.calculator import calculator
 from nanollm.text.chat import (
     MIN_LIMIT,
     TEMPLATE,
@@ -15,6 +16,7 @@ from nanollm.text.chat import (
     Message,
     encode_conversation,
     encode_prompt,
+    given_parts,
     reply_ends,
     reply_text,
     shorten,
@@ -324,3 +326,20 @@ def test_a_long_system_message_gives_before_a_short_question(tokenizer, marks):
 def test_too_little_room_for_any_conversation_is_refused(tokenizer, marks):
     with pytest.raises(ValueError, match="needs room for at least 7 ids, got 6; give a longer context"):
         shorten(*arrays(TALK, tokenizer), MIN_LIMIT - 1, marks)
+
+
+def test_what_a_tool_would_have_written_is_encoded_by_itself_and_not_trained(tokenizer):
+    text = "He has 5*3=<<5*3=15>>15 cups.\nTogether 5+15=<<5+15=20>>20.\n#### 20"
+    parts = list(given_parts(text, [calculator]))
+    assert [part for part, is_given in parts if is_given] == ["15>>", "20>>"]
+    encoded = encode_conversation(Conversation.of("How many?", text), tokenizer, [calculator])
+    reply = encoded.ids.index(tokenizer.mark_id("<|assistant|>")) + 1
+    assert encoded.ids[reply:-1] == [token for part, _ in parts for token in tokenizer.encode(part)]
+    spelled = zip(encoded.ids[reply:], encoded.trained[reply:], strict=True)
+    assert [token for token, is_trained in spelled if not is_trained] == [
+        token for part, is_given in parts if is_given for token in tokenizer.encode(part)
+    ]
+
+
+def test_a_result_that_the_tool_would_not_write_is_the_models():
+    assert list(given_parts("1/3=<<1/3=.3>>.3", [calculator])) == [("1/3=<<1/3=.3>>.3", False)]

@@ -1,0 +1,50 @@
+"""Tools: functions that write into a reply while a model writes it.
+
+A tool sees the text of a reply so far and returns what follows. The engine appends it as ids behind those that were
+sampled, which are never tokenised again: what a model was trained on and what it reads stay the same. Given ids have
+no log-probability and are not trained.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+from nanollm.sources.calculator import calculator
+from nanollm.text.chat import Tool
+from nanollm.text.tokenizer import Tokenizer
+
+TOOLS: Mapping[str, Tool] = {"calculator": calculator}
+
+
+class ToolCaller:
+    """The tools of one reply, asked after each of its tokens."""
+
+    def __init__(self, tools: Sequence[Tool], tokenizer: Tokenizer):
+        self.tools, self.tokenizer = tools, tokenizer
+        self.spelled = b""
+
+    def __call__(self, token: int) -> list[int]:
+        """The ids that follow this one, the next of the reply; mostly none."""
+        self.spelled += self.tokenizer.bytes_of(token)
+        reply = self.spelled.decode(errors="replace")
+        for tool in self.tools:
+            if given := tool(reply):
+                self.spelled += given.encode()
+                return self.tokenizer.encode(given)
+        return []
+
+
+def tool_caller(names: Sequence[str], tokenizer: Tokenizer) -> Callable[[], ToolCaller] | None:
+    """What makes the `Request.tool` of each reply; None without tools."""
+    tools = check_tools(names, tokenizer)
+    return partial(ToolCaller, tools, tokenizer) if tools else None
+
+
+def check_tools(names: Sequence[str], tokenizer: Tokenizer) -> list[Tool]:
+    """The tools of these names. ValueError for one that is not known or whose answers this tokenizer cannot spell."""
+    for name in names:
+        if name not in TOOLS:
+            raise ValueError(f"tools must be of {', '.join(TOOLS)}, got {name!r}")
+    sample = "-0.123456789>>"
+    if names and tokenizer.decode(tokenizer.encode(sample)) != sample:
+        raise ValueError(f"this tokenizer cannot spell {sample!r}, so a model of it cannot read a tool's answers")
+    return [TOOLS[name] for name in names]
