@@ -17,9 +17,8 @@ from typing import Literal
 from nanollm.data.order import epoch_seed
 from nanollm.evals.stats import wilson
 from nanollm.generate.engine import Engine
-from nanollm.generate.request import Completion, Request
+from nanollm.generate.request import Completion, MakeTool, Request
 from nanollm.generate.sampling import SamplingConfig
-from nanollm.generate.tools import tool_caller
 from nanollm.model.transformer import Transformer
 from nanollm.progress import Progress, say
 from nanollm.sources import gsm8k
@@ -108,7 +107,7 @@ def accuracy(
     problems: Sequence[Problem],
     *,
     max_tokens: int,
-    tools: Sequence[str] = (),
+    tool: MakeTool | None = None,
     rows: int = ROWS,
     world: World | None = None,
 ) -> Accuracy:
@@ -117,7 +116,7 @@ def accuracy(
     The ranks of a world share the problems, and all get the same answer.
     """
     world = world or World()
-    attempts = solve(model, tokenizer, list(world.shard(problems)), max_tokens=max_tokens, tools=tools, rows=rows)
+    attempts = solve(model, tokenizer, list(world.shard(problems)), max_tokens=max_tokens, tool=tool, rows=rows)
     verdicts = judge(attempts, {"correct": task.grade}).first("correct")
     return Accuracy.of([verdict for of_rank in world.all_gather(verdicts) for verdict in of_rank])
 
@@ -129,7 +128,7 @@ def solve(
     sampling: SamplingConfig = GREEDY,
     *,
     max_tokens: int,
-    tools: Sequence[str] = (),
+    tool: MakeTool | None = None,
     samples: int = 1,
     seed: int = 0,
     rows: int = ROWS,
@@ -139,7 +138,7 @@ def solve(
 
     What is drawn for a problem depends on the seed and its place among those that are read, not on `rows`.
     """
-    limit, ends, make_tool = model.config.context_length, reply_ends(tokenizer), tool_caller(tools, tokenizer)
+    limit, ends = model.config.context_length, reply_ends(tokenizer)
     prompts = [encode_prompt(Conversation.of(problem.question), tokenizer) for problem in problems]
     read = [place for place, prompt in enumerate(prompts) if len(prompt) < limit]
     longest = max((len(prompts[place]) for place in read), default=1)
@@ -152,7 +151,7 @@ def solve(
             max_tokens=max_tokens,
             sampling=sampling,
             end_ids=ends,
-            tool=make_tool() if make_tool else None,
+            tool=tool() if tool else None,
             seed=first_seed + number,
         )
         completions[place].append(engine.submit(request))

@@ -12,6 +12,7 @@ from nanollm.bundle import Bundle
 from nanollm.generate.engine import Engine, check_prompt
 from nanollm.generate.request import Completion, Quantize, Request
 from nanollm.generate.sampling import SamplingConfig
+from nanollm.generate.tools import tool_caller
 from nanollm.progress import say
 from nanollm.text.chat import Conversation, Message, encode_prompt, reply_borders
 from nanollm.text.stream import TextStream, check_stops
@@ -124,6 +125,7 @@ class ChatSession:
             sampling=self.c,
             end_ids=reply_borders(self.bundle.tokenizer),
             stop=is_over,
+            tool=make_tool() if (make_tool := tool_caller(self.bundle)) else None,
             seed=self.c.seed + self.replies,
         )
         times = [time.perf_counter()]  # of the question, and of each token or the interruption

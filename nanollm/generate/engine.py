@@ -21,6 +21,7 @@ from nanollm.generate.request import (
     Completion,
     Ints,
     Kernels,
+    MakeTool,
     ModelOutput,
     PromptChunk,
     Quantize,
@@ -350,7 +351,7 @@ def generate(
     end_ids: frozenset[int],
     seed: int = 0,
     stop: Callable[[], Callable[[int], bool]] | None = None,
-    tool: Callable[[], Callable[[int], Sequence[int]]] | None = None,
+    tool: MakeTool | None = None,
     samples: int = 1,
     quantize: Quantize = "none",
 ) -> list[Completion]:

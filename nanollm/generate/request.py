@@ -10,6 +10,8 @@ from torch import Tensor
 
 from nanollm.generate.sampling import SamplingConfig
 
+MakeTool = Callable[[], Callable[[int], Sequence[int]]]
+"""Makes the `Request.tool` of a reply."""
 Finish = Literal["end", "stop", "length", "cancelled"]
 
 

@@ -5,9 +5,12 @@ sampled, which are never tokenised again: what a model was trained on and what i
 no log-probability and are not trained.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
+from nanollm.bundle import Bundle
+from nanollm.generate.request import MakeTool
 from nanollm.sources.calculator import calculator
 from nanollm.text.chat import Tool
 from nanollm.text.tokenizer import Tokenizer
@@ -33,10 +36,18 @@ class ToolCaller:
         return []
 
 
-def tool_caller(names: Sequence[str], tokenizer: Tokenizer) -> Callable[[], ToolCaller] | None:
-    """What makes the `Request.tool` of each reply; None without tools."""
-    tools = check_tools(names, tokenizer)
-    return partial(ToolCaller, tools, tokenizer) if tools else None
+def with_tools(bundle: Bundle, names: Sequence[str] | None) -> Bundle:
+    """The bundle with these tools in place of those that it was trained with; None: it keeps them, ["none"]: none."""
+    if names is None:
+        return bundle
+    chosen = [] if list(names) == ["none"] else list(names)
+    return replace(bundle, provenance=bundle.provenance | {"tools": chosen})
+
+
+def tool_caller(bundle: Bundle) -> MakeTool | None:
+    """What makes the `Request.tool` of each reply of a bundle; None without tools."""
+    tools = check_tools(bundle.tools, bundle.tokenizer)
+    return partial(ToolCaller, tools, bundle.tokenizer) if tools else None
 
 
 def check_tools(names: Sequence[str], tokenizer: Tokenizer) -> list[Tool]:

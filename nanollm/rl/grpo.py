@@ -18,6 +18,7 @@ from torch import Tensor
 
 from nanollm.data.order import epoch_seed, sample_indices
 from nanollm.data.packing import PackedLayout, best_width, even_rows, pack
+from nanollm.generate.request import MakeTool
 from nanollm.model.transformer import Transformer
 from nanollm.progress import say
 from nanollm.rl.loss import (
@@ -127,12 +128,17 @@ class Collector:
 
 
 def open_sampler(
-    state: TrainState, tokenizer: Tokenizer, c: RolloutConfig, server: VllmServer | None, world: World
+    state: TrainState,
+    tokenizer: Tokenizer,
+    c: RolloutConfig,
+    server: VllmServer | None,
+    world: World,
+    tool: MakeTool | None = None,
 ) -> Sampler:
     """What answers problems with the weights as they stand: our own engine, or the vLLM server."""
     if server is None:
         model = state.whole_model()
-        return lambda problems, seed: roll_out(model, tokenizer, problems, c, seed)
+        return lambda problems, seed: roll_out(model, tokenizer, problems, c, seed, tool)
     weights = state.bundle_weights(keep=world.is_main)
     if world.is_main:
         server.push(weights)

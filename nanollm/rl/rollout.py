@@ -17,8 +17,8 @@ from torch import Tensor
 
 from nanollm.durable import make_folder, write_file
 from nanollm.generate.engine import generate
+from nanollm.generate.request import MakeTool
 from nanollm.generate.sampling import SamplingConfig
-from nanollm.generate.tools import tool_caller
 from nanollm.model.transformer import Transformer
 from nanollm.rl.loss import LossMetrics
 from nanollm.rl.reward import Reward
@@ -46,6 +46,9 @@ class RolloutConfig:
     resample: int = 0
     """How often problems whose replies all earned the same are replaced by others (dynamic sampling, DAPO,
     arXiv:2503.14476); 0: never, they are only left out."""
+    tools: list[str] | None = None
+    """What writes into the replies (calculator); null: the tools that the model was trained with, none: none of them.
+    Their tokens are not trained."""
     engine: str = OWN
     """What samples: own, the engine of this process; vllm://HOST:PORT, a vLLM server that is given the weights before
     each step (docs/post-training.md), for models that outgrow one device."""
@@ -105,7 +108,7 @@ def roll_out(
     problems: Sequence[Problem],
     c: RolloutConfig,
     seed: int,
-    tools: Sequence[str] = (),
+    tool: MakeTool | None = None,
 ) -> list[Group]:
     """Ask each problem group_size times.  The context must have room for a reply."""
     if not problems:
@@ -118,7 +121,7 @@ def roll_out(
         max_tokens=c.max_tokens,
         end_ids=reply_ends(tokenizer),
         seed=seed,
-        tool=tool_caller(tools, tokenizer),
+        tool=tool,
         samples=c.group_size,
     )
     rollouts = [

@@ -22,6 +22,7 @@ from nanollm.bundle import Bundle
 from nanollm.generate.engine import Engine
 from nanollm.generate.request import Request
 from nanollm.generate.sampling import MIN_TEMPERATURE, SamplingConfig
+from nanollm.generate.tools import tool_caller
 from nanollm.serve.engine_thread import EngineStopped, EngineThread, QueueFull
 from nanollm.serve.metrics import Meter, Metrics
 from nanollm.serve.protocol import ApiError, ChatMessage, ChatRequest, CompletionRequest, Json, error_body, explain
@@ -198,6 +199,7 @@ class Service:
 
     def __init__(self, bundle: Bundle, engine: EngineThread, name: str, deadline_s: float) -> None:
         self.config, self.tokenizer = bundle.model.config, bundle.tokenizer
+        self.make_tool = tool_caller(bundle)
         self.engine, self.name, self.deadline_s = engine, name, deadline_s
         self.metrics = Metrics(lambda: engine.stats)
         self.detokenizer = Detokenizer(bundle.tokenizer)
@@ -278,6 +280,7 @@ class Service:
                 sampling=sampling,
                 end_ids=end_ids,
                 stop=TextStream(self.tokenizer, body.stops).stops_at if body.stops else None,
+                tool=self.make_tool() if self.make_tool else None,
                 seed=(seed + number) % SEEDS,
                 top_logprobs=body.engine_top_logprobs,
             )

@@ -228,7 +228,9 @@ class EngineThread:
             finish = one.completion.finish
             submission, index = self._owners[id(one.completion)]
             _, events, _ = deliveries.setdefault(id(submission), (submission, [], None))
-            events.append(TokenEvent(index, one.token, one.logprobs, finish, now))
+            events.append(TokenEvent(index, one.token, one.logprobs, None if one.given else finish, now))
+            for place, token in enumerate(one.given, start=1):
+                events.append(TokenEvent(index, token, None, finish if place == len(one.given) else None, now))
             if finish is not None:
                 finished += 1
                 submission.unfinished -= 1

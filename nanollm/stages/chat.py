@@ -18,6 +18,7 @@ from pathlib import Path
 from nanollm.bundle import load_bundle
 from nanollm.generate.chat_session import ChatConfig, ChatSession
 from nanollm.generate.request import Quantize
+from nanollm.generate.tools import with_tools
 from nanollm.progress import say
 from nanollm.world import DeviceName, DtypeName, World
 
@@ -43,6 +44,8 @@ class Config(ChatConfig):
 
     bundle: Path
     """Folder of a bundle, such as runs/demo/sft/bundle."""
+    tools: list[str] | None = None
+    """What writes into the replies (calculator); null: the tools the model was trained with; none: none of them."""
     quantize: Quantize = "none"
     """int8: weights in one byte each, with a scale per output."""
     device: DeviceName = "auto"
@@ -54,7 +57,8 @@ class Config(ChatConfig):
 def run(c: Config) -> None:
     """Chat until the user leaves, or reply to each line of stdin."""
     world = World.start(c.device, c.dtype)
-    session = ChatSession(load_bundle(c.bundle, world.dtype, world.device), c, c.quantize)
+    bundle = with_tools(load_bundle(c.bundle, world.dtype, world.device), c.tools)
+    session = ChatSession(bundle, c, c.quantize)
     if sys.stdin.isatty():
         if session.bundle.is_base:
             say("this model was only pretrained: it continues text, nanollm sft teaches it to reply")

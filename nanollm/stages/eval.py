@@ -29,6 +29,7 @@ from nanollm.evals.results import Bits, Measured, save_replies
 from nanollm.evals.stats import Figures
 from nanollm.extras import missing_package
 from nanollm.generate.sampling import SamplingConfig
+from nanollm.generate.tools import tool_caller, with_tools
 from nanollm.progress import say
 from nanollm.sources.gsm8k import Problem
 from nanollm.sources.tasks import Task, TaskConfig, default_of, open_task
@@ -90,6 +91,8 @@ class Config:
     """Sampling temperature of --samples."""
     top_p: float = 1.0
     """Nucleus sampling of --samples: choose among the likeliest tokens that together reach this probability."""
+    tools: list[str] | None = None
+    """What writes into the replies (calculator); null: the tools each model was trained with; none: none."""
     against: Path | None = None
     """Another bundle to measure on the same problems and texts, with its own tokenizer."""
     text: list[Path] = field(default_factory=list)
@@ -262,10 +265,11 @@ def other(c: Config) -> Config | None:
 
 def measure(c: Config, inputs: Inputs, world: World) -> Measured:
     """Everything that is asked of one bundle."""
-    bundle = load_bundle(c.bundle, world.dtype, world.device)
+    bundle = with_tools(load_bundle(c.bundle, world.dtype, world.device), c.tools)
     found: Figures = {"path": str(c.bundle), "digest": sha256_of(c.bundle / PROVENANCE)}
     replies: dict[str, Judged] = {}
-    attempt = partial(solve, bundle.model, bundle.tokenizer, inputs.problems, seed=c.seed, rows=c.rows)
+    tool = tool_caller(bundle)
+    attempt = partial(solve, bundle.model, bundle.tokenizer, inputs.problems, tool=tool, seed=c.seed, rows=c.rows)
     if inputs.task is not None:
         began = time.monotonic()
         replies["greedy"] = judge(attempt(GREEDY, max_tokens=c.max_tokens), graders(inputs.task))

@@ -9,6 +9,7 @@ from nanollm.bundle import load_bundle
 from nanollm.generate.engine import generate
 from nanollm.generate.request import Quantize
 from nanollm.generate.sampling import SamplingConfig
+from nanollm.generate.tools import tool_caller, with_tools
 from nanollm.text.chat import Conversation, encode_prompt, reply_borders, reply_ends
 from nanollm.text.stream import TextStream, check_stops
 from nanollm.text.tokenizer import Tokenizer
@@ -36,6 +37,8 @@ class Config(SamplingConfig):
     """Texts at which a continuation ends; they are left out."""
     json: bool = False
     """Print one JSON object per prompt instead of text."""
+    tools: list[str] | None = None
+    """What writes into the texts (calculator); null: the tools the model was trained with; none: none of them."""
     quantize: Quantize = "none"
     """int8: weights in one byte each, with a scale per output."""
     device: DeviceName = "auto"
@@ -55,7 +58,7 @@ class Config(SamplingConfig):
 def run(c: Config) -> str:
     """The prompts with their continuations, in order."""
     world = World.start(c.device, c.dtype)
-    bundle = load_bundle(c.bundle, world.dtype, world.device)
+    bundle = with_tools(load_bundle(c.bundle, world.dtype, world.device), c.tools)
     tokenizer = bundle.tokenizer
 
     completions = generate(
@@ -66,6 +69,7 @@ def run(c: Config) -> str:
         end_ids=reply_borders(tokenizer) if c.chat else reply_ends(tokenizer),
         seed=c.seed,
         stop=(lambda: TextStream(tokenizer, c.stop).stops_at) if c.stop else None,
+        tool=tool_caller(bundle),
         quantize=c.quantize,
     )
     lines = []

@@ -16,6 +16,7 @@ from nanollm.bundle import WEIGHTS, Bundle, build_model, load_bundle
 from nanollm.evals.problems import accuracy
 from nanollm.export.dense_to_moe import STORED
 from nanollm.extras import missing_package
+from nanollm.generate.tools import tool_caller, with_tools
 from nanollm.kernels import attention as fused
 from nanollm.progress import say
 from nanollm.report.page import write_report
@@ -154,11 +155,12 @@ def run(c: Config) -> Path:
             seed=c.seed,
             world=world,
         )
+        sampler = partial(open_sampler, state, bundle.tokenizer, c.rollout, server, world, tool_caller(bundle))
         if run.is_new:
             run.log(validate(c, state, bundle, task, validation, world))
         for step in run.steps():
             started = time.perf_counter()
-            graded, counts = collector.collect(step, open_sampler(state, bundle.tokenizer, c.rollout, server, world))
+            graded, counts = collector.collect(step, sampler())
             sampled = time.perf_counter()
             rewards_of_groups = torch.tensor([group.totals for group in graded])  # (P, G)
             advantages = group_advantages(rewards_of_groups, c.objective.advantage)  # (P, G)
@@ -201,7 +203,8 @@ def run(c: Config) -> Path:
             if run.validation_is_due():
                 run.log(validate(c, state, bundle, task, validation, world))
         replies = state.step * min(c.rollout.prompts, len(problems)) * c.rollout.group_size
-        folder = run.save_bundle("grpo", model, bundle.tokenizer, replies_seen=replies, parent=bundle.provenance)
+        seen = {"replies_seen": replies, "parent": bundle.provenance, "tools": bundle.tools}
+        folder = run.save_bundle("grpo", model, bundle.tokenizer, **seen)
         write_report(c.out, world)
         return folder
 
@@ -213,7 +216,7 @@ def validate(
     if not problems:
         return {}
     model, limit = state.whole_model(), c.rollout.max_tokens
-    score = accuracy(model, bundle.tokenizer, task, problems, max_tokens=limit, world=world)
+    score = accuracy(model, bundle.tokenizer, task, problems, max_tokens=limit, tool=tool_caller(bundle), world=world)
     interval = f"{score.low:.1%} to {score.high:.1%}"
     say(f"step {state.step:,}: solves {score.value:.1%} of {score.n} test problems ({interval})")
     return {"val_accuracy": score.value, "val_accuracy_low": score.low, "val_accuracy_high": score.high}
@@ -227,7 +230,7 @@ def fingerprint(problems: Sequence[Problem]) -> str:
 
 def _open(c: Config) -> tuple[Bundle, Task, Sequence[Problem], Sequence[Problem]]:
     """The bundle, the task, its problems to train on and those to validate on."""
-    bundle, task = load_bundle(c.bundle), open_task(c.task)
+    bundle, task = with_tools(load_bundle(c.bundle), c.rollout.tools), open_task(c.task)
     room = bundle.model.config.context_length - c.rollout.max_tokens
     if room < 1:
         raise ValueError(
@@ -254,6 +257,11 @@ def _connect(c: Config, bundle: Bundle, state: TrainState, world: World) -> Vllm
     """The server that samples, held to what the run needs; none where our own engine does."""
     if c.rollout.server is None:
         return None
+    if bundle.tools:
+        raise ValueError(
+            f"a vLLM server cannot use the tools of {c.bundle} ({', '.join(bundle.tools)}); "
+            f"set --rollout.tools none, or leave --rollout.engine to our own"
+        )
     host, port = c.rollout.server
     server = VllmServer(
         host=host,

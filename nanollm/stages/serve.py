@@ -8,6 +8,7 @@ from nanollm.bundle import load_bundle
 from nanollm.extras import missing_package
 from nanollm.generate.engine import Engine
 from nanollm.generate.request import Quantize
+from nanollm.generate.tools import with_tools
 from nanollm.progress import say
 from nanollm.world import DeviceName, DtypeName, World
 
@@ -35,6 +36,8 @@ class Config:
     """Where to compute."""
     dtype: DtypeName = "auto"
     """What to compute in."""
+    tools: list[str] | None = None
+    """What writes into the replies (calculator); null: the tools the model was trained with; none: none of them."""
     quantize: Quantize = "none"
     """int8: weights in one byte each, with a scale per output."""
     max_running: int = 16
@@ -67,7 +70,7 @@ def run(c: Config) -> None:
         raise missing_package("serve", error.name, "serve") from error
     key = checked_key(c.api_key or os.environ.get(KEY_VARIABLE, ""), c.host)
     world = World.start(c.device, c.dtype)
-    bundle = load_bundle(c.bundle, world.dtype, world.device)
+    bundle = with_tools(load_bundle(c.bundle, world.dtype, world.device), c.tools)
     shape = bundle.model.config
     say(
         f"{c.bundle}: {shape.total_parameters:,} parameters in {world.names['dtype']}, "

@@ -149,9 +149,11 @@ def run(c: Config) -> Path:
                     run.log(validate(c, state, validation, world))
                 if run.sample_is_due():
                     run.log(sample(c, state, bundle, world))
-            seen = {"conversations_seen": state.step * c.train.batch_size, "parent": bundle.provenance}
-            if bundle.tools:
-                seen["tools"] = bundle.tools
+            seen = {
+                "conversations_seen": state.step * c.train.batch_size,
+                "parent": bundle.provenance,
+                "tools": bundle.tools,
+            }
             folder = run.save_bundle("sft", bundle.model.config, bundle.tokenizer, **seen)
             write_report(c.out, world)
             return folder
@@ -192,7 +194,7 @@ def sample(c: Config, state: TrainState, bundle: Bundle, world: World) -> dict[s
         SamplingConfig(temperature=0),
         max_tokens=SAMPLE_TOKENS,
         end_ids=reply_ends(tokenizer),
-        tool=tool_caller(bundle.tools, tokenizer),
+        tool=tool_caller(bundle),
     )
     texts = [reply_text(reply.ids, tokenizer) for reply in replies]
     for prompt, text in zip(c.sample_prompts, texts, strict=True):
