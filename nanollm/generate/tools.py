@@ -11,11 +11,15 @@ from functools import partial
 
 from nanollm.bundle import Bundle
 from nanollm.generate.request import MakeTool
+from nanollm.progress import say
 from nanollm.sources.calculator import calculator
+from nanollm.sources.python_tool import python
 from nanollm.text.chat import Tool
 from nanollm.text.tokenizer import Tokenizer
 
-TOOLS: Mapping[str, Tool] = {"calculator": calculator}
+TOOLS: Mapping[str, Tool] = {"calculator": calculator, "python": python}
+ON_REQUEST = ("python",)
+"""Tools that a bundle cannot bring with it: they run what a model writes."""
 
 
 class ToolCaller:
@@ -37,10 +41,14 @@ class ToolCaller:
 
 
 def with_tools(bundle: Bundle, names: Sequence[str] | None) -> Bundle:
-    """The bundle with these tools in place of those that it was trained with; None: it keeps them, ["none"]: none."""
-    if names is None:
-        return bundle
-    chosen = [] if list(names) == ["none"] else list(names)
+    """The bundle with these tools in place of those that it was trained with; ["none"]: none.
+
+    None: it keeps them, but for those that must be asked for by name.
+    """
+    chosen = [] if names == ["none"] else list(bundle.tools if names is None else names)
+    if names is None and (left_out := [name for name in chosen if name in ON_REQUEST]):
+        say(f"this model was trained with {', '.join(left_out)}, which runs what it writes: ask for it with --tools")
+        chosen = [name for name in chosen if name not in ON_REQUEST]
     return replace(bundle, provenance=bundle.provenance | {"tools": chosen})
 
 

@@ -7,6 +7,7 @@ import ast
 import operator
 import re
 from collections.abc import Callable, Mapping
+from decimal import Decimal
 from fractions import Fraction
 
 OPEN_NOTE = re.compile(r"<<([0-9+*/(). -]{1,60})=\Z")
@@ -54,5 +55,5 @@ def _value(node: ast.expr) -> Fraction:
 def written(value: Fraction) -> str:
     """24, -3, 0.125; 33.33 for 100/3."""
     places = 4 if (value * 10_000).denominator == 1 else 2
-    text = f"{value:.{places}f}"
+    text = f"{Decimal(round(value * 10**places)).scaleb(-places):f}"
     return text.rstrip("0").rstrip(".") if "." in text else text

@@ -98,5 +98,5 @@ def test_a_caller_spells_what_its_tools_add(tokenizer):
 
 
 def test_a_tool_that_is_not_known_is_refused_by_name(tokenizer):
-    with pytest.raises(ValueError, match="calculator, got 'clock'"):
+    with pytest.raises(ValueError, match="calculator, python, got 'clock'"):
         check_tools(["clock"], tokenizer)
