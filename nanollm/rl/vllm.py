@@ -5,7 +5,6 @@ started, and has the server read them again. No code of ours runs there; the two
 
 Routes, as they stand in the source of vLLM 0.33.0:
     GET  /version, /v1/models   `root` is the folder as it was typed after `vllm serve`; `max_model_len`
-    POST /tokenize              ids of a text, to compare with ours
     POST /v1/completions        a prompt of ids; reply i of `n` draws from seed + i; with return_token_ids the exact
                                 ids, the end mark among them; `logprobs` 0 is of the drawn tokens alone, before the
                                 temperature unless the server was started with --logprobs-mode processed_logprobs
@@ -16,7 +15,6 @@ Before 0.27 a reload left latent attention's absorbed matrices behind: the CUDA 
 """
 
 import json
-import math
 import re
 import shlex
 import time
@@ -40,11 +38,7 @@ OLDEST = (0, 27)
 MAX_REQUESTS = 256
 """Requests under way at once; vLLM's own default for what it runs at once is about that (--max-num-seqs)."""
 BUSY = (502, 503, 504)
-DEVELOPER_ROUTES = ("/collective_rpc", "/reset_prefix_cache")
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
-CONNECT_S = 10.0
-ROUNDING = 1e-3
-TEXT = "Ann has 3 apples,  Bob 1,250.\nHow many is that?"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +71,7 @@ class VllmServer:
             f"--max-model-len {self.config.context_length} --logprobs-mode processed_logprobs"
         )
 
-    def connect(self, weights: Mapping[str, Tensor], c: RolloutConfig) -> None:
+    def connect(self, weights: Mapping[str, Tensor]) -> None:
         """Write the folder, from which a server can be started then, and refuse one that could not serve the run."""
         self._write(weights)
         version = str(self._ask("GET", "/version", waits_s=()).get("version"))
@@ -87,10 +81,16 @@ class VllmServer:
                 f"{self} is vLLM {version}, which does not take over all new weights of latent attention; "
                 f"update it to {OLDEST[0]}.{OLDEST[1]} or newer"
             )
-        self._check_model(self._ask("GET", "/v1/models"))
-        self._check_ids(self._ask("POST", "/tokenize", {"prompt": TEXT, "add_special_tokens": False}))
-        if c.temperature != 1:
-            self._check_logprobs(c.temperature)
+        answer = self._ask("GET", "/v1/models")
+        try:
+            root, length = str(answer["data"][0]["root"]), int(answer["data"][0]["max_model_len"])
+        except (LookupError, TypeError, ValueError) as error:
+            raise ValueError(f"{self} does not say what it serves ({short(answer)}); is it vLLM?") from error
+        if Path(root).resolve() != self.folder.resolve() or length < self.config.context_length:
+            raise ValueError(
+                f"{self} serves {root} with a context of {length:,} tokens, this run needs {self.folder.resolve()} "
+                f"with {self.config.context_length:,}; start the server with: {self.command}"
+            )
 
     def push(self, weights: Mapping[str, Tensor]) -> None:
         """Let the server go on with these weights, by the names of Transformer's state_dict, whole and of any float
@@ -117,58 +117,6 @@ class VllmServer:
             pool.shutdown(wait=False, cancel_futures=True)  # after a fault nobody waits for the rest
         return [Group(problem, rollouts) for problem, rollouts in zip(problems, drawn, strict=True)]
 
-    # --- what is wrong with a server ---
-
-    def _check_model(self, answer: Mapping[str, Any]) -> None:
-        """That it serves the folder that is written here, with the context that is needed."""
-        try:
-            root, length = str(answer["data"][0]["root"]), int(answer["data"][0]["max_model_len"])
-        except (LookupError, TypeError, ValueError) as error:
-            raise ValueError(f"{self} does not say what it serves ({short(answer)}); is it vLLM?") from error
-        if Path(root).resolve() != self.folder.resolve():
-            raise ValueError(
-                f"{self} serves {root}, this run writes its weights to {self.folder.resolve()}; start the server with: "
-                f"{self.command}"
-            )
-        if length < self.config.context_length:
-            raise ValueError(
-                f"{self} reads {length:,} tokens at most, the model {self.config.context_length:,}; start the server "
-                f"with: {self.command}"
-            )
-
-    def _check_ids(self, answer: Mapping[str, Any]) -> None:
-        """That a text is the same ids there and here."""
-        ours, theirs = self.tokenizer.encode(TEXT), answer.get("tokens")
-        if theirs != ours:
-            raise ValueError(
-                f"{self} reads {TEXT[:8]!r}... as the ids {short(theirs)}, the tokenizer of this run as {short(ours)}; "
-                f"start the server anew, so that it takes the tokenizer of its folder: {self.command}"
-            )
-
-    def _check_logprobs(self, temperature: float) -> None:
-        """That log-probabilities are of the distribution that is drawn from.
-
-        At half the temperature the two likeliest tokens lie twice as far apart, unless log-probabilities are those
-        before it. If both are equally likely this tells nothing, and the numbers of the first step do.
-        """
-        at_one, at_half = self._gap(1.0), self._gap(0.5)
-        if abs(at_half - at_one) < abs(at_half - 2 * at_one):
-            raise ValueError(
-                f"{self} gives log-probabilities before the temperature, rollout.temperature {temperature} needs those "
-                f"after it; start the server with: {self.command}"
-            )
-
-    def _gap(self, temperature: float) -> float:
-        """Between the log-probabilities of the two tokens that are likeliest to begin a text."""
-        asked = body_of([self.tokenizer.bos_id], temperature, seed=0, n=1, max_tokens=1, ends=[]) | {"logprobs": 2}
-        answer = self._ask("POST", "/v1/completions", asked)
-        try:
-            top = answer["choices"][0]["logprobs"]["top_logprobs"][0]
-            second, first = sorted(map(float, top.values()))[-2:]
-        except (AttributeError, LookupError, TypeError, ValueError) as error:
-            raise ValueError(f"{self} does not say how likely tokens are ({short(answer)}); is it vLLM?") from error
-        return first - second
-
     # --- what passes between both ---
 
     def _write(self, weights: Mapping[str, Tensor]) -> None:
@@ -189,26 +137,45 @@ class VllmServer:
 
     def _sample(self, prompt: list[int], c: RolloutConfig, seed: int) -> list[Rollout]:
         """The replies to one prompt; reply i draws from seed + i."""
-        ends = sorted(reply_ends(self.tokenizer))
-        asked = body_of(prompt, c.temperature, seed=seed, n=c.group_size, max_tokens=c.max_tokens, ends=ends)
-        choices = self._ask("POST", "/v1/completions", asked).get("choices")
-        if not isinstance(choices, list) or len(choices) != c.group_size:
-            raise ValueError(f"{self} was asked for {c.group_size} replies and answered {short(choices)}")
-        for number, choice in enumerate(choices):
-            if fault := fault_in(choice, number, prompt, c.max_tokens, ends, self.config.vocab_size):
-                raise ValueError(
-                    f"{self} answered what is no reply: {fault}; is it vLLM {OLDEST[0]}.{OLDEST[1]} or newer?"
+        answer = self._ask("POST", "/v1/completions", self._body(prompt, c, seed))
+        try:
+            rollouts = [
+                Rollout(
+                    prompt_ids=prompt,
+                    reply_ids=[int(token) for token in choice["token_ids"]],
+                    logprobs=[float(logprob) for logprob in choice["logprobs"]["token_logprobs"]],
+                    stop={"stop": "end", "length": "length"}[choice["finish_reason"]],
+                    is_sampled=[True] * len(choice["token_ids"]),
                 )
-        return [
-            Rollout(
-                prompt_ids=prompt,
-                reply_ids=choice["token_ids"],
-                is_sampled=[True] * len(choice["token_ids"]),
-                logprobs=choice["logprobs"]["token_logprobs"],
-                stop="length" if choice["finish_reason"] == "length" else "end",
+                for choice in answer["choices"]
+            ]
+            is_sound = all(len(each.reply_ids) == len(each.logprobs) > 0 for each in rollouts)
+        except (LookupError, TypeError, ValueError):
+            rollouts, is_sound = [], False
+        if not is_sound or len(rollouts) != c.group_size:
+            raise ValueError(
+                f"{self} was asked for {c.group_size} replies with ids and log-probabilities and answered "
+                f"{short(answer)}; is it vLLM {OLDEST[0]}.{OLDEST[1]} or newer?"
             )
-            for choice in choices
-        ]
+        return rollouts
+
+    def _body(self, prompt: list[int], c: RolloutConfig, seed: int) -> dict[str, Any]:
+        """What /v1/completions is asked. All that shapes the distribution is said, because generation_config.json in
+        the folder would fill in what is not."""
+        return {
+            "prompt": prompt,
+            "n": c.group_size,
+            "seed": seed,
+            "max_tokens": c.max_tokens,
+            "stop_token_ids": sorted(reply_ends(self.tokenizer)),
+            "temperature": c.temperature,
+            "top_p": 1.0,
+            "top_k": 0,
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
+            "logprobs": 0,
+            "return_token_ids": True,
+        }
 
     def _ask(
         self, method: str, path: str, body: Mapping[str, Any] | None = None, waits_s: Sequence[float] | None = None
@@ -219,97 +186,38 @@ class VllmServer:
             try:
                 status, content = self._exchange(method, path, body)
             except TimeoutError as error:
-                raise TimeoutError(
-                    f"{self} did not answer {path} within {self.timeout_s:g} s; look into its log"
-                ) from error
+                raise TimeoutError(f"{self} did not answer {path} in time ({error}); look into its log") from error
             except (OSError, HTTPException) as error:
                 fault = str(error) or type(error).__name__
             else:
                 if status not in BUSY:
-                    return self._read(path, status, content)
+                    break
                 fault = f"it answered {path} with {status}"
-            if wait_s is not None:
-                time.sleep(wait_s)
-        raise ConnectionError(
-            f"there is no answer from {self} ({fault}); start the server, wait until it says that it is up, and give "
-            f"this command again: {self.command}"
-        )
+            if wait_s is None:
+                raise ConnectionError(
+                    f"there is no answer from {self} ({fault}); start the server, wait until it says that it is up, "
+                    f"and give this command again: {self.command}"
+                )
+            time.sleep(wait_s)
+        try:
+            answer = json.loads(content or b"{}")
+        except ValueError:
+            answer = None
+        if status != 200 or not isinstance(answer, dict):
+            advice = f"; start the server with: {self.command}" if status == 404 else ""
+            raise ValueError(f"{self} answered {path} with {status}: {short(content.decode(errors='replace'))}{advice}")
+        return answer
 
     def _exchange(self, method: str, path: str, body: Mapping[str, Any] | None) -> tuple[int, bytes]:
         """Status and content of one answer. No proxy is asked, whatever the environment names."""
-        connection = HTTPConnection(self.host, self.port, timeout=min(CONNECT_S, self.timeout_s))
+        connection = HTTPConnection(self.host, self.port, timeout=self.timeout_s)
         try:
-            try:
-                connection.connect()
-            except TimeoutError as error:
-                raise ConnectionError(f"no connection within {connection.timeout:g} s") from error
-            connection.sock.settimeout(self.timeout_s)
             content = None if body is None else json.dumps(body).encode()
             connection.request(method, path, content, {"Content-Type": "application/json"} if content else {})
             answer = connection.getresponse()
             return answer.status, answer.read()
         finally:
             connection.close()
-
-    def _read(self, path: str, status: int, content: bytes) -> dict[str, Any]:
-        if status == 404 and path in DEVELOPER_ROUTES:
-            raise ValueError(
-                f"{self} has no {path}, without which it cannot take new weights; start the server with "
-                f"VLLM_SERVER_DEV_MODE=1: {self.command}"
-            )
-        try:
-            answer = json.loads(content or b"{}")
-        except ValueError:
-            answer = None
-        if status != 200 or not isinstance(answer, dict):
-            raise ValueError(f"{self} answered {path} with {status}: {short(content.decode(errors='replace'))}")
-        return answer
-
-
-def body_of(
-    prompt: Sequence[int], temperature: float, *, seed: int, n: int, max_tokens: int, ends: Sequence[int]
-) -> dict[str, Any]:
-    """What /v1/completions is asked. All that shapes the distribution is said, because generation_config.json in the
-    folder would fill in what is not."""
-    return {
-        "prompt": list(prompt),
-        "n": n,
-        "seed": seed,
-        "max_tokens": max_tokens,
-        "stop_token_ids": list(ends),
-        "temperature": temperature,
-        "top_p": 1.0,
-        "top_k": 0,
-        "min_p": 0.0,
-        "repetition_penalty": 1.0,
-        "logprobs": 0,
-        "return_token_ids": True,
-        "return_tokens_as_token_ids": True,  # else tokens of the same text would be one in top_logprobs
-    }
-
-
-def fault_in(
-    choice: Any, number: int, prompt: Sequence[int], max_tokens: int, ends: Sequence[int], vocab_size: int
-) -> str | None:
-    """What is wrong with the answer to one of n replies; None: nothing."""
-    if not isinstance(choice, dict) or choice.get("index") != number:
-        return f"expected reply {number}, got {short(choice)}"
-    if choice.get("prompt_token_ids") != prompt:
-        return f"expected a reply to the ids {short(prompt)}, got one to {short(choice.get('prompt_token_ids'))}"
-    ids, finish = choice.get("token_ids"), choice.get("finish_reason")
-    if not isinstance(ids, list) or not all(type(token) is int and 0 <= token < vocab_size for token in ids):
-        return f"expected ids below {vocab_size:,} in token_ids, got {short(ids)}"
-    logprobs = (choice.get("logprobs") or {}).get("token_logprobs")
-    if not isinstance(logprobs, list) or len(logprobs) != len(ids):
-        return f"expected a log-probability for each of {len(ids)} ids, got {short(logprobs)}"
-    if not all(isinstance(value, float | int) and -math.inf < value <= ROUNDING for value in logprobs):
-        return f"expected log-probabilities of at most 0, got {short(logprobs)}"
-    is_over = bool(ids) and ids[-1] in ends
-    if any(token in ends for token in ids[:-1]) or (finish, is_over) not in {("stop", True), ("length", False)}:
-        return f"expected a reply that stops at {' or '.join(map(str, ends))}, got {short(ids)}, finished by {finish!r}"
-    if len(ids) > max_tokens or (finish == "length" and len(ids) < max_tokens):
-        return f"expected at most {max_tokens} ids, fewer only before an end mark, got {len(ids)}"
-    return None
 
 
 def short(value: object) -> str:
