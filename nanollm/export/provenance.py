@@ -1,17 +1,13 @@
 """Shows how a model came to be, without the paths of the machine that trained it.
 
-Of each path only the last name is shown. What token files were made of stands in their own manifest, which is read
-where it still lies at its place.
+Of each path only the last name is shown.
 """
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from nanollm.bundle import PROVENANCE
-from nanollm.data.shards import MANIFEST
-from nanollm.durable import read_json, sha256_of
 
 Record = Mapping[str, Any]
 
@@ -66,19 +62,3 @@ def stages(provenance: Record) -> list[Record]:
         found.append(step)
         step = step.get("parent")
     return found[::-1]
-
-
-def folders(step: Record) -> dict[str, str]:
-    """The token files that a stage has read: folder -> the sha256 of its manifest."""
-    data = step.get("inputs", {}).get("data", {})
-    return data if isinstance(data, dict) else {str(step.get("config", {}).get("data")): str(data)}
-
-
-def find_manifests(provenance: Record) -> dict[str, Record]:
-    """sha256 -> manifest of the token files that still lie where they were read, unchanged."""
-    return {
-        digest: read_json(file)
-        for step in stages(provenance)
-        for folder, digest in folders(step).items()
-        if (file := Path(folder) / MANIFEST).is_file() and sha256_of(file) == digest
-    }

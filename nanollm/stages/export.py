@@ -11,7 +11,7 @@ from typing import Literal
 from nanollm.bundle import Bundle, load_bundle, read_config, stored_dtype
 from nanollm.durable import check_replaceable, new_folder, write_file
 from nanollm.export.dense_to_moe import STORED, Dtype, Format, exported_shape
-from nanollm.export.hub import check_metadata, check_push, push
+from nanollm.export.hub import check_push, push
 from nanollm.extras import missing_package
 from nanollm.progress import say
 
@@ -55,7 +55,6 @@ class Config:
             raise ValueError(f"--dtype q8_0 needs --format gguf; {self.format} takes f32, bf16 or f16")
         if self.verify_prompts < 1:
             raise ValueError(f"--verify_prompts must be at least 1, got {self.verify_prompts}")
-        check_metadata(self.license, self.language)
 
     @property
     def folder(self) -> Path:

@@ -9,12 +9,11 @@ import torch
 from huggingface_hub import ModelCard
 
 from nanollm.bundle import Bundle, build_model, load_bundle
-from nanollm.durable import sha256_of
 from nanollm.evals import results
 from nanollm.export.card import card, find_evaluations
 from nanollm.export.dense_to_moe import Placement
 from nanollm.export.hf import exported_weights, write_model
-from nanollm.export.provenance import find_manifests, public
+from nanollm.export.provenance import public
 from nanollm.export.tokenizer_json import write_tokenizer
 from nanollm.rl.rollout import RolloutConfig
 from nanollm.sources.tasks import TaskConfig
@@ -102,25 +101,14 @@ def section(text, title):
 # --- where it comes from ---
 
 
-def test_every_stage_is_told_with_its_data_and_its_length(written, runs):
+def test_every_stage_is_told_with_its_data_and_its_length(written):
     told = section(written(), "How it was made").splitlines()
-    manifest = runs / "tokens" / "manifest.json"
-    train = json.loads(manifest.read_bytes())["splits"]["train"]
-    size = f"{train['tokens']:,} tokens in {train['documents']} documents"
     assert [line.split()[3] for line in told if re.match(r"\d\. `nanollm ", line)] == ["pretrain,", "sft,", "grpo,"]
-    assert f"   - data: `tokens` (manifest {sha256_of(manifest)[:12]}), {size} of `text`" in told
+    assert "   - data: `tokens`" in told
     assert "   - 2 optimizer steps, 1,024 tokens" in told
     assert "   - 2 optimizer steps, 4 conversations" in told
     assert "   - 2 optimizer steps, 8 replies" in told
     assert "   - task: `words`" in told
-
-
-def test_token_files_count_only_if_they_are_those_that_were_read(written, bundle, runs):
-    provenance = json.loads((runs / "grpo" / "bundle" / "provenance.json").read_bytes())
-    assert len(find_manifests(provenance)) == 2
-    provenance["parent"]["inputs"]["data"] = {str(runs / "lessons"): "0" * 64}
-    assert len(find_manifests(provenance)) == 1
-    assert written(of=replace(bundle, provenance=provenance)).count(", made of what is not recorded") == 1
 
 
 def test_the_owner_of_the_machine_is_named_nowhere(written, bundle, runs, tmp_path):
@@ -136,7 +124,7 @@ def test_the_owner_of_the_machine_is_named_nowhere(written, bundle, runs, tmp_pa
     assert "notes.txt: " in shown
 
 
-@pytest.mark.parametrize("odd", [{"config": {"train": {}}}, {"config": {"task": 3}}, {"inputs": {"data": {"x": 3}}}])
+@pytest.mark.parametrize("odd", [{"config": {"train": {}}}, {"config": {"task": 3}}])
 def test_a_history_that_cannot_be_read_is_said_to_be_so(written, bundle, odd):
     told = written(of=replace(bundle, provenance={"made_by": "grpo\n## Results\n99 %"} | odd))
     lines = "1. `grpo ## Results 99 %`\n   - what is recorded of this step cannot be read"
@@ -219,9 +207,7 @@ def test_a_base_model_is_called_one_and_has_no_chat_format(written, runs):
 def test_vllm_is_named_only_where_it_has_kernels_for_the_shape(written, tokenizer):
     wide = Bundle(build_model(replace(SHAPE, kv_lora_rank=256, qk_rope_head_dim=64)), tokenizer, {})
     assert "vllm serve ada/tiny --dtype bfloat16" in written(form="deepseek-v3", of=wide)
-    narrow = written(form="deepseek-v3")
-    assert "vllm serve" not in narrow
-    assert "take a cache of 320 or 576 numbers per token and block, this model's has 24" in narrow
+    assert "vllm serve" not in written(form="deepseek-v3")
 
 
 def test_a_gguf_is_run_by_its_name(written):

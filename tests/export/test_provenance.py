@@ -2,7 +2,7 @@
 
 import pytest
 
-from nanollm.export.provenance import check, folders, name_of, public, stages
+from nanollm.export.provenance import check, name_of, public, stages
 
 
 @pytest.mark.parametrize(
@@ -46,10 +46,6 @@ def test_two_folders_of_one_name_stay_two_and_keep_their_fingerprints():
 def test_the_first_stage_comes_first():
     provenance = {"made_by": "c", "parent": {"made_by": "b", "parent": {"made_by": "a"}}}
     assert [step["made_by"] for step in stages(provenance)] == ["a", "b", "c"]
-
-
-def test_a_stage_that_read_no_token_files_has_none():
-    assert folders({"made_by": "us"}) == folders({"config": {"seed": 0}, "inputs": {"problems": "ab"}}) == {}
 
 
 @pytest.mark.parametrize(
