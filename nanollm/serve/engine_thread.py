@@ -8,7 +8,9 @@ import asyncio
 import logging
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 from nanollm.generate.engine import Engine
@@ -87,9 +89,6 @@ class Submission:
         self._arrived.set()
 
 
-Delivery = tuple[Submission, list[TokenEvent], Exception | None]
-
-
 class EngineThread:
     """Owns the engine. `submit` and `cancel` are called from an event loop and return at once."""
 
@@ -104,19 +103,16 @@ class EngineThread:
         self._cancelled: list[Submission] = []  # the same
         self._changed = threading.Condition()
         self._is_stopping = False
-        self._open: dict[int, Submission] = {}  # by id; the engine's thread alone
-        self._owners: dict[int, tuple[Submission, int]] = {}  # id of a completion -> submission and index; the same
+        self._open: set[Submission] = set()  # the engine's thread alone
+        self._owners: dict[Completion, tuple[Submission, int]] = {}  # with the index of the reply; the same
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._started = threading.Event()
-        self._failed_start: Exception | None = None
+        self._started: Future[None] = Future()
 
     def start(self) -> None:
         """Build the engine and begin, unless that was done already; raises what building it raised."""
         if not self._thread.ident:
             self._thread.start()
-        self._started.wait()
-        if self._failed_start is not None:
-            raise self._failed_start
+        self._started.result()
 
     def stop(self) -> None:
         """End the thread after its step, and wait for that."""
@@ -161,10 +157,9 @@ class EngineThread:
         try:
             engine = self._make_engine()
         except Exception as error:
-            self._failed_start = error
+            self._started.set_exception(error)
             return
-        finally:
-            self._started.set()
+        self._started.set_result(None)
         try:
             while not self._serve(engine):
                 del engine  # its cache goes before the next one's comes
@@ -174,7 +169,7 @@ class EngineThread:
         finally:
             with self._changed:
                 self._is_stopping = True
-                self._open |= {id(submission): submission for submission in self._submitted}
+                self._open.update(self._submitted)
             self._give_up(EngineStopped(STOPPED))
 
     def _serve(self, engine: Engine) -> bool:
@@ -190,7 +185,7 @@ class EngineThread:
                 submitted, self._submitted = self._submitted, []
                 cancelled, self._cancelled = self._cancelled, []
             # All are open before the first is begun: whatever fails now, each hears of it.
-            self._open |= {id(submission): submission for submission in submitted}
+            self._open.update(submitted)
             try:
                 for submission in submitted:
                     self._begin(engine, submission)
@@ -207,61 +202,56 @@ class EngineThread:
         try:
             for index, request in enumerate(submission.requests):
                 completion = engine.submit(request)
-                self._owners[id(completion)] = (submission, index)
+                self._owners[completion] = (submission, index)
                 submission.completions.append(completion)
         except ValueError as error:  # the engine refuses this request, and is well
             self._abort(engine, submission)
-            _deliver([(submission, [], error)])
+            _deliver(submission, [], error)
 
     def _abort(self, engine: Engine, submission: Submission) -> None:
-        if self._open.pop(id(submission), None) is None:
+        if submission not in self._open:
             return  # all of it was finished
+        self._open.remove(submission)
         for completion in submission.completions:
             engine.cancel(completion)
-            self._owners.pop(id(completion), None)
+            self._owners.pop(completion, None)
         self._unload(submission.unfinished)
 
     def _hand_out(self, drawn: list[StepOutput]) -> None:
         now, finished = time.perf_counter(), 0
-        deliveries: dict[int, Delivery] = {}
+        events = defaultdict[Submission, list[TokenEvent]](list)
         for one in drawn:
             finish = one.completion.finish
-            submission, index = self._owners[id(one.completion)]
-            _, events, _ = deliveries.setdefault(id(submission), (submission, [], None))
-            events.append(TokenEvent(index, one.token, one.logprobs, None if one.given else finish, now))
+            submission, index = self._owners[one.completion]
+            own = events[submission]
+            own.append(TokenEvent(index, one.token, one.logprobs, None if one.given else finish, now))
             for place, token in enumerate(one.given, start=1):
-                events.append(TokenEvent(index, token, None, finish if place == len(one.given) else None, now))
+                own.append(TokenEvent(index, token, None, finish if place == len(one.given) else None, now))
             if finish is not None:
                 finished += 1
                 submission.unfinished -= 1
-                del self._owners[id(one.completion)]
+                del self._owners[one.completion]
                 if not submission.unfinished:
-                    del self._open[id(submission)]
+                    self._open.remove(submission)
         self._unload(finished)
-        _deliver(list(deliveries.values()))
+        for submission, own in events.items():
+            _deliver(submission, own)
 
     def _give_up(self, reason: Exception) -> None:
         """Tell all open submissions why they end."""
-        given_up = list(self._open.values())
-        self._open.clear()
+        given_up, self._open = self._open, set()
         self._owners.clear()
         self._unload(sum(submission.unfinished for submission in given_up))
-        _deliver([(submission, [], reason) for submission in given_up])
+        for submission in given_up:
+            _deliver(submission, [], reason)
 
     def _unload(self, count: int) -> None:
         with self._changed:
             self.load -= count
 
 
-def _deliver(deliveries: list[Delivery]) -> None:
-    """Hand over to each event loop with one call: every call wakes it, and a step has one delivery for each client."""
-    for loop in {submission.loop for submission, _, _ in deliveries}:
-        try:
-            loop.call_soon_threadsafe(_receive_all, [one for one in deliveries if one[0].loop is loop])
-        except RuntimeError:
-            log.debug("an event loop was closed before its replies were complete")
-
-
-def _receive_all(deliveries: list[Delivery]) -> None:
-    for submission, events, fault in deliveries:
-        submission.receive(events, fault)
+def _deliver(submission: Submission, events: list[TokenEvent], fault: Exception | None = None) -> None:
+    try:
+        submission.loop.call_soon_threadsafe(submission.receive, events, fault)
+    except RuntimeError:
+        log.debug("an event loop was closed before its replies were complete")
