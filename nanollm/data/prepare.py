@@ -76,10 +76,6 @@ class PrepareConfig:
             if (value := getattr(self, name)) is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
 
-    def limit(self, split: str) -> int | None:
-        """The most tokens that a split may have."""
-        return {"train": self.max_tokens_train, "val": self.max_tokens_val}.get(split)
-
 
 @dataclass(frozen=True)
 class Chunk:
@@ -98,6 +94,7 @@ class EncodedChunk:
     lengths: list[int]  # ids per document
     text_bytes: list[int]  # bytes of text per document
     is_val: list[bool]
+    bad: list[BadRecord]
 
     def documents(self) -> Iterator[tuple[Ids, Flags | None, int, bool]]:
         """Ids, flags, bytes of text and "is it for validation?" of each document."""
@@ -108,8 +105,7 @@ class EncodedChunk:
             start = end
 
 
-Encode = Callable[[list[Document]], EncodedChunk]
-Encoded = Iterator[tuple[Chunk, EncodedChunk]]
+Encode = Callable[[Chunk], EncodedChunk]
 
 
 def prepare(
@@ -148,8 +144,8 @@ def prepare(
             Progress("preprocess", rules.max_tokens_train, "tokens", done=job.tokens("train")) as bar,
         ):
             while (number := job.progress["part"]) < len(parts):
-                for chunk, encoded in encode_in_order(_chunks(parts[number], job, min(CHUNK_BYTES, 4 * flush_every))):
-                    job.take(chunk, encoded, parts[number].split)
+                for encoded in encode_in_order(_chunks(parts[number], job, min(CHUNK_BYTES, 4 * flush_every))):
+                    job.take(encoded, parts[number].split)
                     bar.advance(job.tokens("train") - bar.done)
                     if parts[number].split in (None, "train") and job.is_full("train"):
                         break
@@ -194,24 +190,24 @@ class _Job:
     def is_full(self, split: str) -> bool:
         return split in self.progress["full"]
 
-    def take(self, chunk: Chunk, encoded: EncodedChunk, split: str | None) -> None:
+    def take(self, encoded: EncodedChunk, split: str | None) -> None:
         """Write a chunk, up to where train is full."""
-        for record in chunk.bad:
+        for record in encoded.bad:
             if self.strict:
                 raise ValueError(f"{record}; repair it, or leave out --strict to list bad records and go on")
             self.bad_file.write(json.dumps(asdict(record)).encode() + b"\n")
-        self.progress["bad_records"] += len(chunk.bad)
+        self.progress["bad_records"] += len(encoded.bad)
         for ids, flags, text_bytes, is_val in encoded.documents():
             name = split or ("val" if is_val else "train")
             self._add(name, ids, flags, text_bytes)
             if name == "train" and self.is_full(name):
                 break
-        self.progress["documents_read"] += len(chunk.documents)
+        self.progress["documents_read"] += len(encoded.lengths)
 
     def _add(self, split: str, ids: Ids, flags: Flags | None, text_bytes: int) -> None:
         if self.is_full(split):
             return
-        limit = self.rules.limit(split)
+        limit = {"train": self.rules.max_tokens_train, "val": self.rules.max_tokens_val}.get(split)
         room = len(ids) if limit is None else limit - self.tokens(split)
         if len(ids) > room:
             self.progress["full"].append(split)
@@ -336,13 +332,12 @@ def _chunks(part: SourceSplit, job: _Job, chunk_bytes: int) -> Iterator[Chunk]:
 
 
 def encode_chunk(
-    documents: list[Document], *, tokenizer: Tokenizer, seed: int, val_fraction: float, tools: Sequence[Tool] = ()
+    chunk: Chunk, *, tokenizer: Tokenizer, seed: int, val_fraction: float, tools: Sequence[Tool] = ()
 ) -> EncodedChunk:
     """Ids of documents, all of them text or all conversations, and for each the side of the split it falls on."""
-    assert tokenizer.vocab_size <= MAX_VOCAB_SIZE
     tokenizer.remember_words()
-    texts = [document for document in documents if isinstance(document, str)]
-    conversations = [document for document in documents if not isinstance(document, str)]
+    texts = [document for document in chunk.documents if isinstance(document, str)]
+    conversations = [document for document in chunk.documents if not isinstance(document, str)]
     assert not texts or not conversations
     if conversations:
         ids, flags, lengths = _spell_conversations(conversations, tokenizer, tools)
@@ -354,7 +349,8 @@ def encode_chunk(
         flags=flags,
         lengths=lengths,
         text_bytes=[len(text.encode()) for text in spoken],
-        is_val=[falls_into_val(document, seed, val_fraction) for document in documents],
+        is_val=[falls_into_val(document, seed, val_fraction) for document in chunk.documents],
+        bad=chunk.bad,
     )
 
 
@@ -392,10 +388,10 @@ def falls_into_val(document: Document, seed: int, val_fraction: float) -> bool:
 
 
 @contextmanager
-def encoder(encode: Encode, num_workers: int) -> Iterator[Callable[[Iterable[Chunk]], Encoded]]:
+def encoder(encode: Encode, num_workers: int) -> Iterator[Callable[[Iterable[Chunk]], Iterator[EncodedChunk]]]:
     """A function that encodes a stream of chunks in order: here, or from 2 on in so many processes beside this one."""
     if num_workers == 1:
-        yield lambda chunks: ((chunk, encode(chunk.documents)) for chunk in chunks)
+        yield partial(map, encode)
         return
     # Fresh processes: a fork would copy locks that the threads of this one (Arrow's, torch's) may hold.
     pool = ProcessPoolExecutor(num_workers, get_context("spawn"), initializer=_start_worker, initargs=(encode,))
@@ -410,16 +406,15 @@ def encoder(encode: Encode, num_workers: int) -> Iterator[Callable[[Iterable[Chu
         pool.shutdown(cancel_futures=True)
 
 
-def _encode_in_pool(pool: ProcessPoolExecutor, ahead: int, chunks: Iterable[Chunk]) -> Encoded:
+def _encode_in_pool(pool: ProcessPoolExecutor, ahead: int, chunks: Iterable[Chunk]) -> Iterator[EncodedChunk]:
     """Keep `ahead` chunks with the pool, and give them back in order."""
-    waiting: deque[tuple[Chunk, Future[EncodedChunk]]] = deque()
+    waiting: deque[Future[EncodedChunk]] = deque()
     for chunk in chunks:
-        waiting.append((chunk, pool.submit(_work, chunk.documents)))
+        waiting.append(pool.submit(_work, chunk))
         if len(waiting) > ahead:
-            chunk, future = waiting.popleft()
-            yield chunk, future.result()
-    for chunk, future in waiting:
-        yield chunk, future.result()
+            yield waiting.popleft().result()
+    for future in waiting:
+        yield future.result()
 
 
 _encode: Encode  # of a worker process, set once when it starts
@@ -440,5 +435,5 @@ def _end_with_parent() -> None:
     signal.raise_signal(signal.SIGTERM)
 
 
-def _work(documents: list[Document]) -> EncodedChunk:
-    return _encode(documents)
+def _work(chunk: Chunk) -> EncodedChunk:
+    return _encode(chunk)

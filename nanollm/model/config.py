@@ -5,7 +5,7 @@ Mixture of Experts in every fourth block.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 MAX_VOCAB_SIZE = 65_536  # token files hold uint16
 MAX_SIZE, MAX_PARAMETERS = 2**20, 10**13  # a config.json of others is built from
@@ -59,11 +59,9 @@ class ModelConfig:
     """Epsilon of every RMSNorm; 1e-6 is what every engine assumes for the latents."""
 
     def __post_init__(self) -> None:
-        for name in SIZES:
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.{name} must be at least 1, got {getattr(self, name)}")
-            if getattr(self, name) > MAX_SIZE:
-                raise ValueError(f"model.{name} must be at most {MAX_SIZE:,}, got {getattr(self, name):,}")
+        for name in (f.name for f in fields(self) if f.type is int and f.name != "n_dense_first"):
+            if not 1 <= getattr(self, name) <= MAX_SIZE:
+                raise ValueError(f"model.{name} must be from 1 to {MAX_SIZE:,}, got {getattr(self, name):,}")
         if self.vocab_size > MAX_VOCAB_SIZE:
             raise ValueError(
                 f"model.vocab_size must be at most {MAX_VOCAB_SIZE:,} (token files hold uint16), got {self.vocab_size}"
@@ -187,23 +185,3 @@ class ModelConfig:
         """Floating-point operations of one token decoded with absorbed attention after `context` others."""
         products = self.n_blocks * self.n_heads * (self.cache_width + self.kv_lora_rank) * context
         return 2 * (self.multiplied_parameters + products)
-
-
-SIZES = (
-    "vocab_size",
-    "context_length",
-    "d_model",
-    "n_blocks",
-    "n_heads",
-    "q_lora_rank",
-    "kv_lora_rank",
-    "qk_nope_head_dim",
-    "qk_rope_head_dim",
-    "v_head_dim",
-    "d_ff",
-    "moe_every",
-    "n_routed_experts",
-    "n_shared_experts",
-    "experts_per_token",
-    "d_expert",
-)

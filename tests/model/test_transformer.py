@@ -105,7 +105,7 @@ def test_bfloat16_stays_close_to_float32(tiny_config, rng):
         ({"experts_per_token": 6}, r"experts_per_token must be at most model.n_routed_experts \(5\), got 6"),
         ({"vocab_size": 65_537}, "vocab_size must be at most 65,536"),
         ({"experts_per_token": 1}, "norm_topk_prob must be false"),
-        ({"n_heads": 0}, "model.n_heads must be at least 1, got 0"),
+        ({"n_heads": 0}, "model.n_heads must be from 1 to 1,048,576, got 0"),
         ({"moe_every": 5}, "n_blocks must be at least model.moe_every"),
         ({"rope_theta": float("nan")}, "model.rope_theta must be a positive number"),
     ],
