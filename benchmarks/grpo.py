@@ -223,7 +223,7 @@ class Ours:
         import torch
 
         from nanollm.kernels import attention as fused
-        from nanollm.rl.grpo import make_mini_batches, open_sampler, update_policy
+        from nanollm.rl.grpo import make_micro_batches, open_sampler, update_policy
         from nanollm.rl.loss import ObjectiveConfig, group_advantages
         from nanollm.rl.rollout import policy_metrics, save_rollouts
 
@@ -237,8 +237,8 @@ class Ours:
         sampled = time.perf_counter()
         advantages = group_advantages(torch.tensor([group.totals for group in graded]), objective.advantage)
         save_rollouts(self.folder / f"step-{len(self.steps)}.jsonl", graded, advantages)
-        batches = make_mini_batches(graded, advantages, objective, REPLY, ROWS * CONTEXT, is_masked=is_masked)
-        stats, seen = update_policy(state, batches, objective, 1.0, RATE, optim(), world)
+        batches = make_micro_batches(graded, advantages, objective, REPLY, ROWS * CONTEXT, is_masked=is_masked)
+        stats, seen = update_policy(state, [batches], objective, 1.0, RATE, optim(), world)
         done = time.perf_counter()
         assert stats is not None
         self.steps.append(

@@ -186,10 +186,11 @@ def update_policy(
 ) -> tuple[StepStats | None, list[LossMetrics]]:
     """Pass over a step's rollouts `updates` times, with an optimizer update for each mini-batch; none: no update.
 
-    mini_batches: the micro-batches of each, of all ranks. Returns the stats of the last update, and what every
-    micro-batch of all ranks and updates showed.
+    mini_batches: the micro-batches of each, of all ranks; those without any are passed over. Returns the stats of the
+    last update, and what every micro-batch of all ranks and updates showed.
     """
     device, seen, stats = world.device, list[LossMetrics](), None
+    mini_batches = [batches for batches in mini_batches if batches]
 
     def prepared(batch: RolloutBatch) -> RolloutBatch:
         """With the log-probabilities of the models that stay as they are during the step."""
@@ -214,26 +215,12 @@ def update_policy(
     return stats, [each for of_rank in world.all_gather([each.cpu() for each in seen]) for each in of_rank]
 
 
-def make_mini_batches(
-    graded: Sequence[Graded],
-    advantages: Tensor,
-    c: ObjectiveConfig,
-    max_tokens: int,
-    max_places: int,
-    *,
-    is_masked: bool,
-    ranks: int = 1,
-) -> list[list[RolloutBatch]]:
-    """The micro-batches of each mini-batch: equally many whole groups, and a denominator of its own.
-
-    advantages (P, G). Mini-batches without anything to learn from are left out.
-    """
-    bounds = [len(graded) * number // c.mini_batches for number in range(c.mini_batches + 1)]
-    found = [
-        make_micro_batches(graded[a:b], advantages[a:b], c, max_tokens, max_places, is_masked=is_masked, ranks=ranks)
-        for a, b in pairwise(bounds)
-    ]
-    return [batches for batches in found if batches]
+def split_groups(
+    graded: Sequence[Graded], advantages: Tensor, mini_batches: int
+) -> Iterator[tuple[Sequence[Graded], Tensor]]:
+    """A step's groups and their advantages (P, G) in mini-batches of whole groups, equally many in each."""
+    bounds = [len(graded) * number // mini_batches for number in range(mini_batches + 1)]
+    return ((graded[begin:end], advantages[begin:end]) for begin, end in pairwise(bounds))
 
 
 def make_micro_batches(

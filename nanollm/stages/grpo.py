@@ -20,7 +20,7 @@ from nanollm.generate.tools import tool_caller, with_tools
 from nanollm.kernels import attention as fused
 from nanollm.progress import say
 from nanollm.report.page import write_report
-from nanollm.rl.grpo import Collector, SignalWatch, make_mini_batches, open_sampler, update_policy
+from nanollm.rl.grpo import Collector, SignalWatch, make_micro_batches, open_sampler, split_groups, update_policy
 from nanollm.rl.loss import ObjectiveConfig, group_advantages
 from nanollm.rl.reward import RewardConfig, Rewards
 from nanollm.rl.rollout import RolloutConfig, policy_metrics, rollout_metrics, save_rollouts
@@ -169,15 +169,17 @@ def run(c: Config) -> Path:
                 save_rollouts(record, graded, advantages)
             faults = collector.take_faults()
             watch.see(step, graded, faults)
-            mini_batches = make_mini_batches(
-                graded,
-                advantages,
-                c.objective,
-                c.rollout.max_tokens,
-                c.train.micro_batch_size * model.context_length,
-                is_masked=not fused.serves(*model.head_widths, world.dtype, world.device),
-                ranks=world.size,
-            )
+            mini_batches = [
+                make_micro_batches(
+                    *part,
+                    c.objective,
+                    c.rollout.max_tokens,
+                    c.train.micro_batch_size * model.context_length,
+                    is_masked=not fused.serves(*model.head_widths, world.dtype, world.device),
+                    ranks=world.size,
+                )
+                for part in split_groups(graded, advantages, c.objective.mini_batches)
+            ]
             stats, seen = update_policy(
                 state,
                 mini_batches,
@@ -200,7 +202,7 @@ def run(c: Config) -> Path:
                 tokens=sum(len(rollout.reply_ids) for each in graded for rollout in each.group.rollouts),
                 note=f"reward {reward:.3f}",
             )
-            if run.validation_is_due():
+            if run.due(c.train.validate_every):
                 run.log(validate(c, state, bundle, task, validation, world))
         replies = state.step * min(c.rollout.prompts, len(problems)) * c.rollout.group_size
         seen = {"replies_seen": replies, "parent": bundle.provenance, "tools": bundle.tools}

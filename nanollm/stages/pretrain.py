@@ -109,9 +109,9 @@ def run(c: Config) -> Path:
                 )
                 stats = train_step(state, batches, loss_of, lr_at(step, c.train.steps, c.optim), c.optim, world)
                 run.record(stats, windows.names(step, c.train.batch_size))
-                if run.validation_is_due():
+                if run.due(c.train.validate_every):
                     run.log(validate(c, state, tokenizer, validation, world))
-                if run.sample_is_due():
+                if run.due(c.train.sample_every):
                     run.log(sample(c, state, tokenizer, world))
             tokens_seen = state.step * c.train.batch_size * c.model.context_length
             folder = run.save_bundle("pretrain", c.model, tokenizer, tokens_seen=tokens_seen)

@@ -145,9 +145,9 @@ def run(c: Config) -> Path:
                 )
                 stats = train_step(state, batches, loss_of, lr_at(step, c.train.steps, c.optim), c.optim, world)
                 run.record(stats, conversations.names(step, c.train.batch_size))
-                if run.validation_is_due():
+                if run.due(c.train.validate_every):
                     run.log(validate(c, state, validation, world))
-                if run.sample_is_due():
+                if run.due(c.train.sample_every):
                     run.log(sample(c, state, bundle, world))
             seen = {
                 "conversations_seen": state.step * c.train.batch_size,

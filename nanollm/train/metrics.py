@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from hashlib import sha256
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +23,7 @@ Tracker = Callable[[int, Mapping[str, float]], None]
 
 
 class RunLog:
-    """The metrics of one run folder."""
+    """The metrics of one run folder; without a folder, as of a process beside the main one, nothing is written."""
 
     def __init__(self, folder: Path | None, trackers: Sequence[Tracker] = (), *, resume_from: int = 0) -> None:
         self.path = None if folder is None else folder / "metrics.jsonl"
@@ -31,16 +32,12 @@ class RunLog:
             told = _lines_up_to(self.path, resume_from) if resume_from else b""  # without a checkpoint it begins anew
             write_file(self.path, told)
 
-    @classmethod
-    def mute(cls) -> "RunLog":
-        """That of a process beside the main one: it writes nothing."""
-        return cls(None)
-
     def write(self, step: int, **values: Any) -> None:
         """One line for `step`; values that are not finite are written as null, which JSON knows."""
         if self.path is None:
             return
-        line = {"step": step} | {name: _plain(value) for name, value in values.items()}
+        line = {"step": step} | values
+        line |= {name: None for name, value in values.items() if isinstance(value, float) and not math.isfinite(value)}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         numbers = {name: float(value) for name, value in values.items() if isinstance(value, int | float)}
@@ -67,12 +64,6 @@ def _lines_up_to(path: Path, step: int) -> bytes:
     return b"".join(kept)
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value
-
-
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
@@ -81,12 +72,20 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 def start_tracker(name: TrackerName, folder: Path, settings: Mapping[str, Any], *, resume_from: int = 0) -> Tracker:
     """Open a tracker for this run, or go on with it. Its package comes with the extra `track`."""
     try:
-        return _STARTERS[name](folder, settings, resume_from)
+        if name == "tensorboard":
+            return _tensorboard(folder, resume_from)
+        # The same folder is the same run; W&B finds it again by its id, Trackio by its name.
+        own = sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+        given = {"id": own, "dir": str(folder)} if name == "wandb" else {}
+        run = import_module(name).init(
+            project="nanollm", name=folder.name, config=dict(settings), resume="allow", **given
+        )
     except ImportError as error:
         raise missing_package(f"tracker {name}", error.name, "track") from error
+    return lambda step, values: run.log(dict(values), step=step)
 
 
-def _tensorboard(folder: Path, settings: Mapping[str, Any], resume_from: int) -> Tracker:
+def _tensorboard(folder: Path, resume_from: int) -> Tracker:
     from torch.utils.tensorboard import SummaryWriter
 
     writer = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_from + 1 if resume_from else None)
@@ -97,24 +96,3 @@ def _tensorboard(folder: Path, settings: Mapping[str, Any], resume_from: int) ->
         writer.flush()
 
     return track
-
-
-def _wandb(folder: Path, settings: Mapping[str, Any], resume_from: int) -> Tracker:
-    import wandb
-
-    # The same folder is the same run; W&B finds it again by its id.
-    same = sha256(str(folder.resolve()).encode()).hexdigest()[:16]
-    run = wandb.init(
-        project="nanollm", name=folder.name, id=same, dir=str(folder), config=dict(settings), resume="allow"
-    )
-    return lambda step, values: run.log(dict(values), step=step)
-
-
-def _trackio(folder: Path, settings: Mapping[str, Any], resume_from: int) -> Tracker:
-    import trackio
-
-    run = trackio.init(project="nanollm", name=folder.name, config=dict(settings), resume="allow")
-    return lambda step, values: run.log(dict(values), step=step)
-
-
-_STARTERS = {"tensorboard": _tensorboard, "wandb": _wandb, "trackio": _trackio}

@@ -135,7 +135,7 @@ class Run:
         self._c, self._train, self._world, self._inputs, self._metrics = c, train, world, inputs, metrics
         self._checkpoints = Checkpoints(c.out / "checkpoints", train.keep_last, world)
         self._line: dict[str, object] = {}  # of metrics.jsonl, for the newest finished step
-        self._skipped: Mapping[str, object] | None = None  # what the newest step saw, if its update was skipped
+        self._skipped = ""  # what the newest step saw, if its update was skipped
         self._skipped_in_a_row = 0
         self._seconds, self._tokens = 0.0, 0  # of training alone, since they were last written down
         self._began = self._ended = self._read = time.perf_counter()  # the newest step, the newest rates
@@ -178,7 +178,7 @@ class Run:
             state = make_state()
             if load_newest(c.out / "checkpoints", state, world):
                 say(f"going on from step {state.step:,} in {c.out}")
-            metrics = RunLog.mute()
+            metrics = RunLog(None)
             if world.is_main:
                 note_start(c.out, state.step, world)
                 trackers = [start_tracker(name, c.out, settings, resume_from=state.step) for name in c.trackers]
@@ -209,7 +209,7 @@ class Run:
         """
         while True:
             self._write_line()
-            if self.state.step and self._due(self._train.save_every):
+            if self.state.step and self.due(self._train.save_every):
                 self._save()
             if self.state.step >= self._train.steps:
                 break
@@ -244,24 +244,20 @@ class Run:
         self._is_first = False
         self._bar.note(note if note is not None else stats.note if stats else "")
         values = {**(metrics or {}), **(stats.values() if stats else {})}
-        self._skipped = batch if stats is not None and stats.skipped else None
-        if self._skipped is not None:
-            self._line |= values | {"batch": self._skipped}
-            saw = shorten(", ".join(f"{name} {value}" for name, value in batch.items()), 300)
+        self._skipped = ""
+        if stats is not None and stats.skipped:
+            self._line |= values | {"batch": batch}
+            self._skipped = shorten(", ".join(f"{name} {value}" for name, value in batch.items()), 300)
             say(
-                f"step {self.state.step}: loss {values['loss']}, gradient norm {values['grad_norm']}: the update was "
-                f"skipped; the step saw {saw}"
+                f"step {self.state.step}: loss {stats.loss}, gradient norm {stats.grad_norm}: the update was skipped; "
+                f"the step saw {self._skipped}"
             )
-        if self._due(self._train.log_every):
+        if self.due(self._train.log_every):
             self._line |= values | self._rates()
 
-    def validation_is_due(self) -> bool:
-        """Whether the step just recorded ends an interval of `train.validate_every`, or the run."""
-        return self._due(self._train.validate_every)
-
-    def sample_is_due(self) -> bool:
-        """The same for `train.sample_every`."""
-        return self._due(self._train.sample_every)
+    def due(self, every: int) -> bool:
+        """Whether the step just recorded ends an interval of so many steps (0: there is none), or the run."""
+        return self.state.step == self._train.steps or (every > 0 and self.state.step % every == 0)
 
     def log(self, values: Mapping[str, object]) -> None:
         """Add values to the line of the newest finished step."""
@@ -283,9 +279,6 @@ class Run:
             save_bundle(folder, config, weights, tokenizer, provenance)
         return folder
 
-    def _due(self, every: int) -> bool:
-        return self.state.step == self._train.steps or (every > 0 and self.state.step % every == 0)
-
     def _rates(self) -> dict[str, object]:
         """Tokens per second of training alone, without validation, samples and saving; `seconds` has them in it."""
         now = time.perf_counter()
@@ -300,15 +293,13 @@ class Run:
         if self._line or self.is_new:
             self._metrics.write(self.state.step, **self._line)
         self._line = {}
-        self._skipped_in_a_row = self._skipped_in_a_row + 1 if self._skipped is not None else 0
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if self._skipped else 0
         if self._skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
-            assert self._skipped is not None
-            saw = shorten(", ".join(f"{name} {value}" for name, value in self._skipped.items()), 300)
             raise ValueError(
                 f"the updates of steps {self.state.step - MAX_SKIPPED_IN_A_ROW + 1} to {self.state.step} were all "
                 f"skipped, for numbers that were not finite or far above those before, and the run stopped; "
-                f"metrics.jsonl names what each saw, the last {saw}. The checkpoints are finite but may hold weights "
-                f"that had already run away: begin anew in another --out with a lower optim.lr, or look at that text; "
+                f"metrics.jsonl names what each saw, the last {self._skipped}. The checkpoints are finite but may hold "
+                f"weights that had already run away: begin anew in another --out with a lower optim.lr, or look at that text; "
                 f"if such losses are right, go on with --optim.spike_sigmas 0"
             )
 
@@ -350,14 +341,11 @@ def _signals(world: World) -> Iterator[list[signal.Signals]]:
         once_more = "; once more to leave at once" if world.size == 1 else ", if all processes are there"
         os.write(2, f"\n{received[0].name}: saving after this step{once_more}\n".encode())
 
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    previous = [signal.getsignal(number) for number in numbers]
-    for number in numbers:
-        signal.signal(number, note)
+    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield received
     finally:
-        for number, handler in zip(numbers, previous, strict=True):
+        for number, handler in previous.items():
             signal.signal(number, handler)
 
 

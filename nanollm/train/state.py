@@ -68,47 +68,31 @@ class TrainState:
     ) -> "TrainState":
         """Take a float32 model, the same on every rank, and let it compute in the world's type."""
         dtype = world.dtype
-        if world.mesh is not None:
-            return cls._start_sharded(model, optim, world, unit_rows)
-        parameters, masters = dict(model.named_parameters()), dict[str, Tensor]()
-        for name, parameter in parameters.items():
-            is_own = dtype == parameter.dtype and name not in unit_rows
-            masters[name] = parameter if is_own else parameter.detach().clone()
-            parameter.data = parameter.data.to(dtype)
-        optimizers = build_optimizers(masters, optim, dtype)
-        state = cls(
-            model.train(),
-            masters,
-            optimizers,
-            loss_scale=_first_scale(dtype),
-            unit_rows=frozenset(unit_rows),
-            dtype=dtype,
-        )
-        for name, parameter in parameters.items():
-            if masters[name] is not parameter:
-                hook = _moving(masters[name], weakref.ref(state), has_unit_rows=name in unit_rows)
-                parameter.register_post_accumulate_grad_hook(hook)
-        state.copy_to_model()
-        return state
-
-    @classmethod
-    def _start_sharded(
-        cls, model: Transformer, optim: OptimConfig, world: World, unit_rows: Collection[str]
-    ) -> "TrainState":
         state = cls(
             model.train(),
             {},
             [],
-            loss_scale=_first_scale(world.dtype),
+            loss_scale=2.0**16 if dtype == torch.float16 else 1.0,
             unit_rows=frozenset(unit_rows),
-            dtype=world.dtype,
+            dtype=dtype,
             is_replicated=world.is_replicated,
         )
-        for name in unit_rows:
-            model.get_submodule(name.rpartition(".")[0]).register_forward_hook(_divide_rows)
-        world.fully_shard(state.wrapped, model.trunk.blocks)
-        state.masters = dict(model.named_parameters())
-        state.optimizers = build_optimizers(state.masters, optim, world.dtype)
+        if world.mesh is not None:
+            for name in unit_rows:
+                model.get_submodule(name.rpartition(".")[0]).register_forward_hook(_divide_rows)
+            world.fully_shard(state.wrapped, model.trunk.blocks)
+            state.masters = dict(model.named_parameters())
+            state.optimizers = build_optimizers(state.masters, optim, dtype)
+            return state
+        for name, parameter in model.named_parameters():
+            is_own = dtype == parameter.dtype and name not in unit_rows
+            master = state.masters[name] = parameter if is_own else parameter.detach().clone()
+            parameter.data = parameter.data.to(dtype)
+            if master is not parameter:
+                hook = _moving(master, weakref.ref(state), has_unit_rows=name in unit_rows)
+                parameter.register_post_accumulate_grad_hook(hook)
+        state.optimizers = build_optimizers(state.masters, optim, dtype)
+        state.copy_to_model()
         return state
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -196,10 +180,6 @@ class TrainState:
         """A master as the model sees it, whole and in float32."""
         master = full_tensor(self.masters[name])
         return master * _per_row(master) if name in self.unit_rows else master
-
-
-def _first_scale(dtype: torch.dtype) -> float:
-    return 2.0**16 if dtype == torch.float16 else 1.0
 
 
 def _divide_rows(embedding: nn.Module, inputs: tuple[Tensor, ...], rows: Tensor) -> Tensor:

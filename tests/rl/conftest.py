@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nanollm.model.transformer import Transformer
-from nanollm.rl.grpo import Collector, SignalWatch, make_mini_batches, open_sampler, update_policy
+from nanollm.rl.grpo import Collector, SignalWatch, make_micro_batches, open_sampler, split_groups, update_policy
 from nanollm.rl.loss import ObjectiveConfig, group_advantages
 from nanollm.rl.reward import RewardConfig, Rewards
 from nanollm.rl.rollout import RolloutConfig, policy_metrics, rollout_metrics, save_rollouts
@@ -75,9 +75,10 @@ class Learner:
             save_rollouts(self.folder / f"step-{step + 1:08d}.jsonl", graded, advantages)
         self.watch.see(step, graded, self.collector.take_faults())
         places = self.rows * self.collector.context_length
-        batches = make_mini_batches(
-            graded, advantages, self.objective, c.max_tokens, places, is_masked=True, ranks=world.size
-        )
+        batches = [
+            make_micro_batches(*part, self.objective, c.max_tokens, places, is_masked=True, ranks=world.size)
+            for part in split_groups(graded, advantages, self.objective.mini_batches)
+        ]
         stats, seen = update_policy(
             self.state, batches, self.objective, c.temperature, self.lr, self.optim, world, self.reference
         )

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nanollm.model.transformer import Transformer
-from nanollm.rl.grpo import frozen_logprobs, make_micro_batches, make_mini_batches
+from nanollm.rl.grpo import frozen_logprobs, make_micro_batches, split_groups
 from nanollm.rl.loss import ObjectiveConfig, group_advantages, grpo_loss
 from nanollm.rl.rollout import policy_metrics
 from tests.rl import promises
@@ -73,7 +73,8 @@ def test_mini_batches_are_steps_on_their_groups_alone_and_one_is_all(make_learne
 
     def made(count, graded=graded, advantages=advantages):
         c = ObjectiveConfig(mini_batches=count)
-        return make_mini_batches(graded, advantages, c, 12, 4096, is_masked=True)
+        parts = split_groups(graded, advantages, c.mini_batches)
+        return [make_micro_batches(*part, c, 12, 4096, is_masked=True) for part in parts]
 
     (whole,) = made(1)
     same = make_micro_batches(graded, advantages, ObjectiveConfig(), 12, 4096, is_masked=True)
