@@ -22,33 +22,12 @@ from torch import Tensor
 from nanollm.bundle import Bundle
 from nanollm.export.dense_to_moe import Dtype, Placement, dense_to_moe
 from nanollm.export.hf import check_finite
+from nanollm.export.names import names
 from nanollm.generate.sampling import SamplingConfig
 from nanollm.model.config import ModelConfig
 from nanollm.text.chat import template_for
 from nanollm.text.tokenizer import END, Tokenizer
 
-OUTSIDE = {"trunk.embed.weight": "token_embd", "trunk.norm.weight": "output_norm", "head.weight": "output"}
-IN_BLOCK = {
-    "attention_norm.weight": "attn_norm.weight",
-    "attention.q_a_proj.weight": "attn_q_a.weight",
-    "attention.q_a_norm.weight": "attn_q_a_norm.weight",
-    "attention.q_b_proj.weight": "attn_q_b.weight",
-    "attention.kv_a_proj.weight": "attn_kv_a_mqa.weight",
-    "attention.kv_a_norm.weight": "attn_kv_a_norm.weight",
-    "attention.o_proj.weight": "attn_output.weight",
-    "ffn_norm.weight": "ffn_norm.weight",
-    "ffn.gate_proj.weight": "ffn_gate.weight",
-    "ffn.up_proj.weight": "ffn_up.weight",
-    "ffn.down_proj.weight": "ffn_down.weight",
-    "ffn.centroids": "ffn_gate_inp.weight",
-    "ffn.balance_bias": "exp_probs_b.bias",
-    "ffn.shared.gate_proj.weight": "ffn_gate_shexp.weight",
-    "ffn.shared.up_proj.weight": "ffn_up_shexp.weight",
-    "ffn.shared.down_proj.weight": "ffn_down_shexp.weight",
-    "ffn.experts.gate_proj": "ffn_gate_exps.weight",
-    "ffn.experts.up_proj": "ffn_up_exps.weight",
-    "ffn.experts.down_proj": "ffn_down_exps.weight",
-}
 KIND_NUMBERS = {"normal": 1, "unknown": 2, "control": 3, "user_defined": 4, "unused": 5, "byte": 6}
 ALWAYS_F32 = ("ffn_gate_inp.weight", "exp_probs_b.bias")  # a rounded router chooses other experts
 F16_IN_Q8_0 = ("attn_q_a.weight", "attn_kv_a_mqa.weight", "attn_k_b.weight", "attn_v_b.weight", "output.weight")
@@ -156,18 +135,19 @@ def add_tokenizer(writer: Any, tokenizer: Tokenizer, vocab_size: int) -> None:
 
 
 def tensors(weights: Mapping[str, Tensor], c: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """(llama.cpp's name, tensor) of every tensor."""
-    for ours, theirs in OUTSIDE.items():
-        yield f"{theirs}.weight", weights[ours]
-    for block in range(c.n_blocks):
-        prefix, layer = f"trunk.blocks.{block}.", f"blk.{block}."
-        for ours, theirs in IN_BLOCK.items():
-            if prefix + ours in weights:
-                yield layer + theirs, weights[prefix + ours]
-        up = weights[prefix + "attention.kv_b_proj.weight"].unflatten(0, (c.n_heads, -1))  # (H, N + V, C)
-        w_uk, w_uv = up.split([c.qk_nope_head_dim, c.v_head_dim], dim=1)
-        yield layer + "attn_k_b.weight", w_uk.transpose(1, 2)  # (H, C, N)
-        yield layer + "attn_v_b.weight", w_uv
+    """(llama.cpp's name, tensor) of every tensor; the package gguf knows its names by those of transformers."""
+    from gguf import MODEL_ARCH, get_tensor_name_map
+
+    known = get_tensor_name_map(MODEL_ARCH.DEEPSEEK2, c.n_blocks)
+    for ours, theirs in names(c):
+        name = theirs if isinstance(theirs, str) else theirs[0].replace(".experts.0.", ".experts.")
+        found = {name.replace("_correction_bias", "_correction.bias"): weights[ours]}
+        if "kv_b_proj" in name:
+            up = weights[ours].unflatten(0, (c.n_heads, -1))  # (H, N + V, C)
+            w_uk, w_uv = up.split([c.qk_nope_head_dim, c.v_head_dim], dim=1)
+            found = {name.replace("kv_b", "k_b"): w_uk.transpose(1, 2), name.replace("kv_b", "v_b"): w_uv}  # (H, C, N)
+        for their, tensor in found.items():
+            yield str(known.get_name(their, (".weight", ".bias"))), tensor
 
 
 def add_tensor(writer: Any, name: str, tensor: Tensor, dtype: Dtype) -> None:

@@ -5,7 +5,6 @@ reads from the first byte to the last; with int8 every output of a matrix has it
 """
 
 import ctypes
-from collections.abc import Iterator
 from ctypes import POINTER, byref, c_float, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
@@ -20,7 +19,7 @@ from nanollm.generate.request import ModelOutput, Quantize, ScheduledBatch
 from nanollm.kernels import build
 from nanollm.kernels.build import OPTIONS
 from nanollm.model.attention import LatentAttention
-from nanollm.model.layers import SwiGLU, rotary_table
+from nanollm.model.layers import rotary_table
 from nanollm.model.moe import MoE
 from nanollm.model.transformer import Transformer
 
@@ -173,20 +172,19 @@ class NativeRunner:
             q_up=self._matrix(attention.q_b_proj.weight),
             **self._per_head(attention),
             out=self._matrix(attention.o_proj.weight),
-            **self._swiglu(dense),
+            gate=self._matrix(dense.gate_proj.weight),
+            up=self._matrix(dense.up_proj.weight),
+            down=self._matrix(dense.down_proj.weight),
         )
         if isinstance(ffn, MoE):
-            matrices = [self._matrix(weight) for weight in expert_weights(ffn)]
+            each = zip(ffn.experts.gate_proj, ffn.experts.up_proj, ffn.experts.down_proj, strict=True)
+            matrices = [self._matrix(weight) for expert in each for weight in expert]  # gate, up, down of each expert
             experts = (Matrix * len(matrices))(*matrices)
             self.kept.append(experts)
             record.is_moe, record.experts = 1, ctypes.addressof(experts)
             record.centroids = self._numbers(ffn.centroids)
             record.balance_bias = self._numbers(ffn.balance_bias)
         return record
-
-    def _swiglu(self, layer: SwiGLU) -> dict[str, Matrix]:
-        names = {"gate": layer.gate_proj, "up": layer.up_proj, "down": layer.down_proj}
-        return {name: self._matrix(linear.weight) for name, linear in names.items()}
 
     def _per_head(self, attention: LatentAttention) -> dict[str, Matrix]:
         """W_uk both ways and W_uv, head after head; each head begins a panel of its own."""
@@ -222,14 +220,6 @@ def panels(weight: Tensor, together: int) -> Tensor:
     """(outputs, inputs) to (outputs / 32, inputs / together, 32, together): neighbouring inputs stay together."""
     outputs, inputs = weight.shape
     return weight.view(outputs // PANEL, PANEL, inputs // together, together).transpose(1, 2).contiguous()
-
-
-def expert_weights(layer: MoE) -> Iterator[Tensor]:
-    """gate, up, down of each expert."""
-    for number in range(len(layer.centroids)):
-        yield from (
-            weights[number] for weights in (layer.experts.gate_proj, layer.experts.up_proj, layer.experts.down_proj)
-        )
 
 
 @cache

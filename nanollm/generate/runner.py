@@ -8,12 +8,12 @@ from functools import cache
 import numpy as np
 import torch
 
-from nanollm import progress
 from nanollm.generate.cpu_runner import NativeRunner
 from nanollm.generate.request import Ints, Kernels, ModelOutput, PromptChunk, Quantize, Runner, ScheduledBatch
 from nanollm.kernels.build import NoCompilerError
 from nanollm.model.cache import LatentCache
 from nanollm.model.transformer import Transformer
+from nanollm.progress import say
 
 
 def open_runner(
@@ -47,21 +47,12 @@ def why_not_native(model: Transformer) -> str | None:
         return f"it is for CPUs, the model is on {weight.device.type}"
     if weight.dtype not in (torch.float32, torch.bfloat16):
         return f"it computes in float32 or bfloat16, the model in {str(weight.dtype).removeprefix('torch.')}"
-    inputs = (
-        c.d_model,
-        c.q_lora_rank,
-        c.kv_lora_rank,
-        c.qk_nope_head_dim,
-        c.n_heads * c.v_head_dim,
-        c.d_ff,
-        c.d_expert,
-    )
+    ranks, hidden = (c.q_lora_rank, c.kv_lora_rank, c.qk_nope_head_dim), (c.n_heads * c.v_head_dim, c.d_ff, c.d_expert)
+    inputs = (c.d_model, *ranks, *hidden)
     return None if all(size % 2 == 0 for size in inputs) else f"it needs even sizes, got {inputs}"
 
 
-@cache
-def tell_once(line: str) -> None:
-    progress.say(line)
+tell_once = cache(say)
 
 
 class TorchRunner:

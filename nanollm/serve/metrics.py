@@ -16,11 +16,11 @@ TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
 REQUEST_S = (0.005, 0.025, 0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
 
-class Metrics:
-    """The numbers of one server."""
+class Metrics(Collector):
+    """The numbers of one server; the engine's own counters are read when somebody asks."""
 
     def __init__(self, stats: Callable[[], EngineStats]) -> None:
-        self._registry = CollectorRegistry()
+        self._stats, self._registry = stats, CollectorRegistry()
         self.requests = Counter("nanollm_requests", "Answers.", ["route", "status"], registry=self._registry)
         self.request_s = Histogram(
             "nanollm_request_seconds", "Time of a whole request.", ["route"], buckets=REQUEST_S, registry=self._registry
@@ -37,18 +37,11 @@ class Metrics:
             buckets=TOKEN_S,
             registry=self._registry,
         )
-        self._registry.register(_EngineCollector(stats))
+        self._registry.register(self)
 
     def exposition(self) -> bytes:
         """All numbers in Prometheus' text format."""
         return generate_latest(self._registry)
-
-
-class _EngineCollector(Collector):
-    """The engine's own counters, read when somebody asks."""
-
-    def __init__(self, stats: Callable[[], EngineStats]) -> None:
-        self._stats = stats
 
     def collect(self) -> Iterator[Metric]:
         now = self._stats()

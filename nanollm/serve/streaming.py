@@ -298,9 +298,7 @@ class EventStream(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await while_listening(self.stream_response(send), receive)
-        except ClientGone:
-            log.debug("a reader hung up")
+            await super().__call__(scope, receive, send)  # stops when the reader hangs up
         finally:
             self.generation.close()
 
