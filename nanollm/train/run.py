@@ -299,8 +299,8 @@ class Run:
                 f"the updates of steps {self.state.step - MAX_SKIPPED_IN_A_ROW + 1} to {self.state.step} were all "
                 f"skipped, for numbers that were not finite or far above those before, and the run stopped; "
                 f"metrics.jsonl names what each saw, the last {self._skipped}. The checkpoints are finite but may hold "
-                f"weights that had already run away: begin anew in another --out with a lower optim.lr, or look at that text; "
-                f"if such losses are right, go on with --optim.spike_sigmas 0"
+                f"weights that had already run away: begin anew in another --out with a lower optim.lr, or look at "
+                f"that text; if such losses are right, go on with --optim.spike_sigmas 0"
             )
 
     def _save(self) -> None:
