@@ -23,7 +23,7 @@ from nanollm.generate.engine import Engine
 from nanollm.generate.request import Request
 from nanollm.generate.sampling import MIN_TEMPERATURE, SamplingConfig
 from nanollm.generate.tools import tool_caller
-from nanollm.serve.engine_thread import EngineStopped, EngineThread, QueueFull
+from nanollm.serve.engine_thread import STOPPED, EngineThread
 from nanollm.serve.metrics import Meter, Metrics
 from nanollm.serve.protocol import ApiError, ChatMessage, ChatRequest, CompletionRequest, Json, error_body, explain
 from nanollm.serve.server import Guard
@@ -42,7 +42,6 @@ from nanollm.text.chat import Conversation, Message, encode_prompt, reply_border
 from nanollm.text.stream import TextStream
 
 MIN_TOP_P = 1e-9  # what top_p 0 means: the most likely token alone
-RETRY_AFTER_S = 1
 SEEDS = 2**63
 PAGE = Path(__file__).parent / "page"
 ERRORS: dict[int | str, dict[str, Any]] = {"default": {"description": "An error in OpenAI's form."}}
@@ -134,7 +133,7 @@ def build_routes(service: "Service") -> APIRouter:
     async def health() -> Response:
         """Whether the server can reply."""
         if not service.engine.is_alive:
-            raise ApiError(503, "the engine has stopped; start the server again")
+            raise ApiError(503, STOPPED)
         return JSONResponse({"status": "ok"})
 
     @router.get("/metrics", response_class=PlainTextResponse)
@@ -286,12 +285,7 @@ class Service:
             )
             for number, prompt in enumerate(prompt for prompt in prompts for _ in range(body.n or 1))
         ]
-        try:
-            submission = self.engine.submit(requests)
-        except QueueFull as error:
-            raise ApiError(429, str(error), headers={"Retry-After": str(RETRY_AFTER_S)}) from error
-        except EngineStopped as error:
-            raise ApiError(503, str(error)) from error
+        submission = self.engine.submit(requests)
         choices = [Choice(index, self.detokenizer, body.stops) for index in range(len(requests))]
         return Generation(self.engine, self.metrics, submission, choices, self.deadline_s)
 

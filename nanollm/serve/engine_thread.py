@@ -15,22 +15,12 @@ from dataclasses import dataclass
 
 from nanollm.generate.engine import Engine
 from nanollm.generate.request import Completion, Finish, Request, StepOutput, TokenLogprobs
+from nanollm.serve.protocol import ApiError
 
 log = logging.getLogger(__name__)
 
 STOPPED = "the engine has stopped; start the server again"
-
-
-class QueueFull(Exception):
-    """There is no room for so many replies now."""
-
-
-class EngineStopped(Exception):
-    """The engine's thread has ended; only a new server helps."""
-
-
-class EngineFault(Exception):
-    """The engine failed while it was replying to this request, which need not be the cause."""
+RETRY_AFTER_S = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +60,11 @@ class Submission:
         self.completions: list[Completion] = []  # the engine's thread alone looks at these
         self.unfinished = len(requests)  # the same
         self._events: list[TokenEvent] = []
-        self._fault: Exception | None = None
+        self._fault: ApiError | None = None
         self._arrived = asyncio.Event()
 
     async def events(self) -> list[TokenEvent]:
-        """Wait until there are some, and take all: a slow reader gets several tokens at once."""
+        """Wait until there are some, and take all: a slow reader gets several at once. ApiError when none will come."""
         await self._arrived.wait()
         self._arrived.clear()
         if self._fault is not None:
@@ -82,7 +72,7 @@ class Submission:
         events, self._events = self._events, []
         return events
 
-    def receive(self, events: list[TokenEvent], fault: Exception | None) -> None:
+    def receive(self, events: list[TokenEvent], fault: ApiError | None) -> None:
         """On the event loop: take tokens, or the reason why no more will come."""
         self._events += events
         self._fault = self._fault or fault
@@ -130,15 +120,16 @@ class EngineThread:
         return self._thread.is_alive() and not self._is_stopping
 
     def submit(self, requests: Sequence[Request]) -> Submission:
-        """Take on all of the requests, or none: QueueFull, or EngineStopped."""
+        """Take on all of the requests, or none: ApiError 429 where there is no room, 503 where the thread has ended."""
         with self._changed:
             if not self.is_alive:
-                raise EngineStopped(STOPPED)
+                raise ApiError(503, STOPPED)
             if self.load + len(requests) > self.capacity:
-                raise QueueFull(
+                message = (
                     f"{self.load} replies are running or waiting and {len(requests)} more were asked for, the server "
                     f"takes {self.capacity}; try again in a moment"
                 )
+                raise ApiError(429, message, headers={"Retry-After": str(RETRY_AFTER_S)})
             submission = Submission(requests)
             self.load += len(requests)
             self._submitted.append(submission)
@@ -170,7 +161,7 @@ class EngineThread:
             with self._changed:
                 self._is_stopping = True
                 self._open.update(self._submitted)
-            self._give_up(EngineStopped(STOPPED))
+            self._give_up(ApiError(503, STOPPED))
 
     def _serve(self, engine: Engine) -> bool:
         """Step until the end (true), or until the engine fails (false)."""
@@ -195,7 +186,7 @@ class EngineThread:
                     self._hand_out(engine.step())
             except Exception:
                 log.exception("the engine failed; what was running is given up and the engine is built anew")
-                self._give_up(EngineFault("the engine failed while it was replying; try again"))
+                self._give_up(ApiError(500, "the engine failed while it was replying; try again"))
                 return False
 
     def _begin(self, engine: Engine, submission: Submission) -> None:
@@ -206,7 +197,7 @@ class EngineThread:
                 submission.completions.append(completion)
         except ValueError as error:  # the engine refuses this request, and is well
             self._abort(engine, submission)
-            _deliver(submission, [], error)
+            _deliver(submission, [], ApiError(400, str(error)))
 
     def _abort(self, engine: Engine, submission: Submission) -> None:
         if submission not in self._open:
@@ -237,7 +228,7 @@ class EngineThread:
         for submission, own in events.items():
             _deliver(submission, own)
 
-    def _give_up(self, reason: Exception) -> None:
+    def _give_up(self, reason: ApiError) -> None:
         """Tell all open submissions why they end."""
         given_up, self._open = self._open, set()
         self._owners.clear()
@@ -250,7 +241,7 @@ class EngineThread:
             self.load -= count
 
 
-def _deliver(submission: Submission, events: list[TokenEvent], fault: Exception | None = None) -> None:
+def _deliver(submission: Submission, events: list[TokenEvent], fault: ApiError | None = None) -> None:
     try:
         submission.loop.call_soon_threadsafe(submission.receive, events, fault)
     except RuntimeError:

@@ -188,12 +188,6 @@ class ChatMessage(StrictModel):
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
-class ResponseFormat(StrictModel):
-    """The form of a reply: plain text, nothing else."""
-
-    type: Literal["text"]
-
-
 class ChatRequest(SamplingRequest):
     """A conversation to be replied to, by default with as many tokens as fit."""
 
@@ -209,7 +203,7 @@ class ChatRequest(SamplingRequest):
     logprobs: bool | None = Field(None, description="Say how likely each token was.")
     top_logprobs: int | None = Field(None, ge=0, le=20, description="Name the likeliest tokens at each place.")
     experts: bool | None = Field(None, description="With logprobs: the experts of each token.")
-    response_format: ResponseFormat | None = None
+    response_format: dict[Literal["type"], Literal["text"]] | None = Field(None, description="Plain text alone.")
 
     @model_validator(mode="after")
     def _refuse_details_without_logprobs(self) -> Self:

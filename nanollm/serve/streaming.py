@@ -21,7 +21,7 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from nanollm.generate.request import TokenLogprobs
-from nanollm.serve.engine_thread import EngineFault, EngineStopped, EngineThread, Submission, TokenEvent
+from nanollm.serve.engine_thread import EngineThread, Submission, TokenEvent
 from nanollm.serve.metrics import Metrics
 from nanollm.serve.protocol import ApiError, FinishReason, Json, error_body
 from nanollm.text.stream import TextStream
@@ -141,12 +141,6 @@ class Generation:
                 events = await self._submission.events()
         except TimeoutError:
             raise ApiError(504, f"the reply was not complete after {self.deadline_s:g} seconds; ask for less") from None
-        except EngineStopped as error:
-            raise ApiError(503, str(error)) from error
-        except EngineFault as error:
-            raise ApiError(500, str(error)) from error
-        except ValueError as error:
-            raise ApiError(400, str(error)) from error
         deltas = [
             self.choices[index].take([event for event in events if event.index == index])
             for index in sorted({event.index for event in events})
@@ -199,7 +193,7 @@ class Formatter(ABC):
 
     def whole(self, generation: Generation, deltas: Sequence[Delta]) -> Json:
         """The answer at once."""
-        return self._head(self.kind, [self.choice(delta) for delta in deltas]) | {"usage": generation.usage}
+        return self.message(self.kind, [self.choice(delta) for delta in deltas]) | {"usage": generation.usage}
 
     def chunks(self, delta: Delta, *, is_first: bool) -> list[Json]:
         """Some of a choice, as one or two chunks of a stream: the reason why it ended comes by itself."""
@@ -208,12 +202,10 @@ class Formatter(ABC):
             choices.append(self.chunk_choice(replace(delta, finish=None), is_first=is_first))
         if delta.finish is not None:
             choices.append(self.chunk_choice(Delta(delta.index, finish=delta.finish), is_first=False))
-        return [self.chunk([choice]) for choice in choices]
+        return [self.message(self.chunk_kind, [choice]) for choice in choices]
 
-    def chunk(self, choices: list[Json]) -> Json:
-        return self._head(self.chunk_kind, choices)
-
-    def _head(self, kind: str, choices: list[Json]) -> Json:
+    def message(self, kind: str, choices: list[Json]) -> Json:
+        """What is sent at once, or as an event; usage is added to it."""
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices}
 
     @abstractmethod
@@ -320,7 +312,7 @@ async def events(
                 break
             deltas = await generation.next_deltas()
         if has_usage:
-            yield encode_event(formatter.chunk([]) | {"usage": generation.usage})
+            yield encode_event(formatter.message(formatter.chunk_kind, []) | {"usage": generation.usage})
         yield b"data: [DONE]\n\n"
     except ApiError as error:
         yield encode_event(error.body)

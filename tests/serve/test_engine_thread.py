@@ -9,8 +9,11 @@ import pytest
 from nanollm.generate.engine import Engine, generate
 from nanollm.generate.request import Request
 from nanollm.generate.sampling import SamplingConfig
-from nanollm.serve.engine_thread import EngineFault, EngineStopped, EngineThread, QueueFull
 from tests.serve.running import wait_until
+
+pytest.importorskip("fastapi", reason='fastapi is not installed: pip install -e ".[serve]"')
+from nanollm.serve.engine_thread import EngineThread
+from nanollm.serve.protocol import ApiError
 
 GREEDY = SamplingConfig(temperature=0)
 
@@ -58,7 +61,7 @@ def test_each_call_gets_its_own_tokens_as_if_it_were_alone(bundle):
 def test_a_call_is_taken_on_whole_or_not_at_all(bundle):
     async def overfill(thread):
         first = thread.submit([asked(0, 150)] * 5)
-        with pytest.raises(QueueFull, match="5 replies are running or waiting and 4 more were asked for"):
+        with pytest.raises(ApiError, match="429: 5 replies are running or waiting and 4 more were asked for"):
             thread.submit([asked(1)] * 4)
         assert thread.load == 5
         second = thread.submit([asked(1)] * 3)
@@ -77,7 +80,7 @@ def test_what_the_engine_refuses_ends_that_call_alone(bundle):
     async def ask(thread):
         good = thread.submit([asked(0)])
         bad = thread.submit([asked(1), Request(prompt=[], max_tokens=1)])
-        with pytest.raises(ValueError, match="an empty one"):
+        with pytest.raises(ApiError, match=r"400: .*an empty one"):
             await bad.events()
         return await drawn(good)
 
@@ -104,8 +107,8 @@ def test_a_fault_ends_every_call_that_was_open_and_the_next_is_answered(bundle, 
         outcomes, after = asyncio.run(ask(thread))
         wait_until(lambda: thread.load == 0)
         assert thread.is_alive
-    assert isinstance(outcomes[0], EngineFault)
-    assert all(isinstance(outcome, EngineFault) or len(outcome[0]) == 8 for outcome in outcomes)
+    assert isinstance(outcomes[0], ApiError)
+    assert all(isinstance(outcome, ApiError) or len(outcome[0]) == 8 for outcome in outcomes)
     assert len(after[0]) == 8
     assert "ZeroDivisionError" in caplog.text
 
@@ -131,11 +134,11 @@ def test_stopping_ends_what_is_open(bundle):
         submission = thread.submit([asked(0, 180)])
         await submission.events()
         await asyncio.to_thread(thread.stop)
-        with pytest.raises(EngineStopped):
+        with pytest.raises(ApiError, match="503: the engine has stopped"):
             async with asyncio.timeout(30):
                 while True:
                     await submission.events()
-        with pytest.raises(EngineStopped):
+        with pytest.raises(ApiError, match="503: the engine has stopped"):
             thread.submit([asked(1)])
 
     with working(bundle, make_engine=lambda: SlowEngine(bundle.model, rows=1)) as thread:

@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanollm.generate.request import TokenLogprobs
-from nanollm.serve.engine_thread import TokenEvent
 from nanollm.text.train_tokenizer import EOS_ID, FIRST_LEARNED_ID
 
 pytest.importorskip("fastapi", reason='fastapi is not installed: pip install -e ".[serve]"')
+from nanollm.serve.engine_thread import TokenEvent
 from nanollm.serve.streaming import MIN_LOGPROB, Choice, Detokenizer, TextFormatter
 
 BYTES = FIRST_LEARNED_ID - 256  # the id of the byte 0x00
