@@ -5,7 +5,6 @@ number of ranks sees the same windows, or conversations, in the same global orde
 Letters: B rows, T context length. Window i is tokens [i*T, i*T + T + 1): the first T are read, the last T predicted.
 """
 
-import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -96,11 +95,9 @@ class Windows:
     def check(self, batch_size: int, micro_batch_size: int, world: int) -> None:
         """Raises ValueError unless a step's windows divide evenly over ranks and micro-batches."""
         if micro_batch_size < 1 or batch_size < 1 or batch_size % (micro_batch_size * world):
-            smaller = math.gcd(batch_size // world, micro_batch_size) if batch_size % world == 0 else 0
             raise ValueError(
                 f"the batch of {batch_size} windows must divide evenly into micro-batches of {micro_batch_size} on "
                 f"{world} processes; take a multiple of {micro_batch_size * world} as train.batch_size"
-                + (f", or {smaller} as train.micro_batch_size" if smaller else "")
             )
 
 

@@ -151,7 +151,8 @@ def prepare(
                         break
                     if job.unsafe_tokens >= flush_every:
                         job.sync()
-                job.end_part()
+                job.progress |= {"part": number + 1, "documents_read": 0}
+                job.sync()
             return job.finish(may_be_empty)
 
 
@@ -217,10 +218,6 @@ class _Job:
             text_bytes = int(self.tokenizer.token_bytes[ids].sum())
         self.writers[split].add(ids, flags, text_bytes=text_bytes)
         self.unsafe_tokens += len(ids)
-
-    def end_part(self) -> None:
-        self.progress |= {"part": self.progress["part"] + 1, "documents_read": 0}
-        self.sync()
 
     def sync(self) -> None:
         """Make all files safe on disk, and then the note that says how far they are."""

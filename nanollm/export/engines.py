@@ -9,8 +9,8 @@ import shutil
 import subprocess
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +38,26 @@ INSTALL = "npm install node-llama-cpp"
 def compare_in_transformers(folder: Path, bundle: Bundle, dtype: str, prompts: int) -> Iterator[Check]:
     """The table for transformers, line by line. It computes in float32, as the bundle must, whose weights are rounded
     to `dtype`."""
+    logging: Any = import_module("transformers.utils.logging")  # without annotations
     bundle.model.load_state_dict(cast(bundle.model.state_dict(), DTYPES[dtype]))  # back into its float32
     samples = Samples.of(bundle, prompts)
-    with quiet():
+    logging.set_verbosity_error()  # the table says what matters
+    logging.disable_progress_bar()
+    with warnings.catch_warnings(action="ignore"):
         model, tokenizer, complaints = load(folder)
         yield Check("tensors of the class", "all, and no more", complaints or "all, and no more", not complaints)
-        yield from compare_ids_in_transformers(tokenizer, bundle, samples)
+        read = tokenizer(samples.texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        spoken = [
+            tokenizer.apply_chat_template(
+                asdict(conversation)["messages"],
+                add_generation_prompt=conversation.messages[-1].role == "user",
+                return_dict=False,
+            )
+            for conversation in samples.conversations
+        ]
+        yield from verify.check_all_ids(bundle, samples.texts, read, samples.conversations, spoken)
         yield from compare_logits(model, bundle, samples)
-        yield from compare_replies(model, bundle, samples)
+        yield from compare_replies(model, tokenizer, bundle, samples)
 
 
 def load(folder: Path) -> tuple[Any, Any, str]:
@@ -56,43 +68,6 @@ def load(folder: Path) -> tuple[Any, Any, str]:
     model, info = loaded
     complaints = "; ".join(f"{what}: {', '.join(map(str, names))}" for what, names in info.items() if names)
     return model.eval(), AutoTokenizer.from_pretrained(folder), complaints
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without the bars and remarks of transformers: the table says what matters."""
-    from transformers.utils import logging
-
-    transformers_log: Any = logging  # without annotations
-    level = transformers_log.get_verbosity()
-    transformers_log.set_verbosity_error()
-    transformers_log.disable_progress_bar()
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            yield
-    finally:
-        transformers_log.set_verbosity(level)
-        transformers_log.enable_progress_bar()
-
-
-def compare_ids_in_transformers(tokenizer: Any, bundle: Bundle, samples: Samples) -> list[Check]:
-    """Texts, whose marks are text, and conversations."""
-    read = tokenizer(samples.texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    spoken = [
-        tokenizer.apply_chat_template(
-            asdict(conversation)["messages"],
-            add_generation_prompt=conversation.messages[-1].role == "user",
-            return_dict=False,
-        )
-        for conversation in samples.conversations
-    ]
-    ours = [verify.ids_of(conversation, bundle) for conversation in samples.conversations]
-    return [
-        verify.check_ids(
-            "ids of texts", [bundle.tokenizer.encode(text) for text in samples.texts], read, bundle.tokenizer
-        ),
-        verify.check_ids("ids of conversations", ours, spoken, bundle.tokenizer),
-    ]
 
 
 @torch.inference_mode()
@@ -113,30 +88,20 @@ def compare_logits(model: Any, bundle: Bundle, samples: Samples) -> Iterator[Che
 
 
 @torch.inference_mode()
-def compare_replies(model: Any, bundle: Bundle, samples: Samples) -> Iterator[Check]:
+def compare_replies(model: Any, tokenizer: Any, bundle: Bundle, samples: Samples) -> Iterator[Check]:
     """Greedy replies, with transformers' cache."""
     ours = verify.our_replies(bundle, samples)
     theirs: list[list[int]] = []
     with Progress("transformers replies", len(samples.prompts), "prompts") as bar:
         for start in range(0, len(samples.prompts), ROWS):
-            some = samples.prompts[start : start + ROWS]
-            theirs += continue_greedily(model, some, samples.reply_tokens, bundle.tokenizer.pad_id)
-            bar.advance(len(some))
+            rows = tokenizer.pad(
+                {"input_ids": samples.prompts[start : start + ROWS]}, return_tensors="pt"
+            )  # on the left
+            count, width = samples.reply_tokens, rows["input_ids"].shape[1]
+            ids = model.generate(**rows, do_sample=False, max_new_tokens=count, min_new_tokens=count, eos_token_id=[])
+            theirs += ids[:, width:].tolist()
+            bar.advance(len(ids))
     yield verify.check_replies(bundle, samples, ours, theirs, must_equal=True)
-
-
-def continue_greedily(model: Any, prompts: Sequence[Sequence[int]], count: int, pad_id: int) -> list[list[int]]:
-    """`count` ids after each prompt, prompts padded on the left."""
-    longest = max(map(len, prompts))
-    rows = torch.full((len(prompts), longest), pad_id)
-    mask = torch.zeros_like(rows)
-    for row, (line, prompt) in enumerate(zip(rows, prompts, strict=True)):
-        line[longest - len(prompt) :] = torch.tensor(prompt)
-        mask[row, longest - len(prompt) :] = 1
-    ids = model.generate(
-        rows, attention_mask=mask, do_sample=False, max_new_tokens=count, min_new_tokens=count, eos_token_id=[]
-    )
-    return [reply.tolist() for reply in ids[:, longest:]]
 
 
 # --- llama.cpp ---
@@ -193,9 +158,10 @@ def compare_in_llama_cpp(model: Path, bundle: Bundle, dtype: str, prompts: int) 
     """The table for llama.cpp, line by line; with f32 it computes in float32 as the bundle must."""
     samples, is_exact, threads = Samples.of(bundle, prompts), dtype == "f32", torch.get_num_threads()
     spoken = [rendered(conversation, bundle) for conversation in samples.conversations]
-    yield from compare_ids_in_llama_cpp(
-        ask_llama_cpp(model, texts=samples.texts, texts_with_marks=spoken), bundle, samples
-    )
+    answer = ask_llama_cpp(model, texts=samples.texts, texts_with_marks=spoken)
+    texts = [text.replace(SPACE_MARK, " ") for text in samples.texts]  # it reads U+2581 as one, as SentencePiece does
+    with_bos = [[bundle.tokenizer.bos_id, *ids] for ids in answer["ids_with_marks"]]
+    yield from verify.check_all_ids(bundle, texts, answer["ids"], samples.conversations, with_bos)
     say(f"llama.cpp reads {len(samples.windows)} texts and replies to {len(samples.prompts)} prompts")
     answer = ask_llama_cpp(model, scored=samples.windows, threads=threads)
     yield from compare_scores(answer["scores"], bundle, samples, is_exact=is_exact)
@@ -212,17 +178,6 @@ def rendered(conversation: Conversation, bundle: Bundle) -> str:
     return environment.from_string(template).render(
         messages=messages, bos_token="", add_generation_prompt=messages[-1]["role"] == "user"
     )
-
-
-def compare_ids_in_llama_cpp(answer: dict[str, Any], bundle: Bundle, samples: Samples) -> list[Check]:
-    """llama.cpp reads a literal U+2581 as a space, as SentencePiece does."""
-    texts = [bundle.tokenizer.encode(text.replace(SPACE_MARK, " ")) for text in samples.texts]
-    ours = [verify.ids_of(conversation, bundle) for conversation in samples.conversations]
-    spoken = [[bundle.tokenizer.bos_id, *ids] for ids in answer["ids_with_marks"]]
-    return [
-        verify.check_ids("ids of texts", texts, answer["ids"], bundle.tokenizer),
-        verify.check_ids("ids of conversations", ours, spoken, bundle.tokenizer),
-    ]
 
 
 def compare_scores(

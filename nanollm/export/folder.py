@@ -27,11 +27,6 @@ def read_made(folder: Path) -> dict[str, Any]:
         return {}
 
 
-def written_in(folder: Path) -> list[str]:
-    """The files that an earlier export wrote into a folder; none if there was none."""
-    return list(read_made(folder).get("files", []))
-
-
 def write_export(folder: Path, bundle: Bundle, form: Format, dtype: Dtype, name: str) -> str:
     """Everything but the card, into an empty folder; returns the name of the file with the weights.
 

@@ -20,17 +20,9 @@ from nanollm.durable import write_file, write_json
 from nanollm.text.chat import template_for
 from nanollm.text.tokenizer import SPACE_MARK, Piece, Tokenizer
 
-TOKENIZER_FILES = (
-    TOKENIZER,
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-)
-
 
 def write_tokenizer(folder: Path, tokenizer: Tokenizer, context_length: int) -> None:
-    """Write TOKENIZER_FILES into an existing folder; ValueError for a tokenizer that tokenizer.json cannot hold.
+    """Write the files of a tokenizer into an existing folder; ValueError for a tokenizer that tokenizer.json cannot hold.
 
     context_length (tokens) is where transformers begins to warn that a text is too long.
     """

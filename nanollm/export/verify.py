@@ -169,6 +169,17 @@ def check_ids(what: str, ours: Sequence[Ids], theirs: Sequence[Ids], tokenizer: 
     return Check(what, wanted, f"{len(pairs):,} of {len(ours):,} differ", holds)
 
 
+def check_all_ids(
+    bundle: Bundle, texts: Sequence[str], read: Sequence[Ids], spoken: Sequence[Conversation], heard: Sequence[Ids]
+) -> list[Check]:
+    """Those of texts, whose marks are text, and of conversations: read and heard are the engine's."""
+    ours = [bundle.tokenizer.encode(text) for text in texts], [ids_of(each, bundle) for each in spoken]
+    return [
+        check_ids("ids of texts", ours[0], read, bundle.tokenizer),
+        check_ids("ids of conversations", ours[1], heard, bundle.tokenizer),
+    ]
+
+
 def check_difference(greatest: float) -> Check:
     return Check("greatest difference of a logit", f"at most {TOLERANCE:g}", f"{greatest:.2g}", greatest <= TOLERANCE)
 

@@ -6,6 +6,7 @@ reads from the first byte to the last; with int8 every output of a matrix has it
 
 import ctypes
 from ctypes import POINTER, byref, c_float, c_int64, c_void_p
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -41,15 +42,18 @@ class BlockWeights(ctypes.Structure):
 
 
 class Model(ctypes.Structure):
+    """decoding.cpp's model; the names of ModelConfig where it has them."""
+
     _fields_ = (
         *(
             (name, c_int64)
             for name in (
-                *("d_model", "n_blocks", "n_heads", "q_rank", "kv_rank", "nope", "rope", "value", "widest"),
-                *("n_experts", "top_k", "vocab", "rows", "slots", "max_tokens", "normalise"),
+                *("d_model", "n_blocks", "n_heads", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim"),
+                *("qk_rope_head_dim", "v_head_dim", "widest", "n_routed_experts", "experts_per_token", "vocab_size"),
+                *("rows", "slots", "max_tokens", "norm_topk_prob"),
             )
         ),
-        *((name, c_float) for name in ("eps", "scale", "routed_scale")),
+        *((name, c_float) for name in ("rms_norm_eps", "scale", "routed_scaling_factor")),
         *((name, c_void_p) for name in ("embed", "cosine", "sine", "norm")),
         ("head", Matrix),
         ("blocks", c_void_p),
@@ -132,25 +136,12 @@ class NativeRunner:
         self.kept.append(blocks)
         embed = model.trunk.embed.weight.detach().to(self.dtype, copy=True)
         return Model(
-            d_model=c.d_model,
-            n_blocks=c.n_blocks,
-            n_heads=c.n_heads,
-            q_rank=c.q_lora_rank,
-            kv_rank=c.kv_lora_rank,
-            nope=c.qk_nope_head_dim,
-            rope=c.qk_rope_head_dim,
-            value=c.v_head_dim,
+            **{name: value for name, value in asdict(c).items() if hasattr(Model, name)},
             widest=max(c.d_ff, c.n_shared_experts * c.d_expert),
-            n_experts=c.n_routed_experts,
-            top_k=c.experts_per_token,
-            vocab=c.vocab_size,
             rows=rows,
             slots=length,
             max_tokens=longest,
-            normalise=c.norm_topk_prob,
-            eps=c.rms_norm_eps,
             scale=c.qk_head_dim**-0.5,
-            routed_scale=c.routed_scaling_factor,
             embed=self._at(embed),
             cosine=self._at(cosine),
             sine=self._at(sine),

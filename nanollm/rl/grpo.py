@@ -163,12 +163,11 @@ class SignalWatch:
             return
         self.steps, self.groups = self.steps + 1, self.groups + len(graded)
         if self.steps >= MAX_ZERO_VARIANCE_STEPS and self.groups >= MAX_ZERO_VARIANCE_GROUPS:
-            totals = [total for each in graded for total in each.totals]
-            cause = f", and {faults.total()} parts were missing because {faults.most_common(1)[0][0]}" if faults else ""
+            cause = f" ({faults.most_common(1)[0][0]})" if faults else ""
             raise ValueError(
-                f"for {self.steps} steps all replies to each problem earned the same (the last between "
-                f"{min(totals):.3g} and {max(totals):.3g}{cause}), so there is nothing to learn from: train longer "
-                f"with nanollm sft first, or take easier problems or a larger --rollout.group_size"
+                f"for {self.steps} steps all replies to each problem earned the same{cause}, so there is nothing to "
+                f"learn from: train longer with nanollm sft first, or take easier problems or a larger "
+                f"--rollout.group_size"
             )
 
 

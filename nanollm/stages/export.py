@@ -116,7 +116,7 @@ def check(c: Config) -> None:
     from nanollm.export import engines, folder
 
     if not only_verifies(c):
-        check_replaceable(c.folder, folder.written_in(c.folder), force=c.force, what="an export")
+        check_replaceable(c.folder, folder.read_made(c.folder).get("files", []), force=c.force, what="an export")
     if c.push:
         check_push(c.push)
     if c.verify and c.format == "gguf":

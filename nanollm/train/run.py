@@ -242,7 +242,7 @@ class Run:
         self.state.step += 1
         self._bar.advance(restarts=self._is_first)  # the first step compiled, and filled every cache
         self._is_first = False
-        self._bar.note(note if note is not None else stats.note if stats else "")
+        self._bar.note(note if note is not None else f"loss {stats.loss:.3f}" if stats else "")
         values = {**(metrics or {}), **(stats.values() if stats else {})}
         self._skipped = ""
         if stats is not None and stats.skipped:

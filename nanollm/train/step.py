@@ -87,11 +87,6 @@ class StepStats:
         """Trained tokens, where the step saw Batches."""
         return int(self.count)
 
-    @property
-    def note(self) -> str:
-        """A few words for the progress line."""
-        return f"loss {self.loss:.3f}"
-
     def values(self) -> dict[str, object]:
         """Names and values for the log."""
         values: dict[str, object] = {"loss": self.loss, "grad_norm": self.grad_norm, "lr": self.lr}

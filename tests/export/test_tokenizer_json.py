@@ -8,7 +8,7 @@ from jinja2 import TemplateError
 from sentencepiece import sentencepiece_model_pb2
 from transformers import AutoTokenizer
 
-from nanollm.export.tokenizer_json import TOKENIZER_FILES, write_tokenizer
+from nanollm.export.tokenizer_json import write_tokenizer
 from nanollm.sources.datasets import openwebtext
 from nanollm.text.chat import Conversation, encode_conversation, encode_prompt
 from nanollm.text.tokenizer import MARKS, Tokenizer
@@ -18,6 +18,7 @@ from tests.export.strings import (
     ALL_MARKS,
     LONG,
     SPELLINGS,
+    TOKENIZER_FILES,
     as_messages,
     conversations,
     drawn,
@@ -108,7 +109,7 @@ def test_100_000_strings_have_the_same_ids_with_50_304_pieces(shared_data, tmp_p
 def test_transformers_loads_it_silently_and_knows_each_mark(tokenizer, folder, capfd):
     theirs = AutoTokenizer.from_pretrained(folder)
     assert capfd.readouterr() == ("", "")
-    assert sorted(file.name for file in folder.iterdir()) == sorted([*TOKENIZER_FILES, "config.json"])
+    assert sorted(file.name for file in folder.iterdir()) == sorted(["config.json", *TOKENIZER_FILES])
     assert (folder / "tokenizer.model").read_bytes() == tokenizer.serialized
     assert theirs.is_fast
     assert len(theirs) == tokenizer.vocab_size

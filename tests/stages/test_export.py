@@ -9,9 +9,9 @@ import pytest
 from nanollm import cli
 from nanollm.bundle import load_bundle, save_bundle
 from nanollm.export import engines
-from nanollm.export.tokenizer_json import TOKENIZER_FILES
 from nanollm.export.verify import Check
 from nanollm.stages.export import Config, plan, run
+from tests.export.strings import TOKENIZER_FILES
 
 
 @pytest.fixture
