@@ -56,10 +56,8 @@ class Batch:
 
     def split_micro_batches(self, rows: int) -> list["Batch"]:
         """The same rows in batches of that many."""
-        parts = (self.tokens.split(rows), self.targets.split(rows))
-        if self.positions is None:
-            return [Batch(*tensors) for tensors in zip(*parts, strict=True)]
-        return [Batch(*tensors) for tensors in zip(*parts, self.positions.split(rows), strict=True)]
+        known = [tensor for tensor in (self.tokens, self.targets, self.positions) if tensor is not None]
+        return [Batch(*parts) for parts in zip(*(tensor.split(rows) for tensor in known), strict=True)]
 
 
 class Windows:

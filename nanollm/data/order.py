@@ -31,7 +31,8 @@ def permute(index: npt.ArrayLike, n: int, seed: int) -> Indices:
     if n < 1 or ((number < 0) | (number >= n)).any():
         raise ValueError(f"every index must lie in [0, {n}), got {number.min()} to {number.max()}")
     side = math.isqrt(n - 1) + 1  # side**2 >= n, and so close to n that few numbers need a second walk
-    keys = _round_keys(seed)
+    digest = blake2b(f"round keys of {seed}".encode(), digest_size=8 * _ROUNDS).digest()
+    keys = np.frombuffer(digest, dtype="<u8").astype(np.uint64)
     flat = _encipher(number.ravel().astype(np.uint64), side, keys)
     while (outside := flat >= n).any():
         flat[outside] = _encipher(flat[outside], side, keys)
@@ -55,11 +56,6 @@ def sample_indices(step: int, global_batch: int, n: int, seed: int) -> Indices:
 def epoch_seed(seed: int, epoch: int) -> int:
     """One seed for each pair of run seed and epoch."""
     return int.from_bytes(blake2b(f"epoch {epoch} of {seed}".encode(), digest_size=8).digest(), "little")
-
-
-def _round_keys(seed: int) -> Uint64s:
-    digest = blake2b(f"round keys of {seed}".encode(), digest_size=8 * _ROUNDS).digest()
-    return np.frombuffer(digest, dtype="<u8").astype(np.uint64)
 
 
 def _encipher(number: Uint64s, side: int, keys: Uint64s) -> Uint64s:

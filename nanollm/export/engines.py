@@ -94,9 +94,8 @@ def compare_replies(model: Any, tokenizer: Any, bundle: Bundle, samples: Samples
     theirs: list[list[int]] = []
     with Progress("transformers replies", len(samples.prompts), "prompts") as bar:
         for start in range(0, len(samples.prompts), ROWS):
-            rows = tokenizer.pad(
-                {"input_ids": samples.prompts[start : start + ROWS]}, return_tensors="pt"
-            )  # on the left
+            some = {"input_ids": samples.prompts[start : start + ROWS]}
+            rows = tokenizer.pad(some, return_tensors="pt")  # on the left, as its config says
             count, width = samples.reply_tokens, rows["input_ids"].shape[1]
             ids = model.generate(**rows, do_sample=False, max_new_tokens=count, min_new_tokens=count, eos_token_id=[])
             theirs += ids[:, width:].tolist()

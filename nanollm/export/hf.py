@@ -31,9 +31,16 @@ DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
 
 def write_model(folder: Path, bundle: Bundle, form: HfFormat, dtype: torch.dtype) -> None:
-    """config.json and the weights, in safetensors files of at most SHARD_BYTES."""
+    """config.json and the weights: model.safetensors, or several of at most SHARD_BYTES with an index."""
+    from huggingface_hub import split_torch_state_dict_into_shards
+
     write_json(folder / CONFIG, hf_config(bundle.model.config, bundle.tokenizer, form, dtype))
-    write_weights(folder, exported_weights(bundle, form, dtype))
+    weights = exported_weights(bundle, form, dtype)
+    split = split_torch_state_dict_into_shards(weights, max_shard_size=SHARD_BYTES)
+    for file, names in split.filename_to_tensors.items():
+        write_tensors(folder / file, {name: weights[name] for name in names})
+    if split.is_sharded:
+        write_json(folder / INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
 
 
 def exported_weights(bundle: Bundle, form: HfFormat, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -58,18 +65,6 @@ def check_finite(name: str, tensor: Tensor) -> None:
     if not tensor.isfinite().all():
         kind = str(tensor.dtype).removeprefix("torch.")
         raise ValueError(f"{name} holds numbers that are not finite in {kind}; if they are in the bundle, --dtype f32")
-
-
-def write_weights(folder: Path, weights: Mapping[str, Tensor]) -> None:
-    """model.safetensors, or several with an index."""
-    from huggingface_hub import split_torch_state_dict_into_shards
-
-    split = split_torch_state_dict_into_shards(dict(weights), max_shard_size=SHARD_BYTES)
-    for file, names in split.filename_to_tensors.items():
-        write_tensors(folder / file, {name: weights[name] for name in names})
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        write_json(folder / INDEX, index)
 
 
 def hf_config(config: ModelConfig, tokenizer: Tokenizer, form: HfFormat, dtype: torch.dtype) -> dict[str, Any]:

@@ -37,14 +37,8 @@ class ImportedModel:
     config: ModelConfig
     weights: dict[str, Tensor]  # by the names of Transformer's state_dict
     tokenizer: Tokenizer
-    form: str
-    """compact or deepseek-v3."""
-    history: dict[str, Any] | None
-    """The provenance of the bundle that was exported, if it still lies there."""
-    files: dict[str, str]
-    """sha256 of config, weights and tokenizer, by file."""
-    notes: tuple[str, ...]
-    """What is not as it was in the bundle, one sentence each."""
+    history: dict[str, Any]  # the provenance of the bundle that was exported; empty where it lies there no more
+    record: dict[str, Any]  # for provenance.json: folder, format, sha256 of each file, and changes, one sentence each
 
 
 def import_model(folder: Path) -> ImportedModel:
@@ -66,15 +60,16 @@ def import_model(folder: Path) -> ImportedModel:
         raise ValueError(f"{folder}: {error}") from error
     if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(f"{folder / TOKENIZER} has {tokenizer.vocab_size} pieces, the model {config.vocab_size} ids")
-    return ImportedModel(
-        config,
-        weights,
-        tokenizer,
-        MODEL_TYPES[words["model_type"]],
-        read_history(folder / PROVENANCE),
-        {file.name: sha256_of(file) for file in (folder / CONFIG, folder / TOKENIZER, *files)},
-        notes,
-    )
+    record = {
+        "folder": folder.resolve().name,
+        "format": MODEL_TYPES[words["model_type"]],
+        "files": {file.name: sha256_of(file) for file in (folder / CONFIG, folder / TOKENIZER, *files)},
+        "changes": notes,
+    }
+    history = read_json(folder / PROVENANCE) if (folder / PROVENANCE).is_file() else {}
+    provenance.check(history)
+    history.pop("export", None)  # what the export says of itself
+    return ImportedModel(config, weights, tokenizer, history, record)
 
 
 def read_words(folder: Path) -> dict[str, Any]:
@@ -110,7 +105,7 @@ def read_weights(files: list[Path]) -> dict[str, Tensor]:
 
 def restore(
     shape: ModelConfig, words: Mapping[str, Any], stored: Mapping[str, Tensor]
-) -> tuple[ModelConfig, dict[str, Tensor], tuple[str, ...]]:
+) -> tuple[ModelConfig, dict[str, Tensor], list[str]]:
     """The bundle's shape and weights, with dense blocks where they still are, and what is to be said about it."""
     layers = len({match[1] for name in stored if (match := LAYER.match(name))})
     if shape.n_blocks != layers:  # to build a million blocks takes memory, too
@@ -125,17 +120,8 @@ def restore(
         if name.endswith("balance_bias"):
             weights[name] = weights[name].float()  # in every bundle
     if exported == shape:
-        return shape, weights, ()
+        return shape, weights, []
     try:
-        return shape, moe_to_dense(weights, placement), ()
+        return shape, moe_to_dense(weights, placement), []
     except ValueError as error:
-        return exported, weights, (f"the blocks that were dense stay Mixtures of Experts ({error})",)
-
-
-def read_history(path: Path) -> dict[str, Any] | None:
-    """What an export tells of the bundle; None: nothing. What it says of itself is left out."""
-    if not path.is_file():
-        return None
-    record = read_json(path)
-    provenance.check(record)
-    return {name: value for name, value in record.items() if name != "export"}
+        return exported, weights, [f"the blocks that were dense stay Mixtures of Experts ({error})"]

@@ -22,7 +22,7 @@ from nanollm.text.tokenizer import SPACE_MARK, Piece, Tokenizer
 
 
 def write_tokenizer(folder: Path, tokenizer: Tokenizer, context_length: int) -> None:
-    """Write the files of a tokenizer into an existing folder; ValueError for a tokenizer that tokenizer.json cannot hold.
+    """Write a tokenizer into an existing folder; ValueError for one that tokenizer.json cannot hold.
 
     context_length (tokens) is where transformers begins to warn that a text is too long.
     """

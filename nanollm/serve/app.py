@@ -84,9 +84,8 @@ def build_app(
     app.state.service = service
     app.include_router(build_routes(service))
     app.mount("/page", StaticFiles(directory=PAGE))
-    app.add_exception_handler(HTTPException, _answer_error)
-    app.add_exception_handler(RequestValidationError, _answer_invalid)
-    app.add_exception_handler(Exception, _answer_fault)
+    for failure in (HTTPException, RequestValidationError, Exception):
+        app.add_exception_handler(failure, _answer_failure)
     app.add_middleware(Guard, api_key=api_key)
     if cors_origins:
         app.add_middleware(
@@ -96,25 +95,17 @@ def build_app(
     return app
 
 
-async def _answer_error(request: HttpRequest, error: Exception) -> JSONResponse:
-    """Any error with a status, ours or the framework's."""
+async def _answer_failure(request: HttpRequest, error: Exception) -> JSONResponse:
+    """Whatever fails, ours or the framework's, in OpenAI's form; a fault of ours is logged by uvicorn."""
     if isinstance(error, ApiError):
         return error.response
-    assert isinstance(error, HTTPException)
-    message = {404: f"there is nothing at {request.url.path[:200]}", 405: f"{request.method} is not for this path"}
-    detail = message.get(error.status_code, str(error.detail))
-    return JSONResponse(error_body(error.status_code, detail), error.status_code, error.headers)
-
-
-async def _answer_invalid(_: HttpRequest, error: Exception) -> JSONResponse:
-    """A body that does not fit its schema: where, what was expected, what came."""
-    assert isinstance(error, RequestValidationError)
-    message, param = explain(error.errors(), error.body)
-    return JSONResponse(error_body(400, message, param=param), 400)
-
-
-async def _answer_fault(_: HttpRequest, error: Exception) -> JSONResponse:
-    """A fault of ours, which uvicorn logs."""
+    if isinstance(error, RequestValidationError):
+        message, param = explain(error.errors(), error.body)
+        return JSONResponse(error_body(400, message, param=param), 400)
+    if isinstance(error, HTTPException):
+        known = {404: f"there is nothing at {request.url.path[:200]}", 405: f"{request.method} is not for this path"}
+        detail = known.get(error.status_code, str(error.detail))
+        return JSONResponse(error_body(error.status_code, detail), error.status_code, error.headers)
     return JSONResponse(error_body(500, "the server failed; its log says why"), 500)
 
 

@@ -1,7 +1,7 @@
 """Counters and histograms for Prometheus, and the middleware that counts requests."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -22,22 +22,19 @@ class Metrics(Collector):
     def __init__(self, stats: Callable[[], EngineStats]) -> None:
         self._stats, self._registry = stats, CollectorRegistry()
         self.requests = Counter("nanollm_requests", "Answers.", ["route", "status"], registry=self._registry)
-        self.request_s = Histogram(
-            "nanollm_request_seconds", "Time of a whole request.", ["route"], buckets=REQUEST_S, registry=self._registry
+        self.request_s = self._histogram("nanollm_request_seconds", "Time of a whole request.", REQUEST_S, "route")
+        self.first_token_s = self._histogram(
+            "nanollm_time_to_first_token_seconds", "From a request's arrival to its first token.", FIRST_TOKEN_S
         )
-        self.first_token_s = Histogram(
-            "nanollm_time_to_first_token_seconds",
-            "From a request's arrival to its first token.",
-            buckets=FIRST_TOKEN_S,
-            registry=self._registry,
-        )
-        self.token_s = Histogram(
+        self.token_s = self._histogram(
             "nanollm_time_per_output_token_seconds",
             "Mean time between the tokens of a reply, once for each request.",
-            buckets=TOKEN_S,
-            registry=self._registry,
+            TOKEN_S,
         )
         self._registry.register(self)
+
+    def _histogram(self, name: str, text: str, buckets: Sequence[float], *labels: str) -> Histogram:
+        return Histogram(name, text, labels, buckets=buckets, registry=self._registry)
 
     def exposition(self) -> bytes:
         """All numbers in Prometheus' text format."""

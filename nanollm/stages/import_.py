@@ -30,19 +30,12 @@ def run(c: Config) -> Path:
     """The folder of the bundle."""
     check_out(c)
     model = import_model(c.folder)
-    for note in model.notes:
-        say(note)
+    for change in model.record["changes"]:
+        say(change)
     say(f"{model.config.total_parameters:,} parameters, {model.tokenizer.vocab_size:,} pieces")
     made_by = f"nanollm {__version__} import, torch {torch.__version__}"
-    this = {
-        "made_by": made_by,
-        "folder": c.folder.resolve().name,
-        "format": model.form,
-        "files": model.files,
-        "changes": [*model.notes],
-    }
     history = model.history or {"made_by": made_by}
-    provenance = {**history, "imports": [*history.get("imports", []), this]}
+    provenance = {**history, "imports": [*history.get("imports", []), {"made_by": made_by, **model.record}]}
     return save_bundle(c.out, model.config, model.weights, model.tokenizer, provenance)
 
 

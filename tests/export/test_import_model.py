@@ -45,7 +45,8 @@ def exported(tmp_path, tokenizer):
 def test_export_import_export_gives_the_same_bytes(exported, tmp_path, tokenizer, shape, form, dtype):
     shape, first = exported(shape, form, DTYPES[dtype])
     imported = import_model(first)
-    assert (imported.config, imported.tokenizer.serialized, imported.notes) == (shape, tokenizer.serialized, ())
+    assert (imported.config, imported.tokenizer.serialized) == (shape, tokenizer.serialized)
+    assert imported.record["changes"] == []
     assert {weight.dtype for name, weight in imported.weights.items() if "balance_bias" in name} == {torch.float32}
     (second := tmp_path / "second").mkdir()
     write_model(second, Bundle(model_of(imported), imported.tokenizer, {}), form, DTYPES[dtype])
@@ -65,10 +66,10 @@ def test_what_transformers_trained_further_and_saved_in_several_files_computes_t
     assert len(list((tmp_path / "saved").glob("*.safetensors"))) > 2
     imported = import_model(tmp_path / "saved")
     if form == "compact":
-        assert (imported.config, imported.notes) == (shape, ())
+        assert (imported.config, imported.record["changes"]) == (shape, [])
     else:  # where the export left zeros there are none
         assert (imported.config.moe_every, imported.config.n_dense_first) == (1, 3)
-        assert "stay Mixtures of Experts" in imported.notes[0]
+        assert "stay Mixtures of Experts" in imported.record["changes"][0]
     tokens = torch.randint(shape.vocab_size, (2, 33), generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(model_of(imported)(tokens), theirs(tokens).logits, atol=1e-4, rtol=1e-4)
 
