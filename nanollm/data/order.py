@@ -21,8 +21,7 @@ Indices = npt.NDArray[np.int64]
 Uint64s = npt.NDArray[np.uint64]
 
 _ROUNDS = 8
-PERIOD = 10_000
-"""Parts at most, about: shares that need a finer division are rounded to it."""
+PERIOD = 10_000  # parts at most, about: shares that need a finer division are rounded to it
 
 
 def permute(index: npt.ArrayLike, n: int, seed: int) -> Indices:

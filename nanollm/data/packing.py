@@ -15,10 +15,8 @@ from torch import Tensor
 
 STEP = 64
 """Widths to choose from are multiples of this, so that few shapes occur: on CPUs a kernel is made and kept for each."""
-WIDEST = 8
-"""Rows wider than this many of the longest sequence are hardly fuller."""
-NEARLY = 1.02
-"""How many times the least cost is as good as the least."""
+WIDEST = 8  # rows wider than this many of the longest sequence are hardly fuller
+NEARLY = 1.02  # how many times the least cost is as good as the least
 MASK_DOUBLES = 384
 """Width at which attention with a mask costs as much as everything else (docs/log.md: 40 % of all at 256)."""
 
@@ -67,12 +65,9 @@ def even_rows(rows: int, most: int) -> int:
 class PackedLayout:
     """Where sequences stand in rows of T places; whatever goes with their tokens is put into the same places."""
 
-    lengths: Sequence[int]
-    """Tokens of each sequence."""
-    rows: Sequence[Sequence[int]]
-    """The sequences of each row, from left to right; a row may be empty."""
-    width: int
-    """T"""
+    lengths: Sequence[int]  # tokens of each sequence
+    rows: Sequence[Sequence[int]]  # the sequences of each row, from left to right; a row may be empty
+    width: int  # T
 
     @classmethod
     def of(cls, lengths: Sequence[int], width: int, multiple: int = 1) -> "PackedLayout":

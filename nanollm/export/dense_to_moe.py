@@ -40,8 +40,7 @@ class Placement:
 
     before: ModelConfig
     after: ModelConfig
-    splits: bool = False
-    """Whether the first experts_per_token routed experts take channels too."""
+    splits: bool = False  # whether the first experts_per_token routed experts take channels too
 
     @classmethod
     def of(cls, c: ModelConfig) -> "Placement":

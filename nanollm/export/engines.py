@@ -25,8 +25,7 @@ from nanollm.progress import Progress, say
 from nanollm.text.chat import Conversation, template_for
 from nanollm.text.tokenizer import SPACE_MARK
 
-ROWS = 20
-"""Replies at once."""
+ROWS = 20  # replies at once
 SCRIPT = Path(__file__).with_name("llama.mjs")
 PACKAGE = Path("node_modules", "node-llama-cpp")
 INSTALL = "npm install node-llama-cpp"

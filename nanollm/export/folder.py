@@ -14,8 +14,7 @@ from nanollm.export.provenance import check, public
 from nanollm.export.tokenizer_json import write_tokenizer
 
 BYTES = {"f32": 4.0, "bf16": 2.0, "f16": 2.0, "q8_0": 34 / 32}  # of a number; 32 of q8_0 share a scale of two bytes
-EXPORT = "export"
-"""The word of provenance.json that says which files this export wrote."""
+EXPORT = "export"  # the word of provenance.json that says which files this export wrote
 
 
 def read_made(folder: Path) -> dict[str, Any]:

@@ -31,8 +31,7 @@ REPLY_TOKENS = 64
 PROMPT_TOKENS = 24
 WINDOW = 200
 
-WIDTH = 32
-"""Of the table's first column."""
+WIDTH = 32  # of the table's first column
 
 Ids = Sequence[int]
 
@@ -121,14 +120,10 @@ def ids_of(conversation: Conversation, bundle: Bundle) -> list[int]:
 class TokenScores:
     """Scores of the predicted positions of one window: (n,) each."""
 
-    top: Tensor
-    """int64, the likeliest token."""
-    highest: Tensor
-    """Its logit."""
-    logit: Tensor
-    """Of the token that follows."""
-    log_total: Tensor
-    """logit - log_total is the log-probability."""
+    top: Tensor  # int64, the likeliest token
+    highest: Tensor  # its logit
+    logit: Tensor  # of the token that follows
+    log_total: Tensor  # logit - log_total is the log-probability
 
     @classmethod
     def of(cls, logits: Tensor, ids: Ids) -> "TokenScores":

@@ -76,10 +76,8 @@ class ChatSession:
 
     def reset(self) -> None:
         """Begin again."""
-        self.messages: list[Message] = []
-        """Of user and assistant in turn, all of them."""
-        self.forgotten = 0
-        """How many of these, the oldest, the model no longer sees."""
+        self.messages: list[Message] = []  # of user and assistant in turn, all of them
+        self.forgotten = 0  # how many of these, the oldest, the model no longer sees
         self.replies = 0
 
     def conversation(self, *question: Message, start: int = 0) -> Conversation:

@@ -35,8 +35,7 @@ from nanollm.generate.sampling import SamplingConfig, sample, uniforms
 from nanollm.model.transformer import Transformer
 from nanollm.threads import watch_cores
 
-CHUNK = 512
-"""Prompt tokens read in one pass, so that long prompts do not hold up the replies that are running."""
+CHUNK = 512  # prompt tokens read in one pass, so that long prompts do not hold up the replies that are running
 
 LONGEST_CHUNK = 2048
 """Where nobody waits for a first token more is read at once, up to this much: buffers grow with it."""
@@ -50,18 +49,15 @@ class Row:
     """One place in the cache, and what was last read into it."""
 
     number: int
-    completion: Completion | None = None
-    """Who uses it; None: it is free."""
-    num_tokens: int = 0
-    """Of the prompt and of the reply so far."""
+    completion: Completion | None = None  # who uses it; None: it is free
+    num_tokens: int = 0  # of the prompt and of the reply so far
     num_prompt_tokens: int = 0
     """Of these, what is prefilled: the prompt, and where a tool has spoken all up to the end of its words."""
     num_cached_prompt_tokens: int = 0
     """Of these, what the cache holds. They stay usable when the row is free again."""
     prompt_output: ModelOutput | None = None
     """The model's output after the whole prompt, for others with the same prompt."""
-    last_token: int = 0
-    """The token sampled last, which the next pass reads."""
+    last_token: int = 0  # the token sampled last, which the next pass reads
 
 
 class Engine:

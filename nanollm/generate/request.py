@@ -56,8 +56,7 @@ class Completion:
     """Of each of ids: whether the model sampled it; if not, a tool gave it."""
     finish: Finish | None = None
     """end: an end token; stop: the stop function; length: no room or tokens left; None: not finished."""
-    end_id: int | None = None
-    """The end token, if one was drawn."""
+    end_id: int | None = None  # the end token, if one was drawn
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +64,7 @@ class TokenLogprobs:
     """How likely a sampled token was: at temperature 1, before penalty, bias and filters."""
 
     logprob: float
-    top: list[tuple[int, float]]
-    """The likeliest tokens and their log-probabilities, likeliest first."""
+    top: list[tuple[int, float]]  # the likeliest tokens and their log-probabilities, likeliest first
     experts: list[list[int]]
     """For each Mixture of Experts, the experts chosen in the pass that predicted this token."""
 
@@ -120,8 +118,7 @@ class Runner(Protocol):
 
     cache_bytes: int
     cache_bytes_per_token: int
-    weight_bytes: int
-    """Bytes of one weight."""
+    weight_bytes: int  # bytes of one weight
 
     def run(self, batch: ScheduledBatch) -> ModelOutput:
         """Read the tokens and remember them."""

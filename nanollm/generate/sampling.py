@@ -15,8 +15,7 @@ from torch import Tensor
 
 from nanollm.data.order import Indices, mix
 
-MIN_TEMPERATURE = 1e-4
-"""Below this, and above 0, logits over temperature may leave float32."""
+MIN_TEMPERATURE = 1e-4  # below this, and above 0, logits over temperature may leave float32
 
 STREAM = np.uint64(0x5A3B1E)  # keeps these draws apart from other uses of the same hash
 

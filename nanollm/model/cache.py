@@ -22,12 +22,10 @@ and kept for every shape."""
 class LatentCache:
     """The latents of B sequences of different lengths; slot s of a row holds the token at position s."""
 
-    slots: Tensor
-    """(L, B, S, C + R)"""
+    slots: Tensor  # (L, B, S, C + R)
     lengths: Tensor
     """(B,) int64 on the CPU: tokens each row holds. Shorten it to forget; what lies beyond is never read."""
-    rows: Tensor | None = None
-    """(B,) int64: which rows of a larger cache these are; None: all, in order."""
+    rows: Tensor | None = None  # (B,) int64: which rows of a larger cache these are; None: all, in order
 
     @classmethod
     def empty(

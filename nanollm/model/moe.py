@@ -14,8 +14,7 @@ from torch.nn import functional as F
 from nanollm.model.config import ModelConfig
 from nanollm.model.layers import SwiGLU, swiglu, widened
 
-ROWS = 64
-"""Tokens of one expert are padded to a multiple of this, so that few shapes occur."""
+ROWS = 64  # tokens of one expert are padded to a multiple of this, so that few shapes occur
 
 
 def route(x: Tensor, centroids: Tensor, bias: Tensor, k: int, normalise: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -43,8 +43,7 @@ from nanollm.world import World
 
 MAX_ZERO_VARIANCE_STEPS, MAX_ZERO_VARIANCE_GROUPS = 10, 200
 """Steps in a row, and groups in them, without one to learn from, after which a run ends with advice."""
-REPLACEMENTS = 4
-"""How often as many problems as a step needs are drawn to replace those that do not fit."""
+REPLACEMENTS = 4  # how often as many problems as a step needs are drawn to replace those that do not fit
 
 Sampler = Callable[[Sequence[Problem], int], list[Group]]
 """Problems and the seed of the first reply to a group of rollouts for each; reply i draws from seed + i."""

@@ -18,8 +18,7 @@ from pebble import ProcessExpired, ProcessFuture, ProcessPool
 from nanollm.sources.gsm8k import Problem
 from nanollm.sources.tasks import import_object
 
-Verdict = float | str
-"""The number, or what went wrong instead."""
+Verdict = float | str  # the number, or what went wrong instead
 
 OPTION = "reward.weights"
 MAX_TIMEOUTS = 5

@@ -47,8 +47,7 @@ class VllmServer:
 
     host: str
     port: int
-    folder: Path
-    """Read by the server, written by us: at the same path on both machines."""
+    folder: Path  # read by the server, written by us: at the same path on both machines
     config: ModelConfig
     tokenizer: Tokenizer
     export: Callable[[Path, Mapping[str, Tensor]], None]

@@ -31,8 +31,7 @@ class TokenEvent:
     token: int
     logprobs: TokenLogprobs | None
     finish: Finish | None
-    at: float
-    """When it was sampled, by time.perf_counter."""
+    at: float  # when it was sampled, by time.perf_counter
 
 
 @dataclass(frozen=True)
@@ -86,8 +85,7 @@ class EngineThread:
         """capacity: how many replies, running and waiting together, are taken on at once."""
         self.capacity = capacity
         self.stats = EngineStats()
-        self.load = 0
-        """Replies taken on and not finished."""
+        self.load = 0  # replies taken on and not finished
         self._make_engine = make_engine
         self._submitted: list[Submission] = []  # since the latest step
         self._cancelled: list[Submission] = []  # the same

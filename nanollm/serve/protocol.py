@@ -30,8 +30,7 @@ ERROR_CODES = {
     503: "engine_stopped",
     504: "deadline_exceeded",
 }
-MAX_ECHO = 100
-"""Characters of what a client sent that an answer repeats: enough to find it, however long it is."""
+MAX_ECHO = 100  # characters of what a client sent that an answer repeats: enough to find it, however long it is
 
 
 class ApiError(HTTPException):

@@ -26,8 +26,7 @@ OPEN_PATHS = frozenset({"/health"})
 MAX_BODY_BYTES = 2**20
 MAX_DRAINED_BYTES = 8 * MAX_BODY_BYTES
 """A body that is too large is read up to here, so that its sender gets to hear the answer."""
-MAX_HEAD_BYTES = 16_384
-"""Of a request before its body."""
+MAX_HEAD_BYTES = 16_384  # of a request before its body
 BACKLOG = 2048
 GRACE_S = 4.0
 """How long replies may go on after the server was asked to stop; then their readers are told that it stops."""

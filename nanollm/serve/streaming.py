@@ -30,8 +30,7 @@ from nanollm.text.tokenizer import Tokenizer
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-MIN_LOGPROB = -9999.0
-"""JSON has no minus infinity."""
+MIN_LOGPROB = -9999.0  # JSON has no minus infinity
 
 
 # --- tokens become text ---
@@ -63,8 +62,7 @@ class LogprobEntry:
 
     token: int
     logprobs: TokenLogprobs
-    offset: int
-    """Where in the reply it begins, in characters."""
+    offset: int  # where in the reply it begins, in characters
 
 
 @dataclass
@@ -82,8 +80,7 @@ class Choice:
 
     def __init__(self, index: int, detokenizer: Detokenizer, stops: Sequence[str]) -> None:
         self.index = index
-        self.tokens = 0
-        """Tokens sampled, an end token among them not counted."""
+        self.tokens = 0  # tokens sampled, an end token among them not counted
         self._text = TextStream(detokenizer.tokenizer, stops)
         self._pending: deque[TokenEvent] = deque()
         self._emitted = 0

@@ -19,10 +19,8 @@ from nanollm.data.batches import IGNORE, Batch
 from nanollm.model.moe import balance_loss
 from nanollm.model.transformer import Transformer, is_empty
 
-MAX_LOGITS = 2**26
-"""Logits held at once, as a number of elements of the compute type (128 MiB in bfloat16)."""
-MAX_LOGITS_CUDA = 2**28
-"""The same on a GPU, whose many processors want larger products (512 MiB in bfloat16)."""
+MAX_LOGITS = 2**26  # logits held at once, as a number of elements of the compute type (128 MiB in bfloat16)
+MAX_LOGITS_CUDA = 2**28  # the same on a GPU, whose many processors want larger products (512 MiB in bfloat16)
 IN_CACHE = 2**19
 """Float32 logits held at once on a CPU, as a number of elements, so that they stay in its cache."""
 ROWS = 64

@@ -34,8 +34,7 @@ class TrainingMemory:
     logits: int
     gradients: int
     idle: int
-    kept_gradients: int = 0
-    """Those of the micro-batches before, which stay while this one's activations come."""
+    kept_gradients: int = 0  # those of the micro-batches before, which stay while this one's activations come
 
     @property
     def total(self) -> int:

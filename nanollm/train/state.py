@@ -45,18 +45,14 @@ class TrainState:
     masters: dict[str, Tensor]
     optimizers: list[Optimizer]
     step: int = 0
-    loss_scale: float = 1.0
-    """Factor on the loss before the backward pass; float16 only."""
-    scale_age: int = 0
-    """Steps since the loss scale last changed."""
+    loss_scale: float = 1.0  # factor on the loss before the backward pass; float16 only
+    scale_age: int = 0  # steps since the loss scale last changed
     losses: list[float] = field(default_factory=list)
     """Of the last steps, outliers cut; see spike_threshold in step.py."""
     unit_rows: frozenset[str] = frozenset()
     """Matrices of which the model sees every row divided by its root mean square."""
-    dtype: torch.dtype = torch.float32
-    """What the model computes in."""
-    is_replicated: bool = True
-    """Whether this process holds all of the masters."""
+    dtype: torch.dtype = torch.float32  # what the model computes in
+    is_replicated: bool = True  # whether this process holds all of the masters
     wrapped: ForwardWrapper = field(init=False)
 
     def __post_init__(self) -> None:

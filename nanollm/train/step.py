@@ -20,12 +20,9 @@ from nanollm.train.optim import OptimConfig
 from nanollm.train.state import TrainState
 from nanollm.world import World
 
-SIGMAS = 6.0
-"""As a rule."""
-WINDOW = 128
-"""Steps that a loss is compared with."""
-MIN_LOSSES = 64
-"""Steps before which nothing is an outlier."""
+SIGMAS = 6.0  # as a rule
+WINDOW = 128  # steps that a loss is compared with
+MIN_LOSSES = 64  # steps before which nothing is an outlier
 
 
 def spike_threshold(losses: Sequence[float], sigmas: float) -> float:
@@ -62,8 +59,7 @@ AnyBatch = TypeVar("AnyBatch", bound=MicroBatch)
 LossFunction = Callable[[Transformer, AnyBatch], tuple[Tensor, Tensor]]
 """Model and micro-batch to (loss to train on, loss to report), both sums; of trained tokens, for a Batch."""
 
-SCALE_GROWS_AFTER = 1000
-"""Steps without overflow after which float16's loss scale doubles."""
+SCALE_GROWS_AFTER = 1000  # steps without overflow after which float16's loss scale doubles
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,11 +68,9 @@ class StepStats:
 
     loss: float
     """Sum over all micro-batches and ranks, divided by their count; for a Batch: nats per trained token."""
-    grad_norm: float
-    """Global norm before clipping."""
+    grad_norm: float  # global norm before clipping
     lr: float
-    count: float
-    """What the loss was divided by; for a Batch: trained tokens."""
+    count: float  # what the loss was divided by; for a Batch: trained tokens
     expert_load: list[list[float]]
     """Per Mixture of Experts: each expert's share of the tokens; the shares sum to 1."""
     skipped: bool
