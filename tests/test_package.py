@@ -54,7 +54,7 @@ def test_the_wheel_holds_every_file_of_the_package_and_every_preset(wheel):
     package = {path.relative_to(ROOT).as_posix() for path in tracked("nanollm")}
     presets = {f"nanollm/{path.relative_to(ROOT).as_posix()}" for path in tracked("configs")}
     assert held == package | presets
-    kinds = {".py", ".cpp", ".h", ".html", ".js", ".css", ".yaml", ".mjs", ".jinja"}
+    kinds = {".py", ".cpp", ".h", ".html", ".js", ".css", ".yaml", ".txt", ".mjs", ".jinja"}
     assert {Path(name).suffix for name in held} >= kinds and "nanollm/py.typed" in held
     assert wheel.name == f"{STEM}-py3-none-any.whl"  # pure Python, for every system
 

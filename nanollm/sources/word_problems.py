@@ -1,20 +1,20 @@
 """Generated school problems, as many as wanted, that even a very small model can learn to solve.
 
-From the stories of `word_templates`: one is drawn, then names, things and numbers, and the worked solution is written
+From the stories of word_stories.txt: one is drawn, then names, things and numbers, and the worked solution is written
 in GSM8K's form (arXiv:2110.14168): one sum per line with its calculator note, "7+5=<<7+5=12>>12", then "#### 12".
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import permutations
+from itertools import cycle, permutations
 from operator import add, mul, sub
+from pathlib import Path
 from random import Random
 from typing import overload
 
 from nanollm.sources.gsm8k import ANSWER_MARK, Problem, grade
 from nanollm.sources.split import hash_to_unit
-from nanollm.sources.word_templates import BOXES, ITEMS, PEOPLE, TEMPLATES, Template
 
 SPLITS = ("train", "test", "new_numbers", "heldout")
 LEVELS = (1, 2, 3, 4)
@@ -24,6 +24,11 @@ TEST_KEY = "word problems: test"  # without the seed: who trains with another se
 MIN_LARGEST = 5  # below it some stories hardly find numbers that fit
 MAX_COUNT = 9
 TRIES = 10_000  # of numbers for one story; the rarest take 30 on average
+
+NAMES = ("Mia", "Tom", "Anna", "Ben", "Lucy", "Sam", "Emma", "Max", "Rosa", "Leo", "Jane", "Paul")
+PEOPLE = tuple(zip(NAMES, cycle(("she", "he")), strict=False))
+ITEMS = ("apple", "book", "pen", "card", "coin", "cup", "ball", "shell", "stamp", "cookie", "toy", "egg")
+BOXES = ("boxes", "bags", "baskets", "jars")
 
 Values = dict[str, int]  # by letter
 Sum = tuple[str, str, str, str]  # letter, operand, operator, operand
@@ -42,7 +47,7 @@ OPERATORS: Mapping[str, Callable[[int, int], int]] = {"+": add, "-": sub, "*": m
 
 @dataclass(frozen=True)
 class Story:
-    """A template, read once: texts for str.format, and what has to be drawn and worked out for them."""
+    """A question and its solution for str.format, and what has to be drawn and worked out for them."""
 
     question: str
     solution: str
@@ -53,20 +58,21 @@ class Story:
     heldout: bool
 
     @classmethod
-    def of(cls, template: Template) -> "Story":
-        steps = "\n".join(template.steps)
-        slots, sums = SLOT.findall(template.question), STEP.findall(steps)
+    def of(cls, question: str, *steps: str, heldout: bool = False) -> "Story":
+        """Read what word_stories.txt says."""
+        solution = "\n".join(steps)
+        slots, sums = SLOT.findall(question), STEP.findall(solution)
         sums = [slot for slot in slots if slot[0]] + sums  # the question's numbers come first
         made = {target for target, *_ in sums}
         used = dict.fromkeys(name for _, left, _, right in slots + sums for name in (left, right) if name)
         return cls(
-            question=SLOT.sub(lambda slot: f"{{{slot[1] or slot[2]}}}", template.question),
-            solution=f"{STEP.sub(_write_sum, steps)}\n{ANSWER_MARK} {{{sums[-1][0]}}}",
+            question=SLOT.sub(lambda slot: f"{{{slot[1] or slot[2]}}}", question),
+            solution=f"{STEP.sub(_write_sum, solution)}\n{ANSWER_MARK} {{{sums[-1][0]}}}",
             drawn=tuple(name for name in used if name.isalpha() and name not in made),
             sums=tuple(sums),
             constants={name: int(name) for name in used if name.isdigit()},
-            level=len(template.steps),
-            heldout=template.heldout,
+            level=len(steps),
+            heldout=heldout,
         )
 
     def draw_numbers(self, rng: Random, largest: int) -> Values:
@@ -104,7 +110,16 @@ def _cast(people: Sequence[tuple[str, str]]) -> dict[str, str]:
     return {"name": name, "other": other, "third": third, "he": he, "He": he.title(), "him": him}
 
 
-STORIES = tuple(map(Story.of, TEMPLATES))
+def _read_stories() -> Iterator[Story]:
+    """The paragraphs of word_stories.txt; one that begins with # is no story."""
+    heldout = False
+    for paragraph in Path(__file__).with_name("word_stories.txt").read_text("utf-8").strip().split("\n\n"):
+        heldout |= paragraph.startswith("# Held out")
+        if not paragraph.startswith("#"):
+            yield Story.of(*paragraph.splitlines(), heldout=heldout)
+
+
+STORIES = tuple(_read_stories())
 STORIES_OF = {
     (level, heldout): tuple(story for story in STORIES if (story.level, story.heldout) == (level, heldout))
     for level in LEVELS

@@ -9,8 +9,18 @@ from random import Random
 import pytest
 
 from nanollm.sources.gsm8k import extract_answer
-from nanollm.sources.word_problems import LENGTH, LEVELS, SPLITS, STORIES_OF, TEMPLATES, Story, WordProblems
-from nanollm.sources.word_templates import BOXES, ITEMS, PEOPLE, Template
+from nanollm.sources.word_problems import (
+    BOXES,
+    ITEMS,
+    LENGTH,
+    LEVELS,
+    PEOPLE,
+    SPLITS,
+    STORIES,
+    STORIES_OF,
+    Story,
+    WordProblems,
+)
 
 SUM = re.compile(r"([0-9]+)([-+*/])([0-9]+)=<<([^<>]*)>>([0-9]+)")
 WORK_OUT = {"+": add, "-": sub, "*": mul, "/": truediv}
@@ -55,15 +65,14 @@ def test_no_number_is_below_2_or_above_5_times_the_largest(largest):
     assert 4 * largest < max(numbers) <= 5 * largest
 
 
-@pytest.mark.parametrize("template", TEMPLATES, ids=lambda template: template.question[:40])
-def test_each_template_finds_numbers_for_any_largest(template):
-    story = Story.of(template)
+@pytest.mark.parametrize("story", STORIES, ids=lambda story: story.question[:40])
+def test_each_story_finds_numbers_for_any_largest(story):
     for largest in (5, 6, 8, 13, 20, 1000):
         for seed in range(20):
             story.draw_numbers(Random(seed), largest)
 
 
-def test_there_are_enough_templates_and_a_quarter_of_each_level_is_heldout():
+def test_there_are_enough_stories_and_a_quarter_of_each_level_is_heldout():
     counts = {key: len(stories) for key, stories in STORIES_OF.items()}
     assert {level: (counts[level, False], counts[level, True]) for level in LEVELS} == {
         1: (12, 4),
@@ -71,12 +80,11 @@ def test_there_are_enough_templates_and_a_quarter_of_each_level_is_heldout():
         3: (9, 3),
         4: (6, 2),
     }
-    assert len({template.question for template in TEMPLATES}) == len(TEMPLATES) == 60
+    assert len({story.question for story in STORIES}) == len(STORIES) == 60
 
 
-def test_a_template_is_written_out_as_its_text_says():
-    template = Template("{name} has {t=a*k} {items}.", ("[x=t/k].", "{He} has [y=x*2] {items}."))
-    story = Story.of(template)
+def test_a_story_is_written_out_as_its_text_says():
+    story = Story.of("{name} has {t=a*k} {items}.", "[x=t/k].", "{He} has [y=x*2] {items}.")
     assert story.drawn == ("a", "k")
     values = story.draw_numbers(Random(0), 20)
     values = {**values, "name": "Mia", "He": "She", "items": "eggs"}
