@@ -16,7 +16,7 @@ import math
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -226,40 +226,16 @@ def interval(value: float, stderr: float | None, values: Sequence[Any]) -> tuple
 # --- tasks ---
 
 
-@dataclass(frozen=True)
-class Benchmarks:
-    """Tasks that are ready to be asked."""
-
-    manager: Any
-    chosen: list[Any]
-    """lm_eval's tasks and groups of tasks."""
-    limit: int | None
-    """Documents per task, the first ones; None: all."""
-    shots: int | None
-    """Examples before each question; None: as the task or the suite says."""
-    suites: list[Suite]
-
-    def ask(self, bundle: Bundle, rows: int) -> Answers:
-        """Let a model answer, `rows` texts at once."""
-        os.environ.setdefault("DISABLE_MULTIPROC", "1")  # else lm_eval forks this process, threads and all
-        with contextlib.redirect_stdout(sys.stderr):  # it prints; our stdout is for the figures
-            found: Any = lm_eval.simple_evaluate(
-                model=NanoLM(bundle, rows),
-                tasks=list(self.chosen),
-                task_manager=self.manager,
-                num_fewshot=self.shots,
-                limit=self.limit,
-                bootstrap_iters=RESAMPLES,
-            )
-        samples = json.loads(json.dumps(found["samples"], default=handle_non_serializable))
-        return Answers(found, samples, self.suites)
+Ask = Callable[[Bundle, int], Answers]
+"""Lets a model answer all tasks, so many texts at once."""
 
 
-def open_benchmarks(names: Sequence[str], folder: Path | None, limit: int | None, shots: int | None) -> Benchmarks:
+def open_benchmarks(names: Sequence[str], folder: Path | None, limit: int | None, shots: int | None) -> Ask:
     """Find tasks and read their documents, from the hub where they lie there.
 
-    folder: YAML files of the user's own tasks. ValueError for a task that is unknown or unreadable, or has too few
-    examples for its shots.
+    folder: YAML files of the user's own tasks; limit: documents per task, the first ones (None: all); shots: examples
+    before each question (None: as the task or the suite says). ValueError for a task that is unknown or unreadable, or
+    has too few examples for its shots.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings are for those who write tasks
     if folder and not folder.is_dir():
@@ -280,7 +256,22 @@ def open_benchmarks(names: Sequence[str], folder: Path | None, limit: int | None
         wanted = task.config.num_fewshot if shots is None else shots
         if wanted and (found := len(task.fewshot_docs() or [])) < wanted:
             raise ValueError(f"the shots must be at most the {found:,} examples of {task.task_name}, got {wanted}")
-    return Benchmarks(manager, chosen, limit, shots, suites)
+
+    def ask(bundle: Bundle, rows: int) -> Answers:
+        os.environ.setdefault("DISABLE_MULTIPROC", "1")  # else lm_eval forks this process, threads and all
+        with contextlib.redirect_stdout(sys.stderr):  # it prints; our stdout is for the figures
+            found: Any = lm_eval.simple_evaluate(
+                model=NanoLM(bundle, rows),
+                tasks=list(chosen),
+                task_manager=manager,
+                num_fewshot=shots,
+                limit=limit,
+                bootstrap_iters=RESAMPLES,
+            )
+        samples = json.loads(json.dumps(found["samples"], default=handle_non_serializable))
+        return Answers(found, samples, suites)
+
+    return ask
 
 
 def load_suite(suite: Suite, manager: Any) -> list[Any]:

@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from statistics import fmean
 from typing import Literal
 
 from nanollm.data.order import epoch_seed
@@ -83,21 +82,6 @@ class Judged:
     def first(self, grader: str) -> list[bool]:
         """For each problem, whether its first reply is right."""
         return [of_problem[0] for of_problem in self.verdicts[grader]]
-
-    @property
-    def no_room(self) -> int:
-        """Problems whose question left no room for a reply."""
-        return sum(attempt.finish[0] == "no room" for attempt in self.attempts)
-
-    @property
-    def ended(self) -> float:
-        """Share of the replies that the model ended itself."""
-        return fmean(finish == "end" for attempt in self.attempts for finish in attempt.finish)
-
-    @property
-    def mean_tokens(self) -> float:
-        """Of a reply."""
-        return fmean(tokens for attempt in self.attempts for tokens in attempt.tokens)
 
 
 def accuracy(
@@ -179,15 +163,9 @@ def graders(task: Task) -> dict[str, Grader]:
         return {
             "strict": task.grade,
             "flexible": lambda problem, reply: gsm8k.grade(reply, problem.answer, "flexible"),
-            "checked": lambda problem, reply: task.grade(problem, reply) and holds_true_notes(reply),
+            "checked": lambda problem, reply: task.grade(problem, reply) and gsm8k.holds_true_notes(reply),
         }
     return {"correct": task.grade}
-
-
-def holds_true_notes(reply: str) -> bool:
-    """Whether a reply has calculator notes, and all of them are true."""
-    notes = gsm8k.NOTE.findall(reply)
-    return 0 < len(notes) == reply.count(gsm8k.NOTE_MARK) and all(gsm8k.is_true(*note) for note in notes)
 
 
 def majority(judged: Judged, grader: str) -> list[bool] | None:

@@ -21,14 +21,6 @@ Line = Mapping[str, Any]
 Stage = Literal["pretrain", "sft", "grpo"]
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """An eval.json beside the run's bundle, and the name of its folder."""
-
-    name: str
-    figures: Mapping[str, Any]
-
-
 @dataclass(frozen=True, kw_only=True)
 class RunFolder:
     """A run, as far as it has come."""
@@ -37,12 +29,13 @@ class RunFolder:
     settings: Mapping[str, Any]
     inputs: Mapping[str, Any]
     starts: Sequence[Line]
-    """When and where it was started, see train.run.note_start; runs begun before that was written have none."""
+    """When and where it was started, see train.run.note_start."""
     lines: Sequence[Line]
     """metrics.jsonl."""
     model: ModelConfig | None
     """None: it is written into the bundle, which is not there yet."""
-    evaluations: Sequence[Evaluation] = ()
+    evaluations: Sequence[Line] = ()
+    """Every eval.json beside its bundle."""
     rollouts: Sequence[Line] = ()
     """Replies of the newest step that was kept, of grpo."""
     quiet_s: float = 0.0
@@ -118,7 +111,7 @@ def read_run(folder: Path) -> RunFolder:
         starts=_lines(folder / STARTS) if (folder / STARTS).exists() else [],
         lines=_lines(folder / "metrics.jsonl"),
         model=_model(folder, settings),
-        evaluations=[Evaluation(file.parent.name, read_json(file)) for file in sorted(folder.glob("eval/*/eval.json"))],
+        evaluations=[read_json(file) for file in sorted(folder.glob("eval/*/eval.json"))],
         rollouts=_newest_rollouts(folder / "rollouts"),
         quiet_s=max(0.0, time.time() - (folder / "metrics.jsonl").stat().st_mtime),
         data=_manifests(settings.get("data")),

@@ -118,9 +118,9 @@ def render(runs: Sequence[RunFolder], refresh_s: float | None = None) -> str:
         experts=[(run, *experts(run)) for run in runs if run.loads],
         samples=[(run, written) for run in runs if (written := samples(run))],
         replies=[(run, replies(run)) for run in runs if run.rollouts],
-        scores=[score for run in runs for score in scores_of(run)],
-        differences=[difference for run in runs for difference in differences_of(run)],
-        notes=[note for run in runs for note in notes_of(run)],
+        scores=[score for run in runs for each in run.evaluations for score in scores_of(each, run.name)],
+        differences=[pair for run in runs for each in run.evaluations for pair in differences_of(each, run.name)],
+        notes=[note for run in runs for each in run.evaluations for note in notes_of(each)],
         settings=[(run.name, to_yaml(run.settings)) for run in runs],
         made_by=f"nanollm {__version__}",
     )

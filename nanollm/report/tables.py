@@ -7,7 +7,7 @@ from statistics import median
 from typing import Any
 
 from nanollm.progress import duration
-from nanollm.report.folder import Evaluation, RunFolder
+from nanollm.report.folder import RunFolder
 from nanollm.train.run import flat
 
 Figures = Mapping[str, Any]
@@ -81,7 +81,7 @@ def differing_settings(runs: Sequence[RunFolder]) -> list[tuple[str, list[str]]]
     return [(name, of_runs) for name, of_runs in cells.items() if len(set(of_runs)) > 1 and name != "out"]
 
 
-# --- scores ---
+# --- scores: what an eval.json says ---
 
 
 @dataclass(frozen=True)
@@ -92,104 +92,84 @@ class Unit:
     scale: float
     form: str
 
-    def write(self, value: float, low: float | None, high: float | None) -> str:
-        """A value and its interval, where there is one."""
-        text = f"{self.scale * value:{self.form}} {self.name}".strip()
-        if low is None or high is None:
-            return text
-        return f"{text} ({self.scale * low:{self.form}} to {self.scale * high:{self.form}})"
+    def write(self, figures: Figures, name: str = "value", sign: str = "") -> str:
+        """The figure of that name and its interval, where there is one; a dash for what is no number."""
+        value, low, high = (figures.get(each) for each in (name, "low", "high"))
+        if value is None or not math.isfinite(value):
+            return "–"
+
+        def text(number: float) -> str:
+            return f"{self.scale * number:{sign}{self.form}}"
+
+        interval = "" if low is None or high is None else f" ({text(low)} to {text(high)})"
+        return f"{text(value)} {self.name}".strip() + interval
 
 
-PERCENT = Unit("%", 100, ".1f")
-BITS = Unit("bits per byte", 1, ".4f")
-AS_IT_IS = Unit("", 1, ".4f")
-DIFFERENCES = {
-    PERCENT: Unit("points", 100, "+.1f"),
-    BITS: Unit("bits per byte", 1, "+.4f"),
-    AS_IT_IS: Unit("", 1, "+.4f"),
-}
+PERCENT, BITS, PLAIN = Unit("%", 100, ".1f"), Unit("bits per byte", 1, ".4f"), Unit("", 1, ".4f")
+POINTS = Unit("points", 100, ".1f")
 
 
-@dataclass(frozen=True)
-class Score:
-    """One figure of one model; None for what is no number."""
+def scores_of(evaluation: Figures, name: str = "") -> Iterator[tuple[str, str, str, int | None]]:
+    """All figures of a bundle, and of the one it was compared with: model, what was measured, the figure, and n.
 
-    model: str
-    what: str
-    unit: Unit
-    value: float | None
-    low: float | None
-    high: float | None
-    n: int | None
-
-    @classmethod
-    def of(cls, model: str, what: str, figures: Figures, unit: Unit) -> "Score":
-        value, low, high = (
-            number if number is not None and math.isfinite(number) else None
-            for number in (figures.get(name) for name in ("value", "low", "high"))
-        )
-        return cls(model, what, unit, value, low, high, figures.get("n"))
-
-    @property
-    def shown(self) -> str:
-        return "–" if self.value is None else self.unit.write(self.value, self.low, self.high)
+    name: what the bundle is called; its path, where there is none.
+    """
+    for side in ("bundle", "against"):
+        if measured := evaluation.get(side):
+            model = name if name and side == "bundle" else measured["path"]
+            for what, figures, unit in figures_of(evaluation, measured):
+                yield model, what, unit.write(figures), figures.get("n")
+    for part in ("clean", "copied"):
+        for grader, score in evaluation.get("contamination", {}).get(f"{part}_scores", {}).items():
+            what = f"{task_of(evaluation)}, {grader}, greedy, {part} questions"
+            yield name or evaluation["bundle"]["path"], what, PERCENT.write(score), score["n"]
 
 
-def scores_of(run: RunFolder) -> Iterator[Score]:
-    """All figures of all evaluations in the run's folder, those of the models it was compared with too."""
-    for evaluation in run.evaluations:
-        for side in ("bundle", "against"):
-            if measured := evaluation.figures.get(side):
-                model = run.name if side == "bundle" else measured["path"]
-                for what, figures, unit in figures_of(evaluation, measured):
-                    yield Score.of(model, what, figures, unit)
-
-
-def figures_of(evaluation: Evaluation, measured: Figures) -> Iterator[tuple[str, Figures, Unit]]:
+def figures_of(evaluation: Figures, measured: Figures) -> Iterator[tuple[str, Figures, Unit]]:
     """What was measured of one model, the figures of it, and their unit."""
     task = task_of(evaluation)
     for grader, score in measured.get("greedy", {}).get("scores", {}).items():
         yield f"{task}, {grader}, greedy", score, PERCENT
     for grader, scores in measured.get("samples", {}).get("scores", {}).items():
         for tries, score in scores.items():
-            yield f"{task}, {grader}, {tries}", score, PERCENT
+            yield f"{task}, {grader}, {tries}, temperature {evaluation['settings']['temperature']:g}", score, PERCENT
     for text in [*measured.get("text", []), *measured.get("data", [])]:
         yield f"{text['path']}, {text['bytes']:,} bytes", {**text, "value": text["bits_per_byte"]}, BITS
     harness = measured.get("harness", {"tasks": {}, "suites": {}})
     for name, of_task in harness["tasks"].items():
+        chance = f", chance {of_task['chance']:.4g}" if of_task["chance"] else ""
         for metric, score in of_task["metrics"].items():
-            what = f"{name}, {metric}, {of_task['shots']} shots, as lm_eval tells it"
-            yield what, {"n": of_task["n"], **score}, AS_IT_IS
+            yield f"{name}, {metric}, {of_task['shots']} shots{chance}", {"n": of_task["n"], **score}, PLAIN
     for name, suite in harness["suites"].items():
-        yield f"{name}, mean above chance (1: all right)", suite, AS_IT_IS
+        asked, missing = len(suite["tasks"]), suite["missing"]  # a suite without some of its tasks is called a part
+        part = f" ({asked} of its {asked + len(missing)} tasks, without {' and '.join(missing)})" if missing else ""
+        yield f"{name}{part}, mean above chance (1: all right)", suite, PLAIN
 
 
-def differences_of(run: RunFolder) -> Iterator[tuple[str, str, float | None]]:
+def differences_of(evaluation: Figures, name: str = "") -> Iterator[tuple[str, str, float | None]]:
     """Of each comparison on the same problems or texts: what, the difference with its interval, and p if known."""
-    for evaluation in run.evaluations:
-        found = evaluation.figures
-        pairs: list[tuple[str, Figures, Unit]] = []
-        pairs += [
-            (f"{task_of(evaluation)}, {name}", each, PERCENT) for name, each in found.get("difference", {}).items()
-        ]
-        pairs += [(each["path"], each, BITS) for each in found.get("bits_difference", [])]
-        for task, metrics in found.get("harness_difference", {}).items():
-            pairs += [(f"{task}, {metric}", each, AS_IT_IS) for metric, each in metrics.items()]
-        for suite, each in found.get("suite_difference", {}).items():
-            pairs.append((f"{suite}, mean above chance", each, AS_IT_IS))
-        for what, pair, unit in pairs:
-            difference = DIFFERENCES[unit].write(pair["difference"], pair["low"], pair["high"])
-            yield f"{run.name} minus {found['against']['path']}: {what}", difference, pair.get("p")
+    task, copies = task_of(evaluation), evaluation.get("contamination", {})
+    pairs = [(f"{task}, {grader}", each, POINTS) for grader, each in evaluation.get("difference", {}).items()]
+    pairs += [(each["path"], each, BITS) for each in evaluation.get("bits_difference", [])]
+    for of_task, metrics in evaluation.get("harness_difference", {}).items():
+        pairs += [(f"{of_task}, {metric}", each, PLAIN) for metric, each in metrics.items()]
+    for suite, each in evaluation.get("suite_difference", {}).items():
+        pairs.append((f"{suite}, mean above chance", each, PLAIN))
+    for what, pair, unit in pairs:
+        versus = f"{name or evaluation['bundle']['path']} minus {evaluation['against']['path']}"
+        yield f"{versus}: {what}", unit.write(pair, "difference", "+"), pair.get("p")
+    for grader, pair in copies.get("copied_minus_clean", {}).items():
+        yield f"{task}, {grader}: copied minus clean questions", POINTS.write(pair, "difference", "+"), None
 
 
-def notes_of(run: RunFolder) -> Iterator[str]:
+def notes_of(evaluation: Figures) -> Iterator[str]:
     """Questions that stand in the training text."""
-    for evaluation in run.evaluations:
-        if found := evaluation.figures.get("contamination"):
-            share = f"{len(found['overlaps']):,} of {found['questions']:,} questions"
-            yield f"{task_of(evaluation)}: {share} share {found['n']} words in a row with the training text"
+    if found := evaluation.get("contamination"):
+        share = f"{len(found['overlaps']):,} of {found['questions']:,} questions"
+        note = f"{task_of(evaluation)}: {share} share {found['n']} words in a row with the training text"
+        yield note + (f"; {found['unsearched']:,} were too short to look for" if found.get("unsearched") else "")
 
 
-def task_of(evaluation: Evaluation) -> str:
-    task = evaluation.figures["settings"]["task"]
-    return f"{task['name']} {task['split']}" if task["name"] != "none" else evaluation.name
+def task_of(evaluation: Figures) -> str:
+    task = evaluation["settings"]["task"]
+    return f"{task['name']} {task['split']}"

@@ -213,12 +213,13 @@ def true_share(solution: str) -> float:
     """
     before_answer = takewhile(lambda line: not line.startswith(ANSWER_MARK), solution.split("\n"))
     steps = [line for line in before_answer if line.strip()]
-    return sum(map(_holds_true_notes, steps)) / len(steps) if steps else 0.0
+    return sum(map(holds_true_notes, steps)) / len(steps) if steps else 0.0
 
 
-def _holds_true_notes(step: str) -> bool:
-    notes = NOTE.findall(step)
-    return 0 < len(notes) == step.count(NOTE_MARK) and all(is_true(expression, value) for expression, value in notes)
+def holds_true_notes(text: str) -> bool:
+    """Whether a step or a reply has calculator notes, and all of them are true."""
+    notes = NOTE.findall(text)
+    return 0 < len(notes) == text.count(NOTE_MARK) and all(is_true(expression, value) for expression, value in notes)
 
 
 def is_true(expression: str, value: str) -> bool:

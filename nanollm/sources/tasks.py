@@ -21,7 +21,6 @@ from nanollm.sources.word_problems import WordProblems
 
 OURS = ("words", "gsm8k")
 OWN = re.compile(r"\w+(\.\w+)*:\w+")  # package.module:Name
-BAD_RECORDS_SHOWN = 3
 
 
 class Task(Protocol):
@@ -73,7 +72,7 @@ class TaskConfig:
                 f"task.name must be {', '.join(OURS)} or module:Name, got {self.name!r}; mine:Doubles is the class "
                 f"Doubles in mine.py"
             )
-        for option in fields(self)[1:]:  # one of another task would be without effect
+        for option in fields(TaskConfig)[1:]:  # one of another task would be without effect
             owner, default = "gsm8k" if option.name == "input" else "words", default_of(option)
             if self.name != owner and getattr(self, option.name) != default:
                 raise ValueError(f"task.{option.name} is for {owner}, not for {self.name}; leave it at {default}")
@@ -113,10 +112,8 @@ class Gsm8k:
             raise ValueError(f"gsm8k has no split {split!r}; it has train, test")
         bad: list[BadRecord] = []
         found = list(gsm8k.problems(self.inputs or None, split, bad.append))
-        for record in bad[:BAD_RECORDS_SHOWN]:
-            say(f"left out: {record}")
         if bad:
-            say(f"gsm8k, {split}: {len(found):,} problems; {len(bad):,} bad records were left out")
+            say(f"gsm8k, {split}: {len(bad):,} bad records were left out, the first: {bad[0]}")
         if not found:
             raise ValueError(f"gsm8k has no problem for {split}; look at --task.input")
         return found

@@ -20,14 +20,16 @@ import torch
 
 from nanollm import __version__
 from nanollm.bundle import PROVENANCE, load_bundle, read_config
+from nanollm.config import check_at_least
 from nanollm.data.shards import Shards
 from nanollm.durable import check_writable, sha256_of, write_json
 from nanollm.evals import documents, results
+from nanollm.evals.bits_per_byte import Documents
 from nanollm.evals.contamination import NGRAM_WORDS, search
 from nanollm.evals.problems import GREEDY, ROWS, Judged, graders, judge, solve
-from nanollm.evals.results import Bits, Measured, save_replies
+from nanollm.evals.results import Measured, save_replies
 from nanollm.evals.stats import Figures
-from nanollm.extras import missing_package
+from nanollm.extras import require
 from nanollm.generate.sampling import SamplingConfig
 from nanollm.generate.tools import tool_caller, with_tools
 from nanollm.progress import say
@@ -37,7 +39,7 @@ from nanollm.text.tokenizer import Tokenizer
 from nanollm.world import DeviceName, DtypeName, World
 
 if TYPE_CHECKING:
-    from nanollm.evals.benchmarks import Benchmarks
+    from nanollm.evals.benchmarks import Ask
 
 POSITIONAL = ("bundle",)
 NO_TASK = "none"
@@ -58,13 +60,9 @@ class EvalTask(TaskConfig):
 
     def __post_init__(self) -> None:
         if self.name != NO_TASK:
-            self.plain()  # which checks it
+            super().__post_init__()
         elif any(getattr(self, option.name) != default_of(option) for option in dataclasses.fields(self)):
             raise ValueError("--task.name is missing; the other --task options need it")
-
-    def plain(self) -> TaskConfig:
-        """The task without the split."""
-        return TaskConfig(**{option.name: getattr(self, option.name) for option in dataclasses.fields(TaskConfig)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,10 +128,8 @@ class Config:
         _ = self.sampling  # which checks it
         if not (self.has_task or self.text or self.data or self.harness_names):
             raise ValueError(ASK)
-        for name in ("n", "max_tokens", "rows", "ngram", "samples", "harness_limit", "harness_shots"):
-            value, least = getattr(self, name), 0 if name in ("samples", "harness_shots") else 1
-            if value is not None and value < least:
-                raise ValueError(f"--{name} must be at least {least}, got {value}")
+        check_at_least(1, self, "n", "max_tokens", "rows", "ngram", "harness_limit", prefix="--")
+        check_at_least(0, self, "samples", "harness_shots", prefix="--")
         if not self.harness_names and (self.harness_tasks, self.harness_limit, self.harness_shots) != (None,) * 3:
             raise ValueError("--harness_tasks, --harness_limit and --harness_shots need --harness, such as hellaswag")
         if odd := [k for k in self.k if not 1 <= k <= self.samples]:
@@ -169,22 +165,17 @@ class Config:
         return self.out or beside / re.sub(r"[^\w.-]+", "-", name)
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """What every bundle is asked."""
-
-    task: Task | None
-    problems: list[Problem]
-    benchmarks: "Benchmarks | None"
+Inputs = tuple[Task | None, list[Problem], "Ask | None"]
+"""What every bundle is asked."""
 
 
 def plan(c: Config) -> str:
     """What would be measured."""
-    inputs = open_inputs(c)
-    n = len(inputs.problems)
+    _, problems, ask = open_inputs(c)
+    n = len(problems)
     parts = [f"{n:,} problems of {c.task.name} {c.task.split}, {n * (1 + c.samples):,} replies"] if n else []
     parts += [f"bits per byte of {path}" for path in [*c.text, *([c.data] if c.data else [])]]
-    if inputs.benchmarks:
+    if ask:
         parts.append(f"lm-evaluation-harness: {', '.join(c.harness_names)}")
     parts += [f"the same for {c.against}"] if c.against else []
     parts += [f"{c.ngram}-grams of the questions in {path}" for path in c.contamination]
@@ -207,7 +198,7 @@ def run(c: Config) -> str:
     if baseline:
         evaluation |= measured["bundle"].minus(measured["against"])
     if c.contamination:
-        evaluation["contamination"] = look_for_copies(c, inputs.problems, measured["bundle"].replies["greedy"])
+        evaluation["contamination"] = look_for_copies(c, inputs[1], measured["bundle"].replies["greedy"])
     evaluation["settings"] = json.loads(json.dumps(asdict(c) | world.names, default=str))
     evaluation["made_by"] = f"nanollm {__version__} eval, torch {torch.__version__}"
     evaluation |= seconds_since(began)
@@ -230,22 +221,21 @@ def open_inputs(c: Config) -> Inputs:
         documents.check(path, tokenizer)
     if c.data:
         Shards.open(c.data, "val", tokenizer_fingerprint=tokenizer.fingerprint, verify="size")  # every byte, later
-    benchmarks = open_harness(c) if c.harness_names else None
+    ask = open_harness(c) if c.harness_names else None
     if not c.has_task:
-        return Inputs(None, [], benchmarks)
-    task = open_task(c.task.plain())
+        return None, [], ask
+    task = open_task(c.task)
     found = task.problems(c.task.split)
     if len(found) < c.n:
         say(f"{c.task.name} {c.task.split} has {len(found):,} problems, fewer than --n {c.n:,}; using all of them")
-    return Inputs(task, [found[place] for place in range(min(c.n, len(found)))], benchmarks)
+    return task, [found[place] for place in range(min(c.n, len(found)))], ask
 
 
-def open_harness(c: Config) -> "Benchmarks":
+def open_harness(c: Config) -> "Ask":
     """The tasks of --harness."""
-    try:
-        from nanollm.evals.benchmarks import open_benchmarks  # late: it takes seconds, and is an extra
-    except ModuleNotFoundError as error:
-        raise missing_package("--harness", error.name, "eval") from error
+    require("--harness", ["lm_eval"], "eval")
+    from nanollm.evals.benchmarks import open_benchmarks  # late: it takes seconds, and is an extra
+
     return open_benchmarks(c.harness_names, c.harness_tasks, c.harness_limit, c.harness_shots)
 
 
@@ -265,32 +255,36 @@ def other(c: Config) -> Config | None:
 
 def measure(c: Config, inputs: Inputs, world: World) -> Measured:
     """Everything that is asked of one bundle."""
+    task, problems, ask = inputs
     bundle = with_tools(load_bundle(c.bundle, world.dtype, world.device), c.tools)
     found: Figures = {"path": str(c.bundle), "digest": sha256_of(c.bundle / PROVENANCE)}
     replies: dict[str, Judged] = {}
     tool = tool_caller(bundle)
-    attempt = partial(solve, bundle.model, bundle.tokenizer, inputs.problems, tool=tool, seed=c.seed, rows=c.rows)
-    if inputs.task is not None:
+    attempt = partial(solve, bundle.model, bundle.tokenizer, problems, tool=tool, seed=c.seed, rows=c.rows)
+    if task is not None:
         began = time.monotonic()
-        replies["greedy"] = judge(attempt(GREEDY, max_tokens=c.max_tokens), graders(inputs.task))
+        replies["greedy"] = judge(attempt(GREEDY, max_tokens=c.max_tokens), graders(task))
         found["greedy"] = results.greedy_figures(replies["greedy"]) | seconds_since(began)
-    if inputs.task is not None and c.samples:
+    if task is not None and c.samples:
         began = time.monotonic()
-        replies["samples"] = judge(
-            attempt(c.sampling, max_tokens=c.max_tokens, samples=c.samples), graders(inputs.task)
-        )
+        replies["samples"] = judge(attempt(c.sampling, max_tokens=c.max_tokens, samples=c.samples), graders(task))
         found["samples"] = results.sample_figures(replies["samples"], c.samples, c.tries) | seconds_since(began)
-    texts = [Bits.of_text(path, c.text_column, bundle) for path in c.text]
-    prepared = [Bits.of_prepared(c.data, bundle)] if c.data else []
-    for name, bits in (("text", texts), ("data", prepared)):
-        if bits:
-            found[name] = [each.figures for each in bits]
-    answered = None
-    if inputs.benchmarks:
+    bits: dict[str, Documents] = {}
+    for path in [*c.text, *([c.data] if c.data else [])]:
         began = time.monotonic()
-        answered = inputs.benchmarks.ask(bundle, c.rows)
+        if path == c.data:
+            bits[str(path)] = documents.bits_of_prepared(bundle, path)
+        else:
+            texts = (text for _, text in documents.read_all(path, c.text_column, bundle.tokenizer))
+            bits[str(path)] = documents.bits_of_texts(bundle, texts)
+        figures = results.bits_figures(str(path), bits[str(path)]) | seconds_since(began)
+        found.setdefault("data" if path == c.data else "text", []).append(figures)
+    answered = None
+    if ask:
+        began = time.monotonic()
+        answered = ask(bundle, c.rows)
         found["harness"] = {"tasks": answered.figures, "suites": answered.suite_figures} | seconds_since(began)
-    return Measured(found, replies, answered, [*texts, *prepared])
+    return Measured(found, replies, answered, bits)
 
 
 def look_for_copies(c: Config, problems: Sequence[Problem], greedy: Judged) -> Figures:

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from nanollm.evals.problems import Accuracy, Attempt, accuracy, graders, judge, majority, solve
+from nanollm.evals.results import reply_figures
 from nanollm.evals.stats import wilson
 from nanollm.generate.engine import generate
 from nanollm.generate.sampling import SamplingConfig
@@ -69,7 +70,7 @@ def test_a_question_that_fills_the_context_counts_as_wrong_and_is_told(model, to
     assert attempts[1] == Attempt(long, ["", ""], ["no room"] * 2, [0, 0])
     judged = judge(attempts, {"any": lambda problem, reply: True})
     assert judged.verdicts["any"] == [[True, True], [False, False], [True, True]]
-    assert judged.no_room == 1
+    assert reply_figures(judged)["no_room"] == 1
 
 
 def test_an_id_that_the_tokenizer_does_not_know_says_nothing(tokenizer):
@@ -148,7 +149,7 @@ def test_a_grader_that_raises_counts_as_wrong_and_is_told_once(capsys):
 
 def test_what_replies_are_like_is_told():
     judged = judge([attempt("a", "b"), attempt("c", "d", finish="length")], {})
-    assert (judged.ended, judged.mean_tokens, judged.no_room) == (0.5, 3.0, 0)
+    assert reply_figures(judged) == {"ended": 0.5, "mean_tokens": 3.0, "no_room": 0, "grader_faults": judged.faults}
 
 
 @pytest.mark.realdata

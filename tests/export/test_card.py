@@ -121,7 +121,7 @@ def test_the_owner_of_the_machine_is_named_nowhere(written, bundle, runs, tmp_pa
     assert OWNER in json.dumps(measured)
     assert OWNER not in json.dumps(public(bundle.provenance))
     assert OWNER not in shown
-    assert "notes.txt: " in shown
+    assert "notes.txt, " in shown
 
 
 @pytest.mark.parametrize("odd", [{"config": {"train": {}}}, {"config": {"task": 3}}])
@@ -153,7 +153,7 @@ def test_the_card_has_the_lines_of_nanollm_eval_about_this_very_bundle(written, 
     told = section(written(evaluations=found), "Results").splitlines()
     alone = {name: each for name, each in mine.items() if name in ("bundle", "settings")}
     assert told[2:-1] == [f"- {line}" for line in results.lines(public(alone))]
-    assert any(re.fullmatch(r"- story.txt: \d\.\d{4} bits per byte of 171 bytes, n 1", line) for line in told)
+    assert any(re.fullmatch(r"- story.txt, 171 bytes: \d\.\d{4} bits per byte, n 1", line) for line in told)
     assert "sft" not in " ".join(told)
 
 

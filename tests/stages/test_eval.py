@@ -286,24 +286,24 @@ def test_the_lines_say_what_was_measured(bundles, tmp_path):
     score = evaluation["bundle"]["greedy"]["scores"]["correct"]
     interval = f"({100 * score['low']:.1f} to {100 * score['high']:.1f})"
     task = "mine_for_eval:Even dev"
-    assert printed[0] == f"{task}, greedy: {100 * score['value']:.1f} % correct {interval}, n 12"
-    assert printed[1].startswith("replies: ")
-    assert printed[2].startswith(f"{task}, 2 samples at temperature 1, pass@1: ")
-    assert printed[3].startswith(f"{task}, 2 samples at temperature 1, pass@2: ")
-    assert printed[4].startswith(f"{bundles['second']}, greedy: ")
-    assert printed[6].startswith(f"{bundles['first']} minus {bundles['second']}: ")
-    (ours,), (theirs,) = evaluation["bundle"]["text"], evaluation["against"]["text"]
-    assert printed[7] == (
-        f"{tmp_path / 'a.txt'}: {ours['bits_per_byte']:.4f} bits per byte of 18 bytes, n 1; "
-        f"{theirs['bits_per_byte']:.4f} of {bundles['second']}, "
-        f"difference {ours['bits_per_byte'] - theirs['bits_per_byte']:+.4f}"
-    )
-    assert printed[8].startswith("1 of 12 questions share 2 words in a row with the training text (documents: 1,")
-    assert printed[9] == f"  question 4, 100 % of it, in {tmp_path / 'b.jsonl'}, document 1: 'dev 3'"
-    assert printed[10].startswith("without them, greedy: ")
-    assert printed[11].startswith("on them alone: ")
-    assert printed[12].startswith("on them minus without them: ")
-    assert len(printed) == 13
+    ours, theirs = bundles["first"], bundles["second"]
+    assert printed[0] == f"{ours}, {task}, correct, greedy: {100 * score['value']:.1f} % {interval}, n 12"
+    assert printed[1].startswith(f"{ours}, {task}, correct, pass@1, temperature 1: ")
+    assert printed[2].startswith(f"{ours}, {task}, correct, pass@2, temperature 1: ")
+    (mine,), (other,) = evaluation["bundle"]["text"], evaluation["against"]["text"]
+    of_text = f"{tmp_path / 'a.txt'}, 18 bytes"
+    assert printed[3] == f"{ours}, {of_text}: {mine['bits_per_byte']:.4f} bits per byte, n 1"
+    assert printed[4].startswith(f"{theirs}, {task}, correct, greedy: ")
+    assert printed[5] == f"{theirs}, {of_text}: {other['bits_per_byte']:.4f} bits per byte, n 1"
+    assert printed[6].startswith(f"{ours}, {task}, correct, greedy, clean questions: ")
+    assert printed[7].startswith(f"{ours}, {task}, correct, greedy, copied questions: ")
+    assert [line.partition("replies: ")[0] for line in printed[8:10]] == [f"{ours}, ", f"{theirs}, "]
+    assert printed[10].startswith(f"{ours} minus {theirs}: {task}, correct: ") and " points (" in printed[10]
+    gap = mine["bits_per_byte"] - other["bits_per_byte"]
+    assert printed[11] == f"{ours} minus {theirs}: {tmp_path / 'a.txt'}: {gap:+.4f} bits per byte"
+    assert printed[12].startswith(f"{task}, correct: copied minus clean questions: ")
+    assert printed[13] == f"{task}: 1 of 12 questions share 2 words in a row with the training text"
+    assert len(printed) == 14
 
 
 def test_without_out_the_files_lie_beside_the_bundle(bundles):
