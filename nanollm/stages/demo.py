@@ -1,26 +1,24 @@
 """The whole journey in minutes: tokenizer, pretraining, instruction tuning and GRPO on built-in text, offline."""
 
 import json
-import os
 import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from nanollm.bundle import load_bundle
-from nanollm.config import check_seed, load_config
+from nanollm.config import CONFIGS, check_at_least, check_seed, load_config, parse_options
 from nanollm.durable import write_file, write_json
 from nanollm.evals.problems import Accuracy, Judged, judge, solve
 from nanollm.evals.stats import paired
 from nanollm.model.config import ModelConfig
 from nanollm.progress import duration, say
 from nanollm.report.page import PAGE
-from nanollm.rl.rollout import RolloutConfig
 from nanollm.sources.builtin import BUILTIN
-from nanollm.sources.tasks import TaskConfig
 from nanollm.sources.word_problems import WordProblems
 from nanollm.stages import grpo, preprocess, pretrain, sft, tokenizer
 from nanollm.stages.preprocess import WordsConfig
@@ -33,10 +31,9 @@ from nanollm.world import World
 TOKENS_PER_STEP = 4096
 PROMPTS = ["Return the", "The function", "This module", "If the argument is"]
 SPELLED_PROBLEMS = 4000  # that the tokenizer sees beside the documentation
-LARGEST = 5  # number in a question: few facts of arithmetic, so that minutes are enough to learn them
+LARGEST = 5  # number in a question, as there: few facts of arithmetic, so that minutes are enough to learn them
 LESSONS_PER_STEP = 64
-MAX_REPLY = 72  # tokens
-LADDER = ("test", "new_numbers", "heldout")  # splits, each further away from what was trained on
+MAX_REPLY = 72  # tokens, as in configs/grpo/nano-1m-words.yaml
 MODELS = ("pretrain", "sft", "grpo")
 SHOWN = 3
 
@@ -57,24 +54,16 @@ class Config:
     grpo_steps: int = 150
     """Steps of reinforcement learning, 256 replies each."""
     exam: int = 500
-    """Problems of each split that the models are compared on."""
+    """Problems that the models are compared on."""
     seed: int = 0
     """Starts the weights, the order of the data and the replies."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "sft_steps", "grpo_steps", "exam"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_at_least(1, self, "steps", "sft_steps", "grpo_steps", "exam")
         check_seed(self.seed)
 
 
-@dataclass(frozen=True)
-class Step:
-    """One step of the journey, its name in summary.json, and the work."""
-
-    name: str
-    title: str
-    work: Callable[[], Path]
+Step = tuple[str, str, Callable[[], Path]]  # its name in summary.json, its title, and the work
 
 
 def run(c: Config) -> Path:
@@ -83,17 +72,17 @@ def run(c: Config) -> Path:
     path = c.out / "summary.json"
     summary = begin(c, path)
     steps = journey(c, model)
-    for number, step in enumerate(steps, start=1):
-        say(f"\n[{number}/{len(steps)}] {step.title}")
-        if step.name in summary["made"] and Path(summary["made"][step.name]).exists():
-            say(f"done before, in {duration(summary['seconds'][step.name])}")
+    for number, (name, title, work) in enumerate(steps, start=1):
+        say(f"\n[{number}/{len(steps)}] {title}")
+        if name in summary["made"] and Path(summary["made"][name]).exists():
+            say(f"done before, in {duration(summary['seconds'][name])}")
             continue
         started = time.monotonic()
         try:
-            summary["made"][step.name] = step.work().as_posix()
+            summary["made"][name] = work().as_posix()
         finally:  # the seconds of a stopped step count too
-            spent = summary["seconds"].get(step.name, 0) + time.monotonic() - started
-            summary["seconds"][step.name] = round(spent, 1)
+            spent = summary["seconds"].get(name, 0) + time.monotonic() - started
+            summary["seconds"][name] = round(spent, 1)
             write_json(path, summary)
     summary |= {"pretrain": outcome(c.out / "pretrain")} | json.loads((c.out / "exam.json").read_bytes())
     write_json(path, summary)
@@ -131,24 +120,19 @@ def journey(c: Config, model: ModelConfig) -> list[Step]:
         save_dir=c.out / "lessons",
         seed=c.seed,
     )
-    pretraining, tuning, reinforcing = pretrain_config(c, model, learn.model_path), sft_config(c), grpo_config(c)
+    pretraining = pretrain_config(c, model, learn.model_path)
+    tuning = recipe("sft", sft, c, "pretrain", c.sft_steps, f"--data={c.out / 'lessons'}")
+    reinforcing = recipe("grpo", grpo, c, "sft", c.grpo_steps)
+    writing = f"{c.model}: {model.total_parameters:,} parameters learn to write"
     return [
-        Step(
-            "problems",
-            f"{SPELLED_PROBLEMS:,} school problems, so that the tokenizer knows their words",
-            lambda: write_problems(spelled),
-        ),
-        Step("tokenizer", f"a tokenizer of {model.vocab_size:,} pieces", lambda: tokenizer.run(learn)),
-        Step("preprocess", "the corpus as token files", lambda: preprocess.run(encode)),
-        Step(
-            "pretrain",
-            f"{c.model}: {model.total_parameters:,} parameters learn to write",
-            lambda: pretrain.run(pretraining),
-        ),
-        Step("lessons", "problems with worked solutions as token files", lambda: preprocess.run(lessons)),
-        Step("sft", "the model learns to reply, from worked solutions", lambda: sft.run(tuning)),
-        Step("grpo", "its own replies teach the model: right ones become likelier", lambda: grpo.run(reinforcing)),
-        Step("exam", f"{c.exam:,} problems of each split that nobody has trained on", lambda: examine(c)),
+        ("problems", f"{SPELLED_PROBLEMS:,} school problems for the tokenizer", lambda: write_problems(spelled)),
+        ("tokenizer", f"a tokenizer of {model.vocab_size:,} pieces", lambda: tokenizer.run(learn)),
+        ("preprocess", "the corpus as token files", lambda: preprocess.run(encode)),
+        ("pretrain", writing, lambda: pretrain.run(pretraining)),
+        ("lessons", "problems with worked solutions as token files", lambda: preprocess.run(lessons)),
+        ("sft", "the model learns to reply, from worked solutions", lambda: sft.run(tuning)),
+        ("grpo", "its own replies teach the model: right ones become likelier", lambda: grpo.run(reinforcing)),
+        ("exam", f"{c.exam:,} problems that nobody has trained on", lambda: examine(c)),
     ]
 
 
@@ -178,74 +162,39 @@ def pretrain_config(c: Config, model: ModelConfig, tokenizer_path: Path) -> pret
     )
 
 
-def sft_config(c: Config) -> sft.Config:
-    return sft.Config(
-        bundle=c.out / "pretrain" / "bundle",
-        data=c.out / "lessons",
-        out=c.out / "sft",
-        train=sft.ChatTrainConfig(
-            steps=c.sft_steps, batch_size=LESSONS_PER_STEP, micro_batch_size=10, validate_every=50, save_every=50
-        ),
-        optim=OptimConfig(lr=1e-2, warmup_steps=10, weight_decay=0.0, balance_rate=0.0, spike_sigmas=SIGMAS),
-        seed=c.seed,
-        sample_prompts=["Anna has 4 apples and buys 5 more. How many apples does she have?"],
-    )
-
-
-def grpo_config(c: Config) -> grpo.Config:
-    return grpo.Config(
-        bundle=c.out / "sft" / "bundle",
-        task=TaskConfig(levels=[2], largest=LARGEST),
-        out=c.out / "grpo",
-        train=grpo.GrpoTrainConfig(steps=c.grpo_steps, validate_every=30, save_every=30),
-        rollout=RolloutConfig(prompts=32, group_size=8, max_tokens=MAX_REPLY),
-        optim=OptimConfig(
-            name="adamw",
-            lr=3e-4,
-            betas=(0.9, 0.99),
-            eps=1e-6,
-            schedule="wsd",
-            warmup_steps=20,
-            weight_decay=0.0,
-            balance_rate=0.0,
-        ),
-        seed=c.seed,
-        dtype="float32",  # as fast as bfloat16 at this size, and engine and trainer agree to the last digits
-    )
+def recipe(verb: str, stage: ModuleType, c: Config, start: str, steps: int, *more: str) -> Any:
+    """The settings of configs/VERB/nano-1m-words.yaml, on what this demo has made."""
+    paths = [f"--config={CONFIGS / verb / 'nano-1m-words.yaml'}", f"--bundle={c.out / start / 'bundle'}"]
+    words = [*paths, f"--out={c.out / verb}", f"--train.steps={steps}", f"--seed={c.seed}", *more]
+    return parse_options(verb, stage, words)[0]
 
 
 def examine(c: Config) -> Path:
-    """Two-step problems of each split, solved greedily by each of the three models; written to exam.json."""
+    """New two-step problems, solved greedily by each of the three models; written to exam.json."""
     task, world = WordProblems(levels=(2,), largest=LARGEST), World.start()
-    judged: dict[str, dict[str, Judged]] = {}
+    problems = task.problems("test")[: c.exam]
+    judged: dict[str, Judged] = {}
     for name in MODELS:
         bundle = load_bundle(c.out / name / "bundle", world.dtype, world.device)
-        judged[name] = {}
-        for split in LADDER[:1] if name == "pretrain" else LADDER:
-            problems, called = task.problems(split)[: c.exam], f"exam of {name}, {split}"
-            attempts = solve(bundle.model, bundle.tokenizer, problems, max_tokens=MAX_REPLY, called=called)
-            judged[name][split] = judge(attempts, {"strict": task.grade})
+        called = f"exam of {name}"
+        attempts = solve(bundle.model, bundle.tokenizer, problems, max_tokens=MAX_REPLY, called=called)
+        judged[name] = judge(attempts, {"strict": task.grade})
     write_json(c.out / "exam.json", report(judged))
     return c.out / "exam.json"
 
 
-def report(judged: dict[str, dict[str, Judged]]) -> dict[str, Any]:
+def report(judged: dict[str, Judged]) -> dict[str, Any]:
     """What summary.json says of instruction tuning and of reinforcement learning: before, after, and how surely."""
-    right = {model: {split: each.first("strict") for split, each in splits.items()} for model, splits in judged.items()}
-    base, tuned, reinforced = (right[model]["test"] for model in MODELS)
+    base, tuned, reinforced = (judged[model].first("strict") for model in MODELS)
     change = paired(reinforced, tuned)
-    attempts = [judged[model]["test"].attempts for model in MODELS]
     shown = [place for place in range(len(tuned)) if reinforced[place] and not tuned[place]][:SHOWN]
     return {
         "sft": before_and_after(base, tuned),
         "grpo": before_and_after(tuned, reinforced)
-        | {"difference": change.difference, "difference_interval": [change.low, change.high], "p": change.p}
-        | {split: before_and_after(right["sft"][split], right["grpo"][split]) for split in LADDER[1:]},
+        | {"difference": change.difference, "difference_interval": [change.low, change.high], "p": change.p},
         "solved_now": [
-            {
-                "question": attempts[0][place].problem.question,
-                **{model: each[place].replies[0] for model, each in zip(MODELS, attempts, strict=True)},
-            }
+            {"question": judged["grpo"].attempts[place].problem.question}
+            | {model: judged[model].attempts[place].replies[0] for model in MODELS}
             for place in shown
         ],
     }
@@ -262,23 +211,16 @@ def before_and_after(before: Sequence[bool], after: Sequence[bool]) -> dict[str,
 
 def outcome(folder: Path) -> dict[str, Any]:
     """Bits per byte before and after, and the samples of both moments."""
-    lines = read_metrics(folder)
-    first, last = lines[0], lines[-1]
-    rates = sorted(line["tokens_per_s"] for line in lines if "tokens_per_s" in line)
-    return {
-        "val_bpb_before": first["val_bpb"],
-        "val_bpb_after": last["val_bpb"],
-        "tokens_per_s": rates[len(rates) // 2],
-        "prompts": PROMPTS,
-        "samples_before": first["samples"],
-        "samples_after": last["samples"],
-    }
+    first, *_, last = read_metrics(folder)
+    moments = {"before": first, "after": last}
+    bits = {f"val_bpb_{moment}": line["val_bpb"] for moment, line in moments.items()}
+    return bits | {f"samples_{moment}": line["samples"] for moment, line in moments.items()}
 
 
 def next_commands(c: Config, summary: dict[str, Any]) -> str:
     """What was reached, what the model writes and solves now, and what to type next."""
     learned, tuned, reinforced = summary["pretrain"], summary["sft"], summary["grpo"]
-    nanollm = command()
+    nanollm = "nanollm" if shutil.which("nanollm") else f"{sys.executable} -m nanollm"
     lines = ["", "The model continues a text it has never seen:"]
     for prompt, before, after in zip(PROMPTS, learned["samples_before"], learned["samples_after"], strict=True):
         lines += [f"  before  {_shorten(prompt + before)}", f"  after   {_shorten(prompt + after)}", ""]
@@ -292,10 +234,7 @@ def next_commands(c: Config, summary: dict[str, Any]) -> str:
         f"{learned['val_bpb_after']:.2f} after.",
         f"New two-step problems solved, of {reinforced['n']}: {_percent(tuned, 'before')} after pretraining, "
         f"{_percent(tuned, 'after')} after worked solutions, {_percent(reinforced, 'after')} after its own replies",
-        f"(difference {reinforced['difference']:+.1%}, p = {reinforced['p']:.1g}; with numbers new to the story "
-        f"{_percent(reinforced['new_numbers'], 'before')} and then {_percent(reinforced['new_numbers'], 'after')}, "
-        f"stories it never met {_percent(reinforced['heldout'], 'before')} and then "
-        f"{_percent(reinforced['heldout'], 'after')}).",
+        f"(difference {reinforced['difference']:+.1%}, p = {reinforced['p']:.1g}).",
         f"All in {duration(sum(summary['seconds'].values()))}.",
         f"Look: {', '.join(str(c.out / name / PAGE) for name in MODELS)}",
         f'Next:  {nanollm} generate {c.out / "pretrain" / "bundle"} --prompt "The function returns"',
@@ -309,14 +248,6 @@ def next_commands(c: Config, summary: dict[str, Any]) -> str:
 
 
 QUESTION = "Tom has 5 cups. Rosa has 3 times as many cups as Tom. How many cups do they have together?"
-
-
-def command() -> str:
-    """What starts this program here, as short as it can be typed; `make demo` runs where it may not be on the PATH."""
-    if shutil.which("nanollm"):
-        return "nanollm"
-    beside = shutil.which("nanollm", path=str(Path(sys.executable).parent))
-    return min(beside, os.path.relpath(beside), key=len) if beside else f"{sys.executable} -m nanollm"
 
 
 def _percent(scores: dict[str, Any], moment: str) -> str:
