@@ -127,6 +127,14 @@ def load_preset(kind: str, name: str, loader: type[yaml.SafeLoader] = Loader) ->
     raise ValueError(f"no {kind} preset is called {name!r}; {hint}: {', '.join(names) or 'none'}; or give a .yaml file")
 
 
+def check_at_least(least: int, config: object, *names: str, prefix: str = "") -> None:
+    """ValueError for an option that is given (not None) and below its least value."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < least:
+            raise ValueError(f"{prefix}{name} must be at least {least}, got {value}")
+
+
 def check_seed(seed: int, name: str = "seed") -> None:
     if not 0 <= seed < 2**63:
         raise ValueError(f"{name} must be from 0 to 2**63 - 1, got {seed}")

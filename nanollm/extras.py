@@ -4,6 +4,8 @@ An extra is a group of packages in pyproject.toml. Package indexes know NanoLLM 
 is another project's.
 """
 
+from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
 
 DISTRIBUTION = "nanollm-lab"
@@ -16,6 +18,13 @@ def how_to_install(*extras: str) -> str:
     if (ROOT / "pyproject.toml").is_file():
         return f'in the folder of NanoLLM: pip install -e ".[{names}]"'
     return f'pip install "{DISTRIBUTION}[{names}]"'
+
+
+def require(who: str, packages: Iterable[str], *extras: str) -> None:
+    """ValueError where a verb or an option lacks one of the packages of its extras."""
+    for package in packages:
+        if find_spec(package) is None:
+            raise missing_package(who, package, *extras)
 
 
 def missing_package(who: str, package: str | None, *extras: str) -> ValueError:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from nanollm.config import check_seed
+from nanollm.config import check_at_least, check_seed
 from nanollm.data.prepare import PrepareConfig
 
 MAX_TASKS = 99_999  # their folders and lists have five digits
@@ -30,8 +30,7 @@ class FilterConfig:
     """Keep this language only, such as en; null: all. Needs fastText; its model (126 MB) is downloaded once."""
 
     def __post_init__(self) -> None:
-        if self.min_words < 1:
-            raise ValueError(f"filters.min_words must be at least 1, got {self.min_words}")
+        check_at_least(1, self, "min_words", prefix="filters.")
         if not 0 < self.min_letters <= 1:
             raise ValueError(f"filters.min_letters must be above 0 and at most 1, got {self.min_letters}")
 

@@ -4,14 +4,14 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from nanollm.bundle import load_bundle
-from nanollm.config import load_preset, preset_names
+from nanollm.config import check_at_least, load_preset, preset_names
 from nanollm.generate.engine import Engine
 from nanollm.generate.request import Kernels, Quantize, Request
 from nanollm.generate.sampling import SamplingConfig
@@ -22,17 +22,9 @@ from nanollm.world import DeviceName, DtypeName, World
 READ_BYTES = 512 * 2**20  # far beyond any cache
 
 
-@dataclass(frozen=True)
-class Spread:
-    """Repeated measurements of one number."""
-
-    median: float
-    least: float
-    greatest: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> "Spread":
-        return cls(statistics.median(values), min(values), max(values))
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Of repeated measurements of one number."""
+    return {"median": statistics.median(values), "least": min(values), "greatest": max(values)}
 
 
 class Memory:
@@ -115,12 +107,12 @@ def decoding_speed(
     return {
         "rows": rows,
         "context": context,
-        "tokens_per_s": asdict(Spread.of([rows / each for _, each in measured])),
-        "ms_per_step": asdict(Spread.of([1e3 * each for _, each in measured])),
+        "tokens_per_s": spread([rows / each for _, each in measured]),
+        "ms_per_step": spread([1e3 * each for _, each in measured]),
         "bytes_read_per_step": read,
-        "gb_per_s": asdict(Spread.of([read / 1e9 / each for _, each in measured])),
-        "memory_gb_per_s": asdict(Spread.of([most for most, _ in measured])),
-        "share_of_memory": asdict(Spread.of([read / 1e9 / each / most for most, each in measured])),
+        "gb_per_s": spread([read / 1e9 / each for _, each in measured]),
+        "memory_gb_per_s": spread([most for most, _ in measured]),
+        "share_of_memory": spread([read / 1e9 / each / most for most, each in measured]),
         "cache_bytes": decoding.engine.cache_bytes,
         "cache_bytes_per_token": decoding.engine.runner.cache_bytes_per_token,
     }
@@ -137,8 +129,8 @@ def reading_speed(
     ][1:]
     return {
         "prompt_tokens": prompt_tokens,
-        "time_to_first_token_s": asdict(Spread.of(times)),
-        "tokens_per_s": asdict(Spread.of([prompt_tokens / each for each in times])),
+        "time_to_first_token_s": spread(times),
+        "tokens_per_s": spread([prompt_tokens / each for each in times]),
     }
 
 
@@ -184,9 +176,7 @@ class Config:
     def __post_init__(self) -> None:
         if not self.rows or min(self.rows) < 1:
             raise ValueError(f"rows must be numbers of at least 1, got {self.rows}")
-        for name in ("context", "prompt", "tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_at_least(1, self, "context", "prompt", "tokens")
 
 
 def run(c: Config) -> str:

@@ -6,7 +6,6 @@ every line of stdin is a message. Either way it is one conversation, and stdout 
 
 import importlib.util
 import json
-import os
 import re
 import signal
 import sys
@@ -110,7 +109,7 @@ def converse(session: ChatSession, read: Callable[[str], str]) -> None:
                 with noticing_ctrl_c() as was_pressed:
                     reply = session.reply(question, prompt, show, was_pressed)
                 show("\n")
-                say(dim(reply.figures()))
+                say(reply.figures())
         except KeyboardInterrupt:
             say("\nCtrl-D or /exit leaves")
         except EOFError:
@@ -145,11 +144,6 @@ def line_reader() -> Callable[[str], str]:
 
         readline.parse_and_bind("set enable-bracketed-paste on")
     return input
-
-
-def dim(text: str) -> str:
-    is_plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not sys.stderr.isatty()
-    return text if is_plain else f"\x1b[2m{text}\x1b[0m"
 
 
 # --- commands ---

@@ -4,7 +4,6 @@ datatrove runs the steps (curate/pipeline.py), each in many tasks. What was remo
 token files, and counted in their manifest.
 """
 
-import importlib.util
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +13,7 @@ from nanollm.curate.config import Config
 from nanollm.curate.executors import PipelineStage, run_here, submit
 from nanollm.data.prepare import refuse_other
 from nanollm.data.shards import read_manifest
-from nanollm.extras import missing_package
+from nanollm.extras import require
 from nanollm.progress import say
 from nanollm.sources.remote import size_of
 from nanollm.stages.preprocess import summary
@@ -61,9 +60,8 @@ def run(c: Config) -> Path | None:
 
 
 def open_curation(c: Config) -> "Curation":
-    for package in ["datatrove", "regex", "tokenizers"] + ["ray"] * (c.executor == "ray"):
-        if importlib.util.find_spec(package) is None:
-            raise missing_package("curate", package, "data", *["ray"] * (package == "ray"))
+    require("curate", ("datatrove", "regex", "tokenizers"), "data")
+    require("curate", ["ray"] * (c.executor == "ray"), "data", "ray")
     from nanollm.curate.pipeline import Curation
 
     return Curation.open(c)

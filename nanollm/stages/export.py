@@ -4,19 +4,18 @@ What needs the packages of the extra `export` is imported late, so that a missin
 """
 
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
 from nanollm.bundle import Bundle, load_bundle, read_config, stored_dtype
+from nanollm.config import check_at_least
 from nanollm.durable import check_replaceable, new_folder, write_file
 from nanollm.export.dense_to_moe import STORED, Dtype, Format, exported_shape
-from nanollm.export.hub import check_push, push
-from nanollm.extras import missing_package
+from nanollm.export.hub import check_metadata, check_push, push
+from nanollm.extras import require
 from nanollm.progress import say
 
 POSITIONAL = ("bundle",)
-EXTRA = ("gguf", "huggingface_hub", "tokenizers", "transformers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +52,8 @@ class Config:
     def __post_init__(self) -> None:
         if self.dtype == "q8_0" and self.format != "gguf":
             raise ValueError(f"--dtype q8_0 needs --format gguf; {self.format} takes f32, bf16 or f16")
-        if self.verify_prompts < 1:
-            raise ValueError(f"--verify_prompts must be at least 1, got {self.verify_prompts}")
+        check_at_least(1, self, "verify_prompts", prefix="--")
+        check_metadata(self.license, self.language)
 
     @property
     def folder(self) -> Path:
@@ -107,9 +106,7 @@ def run(c: Config) -> Path:
 
 def check(c: Config) -> None:
     """Whatever can be known to fail fails here, before anything is written."""
-    for package in EXTRA:
-        if find_spec(package) is None:
-            raise missing_package("export", package, "export")
+    require("export", ("gguf", "huggingface_hub", "tokenizers", "transformers"), "export")
     read_config(c.bundle)
     if c.bundle.resolve().is_relative_to(c.folder.resolve()):
         raise ValueError(f"{c.folder} holds the bundle; choose another --out")

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nanollm.bundle import load_bundle
+from nanollm.config import check_at_least
 from nanollm.generate.engine import generate
 from nanollm.generate.request import Quantize
 from nanollm.generate.sampling import SamplingConfig
@@ -51,8 +52,7 @@ class Config(SamplingConfig):
         if not self.prompt:
             raise ValueError('--prompt expects at least one text, got none; for example --prompt "Once upon a time"')
         check_stops(self.stop)
-        if self.max_tokens < 1:
-            raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")
+        check_at_least(1, self, "max_tokens")
 
 
 def run(c: Config) -> str:

@@ -28,7 +28,9 @@ class Config:
 
 def run(c: Config) -> Path:
     """The folder of the bundle."""
-    check_out(c)
+    if c.folder.resolve().is_relative_to(c.out.resolve()):
+        raise ValueError(f"{c.out} contains the model to import; choose another --out")
+    check_replaceable(c.out, FILES if is_bundle(c.out) else (), force=c.force, what="a bundle")
     model = import_model(c.folder)
     for change in model.record["changes"]:
         say(change)
@@ -37,10 +39,3 @@ def run(c: Config) -> Path:
     history = model.history or {"made_by": made_by}
     provenance = {**history, "imports": [*history.get("imports", []), {"made_by": made_by, **model.record}]}
     return save_bundle(c.out, model.config, model.weights, model.tokenizer, provenance)
-
-
-def check_out(c: Config) -> None:
-    """Refuse a place for the bundle where something else would be lost."""
-    if c.folder.resolve().is_relative_to(c.out.resolve()):
-        raise ValueError(f"{c.out} contains the model to import; choose another --out")
-    check_replaceable(c.out, FILES if is_bundle(c.out) else (), force=c.force, what="a bundle")

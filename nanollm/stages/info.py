@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 
-from nanollm.config import load_config
+from nanollm.config import check_at_least, load_config
 from nanollm.kernels import attention as fused
 from nanollm.model.config import ModelConfig
 from nanollm.train.memory import training_memory
@@ -31,8 +31,7 @@ class Config:
     """Print JSON instead of a table."""
 
     def __post_init__(self) -> None:
-        if self.micro_batch_size < 1:
-            raise ValueError(f"micro_batch_size must be at least 1, got {self.micro_batch_size}")
+        check_at_least(1, self, "micro_batch_size")
 
 
 def run(c: Config) -> str:

@@ -221,7 +221,8 @@ def time_facts(m: ModelConfig, h: Hardware, layout: Layout, steps: int) -> dict[
     """Of training alone, messages between GPUs not counted; None where the hardware's peak is unknown."""
     if h.tflops is None:
         return None
-    measured = min(MFU[h.kind], key=lambda name: abs(math.log(preset(name).total_parameters / m.total_parameters)))
+    parameters = {name: ModelConfig(**load_preset("model", name)).total_parameters for name in MFU[h.kind]}
+    measured = min(parameters, key=lambda name: abs(math.log(parameters[name] / m.total_parameters)))
     mfu = MFU[h.kind][measured]
     again = 4 / 3 if layout.recompute else 1  # the forward pass, a third of the work, twice
     rate = layout.gpus * mfu * h.tflops * TERA / (again * m.training_flops_per_token())
@@ -242,10 +243,6 @@ def nothing_fits(m: ModelConfig, h: Hardware, batch_size: int, gpus: int, name: 
     larger = sorted((gpu.memory, gpu.name) for gpu in GPUS.values() if gpu.memory and gpu.memory >= least)
     hint = f"; {larger[0][1]} has that" if larger and h.kind == "cuda" else ""
     return f"{name} does not fit into {size(h.memory)}: its smallest step takes {size(least)}{hint}"
-
-
-def preset(name: str) -> ModelConfig:
-    return ModelConfig(**load_preset("model", name))
 
 
 def command(c: Config, layout: Layout, steps: int) -> str:

@@ -5,14 +5,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from nanollm.config import check_seed
+from nanollm.config import check_at_least, check_seed
 from nanollm.data.prepare import BAD_RECORDS, Document, PrepareConfig, SourceSplit, prepare
 from nanollm.durable import check_writable
 from nanollm.generate.tools import check_tools
 from nanollm.progress import say
 from nanollm.sources import builtin, gsm8k
 from nanollm.sources.builtin import BUILTIN
-from nanollm.sources.datasets import chats, openwebtext, stream_rows, super_natural_instructions
+from nanollm.sources.datasets import chats, openwebtext, rows_of, super_natural_instructions
 from nanollm.sources.files import OnBad, find_files, format_of, read_texts
 from nanollm.sources.split import hold_out
 from nanollm.sources.word_problems import LENGTH, WordProblems
@@ -126,9 +126,7 @@ class Config:
         for name in ("text_column", "dataset_name"):
             if getattr(self, name) == "":
                 raise ValueError(f"{name} must be a name, got an empty text")
-        for name in ("num_workers", "flush_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_at_least(1, self, "num_workers", "flush_every")
         _ = self.rules  # which checks them
         check_seed(self.seed)
 
@@ -209,10 +207,7 @@ def _reader(c: Config, files: Sequence[Path] | None, split: str = "train") -> Re
             return lambda on_bad: gsm8k.conversations(files, split, on_bad)
         case "chat":
             return lambda on_bad: chats(files or [], on_bad)
-    if c.dataset_name is None:
-        return lambda on_bad: read_texts(files or [], c.text_column, on_bad)
-    name = c.dataset_name
-    return lambda on_bad: (row[0] for row in stream_rows(name, split, [c.text_column], on_bad))
+    return lambda on_bad: (text for (text,) in rows_of(files, str(c.dataset_name), split, [c.text_column], on_bad))
 
 
 def _is_one_text(config: Config, files: Sequence[Path] | None) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from nanollm.config import check_at_least
 from nanollm.data.batches import Windows, sequential_batches
 from nanollm.data.shards import Shards, Verification, read_manifest
 from nanollm.evals.bits_per_byte import bits_per_byte
@@ -62,8 +63,7 @@ class Config(RunConfig):
         super().__post_init__()
         if self.sample_prompts == ["none"]:
             object.__setattr__(self, "sample_prompts", [])
-        if self.validation_windows < 0:
-            raise ValueError(f"validation_windows must be at least 0, got {self.validation_windows}")
+        check_at_least(0, self, "validation_windows")
 
 
 def plan(c: Config) -> str:

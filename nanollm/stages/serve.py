@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nanollm.bundle import load_bundle
-from nanollm.extras import missing_package
+from nanollm.config import check_at_least
+from nanollm.extras import require
 from nanollm.generate.engine import Engine
 from nanollm.generate.request import Quantize
 from nanollm.generate.tools import with_tools
@@ -52,8 +53,7 @@ class Config:
             raise ValueError(f"port must be from 0 to 65,535, got {self.port}")
         if not self.model_name or not self.model_name.isprintable() or "/" in self.model_name:
             raise ValueError(f"model_name must be printable text without /, got {self.model_name!r}")
-        if self.max_running < 1:
-            raise ValueError(f"max_running must be at least 1, got {self.max_running}")
+        check_at_least(1, self, "max_running")
         if not 0 < self.deadline_s < 1e6:
             raise ValueError(f"deadline_s must be above 0 seconds and below a million, got {self.deadline_s}")
         if "*" in self.cors_origins:
@@ -62,12 +62,11 @@ class Config:
 
 def run(c: Config) -> None:
     """Serve until a signal comes; prints the address when it is ready."""
-    try:
-        from nanollm.serve.app import build_app
-        from nanollm.serve.server import checked_key
-        from nanollm.serve.server import run as run_server
-    except ModuleNotFoundError as error:
-        raise missing_package("serve", error.name, "serve") from error
+    require("serve", ("fastapi", "uvicorn", "prometheus_client"), "serve")
+    from nanollm.serve.app import build_app
+    from nanollm.serve.server import checked_key
+    from nanollm.serve.server import run as run_server
+
     key = checked_key(c.api_key or os.environ.get(KEY_VARIABLE, ""), c.host)
     world = World.start(c.device, c.dtype)
     bundle = with_tools(load_bundle(c.bundle, world.dtype, world.device), c.tools)

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from nanollm.bundle import TOKENIZER, WEIGHTS, Bundle, load_bundle
+from nanollm.config import check_at_least
 from nanollm.data.batches import ChatShards, Conversations, layout_of
 from nanollm.data.order import Mixture
 from nanollm.data.shards import Shards, Verification, read_manifest
@@ -72,8 +73,7 @@ class Config(RunConfig):
         super().__post_init__()
         if self.sample_prompts == ["none"]:
             object.__setattr__(self, "sample_prompts", [])
-        if self.validation_conversations < 0:
-            raise ValueError(f"validation_conversations must be at least 0, got {self.validation_conversations}")
+        check_at_least(0, self, "validation_conversations")
 
     @property
     def weights(self) -> dict[str, float]:

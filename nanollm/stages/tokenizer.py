@@ -8,7 +8,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from nanollm.config import check_seed
+from nanollm.config import check_at_least, check_seed
 from nanollm.durable import check_writable, sha256_of, write_json
 from nanollm.progress import Progress, say
 from nanollm.sources import builtin
@@ -65,8 +65,7 @@ class Config:
             raise ValueError(
                 f"model_name must be a plain file name, got {self.model_name!r}; the folder is --output_dir"
             )
-        if self.sample_bytes < 1:
-            raise ValueError(f"sample_bytes must be at least 1, got {self.sample_bytes}")
+        check_at_least(1, self, "sample_bytes")
         if not 0 <= self.held_out <= 0.5:
             raise ValueError(f"held_out must be from 0 to 0.5, got {self.held_out}")
         check_sizes(self.vocab_size, self.model_type)
@@ -106,10 +105,10 @@ def run(c: Config) -> Path:
         say(f"{c.model_path} was trained with these settings before; nothing to do")
         return c.model_path
     check_writable(c.output_dir, "--output_dir")
-    bad, split = BadRecords(), HeldOut(c.held_out, c.seed)
-    kept = sample(split.training(_counted(_documents(c, bad))), c.sample_bytes, c.seed)
-    if not kept.pieces and bad.count:
-        raise ValueError(f"no record of the corpus is usable; {bad.count:,} bad, the first: {bad.listed[0]}")
+    bad, split = list[BadRecord](), HeldOut(c.held_out, c.seed)
+    kept = sample(split.training(_counted(_documents(c, bad.append))), c.sample_bytes, c.seed)
+    if not kept.pieces and bad:
+        raise ValueError(f"no record of the corpus is usable; {len(bad):,} bad, the first: {bad[0]}")
     with Progress(f"learn from {kept.bytes_kept / 1e6:,.1f} of {kept.bytes_seen / 1e6:,.1f} MB", unit="pieces") as bar:
         tokenizer = train_on(kept, vocab_size=c.vocab_size, model_type=c.model_type)
         bar.advance(tokenizer.vocab_size)
@@ -125,15 +124,15 @@ def run(c: Config) -> Path:
         "bytes_sampled": kept.bytes_kept,
         "measured_on": on,
         **measured,
-        "bad_records": bad.count,
-        "first_bad_records": [str(record) for record in bad.listed],
+        "bad_records": len(bad),
+        "first_bad_records": [str(record) for record in bad[:BAD_RECORDS_LISTED]],
         "seconds": round(time.monotonic() - started, 1),
     }
     write_json(c.report_path, report)
     tokenizer.save(c.model_path)  # last: where a model is, its report is
     say(f"{measured['bytes_per_token']:.3f} bytes per token on {measured['bytes'] / 1e6:,.2f} MB of {on}")
-    if bad.count:
-        say(f"{bad.count:,} bad records were skipped; the first are in {c.report_path}")
+    if bad:
+        say(f"{len(bad):,} bad records were skipped, the first: {bad[0]}; more are in {c.report_path}")
     return c.model_path
 
 
@@ -146,11 +145,8 @@ def is_done(c: Config) -> bool:
     other = next((name for name in now if name != "output_dir" and before.get(name) != now[name]), None)
     if other is None and report["fingerprint"] == sha256_of(c.model_path):
         return True
-    how = (
-        f"with {other} {before[other]}, this command has {now[other]}"
-        if other and other in before
-        else "in another way"
-    )
+    is_told = other is not None and other in before
+    how = f"with {other} {before[other]}, this command has {now[other]}" if is_told else "in another way"
     raise ValueError(
         f"{c.model_path} exists already, made {how}; choose another --model_name or --output_dir, or remove it"
     )
@@ -160,21 +156,6 @@ def _settings(c: Config) -> dict[str, Any]:
     """The settings as a report holds them."""
     settings: dict[str, Any] = json.loads(json.dumps(asdict(c), default=str))
     return settings
-
-
-class BadRecords:
-    """Counts what could not be read, and keeps the first hundred for the report."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.listed: list[BadRecord] = []
-
-    def __call__(self, record: BadRecord) -> None:
-        self.count += 1
-        if self.count <= BAD_RECORDS_LISTED:
-            self.listed.append(record)
-        if self.count <= 5:
-            say(f"skipped {record}")
 
 
 class HeldOut:

@@ -15,7 +15,6 @@ FOR_DEVELOPERS = {"bench", "docs", "dev"}  # no verb asks for them
 CURATE = "curate --input x.jsonl --tokenizer_path BUNDLE --save_dir out"
 PREPROCESS = "preprocess text --tokenizer_path BUNDLE --save_dir out"
 TYPED = [  # an extra, a package of it, what is typed, and how the line begins
-    ("completion", "shtab", "--completion bash", "nanollm: --completion needs the package shtab; "),
     ("serve", "fastapi", "serve BUNDLE", "nanollm serve: serve needs the package fastapi; "),
     ("serve", "uvicorn", "serve BUNDLE", "nanollm serve: serve needs the package uvicorn; "),
     ("serve", "prometheus_client", "serve BUNDLE", "nanollm serve: serve needs the package prometheus_client; "),
