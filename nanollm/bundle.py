@@ -93,13 +93,11 @@ def load_bundle(folder: Path | str, dtype: torch.dtype = torch.float32, device: 
             raise FileNotFoundError(f"{folder / name} is missing, {PROVENANCE} names it; copy the bundle again")
         if sha256_of(folder / name) != digest:
             raise ValueError(f"{folder / name} was changed after it was written; copy the bundle again")
+    model = build_model(config)
     try:
-        with torch.device("meta"):
-            model = Transformer(config)
         model.load_state_dict(load_file(folder / WEIGHTS), assign=True)
     except (SafetensorError, RuntimeError) as error:
         raise ValueError(f"{folder / WEIGHTS} does not fit {CONFIG}: {' '.join(str(error).split())[:300]}") from error
-    _count_from_zero(model)
     for parameter in model.parameters():  # not the buffers: the balance bias stays float32
         parameter.data = parameter.data.to(dtype)
     return Bundle(model.to(device).eval(), Tokenizer.load(folder / TOKENIZER), provenance)
@@ -109,13 +107,9 @@ def build_model(config: ModelConfig) -> Transformer:
     """A Transformer whose parameters have no values and no memory yet; its buffers do."""
     with torch.device("meta"):
         model = Transformer(config)
-    _count_from_zero(model)
-    return model
-
-
-def _count_from_zero(model: Transformer) -> None:
     for layer in model.moe_layers():
         layer.load = torch.zeros_like(layer.load, device="cpu")
+    return model
 
 
 def read_config(folder: Path) -> ModelConfig:

@@ -66,7 +66,7 @@ class World:
             )
         watch_cores()
         chosen = _choose_device(device)
-        return cls(device=chosen, dtype=_choose_dtype(dtype, chosen))
+        return cls(device=chosen, dtype=choose_dtype(dtype, chosen))
 
     @classmethod
     @contextmanager
@@ -97,7 +97,7 @@ class World:
                 timeout=no_limit,
                 device_id=chosen if chosen.type == "cuda" else None,
             )
-            world = cls(rank=rank, size=size, device=chosen, dtype=_choose_dtype(dtype, chosen))
+            world = cls(rank=rank, size=size, device=chosen, dtype=choose_dtype(dtype, chosen))
             shape, dimensions = _mesh_shape(size, parallel)
             world.check_same("device, dtype and mesh", f"{world.names} --parallel {parallel} {shape}")
             mesh = init_device_mesh(chosen.type, shape, mesh_dim_names=dimensions)
@@ -130,18 +130,17 @@ class World:
 
     def all_reduce_sum(self, number: float) -> float:
         """The sum of a number over all ranks."""
-        if self.size == 1:
-            return number
-        tensor = torch.tensor(number, dtype=torch.float64)  # on the CPU: no wait for a GPU
-        distributed.all_reduce(tensor)
-        return tensor.item()
+        return self._all_reduce(number, distributed.ReduceOp.SUM)
 
     def all_reduce_max(self, number: float) -> float:
         """The largest of all ranks' numbers."""
+        return self._all_reduce(number, distributed.ReduceOp.MAX)
+
+    def _all_reduce(self, number: float, how: distributed.ReduceOp.RedOpType) -> float:
         if self.size == 1:
             return number
-        tensor = torch.tensor(number, dtype=torch.float64)
-        distributed.all_reduce(tensor, distributed.ReduceOp.MAX)
+        tensor = torch.tensor(number, dtype=torch.float64)  # on the CPU: no wait for a GPU
+        distributed.all_reduce(tensor, how)
         return tensor.item()
 
     def all_reduce_(self, tensors: Iterable[Tensor]) -> None:
@@ -286,12 +285,10 @@ def _device_of_this_rank(name: DeviceName) -> torch.device:
     return chosen
 
 
-def _choose_dtype(name: DtypeName, device: torch.device) -> torch.dtype:
-    return best_dtype(device) if name == "auto" else getattr(torch, name)
-
-
-def best_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the hardware multiplies it fast, float16 on older CUDA devices, else float32."""
+def choose_dtype(name: DtypeName, device: torch.device) -> torch.dtype:
+    """auto: bfloat16 where the hardware multiplies it fast, float16 on older CUDA devices, else float32."""
+    if name != "auto":
+        return getattr(torch, name)  # type: ignore[no-any-return]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     if device.type == "cpu":

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nanollm.world import World, best_dtype
+from nanollm.world import World, choose_dtype
 
 
 def test_one_process_on_the_cpu():
@@ -16,13 +16,13 @@ def test_one_process_on_the_cpu():
 def test_cpus_compute_in_bfloat16_only_where_the_hardware_multiplies_it(monkeypatch, fast, expected):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: fast)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    assert best_dtype(torch.device("cpu")) == expected
+    assert choose_dtype("auto", torch.device("cpu")) == expected
 
 
 @pytest.mark.parametrize(("has", "expected"), [(True, torch.bfloat16), (False, torch.float16)])
 def test_cuda_computes_in_bfloat16_or_else_float16(monkeypatch, has, expected):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has)
-    assert best_dtype(torch.device("cuda")) == expected
+    assert choose_dtype("auto", torch.device("cuda")) == expected
 
 
 def test_a_device_that_is_not_there_is_refused(monkeypatch):

@@ -15,7 +15,7 @@ from datatrove.data import Document
 from datatrove.pipeline.filters.base_filter import BaseFilter
 from datatrove.utils.word_tokenizers import WordTokenizer
 
-from nanollm.evals.contamination import NGRAM_WORDS, Finder
+from nanollm.evals.contamination import QuestionIndex
 
 WORD = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]+")  # marks are words of their own, as the rules count them
 SENTENCE_END = re.compile(r"[.!?…]+[\"'”’)\]]*(?=\s|\Z)")
@@ -49,16 +49,17 @@ class DropContaminated(BaseFilter):  # type: ignore[misc]
         super().__init__(removed)
         self.questions_file = questions
         self.questions: list[dict[str, str]] = []
-        self.finder: Finder | None = None
+        self.index: QuestionIndex | None = None
 
     def filter(self, doc: Document) -> bool | tuple[bool, str]:
-        if self.finder is None:  # here, in the task, so that it need not travel
+        if self.index is None:  # here, in the task, so that it need not travel
             self.questions = json.loads(self.questions_file.read_bytes())
-            self.finder = Finder([question["text"] for question in self.questions], NGRAM_WORDS)
-        found = self.finder.overlaps(doc.id, doc.text)
+            self.index = QuestionIndex([question["text"] for question in self.questions])
+        found = dict.fromkeys(self.index.found_in(doc.text), doc.id)
         if not found:
             return True
         doc.metadata["questions"] = [
-            self.questions[overlap.question - 1] | {"share": overlap.share, "ngram": overlap.ngram} for overlap in found
+            self.questions[overlap.question - 1] | {"share": overlap.share, "ngram": overlap.ngram}
+            for overlap in self.index.overlaps(found)
         ]
         return False, "question"

@@ -238,21 +238,20 @@ def in_words(figures: dict[str, Any]) -> str:
 def questions_of(c: EvalsConfig) -> list[dict[str, str]]:
     """The questions that no document may hold, and where they are from: file and number, from 1."""
     bad: list[BadRecord] = []
-    found: list[tuple[str, list[str]]] = []
+    found: dict[str, list[str]] = {}
     if c.input:
         for file in find_files([Path(given) for given in c.input], "test"):
-            found.append((file.name, list(read_texts([file], c.column, bad.append))))
+            found.setdefault(file.name, []).extend(read_texts([file], c.column, bad.append))
     else:
         try:
-            problems = [problem.question for problem in gsm8k.problems(None, "test", bad.append)]
+            found[f"{gsm8k.NAME} test"] = [each.question for each in gsm8k.problems(None, "test", bad.append)]
         except (ValueError, OSError) as error:
             raise ValueError(f"{error}: --evals.input FILE ..., or --evals.enabled false") from error
-        found.append((f"{gsm8k.NAME} test", problems))
     if bad:
         say(f"{len(bad):,} questions cannot be read and are not searched for, the first: {bad[0]}")
     questions = [
         {"where": f"{name}, {number:,}", "text": text}
-        for name, texts in found
+        for name, texts in found.items()
         for number, text in enumerate(texts, start=1)
     ]
     if not questions:

@@ -51,19 +51,15 @@ def bits_per_byte(
         for batch in world.shard(batches):
             target_bytes = bytes_of(batch.targets, token_bytes)
             targets = batch.targets.where(target_bytes > 0, IGNORE)
-            positions = None if batch.positions is None else batch.positions.to(device)
-            hidden = model.trunk(batch.tokens.to(device), positions=positions)
+            there = batch.to(device)
+            hidden = model.trunk(there.tokens, positions=there.positions)
             nats += cross_entropy_sum(model.head, hidden, targets.to(device)).item()
             n_bytes += int(target_bytes.sum())
             tokens += int((targets != IGNORE).sum())
-    nats, n_bytes, tokens = (
-        world.all_reduce_sum(nats),
-        int(world.all_reduce_sum(n_bytes)),
-        int(world.all_reduce_sum(tokens)),
-    )
-    if n_bytes == 0:
+    of_all = [world.all_reduce_sum(number) for number in (nats, n_bytes, tokens)]
+    if of_all[1] == 0:
         raise ValueError(NO_TEXT)
-    return BitsPerByte(nats, n_bytes, tokens)
+    return BitsPerByte(of_all[0], int(of_all[1]), int(of_all[2]))
 
 
 def bytes_of(targets: torch.Tensor, token_bytes: npt.NDArray[np.int32]) -> torch.Tensor:
@@ -112,9 +108,8 @@ def by_document(model: Transformer, batches: Numbered, token_bytes: npt.NDArray[
         for batch, numbers in batches:
             target_bytes = bytes_of(batch.targets, token_bytes)
             is_text = target_bytes > 0
-            hidden = model.trunk(
-                batch.tokens.to(device), positions=None if batch.positions is None else batch.positions.to(device)
-            )
+            there = batch.to(device)
+            hidden = model.trunk(there.tokens, positions=there.positions)
             wanted = batch.targets[is_text].to(device)  # (M,)
             logprobs, _ = token_logprobs(model.head, hidden[is_text.to(device)], wanted, temperature=1.0)
             found, place = np.unique(numbers.expand_as(is_text)[is_text].numpy(), return_inverse=True)

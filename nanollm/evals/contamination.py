@@ -54,7 +54,7 @@ class Contamination:
 
 def search(questions: Sequence[str], documents: Iterable[tuple[str, str]], n: int = NGRAM_WORDS) -> Contamination:
     """Look for the n-grams of questions in documents, pairs of (where it stands, its text), each read once."""
-    index = _Index(questions, n)
+    index = QuestionIndex(questions, n)
     read = text_bytes = 0
     where: dict[Ngram, str] = {}
     for name, text in documents:
@@ -65,27 +65,15 @@ def search(questions: Sequence[str], documents: Iterable[tuple[str, str]], n: in
     return Contamination(n, len(questions), index.ngrams.count([]), read, text_bytes, index.overlaps(where))
 
 
-class Finder:
-    """The same search in one document after the other, for those who leave out what has a hit."""
-
-    def __init__(self, questions: Sequence[str], n: int = NGRAM_WORDS) -> None:
-        self._index = _Index(questions, n)
-
-    def overlaps(self, where: str, text: str) -> list[Overlap]:
-        """The questions that have n-grams in common with this document, the largest share first."""
-        found = dict.fromkeys(self._index.found_in(text), where)
-        return self._index.overlaps(found) if found else []
-
-
 def words_of(text: str) -> list[str]:
     """Runs of letters and digits, in lower case."""
     return WORD.findall(text.lower())
 
 
-class _Index:
+class QuestionIndex:
     """The n-grams of questions."""
 
-    def __init__(self, questions: Sequence[str], n: int) -> None:
+    def __init__(self, questions: Sequence[str], n: int = NGRAM_WORDS) -> None:
         self.n = n
         self.ngrams = [self._ngrams_of(words_of(question)) for question in questions]
         self.wanted = {ngram for ngrams in self.ngrams for ngram in ngrams}

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nanollm.progress import say
-from nanollm.sources.files import BadRecord, OnBad, Row, find_files, need, problem, read_records, read_rows, read_texts
+from nanollm.sources.files import BadRecord, OnBad, Row, find_files, need, problem, read_records, read_rows
 from nanollm.text.chat import Conversation, Message
 
 OPENWEBTEXT = "Skylion007/openwebtext"
@@ -20,23 +20,15 @@ SUPER_NATURAL_INSTRUCTIONS = "andersonbcdefg/supernatural-instructions-2m"
 
 def openwebtext(inputs: Sequence[Path] | None, on_bad: OnBad, name: str = OPENWEBTEXT) -> Iterator[str]:
     """Pages that people linked to, from files or folders, or from the hub where `inputs` is None."""
-    if inputs is not None:
-        yield from read_texts(find_files(inputs), "text", on_bad)
-    else:
-        for (text,) in stream_rows(name, "train", ["text"], on_bad):
-            yield text
+    for (text,) in rows_of(inputs, name, "train", ["text"], on_bad):
+        yield text
 
 
 def super_natural_instructions(
     inputs: Sequence[Path] | None, split: str, on_bad: OnBad, name: str = SUPER_NATURAL_INSTRUCTIONS
 ) -> Iterator[Conversation]:
     """Two million tasks with an input and the expected output, one turn each; all are in the split "train"."""
-    columns = ("prompt", "response")
-    if inputs is None:
-        rows = stream_rows(name, split, columns, on_bad)
-    else:
-        rows = read_rows(find_files(inputs), columns, on_bad)
-    for prompt, response in rows:
+    for prompt, response in rows_of(inputs, name, split, ("prompt", "response"), on_bad):
         yield Conversation.of(prompt, response)
 
 
@@ -110,6 +102,15 @@ def _parse_message(message: dict[str, Any], unused: Counter[str]) -> Message | s
         return Message(ROLES.get(role, role), content, is_trained=bool(weight) and train)
     except ValueError as error:
         return str(error)
+
+
+def rows_of(
+    inputs: Sequence[Path] | None, name: str, split: str, columns: Sequence[str], on_bad: OnBad
+) -> Iterator[Row]:
+    """The columns' values from files or folders, or from a dataset of the hub where `inputs` is None."""
+    return (
+        stream_rows(name, split, columns, on_bad) if inputs is None else read_rows(find_files(inputs), columns, on_bad)
+    )
 
 
 def stream_rows(

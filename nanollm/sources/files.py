@@ -34,6 +34,7 @@ DOCUMENT_BYTES = 16 * 2**20  # a .txt file above this is read as several documen
 LINE_BYTES = 16 * 2**20  # a longer line of .jsonl or field of .csv is a bad record
 NOT_OURS = ("__MACOSX", "__pycache__")
 BETWEEN = re.compile(r"[\s,\[\]]*")  # the elements of a list
+SURROGATE = re.compile("[\ud800-\udfff]")
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 BATCH_ROWS = 256  # of Parquet, held in memory at once
 REASON_CHARS = 300  # a reason may quote what stands in the file
@@ -162,17 +163,9 @@ def problem(values: Sequence[Any], columns: Sequence[str]) -> str | None:
             return f"{column} must be text, got {type(value).__name__}"
         if not value or value.isspace():
             return f"{column} is empty"
-        if not value.isascii() and _has_surrogate(value):
+        if not value.isascii() and SURROGATE.search(value):
             return f"{column} is not valid Unicode (a byte that is not UTF-8, or a lone surrogate)"
     return None
-
-
-def _has_surrogate(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return True
-    return False
 
 
 def format_of(path: File) -> str | None:
@@ -193,11 +186,8 @@ def _read_file(path: File, columns: Sequence[str]) -> Numbered:
     }
     line = 0
     with path.open("rb") as file:  # a missing or forbidden file is the caller's to hear of
-        kind = format_of(path)
-        if kind is None:
-            raise ValueError(f"{path} is not one of {', '.join(FORMATS)} (each also .gz or .zst); convert or rename it")
         try:
-            for line, values in read[kind](_unpack(path, file), columns):
+            for line, values in read[str(format_of(path))](_unpack(path, file), columns):
                 yield line, values
         except (_Unreadable, OSError, EOFError, zlib.error) as error:
             yield (
@@ -350,7 +340,8 @@ def _missing(columns: Sequence[str], present: Sequence[str]) -> str | None:
 def _read_csv(file: BinaryIO, columns: Sequence[str]) -> Numbered:
     """Rows under a header; a field may hold newlines, so rows are counted, not lines."""
     csv.field_size_limit(LINE_BYTES)
-    rows = csv.reader(_csv_lines(file), strict=True)
+    lines = (line.decode(errors="surrogateescape") for line in _whole(_read_lines(file)))  # only a row is bad by a byte
+    rows = csv.reader(lines, strict=True)
     try:
         header = next(filter(None, rows), [])
     except csv.Error as error:
@@ -375,13 +366,6 @@ def _read_csv(file: BinaryIO, columns: Sequence[str]) -> Numbered:
             yield row, f"expected {len(header)} fields, got {len(fields)}"
         else:
             yield row, _values_of(dict(zip(header, fields, strict=True)), columns)
-
-
-def _csv_lines(file: BinaryIO) -> Iterator[str]:
-    for number, line in _read_lines(file):
-        if line is None:
-            raise _Unreadable(f"line {number} is longer than {LINE_BYTES:,} bytes")
-        yield line.decode(errors="surrogateescape")  # so that only the row with the wrong bytes is bad
 
 
 def _read_parquet(file: BinaryIO, columns: Sequence[str]) -> Numbered:

@@ -59,6 +59,9 @@ class Tokenizer:
         self._sp = sentencepiece.SentencePieceProcessor()
         try:
             self._sp.load_from_serialized_proto(serialized)  # the constructor would let no bytes at all pass
+            self.pad_id, self.unk_id = int(self._sp.pad_id()), int(self._sp.unk_id())
+            self.bos_id, self.eos_id = int(self._sp.bos_id()), int(self._sp.eos_id())
+            self.vocab_size = int(self._sp.vocab_size())
             self._bytes = [self._sp.piece_to_id(f"<0x{byte:02X}>") for byte in range(256)]
             self._byte_of = {token: byte for byte, token in enumerate(self._bytes)}
             self._space_mark = [self._bytes[byte] for byte in SPACE_MARK.encode()]
@@ -84,22 +87,16 @@ class Tokenizer:
     def load(cls, path: Path) -> "Tokenizer":
         """Read a .model file, or the only .model file of a folder."""
         path = Path(path)
-        if path.is_dir():
-            found = sorted(path.glob("*.model"))
-            if len(found) != 1:
-                if not found:
-                    raise FileNotFoundError(
-                        f"no tokenizer in {path}; make one with: nanollm tokenizer --output_dir {path} ..."
-                    )
-                names = ", ".join(file.name for file in found)
-                raise ValueError(f"{path} must hold exactly one .model file, found {names}; name the file itself")
-            path = found[0]
-        if not path.exists():
+        found = sorted(path.glob("*.model")) if path.is_dir() else [path] * path.exists()
+        if not found:
             folder = path.parent if path.suffix == ".model" else path
             raise FileNotFoundError(
                 f"no tokenizer at {path}; make one with: nanollm tokenizer --output_dir {folder} ..."
             )
-        return cls(read_model(path), name=str(path))
+        if len(found) > 1:
+            names = ", ".join(file.name for file in found)
+            raise ValueError(f"{path} must hold exactly one .model file, found {names}; name the file itself")
+        return cls(read_model(found[0]), name=str(found[0]))
 
     def save(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -107,26 +104,6 @@ class Tokenizer:
 
     def __reduce__(self) -> tuple[type["Tokenizer"], tuple[bytes]]:
         return Tokenizer, (self.serialized,)
-
-    @property
-    def pad_id(self) -> int:
-        return int(self._sp.pad_id())
-
-    @property
-    def unk_id(self) -> int:
-        return int(self._sp.unk_id())
-
-    @property
-    def bos_id(self) -> int:
-        return int(self._sp.bos_id())
-
-    @property
-    def eos_id(self) -> int:
-        return int(self._sp.eos_id())
-
-    @property
-    def vocab_size(self) -> int:
-        return int(self._sp.vocab_size())
 
     @cached_property
     def fingerprint(self) -> str:

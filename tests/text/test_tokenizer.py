@@ -153,7 +153,7 @@ def test_saved_loaded_and_pickled_tokenizers_are_the_same(tokenizer, tmp_path):
 def test_a_missing_ambiguous_or_foreign_model_is_refused_with_advice(tokenizer, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no tokenizer at .*nanollm tokenizer"):
         Tokenizer.load(tmp_path / "none.model")
-    with pytest.raises(FileNotFoundError, match=r"no tokenizer in .*; make one with: nanollm tokenizer"):
+    with pytest.raises(FileNotFoundError, match=r"no tokenizer at .*; make one with: nanollm tokenizer"):
         Tokenizer.load(tmp_path)
     damaged = tokenizer.serialized.replace(b"<0xF0>", b"\xff\xff\xff\xff\xff\xff")
     for foreign in (b"something else", b"", damaged):
