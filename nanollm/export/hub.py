@@ -1,5 +1,6 @@
 """Pushes an exported folder to the Hugging Face hub."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,25 @@ from nanollm.progress import say
 
 OLD_WEIGHTS = [WEIGHTS, "model-*-of-*.safetensors", INDEX]
 """What an earlier push may have left and new weights do not overwrite. GGUFs of several types may lie together."""
+LICENSES = (  # https://huggingface.co/docs/hub/repositories-licenses
+    "apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0 bigcode-openrail-m "
+    "afl-3.0 artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc cc0-1.0 cc-by-2.0 "
+    "cc-by-2.5 cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 "
+    "cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nd-4.0 cc-by-nc-nd-3.0 "
+    "cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cdla-sharing-1.0 cdla-permissive-1.0 "
+    "cdla-permissive-2.0 wtfpl ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 eupl-1.2 agpl-3.0 gfdl gpl gpl-2.0 gpl-3.0 "
+    "lgpl lgpl-2.1 lgpl-3.0 isc h-research intel-research lppl-1.3c ms-pl apple-ascl apple-amlr mpl-2.0 odc-by odbl "
+    "openmdw-1.0 openrail++ osl-3.0 postgresql ofl-1.1 ncsa unlicense zlib pddl lgpl-lr deepfloyd-if-license "
+    "fair-noncommercial-research-license llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 gemma unknown other"
+)
+
+
+def check_metadata(license: str, language: str | None) -> None:
+    """ValueError for a licence or a language that the hub would refuse after the upload."""
+    if license not in LICENSES.split():
+        raise ValueError(f"--license must be one that the hub knows, such as mit, apache-2.0 or other, got {license!r}")
+    if language is not None and not re.fullmatch(r"[a-z]{2,3}|code|multilingual", language):
+        raise ValueError(f"--language must be a code of ISO 639, such as en or de, got {language!r}")
 
 
 def check_push(name: str) -> None:

@@ -4,7 +4,7 @@ import pytest
 from huggingface_hub import constants
 
 from nanollm.cli import is_users_mistake, one_line
-from nanollm.export.hub import check_push, push
+from nanollm.export.hub import check_metadata, check_push, push
 from tests.export.fake_hub import TOKEN, running_hub
 
 # huggingface_hub's own way to send a file by LFS
@@ -126,6 +126,13 @@ def test_a_hub_that_takes_nothing_is_told(hub, folder, status, why):
     with pytest.raises(OSError, match=f"the hub answered {status} for {NAME}: .*{why}") as error:
         push(folder, NAME, private=True)
     message_of(error)
+
+
+@pytest.mark.parametrize(("license", "language"), [("my own", None), ("", None), ("mit", "klingon"), ("mit", "EN")])
+def test_a_licence_or_language_that_the_hub_refuses_is_refused_first(license, language):
+    check_metadata("apache-2.0", "de")
+    with pytest.raises(ValueError, match=r"--license must be one|--language must be a code"):
+        check_metadata(license, language)
 
 
 def test_a_licence_that_the_hub_does_not_know_is_told(hub, folder):

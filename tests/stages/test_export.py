@@ -148,6 +148,7 @@ def test_an_export_that_exists_is_verified_as_it_stands(bundle, tmp_path, monkey
     assert run(Config(bundle=bundle, out=tmp_path / "out", verify=True)) == tmp_path / "out"
     assert before == {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
     assert "is an export already; choose another --out" in complaint("--verify", "--dtype", "bf16")
+    assert "--license must be one that the hub knows" in complaint("--license", "my own", "--push", "ada/x", "--force")
 
 
 def test_what_does_not_hold_ends_in_exit_code_1(bundle, tmp_path, monkeypatch, capsys):
