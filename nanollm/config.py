@@ -98,16 +98,17 @@ def read_mapping(path: Path, loader: type[yaml.SafeLoader] = Loader) -> dict[str
 
 def to_yaml(config: Any) -> str:
     """A config (a dataclass or a mapping) as YAML that reads back as the same config."""
-    return yaml.dump(_plain(config), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(plain(config), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A config's values as YAML has them: mappings, lists, and paths as text."""
     if is_dataclass(value):
         value = vars(value)
     if isinstance(value, Mapping):
-        return {str(key): _plain(inner) for key, inner in value.items()}
+        return {str(key): plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
+        return [plain(inner) for inner in value]
     return value.as_posix() if isinstance(value, Path) else value
 
 

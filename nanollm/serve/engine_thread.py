@@ -11,7 +11,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from nanollm.generate.engine import Engine
 from nanollm.generate.request import Completion, Finish, Request, StepOutput, TokenLogprobs
@@ -44,10 +44,6 @@ class EngineStats:
     reused_tokens: int = 0
     drawn_tokens: int = 0
     cache_bytes: int = 0
-
-    @classmethod
-    def of(cls, engine: Engine) -> "EngineStats":
-        return cls(**{name: getattr(engine, name) for name in cls.__dataclass_fields__})
 
 
 class Submission:
@@ -164,7 +160,7 @@ class EngineThread:
     def _serve(self, engine: Engine) -> bool:
         """Step until the end (true), or until the engine fails (false)."""
         while True:
-            self.stats = EngineStats.of(engine)
+            self.stats = EngineStats(**{each.name: getattr(engine, each.name) for each in fields(EngineStats)})
             with self._changed:
                 self._changed.wait_for(
                     lambda: self._submitted or self._cancelled or self._is_stopping or engine.has_work

@@ -27,7 +27,7 @@ import torch
 
 from nanollm import __version__
 from nanollm.bundle import save_bundle
-from nanollm.config import check_seed, read_mapping, to_yaml
+from nanollm.config import check_seed, plain, read_mapping, to_yaml
 from nanollm.durable import check_writable, lock_folder, read_json, write_file, write_json
 from nanollm.model.config import ModelConfig
 from nanollm.origin import commit, hardware
@@ -416,10 +416,4 @@ def flat(mapping: object, prefix: str = "") -> dict[str, str]:
     """Nested settings as dotted keys, and values as text that is the same from YAML and from a dataclass."""
     if isinstance(mapping, Mapping):
         return {k: v for key, inner in mapping.items() for k, v in flat(inner, f"{prefix}{key}.").items()}
-    return {prefix.removesuffix("."): str(_plain(mapping))}
-
-
-def _plain(value: object) -> object:
-    if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
-    return value.as_posix() if isinstance(value, Path) else value
+    return {prefix.removesuffix("."): str(plain(mapping))}
