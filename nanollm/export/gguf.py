@@ -188,10 +188,7 @@ def modelfile(gguf: str, context_length: int, *, is_base: bool) -> str:
     sampling = SamplingConfig()
     parameters: dict[str, object] = {
         "num_ctx": context_length,
-        "temperature": sampling.temperature,
-        "top_k": sampling.top_k,
-        "top_p": sampling.top_p,
-        "min_p": sampling.min_p,
+        **{name: getattr(sampling, name) for name in ("temperature", "top_k", "top_p", "min_p")},
         "repeat_penalty": sampling.repetition_penalty,
     }
     if not is_base:
