@@ -23,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -38,6 +38,7 @@ OLDEST = (0, 27)
 MAX_REQUESTS = 256
 """Requests under way at once; vLLM's own default for what it runs at once is about that (--max-num-seqs)."""
 BUSY = (502, 503, 504)
+STOPS: Mapping[str, Literal["end", "length"]] = {"stop": "end", "length": "length"}  # by vLLM's finish_reason
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -143,7 +144,7 @@ class VllmServer:
                     prompt_ids=prompt,
                     reply_ids=[int(token) for token in choice["token_ids"]],
                     logprobs=[float(logprob) for logprob in choice["logprobs"]["token_logprobs"]],
-                    stop={"stop": "end", "length": "length"}[choice["finish_reason"]],
+                    stop=STOPS[choice["finish_reason"]],
                     is_sampled=[True] * len(choice["token_ids"]),
                 )
                 for choice in answer["choices"]

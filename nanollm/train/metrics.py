@@ -36,7 +36,7 @@ class RunLog:
         """One line for `step`; values that are not finite are written as null, which JSON knows."""
         if self.path is None:
             return
-        line = {"step": step} | values
+        line: dict[str, Any] = {"step": step, **values}
         line |= {name: None for name, value in values.items() if isinstance(value, float) and not math.isfinite(value)}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
