@@ -288,7 +288,7 @@ def _device_of_this_rank(name: DeviceName) -> torch.device:
 def choose_dtype(name: DtypeName, device: torch.device) -> torch.dtype:
     """auto: bfloat16 where the hardware multiplies it fast, float16 on older CUDA devices, else float32."""
     if name != "auto":
-        return getattr(torch, name)  # type: ignore[no-any-return]
+        return getattr(torch, name)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     if device.type == "cpu":

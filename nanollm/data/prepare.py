@@ -336,10 +336,8 @@ def encode_chunk(
     texts = [document for document in chunk.documents if isinstance(document, str)]
     conversations = [document for document in chunk.documents if not isinstance(document, str)]
     assert not texts or not conversations
-    if conversations:
-        ids, flags, lengths = _spell_conversations(conversations, tokenizer, tools)
-    else:
-        ids, flags, lengths = _spell(texts, tokenizer)
+    spelled = _spell_conversations(conversations, tokenizer, tools) if conversations else _spell(texts, tokenizer)
+    ids, flags, lengths = spelled
     spoken = texts or ["".join(message.content for message in document.messages) for document in conversations]
     return EncodedChunk(
         ids=ids,

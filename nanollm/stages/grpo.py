@@ -205,8 +205,8 @@ def run(c: Config) -> Path:
             if run.due(c.train.validate_every):
                 run.log(validate(c, state, bundle, task, validation, world))
         replies = state.step * min(c.rollout.prompts, len(problems)) * c.rollout.group_size
-        seen = {"replies_seen": replies, "parent": bundle.provenance, "tools": bundle.tools}
-        folder = run.save_bundle("grpo", model, bundle.tokenizer, **seen)
+        facts = {"replies_seen": replies, "parent": bundle.provenance, "tools": bundle.tools}
+        folder = run.save_bundle("grpo", model, bundle.tokenizer, **facts)
         write_report(c.out, world)
         return folder
 

@@ -13,7 +13,7 @@ from nanollm.progress import say
 from nanollm.sources import builtin, gsm8k
 from nanollm.sources.builtin import BUILTIN
 from nanollm.sources.datasets import chats, openwebtext, rows_of, super_natural_instructions
-from nanollm.sources.files import OnBad, find_files, format_of, read_texts
+from nanollm.sources.files import OnBad, checksums, find_files, format_of, read_texts
 from nanollm.sources.split import hold_out
 from nanollm.sources.word_problems import LENGTH, WordProblems
 from nanollm.text.tokenizer import Tokenizer
@@ -174,14 +174,14 @@ def open_source(c: Config) -> tuple[list[SourceSplit], dict[str, Any]]:
         source["column"] = c.text_column
     if c.kind == "gsm8k":
         train, test = (gsm8k.files_of(c.input, split) if c.input else None for split in ("train", "test"))
-        source["files"] = _sizes([*(train or []), *(test or [])]) if c.input else None
+        source["files"] = checksums([*(train or []), *(test or [])]) if c.input else None
         return [SourceSplit(_reader(c, train)), SourceSplit(_reader(c, test, "test"), "test")], source
     if c.input == [Path(BUILTIN)]:
         source["dataset"] = BUILTIN
         read = lambda on_bad: builtin.documents()  # noqa: E731
     else:
         files = find_files(c.input) if c.input else None
-        source["files"] = None if files is None else _sizes(files)
+        source["files"] = None if files is None else checksums(files)
         read = _reader(c, files)
         share = OF_ONE_TEXT if c.val_fraction is None else c.val_fraction
         if _is_one_text(c, files) and not c.val_input and share:
@@ -191,7 +191,7 @@ def open_source(c: Config) -> tuple[list[SourceSplit], dict[str, Any]]:
     if not c.val_input:
         return [SourceSplit(read)], source
     val_files = find_files(c.val_input)
-    source["val_files"] = _sizes(val_files)
+    source["val_files"] = checksums(val_files)
     return [SourceSplit(read, "train"), SourceSplit(_reader(c, val_files), "val")], source
 
 
@@ -212,11 +212,6 @@ def _reader(c: Config, files: Sequence[Path] | None, split: str = "train") -> Re
 
 def _is_one_text(config: Config, files: Sequence[Path] | None) -> bool:
     return config.kind == "text" and files is not None and [format_of(file) for file in files] == [".txt"]
-
-
-def _sizes(files: Sequence[Path]) -> list[list[str | int]]:
-    """Enough to notice another set of files, wherever they lie: names and bytes."""
-    return [[path.name, path.stat().st_size] for path in files]
 
 
 def summary(manifest: dict[str, Any], folder: Path) -> list[str]:

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from nanollm.config import check_at_least, check_seed
-from nanollm.durable import check_writable, sha256_of, write_json
+from nanollm.durable import check_writable, lock_folder, sha256_of, write_json
 from nanollm.progress import Progress, say
 from nanollm.sources import builtin
 from nanollm.sources.builtin import BUILTIN
 from nanollm.sources.datasets import stream_rows
-from nanollm.sources.files import BadRecord, OnBad, find_files, read_texts
+from nanollm.sources.files import BadRecord, OnBad, checksums, find_files, read_texts
 from nanollm.sources.split import hash_to_unit
 from nanollm.text.tokenizer import ModelType, Tokenizer
 from nanollm.text.train_tokenizer import SAMPLE_BYTES, check_sizes, cut, sample, train_on
@@ -47,6 +47,9 @@ class Config:
     """How the pieces are chosen. All four are lossless; char may end up with fewer than vocab_size pieces."""
     vocab_size: int = 50304
     """Number of pieces, special marks and the 256 bytes included (at most 65,536)."""
+    character_coverage: float = 1.0
+    """Share of the text's characters that get pieces of their own, the commonest first; the others are spelled in
+    bytes. About 0.9995 for scripts with thousands of characters, such as Chinese."""
     sample_bytes: int = SAMPLE_BYTES
     """Most bytes of text to learn from, drawn evenly from all of it; memory is about 6 times this (unigram: 22)."""
     held_out: float = 0.01
@@ -66,6 +69,8 @@ class Config:
                 f"model_name must be a plain file name, got {self.model_name!r}; the folder is --output_dir"
             )
         check_at_least(1, self, "sample_bytes")
+        if not 0.5 <= self.character_coverage <= 1:
+            raise ValueError(f"character_coverage must be from 0.5 to 1, got {self.character_coverage}")
         if not 0 <= self.held_out <= 0.5:
             raise ValueError(f"held_out must be from 0 to 0.5, got {self.held_out}")
         check_sizes(self.vocab_size, self.model_type)
@@ -100,23 +105,32 @@ def plan(c: Config) -> str:
 
 def run(c: Config) -> Path:
     """Train and report, unless that was done before; returns the path of the model."""
-    started = time.monotonic()
     if is_done(c):
         say(f"{c.model_path} was trained with these settings before; nothing to do")
         return c.model_path
     check_writable(c.output_dir, "--output_dir")
+    with lock_folder(c.output_dir):
+        return train(c)
+
+
+def train(c: Config) -> Path:
+    """Train and report; returns the path of the model."""
+    started, files = time.monotonic(), checksums(corpus_files(c))
     bad, split = list[BadRecord](), HeldOut(c.held_out, c.seed)
     kept = sample(split.training(_counted(_documents(c, bad.append))), c.sample_bytes, c.seed)
     if not kept.pieces and bad:
         raise ValueError(f"no record of the corpus is usable; {len(bad):,} bad, the first: {bad[0]}")
     with Progress(f"learn from {kept.bytes_kept / 1e6:,.1f} of {kept.bytes_seen / 1e6:,.1f} MB", unit="pieces") as bar:
-        tokenizer = train_on(kept, vocab_size=c.vocab_size, model_type=c.model_type)
+        tokenizer = train_on(
+            kept, vocab_size=c.vocab_size, model_type=c.model_type, character_coverage=c.character_coverage
+        )
         bar.advance(tokenizer.vocab_size)
     # A corpus of a few documents may hold none of them out; the report then says so.
     measured = measure(tokenizer, split.texts or [piece.decode() for piece in kept.pieces[:500]])
     on = "held-out text" if split.texts else "training text"
     report = {
         "settings": _settings(c),
+        "files": files,
         "fingerprint": tokenizer.fingerprint,
         "vocab_size": tokenizer.vocab_size,
         "documents": split.documents,
@@ -143,10 +157,14 @@ def is_done(c: Config) -> bool:
     report = json.loads(c.report_path.read_bytes()) if c.report_path.exists() else {}
     before, now = report.get("settings", {}), _settings(c)
     other = next((name for name in now if name != "output_dir" and before.get(name) != now[name]), None)
-    if other is None and report["fingerprint"] == sha256_of(c.model_path):
+    if other is not None:
+        how = f"with {other} {before[other]}, this command has {now[other]}" if other in before else "in another way"
+    elif report.get("files") != checksums(corpus_files(c)):
+        how = "from files that were changed, added or removed since"
+    elif report["fingerprint"] != sha256_of(c.model_path):
+        how = "in another way"
+    else:
         return True
-    is_told = other is not None and other in before
-    how = f"with {other} {before[other]}, this command has {now[other]}" if is_told else "in another way"
     raise ValueError(
         f"{c.model_path} exists already, made {how}; choose another --model_name or --output_dir, or remove it"
     )

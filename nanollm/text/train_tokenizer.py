@@ -113,7 +113,14 @@ def train(
     return tokenizer
 
 
-def train_on(chosen: Sample, *, vocab_size: int, model_type: ModelType, num_threads: int = NUM_THREADS) -> Tokenizer:
+def train_on(
+    chosen: Sample,
+    *,
+    vocab_size: int,
+    model_type: ModelType,
+    character_coverage: float = 1.0,
+    num_threads: int = NUM_THREADS,
+) -> Tokenizer:
     """Learn the pieces from a sample. The same sample and settings give the same bytes."""
     check_sizes(vocab_size, model_type)
     if not any(_lines(chosen.pieces)):
@@ -128,6 +135,7 @@ def train_on(chosen: Sample, *, vocab_size: int, model_type: ModelType, num_thre
             model_writer=model,
             model_type=model_type,
             vocab_size=vocab_size,
+            character_coverage=character_coverage,
             num_threads=num_threads,
             max_sentence_length=8 * PIECE_CHARS,  # bytes; above any line that `cut` leaves
             normalization_rule_name="identity",
@@ -210,5 +218,8 @@ def _advice(error: str, vocab_size: int) -> str:
             f"give more text or --vocab_size {largest[1]} or less"
         )
     if smallest := re.search(r"smaller than required_chars\. \d+ vs (\d+)", error):
-        return f"the characters of the text need a vocab_size of at least {smallest[1]}, got {vocab_size}"
+        return (
+            f"the characters of the text need a vocab_size of at least {smallest[1]}, got {vocab_size}; give more, or "
+            f"--character_coverage 0.9995, which spells the rarest characters in bytes"
+        )
     return f"SentencePiece could not train: {' '.join(error.split())}"

@@ -1,5 +1,6 @@
 """A tokenizer is learned from any corpus, measured on text it has not seen, and never overwritten."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from nanollm import cli
+from nanollm.durable import lock_folder
 from nanollm.sources import builtin
 from nanollm.stages.tokenizer import Config, HeldOut, plan, run
 from nanollm.text.tokenizer import Tokenizer
@@ -176,3 +178,32 @@ def test_the_builtin_corpus_and_files_are_learned_from_together(tmp_path, monkey
     learned = Tokenizer.load(run(c))
     assert len(learned.encode("zyzzyva")) <= 3
     assert len(learned.encode(" documentation")) < 12
+
+
+def test_a_corpus_that_changed_since_is_noticed(tmp_path):
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    (corpus / "sea.txt").write_text("The sea is wide and the sea is deep. " * 50)
+    c = Config(corpus=[str(corpus)], output_dir=tmp_path / "t", vocab_size=280)
+    model = run(c)
+    assert run(c) == model
+    (corpus / "sea.txt").write_text("The sea is wide and the sky is deep. " * 50)
+    with pytest.raises(ValueError, match="from files that were changed, added or removed since"):
+        run(c)
+
+
+def test_of_two_commands_in_one_folder_the_second_is_refused(tmp_path):
+    (tmp_path / "sea.txt").write_text("The sea is wide and the sea is deep. " * 50)
+    with lock_folder(tmp_path / "t"), pytest.raises(ValueError, match="in use by another process"):
+        run(Config(corpus=[str(tmp_path / "sea.txt")], output_dir=tmp_path / "t", vocab_size=280))
+
+
+def test_rare_characters_are_spelled_in_bytes_below_a_coverage_of_1(tmp_path):
+    characters = "".join(map(chr, range(0x4E00, 0x4E00 + 600)))
+    text = "".join(character * (2 if place > 60 else 400) for place, character in enumerate(characters))
+    (tmp_path / "zh.txt").write_text(text)
+    c = Config(corpus=[str(tmp_path / "zh.txt")], output_dir=tmp_path / "t", vocab_size=400)
+    with pytest.raises(ValueError, match=r"need a vocab_size of at least \d+.*--character_coverage"):
+        run(c)
+    tokenizer = Tokenizer.load(run(dataclasses.replace(c, character_coverage=0.95)))
+    assert tokenizer.decode(tokenizer.encode(characters)) == characters
