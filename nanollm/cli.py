@@ -12,10 +12,9 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from importlib.util import find_spec
 
 from nanollm import __version__
-from nanollm.extras import missing_package
+from nanollm.extras import require
 
 VERBS = {
     "Start here": {
@@ -102,10 +101,11 @@ def dispatch(arguments: list[str]) -> object:
     if arguments[0] == "--completion":
         return completion(arguments[1:])
     verb, *words = arguments
-    if verb not in all_verbs():
-        raise ValueError(f"unknown verb {verb!r}; {suggestion(verb)}")
-    from nanollm.config import parse_options  # late: `nanollm --help` must not wait for jsonargparse
+    from nanollm.config import did_you_mean, parse_options  # late: `nanollm --help` must not wait for YAML
 
+    if verb not in all_verbs():
+        hint = did_you_mean(verb, all_verbs(), f"the verbs are {', '.join(all_verbs())}")
+        raise ValueError(f"unknown verb {verb!r}; {hint}")
     stage = importlib.import_module(module_of(verb))
     try:
         config, is_dry_run = parse_options(verb, stage, words)
@@ -155,8 +155,7 @@ def completion(words: Sequence[str]) -> str:
     """The script, written by jsonargparse and shtab, that lets a shell complete what stands behind `nanollm`."""
     if len(words) != 1 or words[0] not in SHELLS:
         raise ValueError(f"--completion expects one of {', '.join(SHELLS)}, got {' '.join(words) or 'none'}")
-    if find_spec("shtab") is None:
-        raise missing_package("--completion", "shtab", "completion")
+    require("--completion", ["shtab"], "completion")
     from jsonargparse import ArgumentParser
 
     from nanollm.config import kinds_of, parser_of
@@ -169,13 +168,6 @@ def completion(words: Sequence[str]) -> str:
         stage = importlib.import_module(module_of(verb))
         below.add_subcommand(verb, parser_of(verb, stage, kinds_of(stage)))
     return parser.get_completion_script(f"shtab-{words[0]}")
-
-
-def suggestion(verb: str) -> str:
-    import difflib
-
-    near = difflib.get_close_matches(verb, all_verbs(), n=1)
-    return f"did you mean {near[0]}?" if near else f"the verbs are {', '.join(all_verbs())}"
 
 
 def is_users_mistake(error: Exception) -> bool:

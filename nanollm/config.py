@@ -128,6 +128,12 @@ def load_preset(kind: str, name: str, loader: type[yaml.SafeLoader] = Loader) ->
     raise ValueError(f"no {kind} preset is called {name!r}; {hint}: {', '.join(names) or 'none'}; or give a .yaml file")
 
 
+def did_you_mean(word: str, known: Sequence[str], otherwise: str) -> str:
+    """A hint at the nearest of the known words; `otherwise`, where none is near."""
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"did you mean {near[0]}?" if near else otherwise
+
+
 def check_at_least(least: int, config: object, *names: str, prefix: str = "") -> None:
     """ValueError for an option that is given (not None) and below its least value."""
     for name in names:

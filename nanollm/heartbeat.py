@@ -113,20 +113,20 @@ class Heartbeat:
     def beat(self) -> None:
         """Tell the others that this rank is there, and where."""
         self.beats += 1
-        self.store.set(_key(self.rank), f"{self.beats} {socket.gethostname()}")
+        self.store.set(f"beat/{self.rank}", f"{self.beats} {socket.gethostname()}")
 
     def listen(self) -> None:
         """Note who has beaten since the last time."""
         ranks, now = [rank for rank in self._heard if self._has_begun(rank)], time.monotonic()
         if not ranks:
             return
-        for rank, beat in zip(ranks, self.store.multi_get([_key(rank) for rank in ranks]), strict=True):
+        for rank, beat in zip(ranks, self.store.multi_get([f"beat/{rank}" for rank in ranks]), strict=True):
             if beat != self._heard[rank][0]:
                 self._heard[rank] = (beat, now)
 
     def _has_begun(self, rank: int) -> bool:
         """A key that was never written would be waited for."""
-        return bool(self._heard[rank][0]) or self.store.check([_key(rank)])
+        return bool(self._heard[rank][0]) or self.store.check([f"beat/{rank}"])
 
     def silent(self) -> list[str]:
         """Who has not been heard of for too long: "rank 3 on host b"."""
@@ -140,7 +140,8 @@ class Heartbeat:
                 self.beat()
                 self.listen()
             except RuntimeError as error:  # the store is gone: then nothing is heard, and the watch says whom we miss
-                os.write(2, f"rank {self.rank} cannot reach the job's store: {_first_line(error)}\n".encode())
+                reason = (str(error).splitlines() or ["no message"])[0]
+                os.write(2, f"rank {self.rank} cannot reach the job's store: {reason}\n".encode())
                 return
 
     def _watch(self) -> None:
@@ -165,11 +166,3 @@ def _leave(message: str) -> None:
     sys.stdout.flush()
     os.write(2, f"{message}\n".encode())
     os._exit(1)
-
-
-def _key(rank: int) -> str:
-    return f"beat/{rank}"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -9,7 +9,6 @@ Source of suites: CORE of DCLM, arXiv:2406.11794, section 3.5.
 """
 
 import contextlib
-import difflib
 import json
 import logging
 import math
@@ -29,7 +28,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable
 
 from nanollm.bundle import Bundle
-from nanollm.config import read_mapping
+from nanollm.config import did_you_mean, read_mapping
 from nanollm.evals.lm_eval import NanoLM
 from nanollm.evals.stats import Figures, Mean, Z, average, mean_interval, paired, ratio
 
@@ -247,8 +246,8 @@ def open_benchmarks(names: Sequence[str], folder: Path | None, limit: int | None
     manager = TaskManager(include_path=folder)
     for name in [*single, *(member.task for suite in suites for member in suite.members.values())]:
         if name not in manager.all_tasks:
-            near = difflib.get_close_matches(name, [*manager.all_tasks, *suite_names()], n=1)
-            hint = f"did you mean {near[0]}?" if near else "see `lm_eval ls tasks`; --harness_tasks adds your own"
+            advice = "see `lm_eval ls tasks`; --harness_tasks adds your own"
+            hint = did_you_mean(name, [*manager.all_tasks, *suite_names()], advice)
             raise ValueError(f"lm-evaluation-harness has no task {name!r}; {hint}")
     chosen = [item for name in single for item in load(name, manager)]
     chosen += [task for suite in suites for task in load_suite(suite, manager)]

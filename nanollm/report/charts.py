@@ -5,10 +5,12 @@ the light, in the dark and on paper. Series differ in their dashes, too, for rea
 """
 
 import math
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
+from xml.etree import ElementTree
+from xml.etree.ElementTree import Element
+from xml.etree.ElementTree import SubElement as _add
 
 MAX_POINTS = 400  # of a line; more cannot be told apart in this width
 SMOOTHED_FROM = 40  # points from which a noisy line gets a smooth one on top of it
@@ -16,8 +18,6 @@ LOOKS = 8  # classes s0 to s7 and d0 to d7
 WIDTH, HEIGHT = 640, 280
 LEFT, RIGHT, TOP, BOTTOM = 64, 16, 14, 44
 SVG = "http://www.w3.org/2000/svg"
-
-Element = ElementTree.Element
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,10 +209,6 @@ def _path(points: Sequence[tuple[float, float]]) -> str:
 def _canvas(width: int, height: int, label: str) -> Element:
     box = {"viewBox": f"0 0 {width} {height}", "role": "img", "aria-label": label}
     return Element("svg", {"xmlns": SVG, **box})
-
-
-def _add(parent: Element, tag: str, attributes: dict[str, str]) -> Element:
-    return ElementTree.SubElement(parent, tag, attributes)
 
 
 def _text(svg: Element, x: float, y: float, words: str, anchor: str) -> None:

@@ -201,10 +201,8 @@ def _read_file(path: File, columns: Sequence[str]) -> Numbered:
             for line, values in read[str(format_of(path))](_unpack(path, file), columns):
                 yield line, values
         except (_Unreadable, OSError, EOFError, zlib.error) as error:
-            yield (
-                line and line + 1,
-                f"cannot be read {'any further' if line else 'at all'}: {' '.join(str(error).split())}",
-            )
+            how_far = "any further" if line else "at all"
+            yield line and line + 1, f"cannot be read {how_far}: {' '.join(str(error).split())}"
 
 
 def _unpack(path: File, file: BinaryIO) -> BinaryIO:

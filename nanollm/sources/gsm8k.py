@@ -109,11 +109,6 @@ def files_of(inputs: Sequence[Path], split: str) -> list[Path]:
     raise ValueError(f"gsm8k needs files named for their split (train.jsonl, test.jsonl); none is named {split!r}")
 
 
-def conversations(inputs: Sequence[Path] | None, split: str, on_bad: OnBad) -> Iterator[Conversation]:
-    for each in problems(inputs, split, on_bad):
-        yield each.conversation
-
-
 def _parse(row: Sequence[Any]) -> Problem | str:
     """The problem of a row, or why it is none."""
     if reason := problem(row, COLUMNS):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from nanollm.bundle import load_bundle
-from nanollm.config import check_at_least, load_preset, preset_names
+from nanollm.config import check_at_least, load_preset
 from nanollm.generate.engine import Engine
 from nanollm.generate.request import Kernels, Quantize, Request
 from nanollm.generate.sampling import SamplingConfig
@@ -207,8 +207,6 @@ def open_model(name: str, world: World) -> Transformer:
     """The model of a bundle, or one of a preset's shape."""
     if Path(name).exists():
         return load_bundle(name, world.dtype, world.device).model
-    if name not in preset_names("model"):
-        raise ValueError(f"{name} is neither a folder nor a preset; presets: {', '.join(preset_names('model'))}")
     return Transformer(ModelConfig(**load_preset("model", name))).init(0).to(world.device, world.dtype)
 
 

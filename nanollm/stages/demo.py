@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from textwrap import shorten
 from types import ModuleType
 from typing import Any
 
@@ -35,7 +36,7 @@ LARGEST = 5  # number in a question, as there: few facts of arithmetic, so that 
 LESSONS_PER_STEP = 64
 MAX_REPLY = 72  # tokens, as in configs/grpo/nano-1m-words.yaml
 MODELS = ("pretrain", "sft", "grpo")
-SHOWN = 3
+SHOWN, WIDTH = 3, 110  # problems, characters of a line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,12 +224,12 @@ def next_commands(c: Config, summary: dict[str, Any]) -> str:
     nanollm = "nanollm" if shutil.which("nanollm") else f"{sys.executable} -m nanollm"
     lines = ["", "The model continues a text it has never seen:"]
     for prompt, before, after in zip(PROMPTS, learned["samples_before"], learned["samples_after"], strict=True):
-        lines += [f"  before  {_shorten(prompt + before)}", f"  after   {_shorten(prompt + after)}", ""]
+        lines += [f"  before  {shorten(prompt + before, WIDTH)}", f"  after   {shorten(prompt + after, WIDTH)}", ""]
     if summary["solved_now"]:
         lines.append("Problems that only its own replies taught it to solve:")
     for solved in summary["solved_now"]:
         lines += [f"  {solved['question']}"]
-        lines += [f"    {name:9}{_shorten(solved[name])}" for name in MODELS] + [""]
+        lines += [f"    {name:9}{shorten(solved[name], WIDTH)}" for name in MODELS] + [""]
     lines += [
         f"Bits per byte of unseen text: {learned['val_bpb_before']:.2f} before pretraining, "
         f"{learned['val_bpb_after']:.2f} after.",
@@ -253,8 +254,3 @@ QUESTION = "Tom has 5 cups. Rosa has 3 times as many cups as Tom. How many cups 
 def _percent(scores: dict[str, Any], moment: str) -> str:
     low, high = scores[f"accuracy_{moment}_interval"]
     return f"{scores[f'accuracy_{moment}']:.1%} ({low:.0%} to {high:.0%})"
-
-
-def _shorten(text: str) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= 110 else line[:107] + "..."

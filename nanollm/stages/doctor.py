@@ -129,10 +129,7 @@ def check_torch() -> tuple[str, str]:
     is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1")
     if torch.cuda.is_available() or is_hidden or shutil.which("nvidia-smi") is None:
         return said, ""
-    return (
-        f"{said}, cannot use this machine's NVIDIA GPU",
-        "install another build: https://pytorch.org",
-    )
+    return f"{said}, cannot use this machine's NVIDIA GPU", "install another build: https://pytorch.org"
 
 
 def check_device() -> tuple[str, str]:

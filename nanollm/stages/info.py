@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
+from rich.filesize import decimal as size
 
 from nanollm.config import check_at_least, load_config
 from nanollm.kernels import attention as fused
@@ -100,11 +101,3 @@ def table(facts: dict[str, Any]) -> str:
         f"{step['dtype']} with Muon ({parts}; gradients come while activations go)",
     }
     return "\n".join(f"{name:<15}{text}" for name, text in rows.items())
-
-
-def size(n_bytes: int) -> str:
-    """Bytes in the unit people say: 1.3 GB is 1.3e9 bytes."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if n_bytes >= scale:
-            return f"{n_bytes / scale:.1f} {unit}"
-    return f"{n_bytes} bytes"

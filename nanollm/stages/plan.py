@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from rich.filesize import decimal as size
 
 from nanollm import hardware
 from nanollm.config import load_config, load_preset
@@ -21,7 +22,6 @@ from nanollm.hardware import GPUS, GPUS_PER_HOST, TERA, Hardware
 from nanollm.kernels import attention as fused
 from nanollm.model.config import ModelConfig
 from nanollm.progress import duration, say
-from nanollm.stages.info import size
 from nanollm.train.memory import TrainingMemory, training_memory
 from nanollm.world import World
 

@@ -184,7 +184,8 @@ def open_source(c: Config) -> tuple[list[SourceSplit], dict[str, Any]]:
         source["files"] = None if files is None else checksums(files)
         read = _reader(c, files)
         share = OF_ONE_TEXT if c.val_fraction is None else c.val_fraction
-        if _is_one_text(c, files) and not c.val_input and share:
+        is_one_text = c.kind == "text" and [format_of(file) for file in files or []] == [".txt"]
+        if is_one_text and not c.val_input and share:
             begin, end = hold_out(lambda on_bad: read_texts(files or [], c.text_column, on_bad), share)
             source["held_out"] = share
             return [SourceSplit(begin, "train"), SourceSplit(end, "val")], source
@@ -204,14 +205,10 @@ def _reader(c: Config, files: Sequence[Path] | None, split: str = "train") -> Re
         case "sni":
             return lambda on_bad: super_natural_instructions(files, split, on_bad, **named)
         case "gsm8k":
-            return lambda on_bad: gsm8k.conversations(files, split, on_bad)
+            return lambda on_bad: (each.conversation for each in gsm8k.problems(files, split, on_bad))
         case "chat":
             return lambda on_bad: chats(files or [], on_bad)
     return lambda on_bad: (text for (text,) in rows_of(files, str(c.dataset_name), split, [c.text_column], on_bad))
-
-
-def _is_one_text(config: Config, files: Sequence[Path] | None) -> bool:
-    return config.kind == "text" and files is not None and [format_of(file) for file in files] == [".txt"]
 
 
 def summary(manifest: dict[str, Any], folder: Path) -> list[str]:

@@ -33,7 +33,7 @@ def all_problems(shared_data):
 
 
 def test_a_problem_becomes_its_question_and_its_whole_solution(problems):
-    talks = list(gsm8k.conversations([problems], "test", pytest.fail))
+    talks = [each.conversation for each in gsm8k.problems([problems], "test", pytest.fail)]
     assert [talk.messages[0].content for talk in talks] == ["test?"] * len(ANSWERS)
     assert [talk.messages[1].content for talk in talks] == list(ANSWERS)
     assert [message.role for message in talks[0].messages] == ["user", "assistant"]

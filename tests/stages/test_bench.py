@@ -29,7 +29,7 @@ def test_a_bundle_is_measured_and_told_as_a_table(capsys, bundle):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["nano-1x"], "nano-1x is neither a folder nor a preset; presets: nano-1m"),
+        (["nano-1x"], "no model preset is called 'nano-1x'; did you mean nano-1m?"),
         (["nano-1m", "--rows", "0"], "rows must be numbers of at least 1, got [0]"),
         (["nano-1m", "--tokens", "0"], "tokens must be at least 1, got 0"),
         (["nano-1m", "--tokens", "90"], "tokens x repeats must stay below the context of 256, got 90 x 5"),

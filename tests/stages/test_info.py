@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from nanollm.stages.info import Config, run, size
+from nanollm.stages.info import Config, run
 
 
 def facts(name, **settings):
@@ -50,8 +50,3 @@ def test_a_mistake_in_the_file_of_a_model_is_told_in_the_words_of_an_option(tmp_
 def test_the_table_is_for_people():
     text = run(Config(model="nano-327m"))
     assert "327,007,232 in all, 264,781,568 active per token" in text
-
-
-@pytest.mark.parametrize(("n_bytes", "said"), [(12, "12 bytes"), (1_500, "1.5 kB"), (2_600_000_000, "2.6 GB")])
-def test_sizes_are_said_in_the_unit_people_use(n_bytes, said):
-    assert size(n_bytes) == said
