@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 from xml.etree import ElementTree
-from xml.etree.ElementTree import Element
-from xml.etree.ElementTree import SubElement as _add
+from xml.etree.ElementTree import Element, SubElement
 
 MAX_POINTS = 400  # of a line; more cannot be told apart in this width
 SMOOTHED_FROM = 40  # points from which a noisy line gets a smooth one on top of it
@@ -68,11 +67,11 @@ def line_chart(
     svg = _canvas(WIDTH, HEIGHT, f"{title} in {unit} over {x_unit}: " + "; ".join(map(_told, series)))
     for tick in (log_ticks if log else ticks)(y_scale.low, y_scale.high):
         y = y_scale.place(tick)
-        _add(svg, "path", {"class": "grid", "d": f"M{LEFT} {y:.1f}H{WIDTH - RIGHT}"})
+        SubElement(svg, "path", {"class": "grid", "d": f"M{LEFT} {y:.1f}H{WIDTH - RIGHT}"})
         _text(svg, LEFT - 8, y + 4, short(tick), "end")
     for tick in ticks(x_scale.low, x_scale.high):
         x = x_scale.place(tick)
-        _add(svg, "path", {"class": "grid", "d": f"M{x:.1f} {HEIGHT - BOTTOM}v5"})
+        SubElement(svg, "path", {"class": "grid", "d": f"M{x:.1f} {HEIGHT - BOTTOM}v5"})
         _text(svg, x, HEIGHT - BOTTOM + 19, short(tick), "middle")
     _text(svg, (LEFT + WIDTH - RIGHT) / 2, HEIGHT - 6, x_unit, "middle")
     for each in series:
@@ -97,8 +96,8 @@ def heat_map(
         _text(svg, left - 8, y + 12, row, "end")
         for column, value in enumerate(cells):
             place = {"x": f"{left + column * width:.1f}", "y": str(y), "width": f"{width + 0.3:.1f}", "height": "16"}
-            cell = _add(svg, "rect", {"class": "cell", "fill-opacity": f"{min(1.0, value / full):.2f}", **place})
-            _add(cell, "title", {}).text = f"{row}, {x_unit} {short(xs[column])}: {value:.0%}"
+            cell = SubElement(svg, "rect", {"class": "cell", "fill-opacity": f"{min(1.0, value / full):.2f}", **place})
+            SubElement(cell, "title", {}).text = f"{row}, {x_unit} {short(xs[column])}: {value:.0%}"
     scale = Scale(0, max(1, len(xs) - 1), left + width / 2, WIDTH - RIGHT - width / 2)
     for column in dict.fromkeys(round(share * (len(xs) - 1)) for share in (0, 0.25, 0.5, 0.75, 1)):
         _text(svg, scale.place(column), height - BOTTOM + 19, short(xs[column]), "middle")
@@ -185,16 +184,16 @@ def _draw(svg: Element, series: Series, colour: int, x_scale: Scale, y_scale: Sc
 
     if line.lows:
         band = _path([*places(line.highs), *reversed(places(line.lows))])
-        _add(svg, "path", {"class": f"s{colour} band", "d": f"{band}Z"})
+        SubElement(svg, "path", {"class": f"s{colour} band", "d": f"{band}Z"})
     is_noisy = smooth and len(xs) >= SMOOTHED_FROM
     if is_noisy:
-        _add(svg, "path", {"class": f"s{colour} noise", "d": _path(places(line.ys))})
+        SubElement(svg, "path", {"class": f"s{colour} noise", "d": _path(places(line.ys))})
     ys = smoothed(line.ys, max(3, len(xs) // 25)) if is_noisy else line.ys
-    path = _add(svg, "path", {"class": f"s{colour} line d{colour}", "d": _path(places(ys))})
-    _add(path, "title", {}).text = _told(series)
+    path = SubElement(svg, "path", {"class": f"s{colour} line d{colour}", "d": _path(places(ys))})
+    SubElement(path, "title", {}).text = _told(series)
     if len(xs) < SMOOTHED_FROM:
         for x, y in places(line.ys):
-            _add(svg, "circle", {"class": f"s{colour} point", "cx": f"{x:.1f}", "cy": f"{y:.1f}", "r": "2.5"})
+            SubElement(svg, "circle", {"class": f"s{colour} point", "cx": f"{x:.1f}", "cy": f"{y:.1f}", "r": "2.5"})
 
 
 def _told(series: Series) -> str:
@@ -212,11 +211,11 @@ def _canvas(width: int, height: int, label: str) -> Element:
 
 
 def _text(svg: Element, x: float, y: float, words: str, anchor: str) -> None:
-    _add(svg, "text", {"class": "ink", "x": f"{x:.1f}", "y": f"{y:.1f}", "text-anchor": anchor}).text = words
+    SubElement(svg, "text", {"class": "ink", "x": f"{x:.1f}", "y": f"{y:.1f}", "text-anchor": anchor}).text = words
 
 
 def key(look: int) -> str:
     """A piece of a line, to stand beside its name."""
     svg = Element("svg", {"xmlns": SVG, "viewBox": "0 0 28 10", "class": "key", "aria-hidden": "true"})
-    _add(svg, "path", {"class": f"s{look % LOOKS} line d{look % LOOKS}", "d": "M1 5H27"})
+    SubElement(svg, "path", {"class": f"s{look % LOOKS} line d{look % LOOKS}", "d": "M1 5H27"})
     return ElementTree.tostring(svg, encoding="unicode")
