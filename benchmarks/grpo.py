@@ -249,7 +249,7 @@ class Ours:
                 done - sampled,
                 sum(not each.has_signal for each in graded),
                 stats.grad_norm,
-                policy_metrics(seen)["engine_logprob_difference"],
+                policy_metrics(seen)["sampling/sampling_logp_difference/mean"],
             )
         )
         return replies / (done - started)

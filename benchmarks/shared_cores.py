@@ -128,7 +128,7 @@ def decoding() -> Callable[[], int]:
     model = Transformer(ModelConfig(**load_preset("model", "nano-20m"))).init(0).to(world.dtype).eval()
     prompt = list(range(3, 35))
     return lambda: len(
-        generate(model, [prompt], SamplingConfig(temperature=0), max_tokens=64, end_ids=frozenset())[0].ids
+        generate(model, [prompt], SamplingConfig(temperature=0), max_tokens=64, stop_token_ids=frozenset())[0].ids
     )
 
 
@@ -147,7 +147,7 @@ def rollouts() -> Callable[[], int]:
 
     def step() -> int:
         return (
-            sum(len(each.ids) for each in generate(model, prompts, sampling, max_tokens=32, end_ids=frozenset()))
+            sum(len(each.ids) for each in generate(model, prompts, sampling, max_tokens=32, stop_token_ids=frozenset()))
             + update()
         )
 

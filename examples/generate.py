@@ -25,7 +25,7 @@ def request(bundle: Bundle, prompt: str, max_tokens: int, seed: int) -> Request:
     """A document begins with the <s> token; the reply depends on this request alone, not on others in the batch."""
     ids = [bundle.tokenizer.bos_id, *bundle.tokenizer.encode(prompt)]
     ends = reply_ends(bundle.tokenizer)
-    return Request(prompt=ids, max_tokens=max_tokens, sampling=SAMPLING, end_ids=ends, seed=seed)
+    return Request(prompt=ids, max_tokens=max_tokens, sampling=SAMPLING, stop_token_ids=ends, seed=seed)
 
 
 def together(bundle: Bundle, prompts: list[str], max_tokens: int) -> list[str]:
@@ -42,7 +42,7 @@ def streamed(bundle: Bundle, prompt: str, max_tokens: int) -> Iterator[str]:
     engine, text = Engine(bundle.model, rows=1), TextStream(bundle.tokenizer)
     reply = engine.submit(request(bundle, prompt, max_tokens, seed=0))
     while engine.has_work:
-        yield from (text.push(drawn.token) for drawn in engine.step() if drawn.token != reply.end_id)
+        yield from (text.push(drawn.token) for drawn in engine.step() if drawn.token != reply.stop_token_id)
     yield text.close()
 
 

@@ -96,7 +96,7 @@ def test_the_scripts_train_a_model_let_it_write_and_let_it_learn_a_task(run_scri
     taught = run_script("grpo_own_task.py", base.strip(), "--out", "runs/own", "--lessons", 1, "--steps", 1)
     assert taught == f"{Path('runs/own/grpo/bundle')}\n"
     step = read_metrics(tmp_path / "runs" / "own" / "grpo")[-1]
-    assert (step["groups"], step["faults"], "reward_correct" in step) == (32, 0, True)
+    assert (step["groups"], step["faults"], "rewards/correct/mean" in step) == (32, 0, True)
 
 
 def test_the_task_of_the_example_takes_what_is_between_and_nothing_else(monkeypatch):

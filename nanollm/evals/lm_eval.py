@@ -79,7 +79,7 @@ class NanoLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
     def _loglikelihood_tokens(
         self, requests: Sequence[ScoredRequest], disable_tqdm: bool = False, **_: object
     ) -> list[tuple[float, bool]]:
-        """How likely the scored ids of each request are after its context, in nats, and whether each is the likeliest.
+        """Log-likelihood of the scored ids of each request after its context, in nats, and whether each is greedy.
 
         A context loses its beginning where both do not fit the model's. Requests that differ in their last id only,
         such as the letters of a choice, are answered by one row.
@@ -121,7 +121,7 @@ class NanoLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
                     prompt=self._end_of(self.tok_encode(prompt), max_tokens),
                     max_tokens=max_tokens,
                     sampling=sampling,
-                    end_ids=reply_ends(tokenizer),
+                    stop_token_ids=reply_ends(tokenizer),
                     stop=streams[-1].stops_at,
                     seed=self.seed + number,
                 )
@@ -193,18 +193,18 @@ def score(model: Transformer, batch: Sequence[Row], scored: Sequence[Ids]) -> di
     targets = torch.tensor([token for number in asked for token in scored[number]])  # (M,)
     device = model.head.weight.device
     hidden = model.trunk(tokens.to(device)).flatten(0, 1)[torch.tensor(places, device=device)]  # (M, D)
-    logprobs, is_likeliest = token_scores(model.head, hidden, targets.to(device))
+    logprobs, is_greedy = token_scores(model.head, hidden, targets.to(device))
     sizes = [len(scored[number]) for number in asked]
-    parts = zip(asked, logprobs.split(sizes), is_likeliest.split(sizes), strict=True)
+    parts = zip(asked, logprobs.split(sizes), is_greedy.split(sizes), strict=True)
     return {number: (part.sum().item(), bool(hits.all())) for number, part, hits in parts}
 
 
 def token_scores(head: nn.Linear, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probability of each target (M,) float32, and whether it is the likeliest id (M,) bool; hidden (M, D)."""
+    """Log-probability of each target (M,) float32, and whether it is the most likely id (M,) bool; hidden (M, D)."""
     rows = max(1, MAX_LOGITS // head.out_features)
-    logprobs, is_likeliest = [], []
+    logprobs, is_greedy = [], []
     for states, wanted in zip(hidden.split(rows), targets.split(rows), strict=True):
         chunk = head(states).float().log_softmax(-1)  # (rows, V)
         logprobs.append(chunk.gather(-1, wanted[:, None])[:, 0])
-        is_likeliest.append(chunk.argmax(-1) == wanted)
-    return torch.cat(logprobs), torch.cat(is_likeliest)
+        is_greedy.append(chunk.argmax(-1) == wanted)
+    return torch.cat(logprobs), torch.cat(is_greedy)

@@ -134,7 +134,7 @@ def solve(
             prompt=prompts[place],
             max_tokens=max_tokens,
             sampling=sampling,
-            end_ids=ends,
+            stop_token_ids=ends,
             tool=tool() if tool else None,
             seed=first_seed + number,
         )

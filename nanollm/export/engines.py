@@ -181,7 +181,7 @@ def rendered(conversation: Conversation, bundle: Bundle) -> str:
 def compare_scores(
     theirs: Sequence[TokenScores], bundle: Bundle, samples: Samples, *, is_exact: bool
 ) -> Iterator[Check]:
-    """Of every position: the likeliest token, its logit, that of the next token, and the sum of all."""
+    """Of every position: the most likely token, its logit, that of the next token, and the sum of all."""
     ours = [TokenScores.of(verify.our_logits(bundle, ids), ids) for ids in samples.windows]
     if is_exact:
         pairs = list(zip(ours, theirs, strict=True))

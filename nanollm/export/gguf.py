@@ -31,7 +31,7 @@ from nanollm.text.tokenizer import END, Tokenizer
 KIND_NUMBERS = {"normal": 1, "unknown": 2, "control": 3, "user_defined": 4, "unused": 5, "byte": 6}
 ALWAYS_F32 = ("ffn_gate_inp.weight", "exp_probs_b.bias")  # a rounded router chooses other experts
 F16_IN_Q8_0 = ("attn_q_a.weight", "attn_kv_a_mqa.weight", "attn_k_b.weight", "attn_v_b.weight", "output.weight")
-"""What everything passes through: in q8_0 these few cost up to half a percent of the likeliest tokens (docs/log.md)."""
+"""What everything passes through: in q8_0 these few change up to half a percent of the greedy tokens (docs/log.md)."""
 BLOCK = 32  # numbers that share a scale in q8_0
 LITE = (26, 27)
 """With these numbers of blocks llama.cpp takes a model for DeepSeek-V2-Lite and does not read q_a_proj."""

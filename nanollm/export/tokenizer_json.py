@@ -5,7 +5,7 @@ literal U+2581, which SentencePiece alone would read as a space, is spelled in b
 such file does, it takes a text that spells a mark for the mark, unless it is asked with split_special_tokens=True
 (transformers) or encode_special_tokens (tokenizers).
 
-A unigram model chooses the likeliest pieces. SentencePiece sums in float32 and tokenizers in float64, so among equally
+A unigram model chooses the most likely pieces. SentencePiece sums in float32, tokenizers in float64, so among equally
 likely ones ("==" and "=", or "=" and "==") they may choose differently.
 """
 

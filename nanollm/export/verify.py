@@ -2,7 +2,7 @@
 
 Three comparisons: the ids of texts and conversations, how both see every position of some texts, and greedy replies.
 If weights and arithmetic are of one kind (f32; bf16 and f16 in transformers, which then computes in float32) both must
-agree to TOLERANCE and in every token. Where llama.cpp rounds what it computes with (bf16, f16, q8_0) the likeliest
+agree to TOLERANCE and in every token. Where llama.cpp rounds what it computes with (bf16, f16, q8_0) the most likely
 token must be the same at ROUNDED_AGREEMENT of the positions (within the 95 % interval), and the perplexity within
 ROUNDED_PERPLEXITY.
 """
@@ -85,7 +85,7 @@ def own_texts(bundle: Bundle) -> list[list[int]]:
         [empty],
         SamplingConfig(),
         max_tokens=length,
-        end_ids=frozenset(),
+        stop_token_ids=frozenset(),
         samples=ceil(POSITIONS / length),
     )
     return [[*empty, *completion.ids] for completion in drawn]
@@ -120,7 +120,7 @@ def ids_of(conversation: Conversation, bundle: Bundle) -> list[int]:
 class TokenScores:
     """Scores of the predicted positions of one window: (n,) each."""
 
-    top: Tensor  # int64, the likeliest token
+    top: Tensor  # int64, the most likely token
     highest: Tensor  # its logit
     logit: Tensor  # of the token that follows
     log_total: Tensor  # logit - log_total is the log-probability
@@ -143,7 +143,7 @@ def our_logits(bundle: Bundle, ids: Ids) -> Tensor:
 def our_replies(bundle: Bundle, samples: Samples) -> list[list[int]]:
     """Greedy ids after each prompt; nothing ends a reply early."""
     greedy = SamplingConfig(temperature=0)
-    done = generate(bundle.model, samples.prompts, greedy, max_tokens=samples.reply_tokens, end_ids=frozenset())
+    done = generate(bundle.model, samples.prompts, greedy, max_tokens=samples.reply_tokens, stop_token_ids=frozenset())
     return [completion.ids for completion in done]
 
 
@@ -182,7 +182,7 @@ def check_difference(greatest: float) -> Check:
 def check_equal_tops(
     bundle: Bundle, samples: Samples, ours: Sequence[TokenScores], theirs: Sequence[TokenScores]
 ) -> Check:
-    """The likeliest token is the same at every position, unless another is as likely, up to TOLERANCE."""
+    """The most likely token is the same at every position, unless another is as likely, up to TOLERANCE."""
     gaps = [
         gap
         for ids, mine, other in zip(samples.windows, ours, theirs, strict=True)
@@ -195,7 +195,7 @@ def check_equal_tops(
 
 
 def check_agreement(ours: Sequence[TokenScores], theirs: Sequence[TokenScores]) -> Check:
-    """At how many positions the likeliest token is the same: it holds unless that is surely too few."""
+    """At how many positions the most likely token is the same: it holds unless that is surely too few."""
     same = torch.cat([mine.top == other.top for mine, other in zip(ours, theirs, strict=True)])
     share, (low, high) = same.float().mean().item(), wilson(int(same.sum()), len(same))
     found = f"{100 * share:.2f} % the same ({100 * low:.1f} to {100 * high:.1f})"
@@ -203,7 +203,7 @@ def check_agreement(ours: Sequence[TokenScores], theirs: Sequence[TokenScores]) 
 
 
 def tops(seen: Sequence[TokenScores]) -> str:
-    return f"likeliest token, {sum(len(each.top) for each in seen):,} positions"
+    return f"most likely token, {sum(len(each.top) for each in seen):,} positions"
 
 
 def check_perplexity(ours: Sequence[TokenScores], theirs: Sequence[TokenScores]) -> Check:
@@ -231,7 +231,7 @@ def check_replies(
     ]
     found = f"{len(ours) - len(gaps):,} of {len(ours):,} replies equal, {found}"
     if gaps and max(gaps) <= TOLERANCE:
-        found += f"; the others differ first where the two likeliest tokens are {max(gaps):.1g} apart"
+        found += f"; the others differ first where the two most likely tokens are {max(gaps):.1g} apart"
     wanted = "all equal, but for ties" if must_equal else "for information"
     holds = not must_equal or all(gap <= TOLERANCE for gap in gaps)
     return Check(f"greedy replies of {samples.reply_tokens} tokens", wanted, found, holds)

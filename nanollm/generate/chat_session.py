@@ -121,7 +121,7 @@ class ChatSession:
             prompt=prompt,
             max_tokens=self.c.max_tokens,
             sampling=self.c,
-            end_ids=reply_borders(self.bundle.tokenizer),
+            stop_token_ids=reply_borders(self.bundle.tokenizer),
             stop=is_over,
             tool=make_tool() if (make_tool := tool_caller(self.bundle)) else None,
             seed=self.c.seed + self.replies,

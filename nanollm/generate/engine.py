@@ -250,8 +250,8 @@ class Engine:
         request = completion.request
         given: Sequence[int] = ()
         completion.logprobs.append(logprob)
-        if token in request.end_ids:
-            completion.finish, completion.end_id = "end", token
+        if token in request.stop_token_ids:
+            completion.finish, completion.stop_token_id = "end", token
         else:
             self._extend(row, completion, [token], is_sampled=True)
             if completion.finish is None and request.tool is not None:
@@ -331,10 +331,10 @@ def choose(logits: Tensor, c: SamplingConfig, numbers: Tensor, members: Sequence
 
 
 def token_logprobs(logits: Tensor, token: int, top: int, experts: list[list[int]]) -> TokenLogprobs:
-    """Log-probabilities of `token` and of the likeliest tokens, from logits (V,)."""
+    """Log-probabilities of `token` and of the most likely tokens, from logits (V,)."""
     logprobs = logits.log_softmax(-1)
-    likeliest = logprobs.topk(min(top, len(logprobs)))
-    pairs = list(zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True))
+    top_tokens = logprobs.topk(min(top, len(logprobs)))
+    pairs = list(zip(top_tokens.indices.tolist(), top_tokens.values.tolist(), strict=True))
     return TokenLogprobs(logprobs[token].item(), pairs, experts)
 
 
@@ -344,7 +344,7 @@ def generate(
     sampling: SamplingConfig,
     *,
     max_tokens: int,
-    end_ids: frozenset[int],
+    stop_token_ids: frozenset[int],
     seed: int = 0,
     stop: Callable[[], Callable[[int], bool]] | None = None,
     tool: MakeTool | None = None,
@@ -368,7 +368,7 @@ def generate(
                 prompt=prompt,
                 max_tokens=max_tokens,
                 sampling=sampling,
-                end_ids=end_ids,
+                stop_token_ids=stop_token_ids,
                 stop=None if stop is None else stop(),
                 tool=None if tool is None else tool(),
                 seed=seed + number,

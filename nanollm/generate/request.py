@@ -24,7 +24,7 @@ class Request:
     max_tokens: int
     """Most tokens of the reply, its end token included."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    end_ids: frozenset[int] = frozenset()
+    stop_token_ids: frozenset[int] = frozenset()
     """Tokens that end the reply and are left out of it."""
     stop: Callable[[int], bool] | None = None
     """Told every token of the reply in order; true ends the reply with this one."""
@@ -34,7 +34,7 @@ class Request:
     seed: int = 0
     """The only source of this request's random numbers."""
     top_logprobs: int | None = None
-    """Say of every token how likely it was, which others were the likeliest (this many) and which experts chose."""
+    """Say of every token how likely it was, which others were the most likely (this many) and which experts chose."""
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
@@ -56,7 +56,7 @@ class Completion:
     """Of each of ids: whether the model sampled it; if not, a tool gave it."""
     finish: Finish | None = None
     """end: an end token; stop: the stop function; length: no room or tokens left; None: not finished."""
-    end_id: int | None = None  # the end token, if one was drawn
+    stop_token_id: int | None = None  # the end token, if one was drawn
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ class TokenLogprobs:
     """How likely a sampled token was: at temperature 1, before penalty, bias and filters."""
 
     logprob: float
-    top: list[tuple[int, float]]  # the likeliest tokens and their log-probabilities, likeliest first
+    top: list[tuple[int, float]]  # the most likely tokens and their log-probabilities, most likely first
     experts: list[list[int]]
     """For each Mixture of Experts, the experts chosen in the pass that predicted this token."""
 

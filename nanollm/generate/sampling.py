@@ -25,13 +25,13 @@ class SamplingConfig:
     """How to choose from the model's distribution."""
 
     temperature: float = 0.8
-    """Divides the logits; 0 always takes the likeliest token."""
+    """Divides the logits; 0 always takes the most likely token."""
     top_k: int = 0
-    """Choose among the k likeliest tokens only (0: all)."""
+    """Choose among the k most likely tokens only (0: all)."""
     top_p: float = 1.0
-    """Choose among the likeliest tokens that together reach this probability."""
+    """Choose among the most likely tokens that together reach this probability."""
     min_p: float = 0.0
-    """Choose among the tokens at least this share as likely as the likeliest (0: all)."""
+    """Choose among the tokens at least this share as likely as the most likely (0: all)."""
     repetition_penalty: float = 1.0
     """Divides the positive logits of tokens already in prompt or reply, and multiplies the negative ones (1: off)."""
     logit_bias: dict[int, float] = field(default_factory=dict)
@@ -40,7 +40,7 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         if self.temperature != 0 and not MIN_TEMPERATURE <= self.temperature < math.inf:
             raise ValueError(
-                f"temperature must be 0 (always the likeliest token) or at least {MIN_TEMPERATURE}, "
+                f"temperature must be 0 (always the most likely token) or at least {MIN_TEMPERATURE}, "
                 f"got {self.temperature}"
             )
         if self.top_k < 0:
@@ -91,7 +91,7 @@ def sample(logits: Tensor, c: SamplingConfig, numbers: Tensor, seen: Iterable[Te
         ids = shifted.argmax(-1)
     else:
         scaled = shifted / c.temperature
-        probabilities = keep_likeliest(scaled, c).softmax(-1) if c.filters or c.shifts else logprobs.exp()
+        probabilities = filter_logits(scaled, c).softmax(-1) if c.filters or c.shifts else logprobs.exp()
         ids = invert(probabilities, numbers.to(logits.device))
     return ids, logprobs.gather(-1, ids[:, None])[:, 0]
 
@@ -117,7 +117,7 @@ def invert(probabilities: Tensor, numbers: Tensor) -> Tensor:
     return torch.searchsorted(cumulated, numbers[:, None] * cumulated[:, -1:], right=True)[:, 0]
 
 
-def keep_likeliest(logits: Tensor, c: SamplingConfig) -> Tensor:
+def filter_logits(logits: Tensor, c: SamplingConfig) -> Tensor:
     """Set the logits (B, V) outside top-k, outside min-p, then outside top-p of what remains, to minus infinity."""
     if 0 < c.top_k < logits.shape[-1]:
         smallest_kept = logits.topk(c.top_k, dim=-1).values[:, -1:]

@@ -17,6 +17,13 @@ from nanollm.durable import read_json
 from nanollm.model.config import ModelConfig
 from nanollm.train.run import STARTS
 
+EARLIER = {  # names of metrics in earlier versions
+    "reply_tokens": "completions/mean_length",
+    "reply_tokens_max": "completions/max_length",
+    "engine_logprob_difference": "sampling/sampling_logp_difference/mean",
+    "engine_logprob_difference_max": "sampling/sampling_logp_difference/max",
+}
+
 Line = Mapping[str, Any]
 Stage = Literal["pretrain", "sft", "grpo"]
 
@@ -77,7 +84,7 @@ class RunFolder:
     def numbers(self) -> Mapping[str, list[tuple[int, float]]]:
         """Every number of the log by its name, as (step, value)."""
         found: dict[str, list[tuple[int, float]]] = {}
-        for line in self.lines:
+        for line in map(_renamed, self.lines):
             for name, value in line.items():
                 if name != "step" and isinstance(value, int | float) and not isinstance(value, bool):
                     found.setdefault(name, []).append((line["step"], value))
@@ -129,6 +136,16 @@ def _lines(path: Path, needs: str = "step") -> list[Line]:
             raise ValueError(f"{path}, line {number} is damaged ({error!r}); remove that line") from error
         lines.append(parsed)
     return lines
+
+
+def _renamed(line: Line) -> Line:
+    """The line of an earlier version by the names of this one."""
+    if "groups_dropped" in line:
+        line = {**line} | {"frac_reward_zero_std": line["groups_dropped"] / line["groups"]}
+    if "finished" in line:
+        line = {**line} | {"completions/clipped_ratio": 1 - line["finished"]}
+    parts = {name: f"rewards/{name[7:]}/mean" for name in line if name.startswith("reward_") and name != "reward_std"}
+    return {(EARLIER | parts).get(name, name): value for name, value in line.items()}
 
 
 def _model(folder: Path, settings: Mapping[str, Any]) -> ModelConfig | None:

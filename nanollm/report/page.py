@@ -4,6 +4,7 @@ The content is chosen here, as plain values; `page.html` lays it out.
 """
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,20 +65,20 @@ QUANTITIES = {
     "Learning from its own replies": [
         Quantity("reward", "Reward", "mean per reply", smooth=True),
         Quantity("val_accuracy", "Problems solved", "share of test problems, greedily", SOLVED, SOLVED_INTERVAL),
-        Quantity("reply_tokens", "Length of replies", "tokens", smooth=True),
-        Quantity("finished", "Replies that ended by themselves", "share of all replies", smooth=True),
+        Quantity("completions/mean_length", "Length of replies", "tokens", smooth=True),
+        Quantity("completions/clipped_ratio", "Replies cut at the limit", "share of all replies", smooth=True),
         Quantity("entropy", "Entropy", "nats per token", smooth=True),
         Quantity("kl", "Distance to the reference", "KL divergence, nats per token", KL, smooth=True),
-        Quantity("groups_dropped", "Groups that taught nothing", "groups per step", DROPPED, smooth=True),
+        Quantity("frac_reward_zero_std", "Groups without a signal", "share of the groups", DROPPED, smooth=True),
         Quantity("clip_fraction", "Clipped", "share of tokens", smooth=True),
-        Quantity("engine_logprob_difference", "Engine against trainer", LOGPROBS, smooth=True),
+        Quantity("sampling/sampling_logp_difference/mean", "Engine against trainer", LOGPROBS, smooth=True),
     ],
     "Speed and memory": [
         Quantity("tokens_per_s", "Speed", "tokens/s", from_zero=True),
         Quantity("peak_memory_gb", "Peak memory", "GB", from_zero=True),
     ],
 }
-PART = "reward_"  # of names: the parts of a reward; reward_std is none
+PART = re.compile("rewards/(.+)/mean")  # the parts of a reward
 
 
 def write_report(out: Path, world: World) -> None:
@@ -159,14 +160,13 @@ def charts(runs: Sequence[RunFolder], quantities: Sequence[Quantity]) -> Iterato
 def reward_parts(runs: Sequence[RunFolder]) -> Iterator[Chart]:
     """What the rewards are made of, one chart for each run."""
     for run in runs:
-        names = [name for name in run.numbers if name.startswith(PART) and name != "reward_std"]
+        parts = {name: part[1].replace("_", " ") for name in run.numbers if (part := PART.fullmatch(name))}
         lines = [
-            series_of(run, Quantity(name, "", ""), 1.0, look, name.removeprefix(PART).replace("_", " "))
-            for look, name in enumerate(names)
+            series_of(run, Quantity(name, "", ""), 1.0, look, part) for look, (name, part) in enumerate(parts.items())
         ]
         if lines:
             title = "Parts of the reward" + (f", {run.name}" if runs[1:] else "")
-            quantity = Quantity(PART, title, "mean per reply", smooth=True)
+            quantity = Quantity("rewards", title, "mean per reply", smooth=True)
             yield chart_of(quantity, lines, "steps", keys([line.name for line in lines]))
 
 

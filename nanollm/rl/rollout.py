@@ -119,7 +119,7 @@ def roll_out(
         prompts,
         SamplingConfig(temperature=c.temperature),
         max_tokens=c.max_tokens,
-        end_ids=reply_ends(tokenizer),
+        stop_token_ids=reply_ends(tokenizer),
         seed=seed,
         tool=tool,
         samples=c.group_size,
@@ -127,10 +127,10 @@ def roll_out(
     rollouts = [
         Rollout(
             prompt_ids=prompts[row // c.group_size],
-            reply_ids=completion.ids + ([] if completion.end_id is None else [completion.end_id]),
+            reply_ids=completion.ids + ([] if completion.stop_token_id is None else [completion.stop_token_id]),
             logprobs=completion.logprobs,
             stop="length" if completion.finish == "length" else "end",
-            is_sampled=completion.is_sampled + [True] * (completion.end_id is not None),
+            is_sampled=completion.is_sampled + [True] * (completion.stop_token_id is not None),
         )
         for row, completion in enumerate(completions)
     ]
@@ -163,19 +163,19 @@ class Graded:
 
 
 def rollout_metrics(graded: Sequence[Graded]) -> dict[str, float]:
-    """What the replies of a step were like."""
+    """What the replies of a step were like, by TRL's names."""
     rollouts = [rollout for each in graded for rollout in each.group.rollouts]
     rewards = [reward for each in graded for reward in each.rewards]
     lengths = [len(rollout.reply_ids) for rollout in rollouts]
-    parts = {f"reward_{name}": fmean(reward.parts[name] for reward in rewards) for name in rewards[0].parts}
+    parts = {f"rewards/{name}/mean": fmean(reward.parts[name] for reward in rewards) for name in rewards[0].parts}
     return {
         "reward_std": pstdev(reward.total for reward in rewards),
         **parts,
         "groups": len(graded),
-        "groups_dropped": sum(not each.has_signal for each in graded),
-        "reply_tokens": fmean(lengths),
-        "reply_tokens_max": max(lengths),
-        "finished": fmean(rollout.stop == "end" for rollout in rollouts),
+        "frac_reward_zero_std": fmean(not each.has_signal for each in graded),
+        "completions/mean_length": fmean(lengths),
+        "completions/max_length": max(lengths),
+        "completions/clipped_ratio": fmean(rollout.stop == "length" for rollout in rollouts),
     }
 
 
@@ -192,10 +192,10 @@ def policy_metrics(seen: Sequence[LossMetrics]) -> dict[str, float]:
         "entropy": mean("entropy"),
         "clip_fraction": mean("clipped"),
         "kl": mean("kl"),
-        "engine_logprob_difference": mean("engine_difference"),
-        "engine_logprob_difference_max": max(each.engine_difference_max.item() for each in seen),
-        "engine_ratio": mean("importance"),
-        "engine_ratio_truncated": mean("truncated"),
+        "sampling/sampling_logp_difference/mean": mean("engine_difference"),
+        "sampling/sampling_logp_difference/max": max(each.engine_difference_max.item() for each in seen),
+        "sampling/importance_sampling_ratio/mean": mean("importance"),
+        "sampling/importance_sampling_ratio/capped": mean("truncated"),
     }
 
 

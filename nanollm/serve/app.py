@@ -258,7 +258,7 @@ class Service:
             raise refusal("n", f"expected at most {self.engine.capacity} replies to all prompts, got {replies}")
 
     def _begin(
-        self, body: ChatRequest | CompletionRequest, prompts: Sequence[list[int]], end_ids: frozenset[int]
+        self, body: ChatRequest | CompletionRequest, prompts: Sequence[list[int]], stop_token_ids: frozenset[int]
     ) -> Generation:
         """Hand the requests of all replies to the engine: those to one prompt beside each other."""
         seed = secrets.randbits(62) if body.seed is None else body.seed
@@ -268,7 +268,7 @@ class Service:
                 prompt=prompt,
                 max_tokens=body.token_limit,
                 sampling=sampling,
-                end_ids=end_ids,
+                stop_token_ids=stop_token_ids,
                 stop=TextStream(self.tokenizer, body.stops).stops_at if body.stops else None,
                 tool=self.make_tool() if self.make_tool else None,
                 seed=(seed + number) % SEEDS,

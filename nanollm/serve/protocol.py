@@ -130,9 +130,11 @@ class SamplingRequest(StrictModel):
         None, description="Texts at which a reply ends; left out."
     )
     temperature: float | None = Field(None, ge=0, le=2, description="Divides the logits; 0: greedy. Default 1.")
-    top_p: float | None = Field(None, ge=0, le=1, description="Choose among the likeliest that reach this probability.")
-    top_k: int | None = Field(None, ge=0, le=1_000_000, description="Choose among the k likeliest; 0: all.")
-    min_p: float | None = Field(None, ge=0, le=1, description="Least probability, as a share of the likeliest's.")
+    top_p: float | None = Field(
+        None, ge=0, le=1, description="Choose among the most likely that reach this probability."
+    )
+    top_k: int | None = Field(None, ge=0, le=1_000_000, description="Choose among the k most likely; 0: all.")
+    min_p: float | None = Field(None, ge=0, le=1, description="Least probability, as a share of the highest.")
     repetition_penalty: float | None = Field(None, ge=0.1, le=10, description="Above 1: repeat less.")
     logit_bias: Annotated[dict[IdText, Bias], Field(max_length=300)] | None = Field(
         None, description="Token ids (as text): what to add to their logits."
@@ -200,7 +202,7 @@ class ChatRequest(SamplingRequest):
         examples=[[{"role": "user", "content": "What is 2 + 3?"}]],
     )
     logprobs: bool | None = Field(None, description="Say how likely each token was.")
-    top_logprobs: int | None = Field(None, ge=0, le=20, description="Name the likeliest tokens at each place.")
+    top_logprobs: int | None = Field(None, ge=0, le=20, description="Name the most likely tokens at each place.")
     experts: bool | None = Field(None, description="With logprobs: the experts of each token.")
     response_format: dict[Literal["type"], Literal["text"]] | None = Field(None, description="Plain text alone.")
 
@@ -213,7 +215,7 @@ class ChatRequest(SamplingRequest):
 
     @property
     def engine_top_logprobs(self) -> int | None:
-        """How many of the likeliest tokens the engine tells at each place; None: nothing of that kind."""
+        """How many of the most likely tokens the engine tells at each place; None: nothing of that kind."""
         return self.top_logprobs or 0 if self.logprobs else None
 
 
@@ -226,7 +228,7 @@ class CompletionRequest(SamplingRequest):
         description="A text, texts, ids, or lists of ids. Texts begin with <s>; ids are taken as they are.",
         examples=["Once upon a time"],
     )
-    logprobs: int | None = Field(None, ge=0, le=5, description="Name this many of the likeliest tokens.")
+    logprobs: int | None = Field(None, ge=0, le=5, description="Name this many of the most likely tokens.")
 
     @property
     def engine_top_logprobs(self) -> int | None:

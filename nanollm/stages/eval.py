@@ -88,7 +88,7 @@ class Config:
     temperature: float = 1.0
     """Sampling temperature of --samples."""
     top_p: float = 1.0
-    """Nucleus sampling of --samples: choose among the likeliest tokens that together reach this probability."""
+    """Nucleus sampling of --samples: choose among the most likely tokens that together reach this probability."""
     tools: list[str] | None = None
     """What writes into the replies (calculator); null: the tools each model was trained with; none: none."""
     against: Path | None = None

@@ -66,7 +66,7 @@ def run(c: Config) -> str:
         [encode(prompt, tokenizer, c.chat) for prompt in c.prompt],
         c,
         max_tokens=c.max_tokens,
-        end_ids=reply_borders(tokenizer) if c.chat else reply_ends(tokenizer),
+        stop_token_ids=reply_borders(tokenizer) if c.chat else reply_ends(tokenizer),
         seed=c.seed,
         stop=(lambda: TextStream(tokenizer, c.stop).stops_at) if c.stop else None,
         tool=tool_caller(bundle),

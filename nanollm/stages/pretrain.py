@@ -164,7 +164,7 @@ def sample(c: Config, state: TrainState, tokenizer: Tokenizer, world: World) -> 
         [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in c.sample_prompts],
         SamplingConfig(temperature=0.8, top_k=50),
         max_tokens=SAMPLE_TOKENS,
-        end_ids=frozenset({tokenizer.eos_id}),
+        stop_token_ids=frozenset({tokenizer.eos_id}),
     )
     texts = [tokenizer.decode_drawn(completion.ids) for completion in completions]
     for prompt, text in zip(c.sample_prompts, texts, strict=True):

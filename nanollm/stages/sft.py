@@ -66,7 +66,7 @@ class Config(RunConfig):
     validation_conversations: int = 256
     """Conversations of each folder's validation split that the loss is measured on, spread evenly (0: all)."""
     sample_prompts: list[str] = field(default_factory=lambda: ["Who are you?", "What is 7 plus 5?"])
-    """Questions that are answered during training, always with the likeliest token; none: no samples."""
+    """Questions that are answered during training, always with the most likely token; none: no samples."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "data", sources_of(self.data))
@@ -181,7 +181,7 @@ def validate(c: Config, state: TrainState, splits: Splits, world: World) -> dict
 
 
 def sample(c: Config, state: TrainState, bundle: Bundle, world: World) -> dict[str, object]:
-    """The likeliest reply to each sample prompt; on the main rank."""
+    """The most likely reply to each sample prompt; on the main rank."""
     if not c.sample_prompts:
         return {}
     model = state.whole_model()
@@ -193,7 +193,7 @@ def sample(c: Config, state: TrainState, bundle: Bundle, world: World) -> dict[s
         [encode_prompt(Conversation.of(prompt), tokenizer) for prompt in c.sample_prompts],
         SamplingConfig(temperature=0),
         max_tokens=SAMPLE_TOKENS,
-        end_ids=reply_ends(tokenizer),
+        stop_token_ids=reply_ends(tokenizer),
         tool=tool_caller(bundle),
     )
     texts = [reply_text(reply.ids, tokenizer) for reply in replies]

@@ -64,14 +64,14 @@ def likelihoods(lm, *pairs):
 
 @torch.no_grad()
 def by_hand(bundle, context, ids):
-    """Log-probability of ids after a context, and whether they are the likeliest, from one row of logits."""
+    """Log-probability of ids after a context, and whether they are the most likely, from one row of logits."""
     row = [*context, *ids][-CONTEXT - 1 :]
     logprobs = bundle.model(torch.tensor([row[:-1]]))[0].log_softmax(-1)[-len(ids) :]  # (n, V)
     return logprobs.gather(1, torch.tensor(ids)[:, None]).sum().item(), logprobs.argmax(-1).tolist() == ids
 
 
-def likeliest(model, prompt, count):
-    """The likeliest `count` ids after these ids, one by one."""
+def greedy_ids(model, prompt, count):
+    """The most likely `count` ids after these ids, one by one."""
     ids = list(prompt)
     for _ in range(count):
         ids.append(model(torch.tensor([ids]))[0, -1].argmax().item())
@@ -84,18 +84,18 @@ def likeliest(model, prompt, count):
 def test_log_likelihoods_are_those_of_the_model(bundle, lm):
     encode, bos = bundle.tokenizer.encode, bundle.tokenizer.bos_id
     pairs = [(FOX, " and sang"), (FOX, " x"), (FOX, " y"), ("", FOX), (TEXTS[1], " the end of it"), ("  ", "soup")]
-    for (context, text), (logprob, is_likeliest) in zip(pairs, likelihoods(lm, *pairs), strict=True):
+    for (context, text), (logprob, is_greedy) in zip(pairs, likelihoods(lm, *pairs), strict=True):
         before, whole = [bos, *encode(context.rstrip())], [bos, *encode(context + text)]
         expected = by_hand(bundle, before, whole[len(before) :])
-        assert (logprob, is_likeliest) == (pytest.approx(expected[0], abs=1e-4), expected[1])
+        assert (logprob, is_greedy) == (pytest.approx(expected[0], abs=1e-4), expected[1])
 
 
 def test_it_is_known_whether_the_model_itself_would_say_it(bundle, lm):
     prompt = lm.tok_encode(FOX)
-    said = likeliest(bundle.model, prompt, 5)
+    said = greedy_ids(bundle.model, prompt, 5)
     other = [*said[:2], said[2] - 1, *said[3:]]
     answers = lm._loglikelihood_tokens([(None, prompt, said), (None, prompt, other), (None, prompt, said[:4])])
-    assert [is_likeliest for _, is_likeliest in answers] == [True, False, True]
+    assert [is_greedy for _, is_greedy in answers] == [True, False, True]
 
 
 def test_spaces_before_a_choice_belong_to_it(lm):
@@ -105,10 +105,8 @@ def test_spaces_before_a_choice_belong_to_it(lm):
 def test_a_batch_of_one_gives_what_a_batch_of_many_gives(bundle, lm):
     alone = NanoLM(bundle, rows=1)
     pairs = [(text[:size], f" {word}") for text in TEXTS for size in (10, 80) for word in ("soup", "a long way off")]
-    for (one, one_likeliest), (many, many_likeliest) in zip(
-        likelihoods(alone, *pairs), likelihoods(lm, *pairs), strict=True
-    ):
-        assert (one, one_likeliest) == (pytest.approx(many, abs=1e-4), many_likeliest)
+    for (one, one_greedy), (many, many_greedy) in zip(likelihoods(alone, *pairs), likelihoods(lm, *pairs), strict=True):
+        assert (one, one_greedy) == (pytest.approx(many, abs=1e-4), many_greedy)
     prompts = [(text[:30], {"max_gen_toks": 12}) for text in TEXTS]
     assert alone.generate_until(asked("generate_until", *prompts)) == lm.generate_until(
         asked("generate_until", *prompts)
@@ -172,7 +170,7 @@ def test_a_prompt_without_room_loses_its_beginning(lm):
     assert lm.bundle.tokenizer.encode(text) == end
     (got,) = replies(lm, (long, {"max_gen_toks": 20}))
     assert got
-    assert lm.bundle.tokenizer.decode(likeliest(lm.bundle.model, end, 20)).startswith(got)
+    assert lm.bundle.tokenizer.decode(greedy_ids(lm.bundle.model, end, 20)).startswith(got)
 
 
 def test_a_reply_that_could_fill_the_context_leaves_the_prompt_half_of_it(lm, capsys):

@@ -43,7 +43,7 @@ def test_each_problem_gets_the_reply_that_the_engine_gives_it_alone(model, token
     for attempt in attempts:
         prompt = encode_prompt(Conversation.of(attempt.problem.question), tokenizer)
         (alone,) = generate(
-            model, [prompt], SamplingConfig(temperature=0), max_tokens=12, end_ids=reply_ends(tokenizer)
+            model, [prompt], SamplingConfig(temperature=0), max_tokens=12, stop_token_ids=reply_ends(tokenizer)
         )
         assert attempt.replies == [reply_text(alone.ids, tokenizer)]
         assert (attempt.finish, attempt.tokens) == ([alone.finish], [len(alone.ids)])

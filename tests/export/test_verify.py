@@ -70,7 +70,7 @@ def test_another_models_export_is_told_apart(form, dtype, trained, tmp_path, req
     other = save_bundle(tmp_path / "other", first.model.config, weights, first.tokenizer, {"made_by": "a test"})
     checks = compare(form, exported(trained, form, dtype, tmp_path / "out"), other, dtype)
     failed = {check.what.partition(",")[0] for check in checks if not check.holds}
-    assert "likeliest token" in failed
+    assert "most likely token" in failed
     assert ("perplexity" if dtype == "q8_0" else "greatest difference of a logit") in failed
     assert "ids of texts" not in failed
 

@@ -26,14 +26,17 @@ def without_cache(model, prompt, sampling, max_tokens, seed=0):
 @pytest.mark.parametrize("sampling", [GREEDY, SamplingConfig(temperature=1.0, top_k=20, top_p=0.9)], ids=str)
 def test_cache_and_batch_change_nothing(tiny_model, sampling):
     expected = [without_cache(tiny_model, p, sampling, 10, seed=3 + row) for row, p in enumerate(PROMPTS)]
-    got = generate(tiny_model, PROMPTS, sampling, max_tokens=10, end_ids=frozenset(), seed=3)
+    got = generate(tiny_model, PROMPTS, sampling, max_tokens=10, stop_token_ids=frozenset(), seed=3)
     assert [completion.ids for completion in got] == expected
 
 
 def test_rows_that_end_early_leave_the_others_alone(tiny_model):
-    free = [completion.ids for completion in generate(tiny_model, PROMPTS, GREEDY, max_tokens=24, end_ids=frozenset())]
+    free = [
+        completion.ids
+        for completion in generate(tiny_model, PROMPTS, GREEDY, max_tokens=24, stop_token_ids=frozenset())
+    ]
     end = free[1][4]
-    got = generate(tiny_model, PROMPTS, GREEDY, max_tokens=24, end_ids=frozenset({end}))
+    got = generate(tiny_model, PROMPTS, GREEDY, max_tokens=24, stop_token_ids=frozenset({end}))
     assert [completion.ids for completion in got] == [ids[: [*ids, end].index(end)] for ids in free]
     assert got[1].finish == "end"
 
@@ -48,15 +51,15 @@ def test_a_stop_function_ends_its_row(tiny_model):
 
         return stop
 
-    free = generate(tiny_model, PROMPTS, GREEDY, max_tokens=9, end_ids=frozenset())
-    stopped = generate(tiny_model, PROMPTS, GREEDY, max_tokens=9, end_ids=frozenset(), stop=at_the_third)
+    free = generate(tiny_model, PROMPTS, GREEDY, max_tokens=9, stop_token_ids=frozenset())
+    stopped = generate(tiny_model, PROMPTS, GREEDY, max_tokens=9, stop_token_ids=frozenset(), stop=at_the_third)
     assert [c.ids for c in stopped] == [c.ids[:3] for c in free]
     assert {c.finish for c in stopped} == {"stop"}
 
 
 def test_replies_end_where_the_context_ends(tiny_model):
     prompt = list(range(60))  # of 64
-    (completion,) = generate(tiny_model, [prompt], GREEDY, max_tokens=50, end_ids=frozenset())
+    (completion,) = generate(tiny_model, [prompt], GREEDY, max_tokens=50, stop_token_ids=frozenset())
     assert len(completion.ids) == 5  # the last token is read by nobody and needs no place
     assert completion.finish == "length"
     assert completion.ids == without_cache(tiny_model, prompt, GREEDY, 5)
@@ -64,7 +67,7 @@ def test_replies_end_where_the_context_ends(tiny_model):
 
 def test_the_model_is_left_in_the_mode_it_was_in(tiny_model):
     tiny_model.train()
-    generate(tiny_model, [[1]], GREEDY, max_tokens=2, end_ids=frozenset())
+    generate(tiny_model, [[1]], GREEDY, max_tokens=2, stop_token_ids=frozenset())
     assert tiny_model.training
     assert all(layer.load.sum() == 0 for layer in tiny_model.moe_layers())
 
@@ -73,7 +76,7 @@ def test_the_model_is_left_in_the_mode_it_was_in(tiny_model):
 def test_logprobs_are_those_of_one_full_pass_at_the_same_temperature(tiny_model, temperature):
     sampling = SamplingConfig(temperature=temperature)
     ends = range(6)
-    completions = generate(tiny_model, PROMPTS, sampling, max_tokens=20, end_ids=frozenset(ends), samples=3)
+    completions = generate(tiny_model, PROMPTS, sampling, max_tokens=20, stop_token_ids=frozenset(ends), samples=3)
     assert {completion.finish for completion in completions} == {"end", "length"}
     for row, completion in enumerate(completions):
         prompt, drawn = PROMPTS[row // 3], len(completion.logprobs)
@@ -106,7 +109,7 @@ def request(number, **changes):
         "prompt": [*begins, *rng.integers(0, 97, 1 + number % 20).tolist()],
         "max_tokens": 3 + number % 14,
         "sampling": CHOICES[number % len(CHOICES)],
-        "end_ids": frozenset({50 + number % 7}),
+        "stop_token_ids": frozenset({50 + number % 7}),
         "seed": number,
         "top_logprobs": 3 if number % 4 == 0 else None,
     }
@@ -119,7 +122,7 @@ def answers(engine, completions):
     while engine.has_work:
         for drawn in engine.step():
             told[id(drawn.completion)].append((drawn.token, drawn.logprobs))
-    return [(told[id(c)], c.ids, c.logprobs, c.finish, c.end_id) for c in completions]
+    return [(told[id(c)], c.ids, c.logprobs, c.finish, c.stop_token_id) for c in completions]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -142,7 +145,7 @@ def test_a_request_is_answered_as_if_it_were_alone(tiny_model, dtype):
     while crowd.has_work:
         for drawn in crowd.step():
             told.setdefault(id(drawn.completion), []).append((drawn.token, drawn.logprobs))
-    got = [(told[id(c)], c.ids, c.logprobs, c.finish, c.end_id) for c in completions]
+    got = [(told[id(c)], c.ids, c.logprobs, c.finish, c.stop_token_id) for c in completions]
     assert got == expected
     assert crowd.reused_tokens > 0
     assert (crowd.waiting, crowd.running) == (0, 0)

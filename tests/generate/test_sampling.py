@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from nanollm.generate.sampling import SamplingConfig, invert, keep_likeliest, sample, shift, uniforms
+from nanollm.generate.sampling import SamplingConfig, filter_logits, invert, sample, shift, uniforms
 
 LOGITS = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
 
 
 def kept(**settings):
-    return torch.isfinite(keep_likeliest(LOGITS[None], SamplingConfig(**settings)))[0].tolist()
+    return torch.isfinite(filter_logits(LOGITS[None], SamplingConfig(**settings)))[0].tolist()
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ def kept(**settings):
         ({"top_k": 2, "top_p": 0.6}, [True, False, False, False]),  # top-p of what top-k left: 0.625 reaches 0.6
     ],
 )
-def test_top_k_and_top_p_keep_the_likeliest(settings, expected):
+def test_top_k_and_top_p_keep_the_most_likely(settings, expected):
     assert kept(**settings) == expected
 
 
@@ -41,7 +41,7 @@ def test_frequencies_follow_the_tempered_probabilities():
     torch.testing.assert_close(drawn.bincount(minlength=4) / rows, expected, atol=0.015, rtol=0)
 
 
-def test_temperature_zero_takes_the_likeliest():
+def test_temperature_zero_takes_the_most_likely():
     ids, logprobs = sample(LOGITS.expand(5, 4), SamplingConfig(temperature=0), torch.zeros(5))
     assert ids.tolist() == [0] * 5
     torch.testing.assert_close(logprobs, LOGITS[:1].expand(5))

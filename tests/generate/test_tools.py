@@ -53,7 +53,9 @@ def test_replies_are_those_of_a_slow_loop_that_decodes_one_by_one(tiny_model, ke
 
 def test_logprobs_are_those_of_one_full_pass_over_all_that_stands_there(tiny_model):
     plain = SamplingConfig(temperature=1.0)
-    (completion,) = generate(tiny_model, [PROMPTS[0]], plain, max_tokens=20, end_ids=frozenset(), tool=every_third)
+    (completion,) = generate(
+        tiny_model, [PROMPTS[0]], plain, max_tokens=20, stop_token_ids=frozenset(), tool=every_third
+    )
     with torch.no_grad():
         logits = tiny_model(torch.tensor([PROMPTS[0] + completion.ids]))[0, len(PROMPTS[0]) - 1 : -1]
     expected = logits.log_softmax(-1).gather(1, torch.tensor(completion.ids)[:, None])[:, 0]
@@ -63,12 +65,17 @@ def test_logprobs_are_those_of_one_full_pass_over_all_that_stands_there(tiny_mod
 
 def test_more_than_there_is_room_for_is_cut_and_the_reply_ends(tiny_model):
     (completion,) = generate(
-        tiny_model, [[1]], GREEDY, max_tokens=9, end_ids=frozenset(), tool=lambda: lambda token: [3] * 100
+        tiny_model, [[1]], GREEDY, max_tokens=9, stop_token_ids=frozenset(), tool=lambda: lambda token: [3] * 100
     )
     assert completion.ids[1:] == [3] * 8
     assert completion.finish == "length"
     (completion,) = generate(
-        tiny_model, [list(range(60))], GREEDY, max_tokens=50, end_ids=frozenset(), tool=lambda: lambda token: [3] * 100
+        tiny_model,
+        [list(range(60))],
+        GREEDY,
+        max_tokens=50,
+        stop_token_ids=frozenset(),
+        tool=lambda: lambda token: [3] * 100,
     )
     assert len(completion.ids) == 5  # as without a tool: the context is full
 
@@ -79,7 +86,7 @@ def test_a_stop_function_is_told_the_tools_words_too(tiny_model):
         [[1]],
         GREEDY,
         max_tokens=30,
-        end_ids=frozenset(),
+        stop_token_ids=frozenset(),
         tool=every_third,
         stop=lambda: lambda token: token == 7,
     )

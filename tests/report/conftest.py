@@ -63,7 +63,8 @@ def grpo_metrics(steps):
         value = 0.5 + step / 300
         solved = {"val_accuracy": value, "val_accuracy_low": value - 0.1, "val_accuracy_high": value + 0.1}
         numbers = {"reward": step / steps, "reward_std": 0.1, "reward_grade": 0.5, "reward_length": -0.1, "kl": 0.01}
-        numbers |= {"entropy": 1.0, "groups_dropped": 3, "groups": 8, "reply_tokens": 40.0, "finished": 0.9}
+        numbers |= {"entropy": 1.0, "frac_reward_zero_std": 0.375, "groups": 8}
+        numbers |= {"completions/mean_length": 40.0, "completions/clipped_ratio": 0.1}
         yield {"step": step} | (numbers if step else {}) | (solved if step % 10 == 0 else {})
 
 

@@ -234,7 +234,7 @@ def truncated_replies_are_left_out(make_learner) -> None:
 def engine_and_trainer_agree(make_learner) -> None:
     learner = make_learner(rollout=RolloutConfig(prompts=4, group_size=3, max_tokens=12, temperature=TEMPERATURE))
     numbers = learner.step(0).numbers
-    assert numbers["engine_logprob_difference_max"] < 1e-5
+    assert numbers["sampling/sampling_logp_difference/max"] < 1e-5
 
 
 def replies_are_drawn_from_the_trained_distribution(make_learner) -> None:

@@ -165,11 +165,11 @@ def test_an_engine_that_is_off_by_a_known_factor_is_weighed_by_it_up_to_the_cap(
         for factor, weight, truncated in ((1.5, 1.5, 0), (0.25, 0.25, 0), (8.0, 2.0, 1)):
             weighed, numbers = gradient(factor, c)
             torch.testing.assert_close(weighed, weight * plain, atol=1e-4, rtol=1e-3)
-            assert numbers["engine_ratio"] == pytest.approx(weight, rel=1e-4)
-            assert numbers["engine_ratio_truncated"] == truncated
+            assert numbers["sampling/importance_sampling_ratio/mean"] == pytest.approx(weight, rel=1e-4)
+            assert numbers["sampling/importance_sampling_ratio/capped"] == truncated
         higher, numbers = gradient(8.0, dataclasses.replace(c, importance_cap=10.0))
         torch.testing.assert_close(higher, 8 * plain, atol=1e-4, rtol=1e-3)
-        assert numbers["engine_ratio_truncated"] == 0
+        assert numbers["sampling/importance_sampling_ratio/capped"] == 0
 
 
 @pytest.mark.parametrize("off", [None, 0.0])

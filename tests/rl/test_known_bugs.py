@@ -29,7 +29,7 @@ def test_sampling_at_a_temperature_and_training_at_one(make_learner, monkeypatch
         promises.engine_and_trainer_agree(make_learner)
 
 
-def test_sampling_from_the_likeliest_and_training_on_all(make_learner, monkeypatch):
+def test_sampling_from_the_most_likely_and_training_on_all(make_learner, monkeypatch):
     """nanochat samples with top_k = 50; huggingface/trl #6789."""
     promises.replies_are_drawn_from_the_trained_distribution(make_learner)
     monkeypatch.setattr(rollout, "SamplingConfig", lambda temperature: SamplingConfig(temperature=temperature, top_k=5))

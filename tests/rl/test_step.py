@@ -50,7 +50,7 @@ def test_micro_batches_change_nothing(make_learner, aggregation):
 def test_two_steps_twice_are_the_same_bits(make_learner):
     def weights():
         learner = make_learner()
-        numbers = [learner.step(step).numbers["reply_tokens"] for step in range(2)]
+        numbers = [learner.step(step).numbers["completions/mean_length"] for step in range(2)]
         return numbers, torch.cat([p.detach().flatten() for p in learner.state.model.parameters()])
 
     (first, one), (second, other) = weights(), weights()
@@ -76,7 +76,7 @@ def test_groups_with_equal_rewards_are_left_out_and_counted(make_learner, tmp_pa
     stats = make_learner(task=Sometimes()).step(0)
     records = [json.loads(line) for line in (tmp_path / "rollouts/step-00000001.jsonl").read_text("utf-8").splitlines()]
     dropped = [records[first : first + 3] for first in range(0, 12, 3) if not records[first]["trained"]]
-    assert stats.numbers["groups_dropped"] == len(dropped) > 0
+    assert stats.numbers["frac_reward_zero_std"] * stats.numbers["groups"] == len(dropped) > 0
     for group in dropped:
         assert len({record["reward"] for record in group}) == 1
         assert {record["advantage"] for record in group} == {0.0}
@@ -88,7 +88,7 @@ def test_groups_with_equal_rewards_are_replaced_where_that_is_asked(make_learner
     numbers = make_learner(task=Sometimes(), rollout=c).step(0).numbers
     assert numbers["groups"] == 4
     assert numbers["groups_replaced"] > 0
-    assert numbers["groups_dropped"] < plain["groups_dropped"]
+    assert numbers["frac_reward_zero_std"] < plain["frac_reward_zero_std"]
 
 
 def test_a_run_in_which_nothing_teaches_ends_with_advice(make_learner, monkeypatch):
@@ -110,7 +110,7 @@ class Always(EndsSoon):
 def test_a_run_in_which_everything_is_solved_goes_on(make_learner, monkeypatch):
     monkeypatch.setattr(grpo, "MAX_ZERO_VARIANCE_GROUPS", 10)
     learner = make_learner(task=Always())
-    assert [learner.step(step).numbers["groups_dropped"] for step in range(12)] == [4] * 12
+    assert [learner.step(step).numbers["frac_reward_zero_std"] for step in range(12)] == [1] * 12
 
 
 def test_no_problem_comes_twice_in_a_step(make_learner):
@@ -145,7 +145,7 @@ def test_every_reply_is_saved_with_what_it_earned(make_learner, tmp_path):
         assert record["parts"]["correct"] == (len(record["reply"]) % 2 == 0)
         assert record["tokens"] <= 12
     assert stats.reward == pytest.approx(sum(record["reward"] for record in records) / 12)
-    assert stats.numbers["finished"] == sum(record["stop"] == "end" for record in records) / 12
+    assert stats.numbers["completions/clipped_ratio"] == sum(record["stop"] == "length" for record in records) / 12
 
 
 def test_a_policy_that_is_rewarded_for_short_replies_learns_to_be_brief(make_learner):

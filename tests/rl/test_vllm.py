@@ -94,13 +94,13 @@ class Vllm:
             [prompt],
             SamplingConfig(temperature=temperature),
             max_tokens=body["max_tokens"],
-            end_ids=frozenset(body["stop_token_ids"]),
+            stop_token_ids=frozenset(body["stop_token_ids"]),
             seed=body["seed"],
             samples=body["n"],
         )
         choices = []
         for index, completion in enumerate(drawn):
-            ids = completion.ids + [completion.end_id] * (completion.end_id is not None)
+            ids = completion.ids + [completion.stop_token_id] * (completion.stop_token_id is not None)
             logits = self.model(torch.tensor([prompt + ids[:-1]]))[0, len(prompt) - 1 :]
             logprobs = (logits / temperature).log_softmax(-1)
             choices.append(

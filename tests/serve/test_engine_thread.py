@@ -49,7 +49,7 @@ def test_each_call_gets_its_own_tokens_as_if_it_were_alone(bundle):
         return await asyncio.gather(*map(drawn, calls))
 
     expected = {
-        number: generate(bundle.model, [asked(number).prompt], GREEDY, max_tokens=8, end_ids=frozenset())[0].ids
+        number: generate(bundle.model, [asked(number).prompt], GREEDY, max_tokens=8, stop_token_ids=frozenset())[0].ids
         for number in range(5)
     }
     with working(bundle) as thread:

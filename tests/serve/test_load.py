@@ -30,7 +30,7 @@ def solo(bundle):
         question, length = " ".join(chosen.choices(words, k=chosen.randint(1, 25))), chosen.randint(1, 40)
         prompt, ends = encode_prompt(Conversation.of(question), bundle.tokenizer), reply_borders(bundle.tokenizer)
         greedy = SamplingConfig(temperature=0)
-        (completion,) = generate(bundle.model, [prompt], greedy, max_tokens=length, end_ids=ends)
+        (completion,) = generate(bundle.model, [prompt], greedy, max_tokens=length, stop_token_ids=ends)
         texts[question, length] = bundle.tokenizer.decode_drawn(completion.ids)
     return texts
 

@@ -28,10 +28,10 @@ def complete(client, **settings):
     return client.completions.create(**defaults | settings)
 
 
-def alone(bundle, prompt, end_ids, max_tokens=12):
+def alone(bundle, prompt, stop_token_ids, max_tokens=12):
     """What the engine says to one prompt at temperature 0 when nobody else asks."""
     sampling = SamplingConfig(temperature=0)
-    (completion,) = generate(bundle.model, [prompt], sampling, max_tokens=max_tokens, end_ids=end_ids)
+    (completion,) = generate(bundle.model, [prompt], sampling, max_tokens=max_tokens, stop_token_ids=stop_token_ids)
     return completion
 
 
@@ -128,8 +128,8 @@ def test_a_logit_bias_decides_and_forbids(client, bundle):
     (token,) = bundle.tokenizer.encode("x")
     assert complete(client, logit_bias={str(token): 100}, max_tokens=3).choices[0].text == "xxx"
     greedy = complete(client, logprobs=0).choices[0].logprobs.tokens[0]
-    likeliest = next(i for i in range(600) if bundle.tokenizer.bytes_of(i).decode(errors="replace") == greedy)
-    forbidden = complete(client, logit_bias={str(likeliest): -100}, logprobs=0).choices[0].logprobs.tokens[0]
+    greedy_id = next(i for i in range(600) if bundle.tokenizer.bytes_of(i).decode(errors="replace") == greedy)
+    forbidden = complete(client, logit_bias={str(greedy_id): -100}, logprobs=0).choices[0].logprobs.tokens[0]
     assert forbidden != greedy
 
 

@@ -50,7 +50,7 @@ class SlowEngine(Engine):
     """Takes a moment over each token and never ends a reply, so that there is time to watch it, and to stop it."""
 
     def submit(self, request):
-        return super().submit(replace(request, end_ids=frozenset()))
+        return super().submit(replace(request, stop_token_ids=frozenset()))
 
     def step(self):
         time.sleep(STEP_S)
@@ -314,7 +314,7 @@ def test_looking_inside_shows_each_token_its_rivals_and_its_experts(visit, serve
     assert tokens.count() == counted > 3
     assert "".join(tokens.all_text_contents()) == page.locator(REPLY).text_content()
     tokens.nth(2).click()
-    assert page.locator(".other").count() in (5, 6)  # the token itself may not be among the likeliest
+    assert page.locator(".other").count() in (5, 6)  # the token itself may not be among the most likely
     assert page.locator(".other.taken").count() == 1
     config = bundle.model.config
     assert page.locator(".route .block").all_text_contents() == ["block 2", "block 4"]

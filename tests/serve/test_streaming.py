@@ -115,7 +115,7 @@ def test_no_two_ids_share_a_name(tokenizer):
     assert len(set(names)) == len(names)
 
 
-def test_the_likeliest_tokens_are_all_there_though_two_spell_the_same_character(tokenizer):
+def test_the_most_likely_tokens_are_all_there_though_two_spell_the_same_character(tokenizer):
     (learned,) = tokenizer.encode("a")
     scored = TokenLogprobs(-1.0, [(learned, -1.0), (BYTES + ord("a"), -2.0)], [])
     choice = Choice(0, Detokenizer(tokenizer), ())

@@ -167,7 +167,7 @@ def test_help_names_every_command(type_lines):
     [
         ("/xyz 1", "unknown command /xyz; /help lists them; a message that begins with / needs a space first"),
         ("/temperature warm", "/temperature expects a number such as 0.8, got 'warm'"),
-        ("/temperature -1", "temperature must be 0 (always the likeliest token) or at least 0.0001, got -1.0"),
+        ("/temperature -1", "temperature must be 0 (always the most likely token) or at least 0.0001, got -1.0"),
         ("/retry", "there is no message yet to reply to again"),
         ("/save", "/save expects a file name that ends in .jsonl, got ''"),
         ("/save talk.jsonl", "there is nothing to save yet"),

@@ -70,7 +70,7 @@ def continued(loaded, seed, stops=()):
         [encode("The", loaded.tokenizer, is_chat=False)],
         SamplingConfig(temperature=1.0),
         max_tokens=20,
-        end_ids=frozenset(),
+        stop_token_ids=frozenset(),
         seed=seed,
         stop=lambda: TextStream(loaded.tokenizer, stops).stops_at,
     )

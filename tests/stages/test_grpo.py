@@ -79,13 +79,26 @@ def test_a_run_leaves_metrics_rollouts_checkpoints_and_a_bundle(run_config):
     assert [line["step"] for line in lines] == list(range(7))
     assert "val_accuracy" in lines[0]
     assert "val_accuracy" in lines[6]
-    expected = {"reward", "reward_correct", "groups_dropped", "reply_tokens", "finished", "prompts_too_long", "faults"}
-    trust = {"entropy", "kl", "clip_fraction", "engine_logprob_difference", "engine_logprob_difference_max"}
+    expected = {
+        "reward",
+        "rewards/correct/mean",
+        "frac_reward_zero_std",
+        "completions/mean_length",
+        "prompts_too_long",
+        "faults",
+    }
+    trust = {
+        "entropy",
+        "kl",
+        "clip_fraction",
+        "sampling/sampling_logp_difference/mean",
+        "sampling/sampling_logp_difference/max",
+    }
     assert all(expected <= line.keys() for line in lines[1:])
-    learned = [line for line in lines[1:] if line["groups_dropped"] < 3]
+    learned = [line for line in lines[1:] if line["frac_reward_zero_std"] < 1]
     assert learned
     assert all(trust | {"loss", "grad_norm", "lr"} <= line.keys() for line in learned)
-    assert all(line["engine_logprob_difference_max"] < 1e-5 for line in learned)
+    assert all(line["sampling/sampling_logp_difference/max"] < 1e-5 for line in learned)
     assert len(list((c.out / "rollouts").iterdir())) == 6
 
 

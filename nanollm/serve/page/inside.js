@@ -160,7 +160,7 @@ export class InsideView {
         const mean = this.#tokens.reduce((sum, token) => sum + token.logprob, 0) / this.#tokens.length;
         const wasFirst = this.#tokens.filter((token) => token.logprob >= (token.top[0]?.logprob ?? -Infinity)).length;
         this.whole.querySelector(".summary").textContent =
-            `The likeliest token was taken ${percent(wasFirst / this.#tokens.length)} of the time; ` +
+            `The most likely token was taken ${percent(wasFirst / this.#tokens.length)} of the time; ` +
             `perplexity ${Math.exp(-mean).toFixed(2)}.`;
         this.#fillShares();
         this.whole.hidden = this.panel.hidden = false;
