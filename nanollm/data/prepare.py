@@ -119,13 +119,15 @@ def prepare(
     num_workers: int = 1,
     flush_every: int = 5_000_000,
     strict: bool = False,
+    max_bad: float = 1.0,
     may_be_empty: bool = False,
 ) -> dict[str, Any]:
     """Fill `folder` with shards, or go on filling it, and return its manifest; one job at a time.
 
     What one of the `tools` would have written into a reply is not trained. `source` describes the parts in the
     manifest. A folder begun with another source, tokenizer or rules is refused.
-    `strict` raises ValueError at the first bad record; otherwise they are listed in bad_records.jsonl. A folder without
+    `strict` raises ValueError at the first bad record; otherwise they are listed in bad_records.jsonl, and above the
+    share `max_bad` of all records they are a ValueError at the end, from which a larger one goes on. A folder without
     a token of train is refused unless it `may_be_empty`, as a share of a larger source may (curate/blocks.py).
     """
     header = header_of(tokenizer, rules, source)
@@ -153,7 +155,7 @@ def prepare(
                         job.sync()
                 job.progress |= {"part": number + 1, "documents_read": 0}
                 job.sync()
-            return job.finish(may_be_empty)
+            return job.finish(may_be_empty, max_bad)
 
 
 class _Job:
@@ -228,14 +230,22 @@ class _Job:
         write_progress(self.folder, self.progress)
         self.unsafe_tokens = 0
 
-    def finish(self, may_be_empty: bool) -> dict[str, Any]:
+    def finish(self, may_be_empty: bool, max_bad: float) -> dict[str, Any]:
         """Close all files, write the manifest and forget the progress."""
         bad_records = self.progress["bad_records"]
-        if self.tokens("train") == 0 and not may_be_empty:
-            others = sum(writer.entry["documents"] for writer in self.writers.values())
+        documents = sum(writer.entry["documents"] for writer in self.writers.values())
+        if bad_records > max_bad * (bad_records + documents):
+            self.bad_file.flush()
+            with (self.folder / BAD_RECORDS).open() as file:
+                first = BadRecord(**json.loads(file.readline()))
             raise ValueError(
-                f"nothing to train on: {others} documents went to other splits, {bad_records} records were bad "
-                f"(see {self.folder / BAD_RECORDS}); give more text" + (", or a smaller --val_fraction" * bool(others))
+                f"{bad_records:,} of {bad_records + documents:,} records are bad, the first: {first}; "
+                f"{self.folder / BAD_RECORDS} lists all. Repair them, or leave them out with --max_bad 1"
+            )
+        if self.tokens("train") == 0 and not may_be_empty:
+            raise ValueError(
+                f"nothing to train on: {documents} documents went to other splits, {bad_records} records were bad "
+                f"(see {self.folder / BAD_RECORDS}); give more text" + ", or a smaller --val_fraction" * bool(documents)
             )
         splits = {split: writer.finish() for split, writer in self.writers.items()}
         manifest = write_manifest(self.folder, self.progress["header"] | {"bad_records": bad_records, "splits": splits})

@@ -32,6 +32,7 @@ from nanollm.progress import say
 FORMATS = (".txt", ".jsonl", ".json", ".csv", ".parquet")
 PACKINGS = ("", ".gz", ".zst")
 DOCUMENT_BYTES = 16 * 2**20  # a .txt file above this is read as several documents
+MANY_LINES = 20  # of one row of .csv: above it a quote may have been left open
 LINE_BYTES = 16 * 2**20  # a longer line of .jsonl or field of .csv is a bad record
 NOT_OURS = ("__MACOSX", "__pycache__")
 BETWEEN = re.compile(r"[\s,\[\]]*")  # the elements of a list
@@ -349,8 +350,14 @@ def _missing(columns: Sequence[str], present: Sequence[str]) -> str | None:
 def _read_csv(file: BinaryIO, columns: Sequence[str]) -> Numbered:
     """Rows under a header; a field may hold newlines, so rows are counted, not lines."""
     csv.field_size_limit(LINE_BYTES)
-    lines = (line.decode(errors="surrogateescape") for line in _whole(_read_lines(file)))  # only a row is bad by a byte
-    rows = csv.reader(lines, strict=True)
+    taken = list[str]()  # the lines of the row that is being read
+
+    def lines() -> Iterator[str]:
+        for line in _whole(_read_lines(file)):
+            taken.append(line.decode(errors="surrogateescape"))  # only a row is bad by a byte
+            yield taken[-1]
+
+    rows = csv.reader(lines(), strict=True)
     try:
         header = next(filter(None, rows), [])
     except csv.Error as error:
@@ -360,6 +367,8 @@ def _read_csv(file: BinaryIO, columns: Sequence[str]) -> Numbered:
         return
     row = 0
     while True:
+        taken.clear()
+        begin = rows.line_num + 1
         try:
             fields = next(filter(None, rows))
         except StopIteration:
@@ -368,13 +377,27 @@ def _read_csv(file: BinaryIO, columns: Sequence[str]) -> Numbered:
             if "field limit" in str(error):  # a quote left open has taken in the rest of the file
                 raise _Unreadable(f"{error}, before line {rows.line_num} (a quote left open?)") from error
             row += 1
-            yield row, f"malformed CSV at line {rows.line_num}: {error}"
+            lost = f"; the row began in line {begin}, and {len(taken):,} lines went with it" if taken[1:] else ""
+            yield row, f"malformed CSV at line {rows.line_num}: {error}{lost}"
             continue
         row += 1
-        if len(fields) != len(header):
+        if _holds_rows(taken, len(header)):
+            yield (
+                row,
+                f"a row of {len(taken):,} lines from line {begin}, which look like rows themselves: a quote left open?",
+            )
+        elif len(fields) != len(header):
             yield row, f"expected {len(header)} fields, got {len(fields)}"
         else:
             yield row, _values_of(dict(zip(header, fields, strict=True)), columns)
+
+
+def _holds_rows(lines: Sequence[str], columns: int) -> bool:
+    """Whether most of a row's many lines are whole rows, as when a quote was left open."""
+    if len(lines) < MANY_LINES or columns < 2:
+        return False
+    inside = lines[1:-1]
+    return 2 * sum(len(next(csv.reader([line]), [])) == columns for line in inside) > len(inside)
 
 
 def _read_parquet(file: BinaryIO, columns: Sequence[str]) -> Numbered:

@@ -1,7 +1,7 @@
 """A source becomes a folder of token files, and a few lines that say what is in it."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ from nanollm.progress import say
 from nanollm.sources import builtin, gsm8k
 from nanollm.sources.builtin import BUILTIN
 from nanollm.sources.datasets import chats, openwebtext, rows_of, super_natural_instructions
-from nanollm.sources.files import OnBad, checksums, find_files, format_of, read_texts
+from nanollm.sources.files import OnBad, checksums, find_files, format_of, is_named, read_texts
 from nanollm.sources.split import hold_out
 from nanollm.sources.word_problems import LENGTH, WordProblems
 from nanollm.text.tokenizer import Tokenizer
@@ -21,6 +21,7 @@ from nanollm.text.tokenizer import Tokenizer
 POSITIONAL = ("kind",)
 OF_DOCUMENTS, OF_ONE_TEXT = 0.01, 0.1  # becomes val
 FEW_DOCUMENTS = 100
+VAL_NAMES = ("val", "valid", "validation", "dev")
 ENOUGH_BYTES, ADVISED = 500_000, "1 MB (200,000 words)"
 OPTIONS_OF = {  # which options say what a kind reads
     "owt": ("input", "dataset_name"),
@@ -108,6 +109,8 @@ class Config:
     """Tokens between two points from which a stopped job can go on."""
     num_workers: int = 1
     """Processes that encode; more than one work beside the one that reads and writes."""
+    max_bad: float = 0.1
+    """Share of bad records, from 0 to 1, above which the command stops at the end and asks what to do."""
     strict: bool = False
     """Stop at the first bad record. Otherwise bad records are counted, and listed in bad_records.jsonl."""
 
@@ -127,6 +130,8 @@ class Config:
             if getattr(self, name) == "":
                 raise ValueError(f"{name} must be a name, got an empty text")
         check_at_least(1, self, "num_workers", "flush_every")
+        if not 0 <= self.max_bad <= 1:
+            raise ValueError(f"max_bad must be from 0 to 1, got {self.max_bad}")
         _ = self.rules  # which checks them
         check_seed(self.seed)
 
@@ -157,6 +162,7 @@ def run(config: Config) -> Path:
         num_workers=config.num_workers,
         flush_every=config.flush_every,
         strict=config.strict,
+        max_bad=config.max_bad,
     )
     for line in summary(manifest, config.save_dir):
         say(line)
@@ -181,6 +187,10 @@ def open_source(c: Config) -> tuple[list[SourceSplit], dict[str, Any]]:
         read = lambda on_bad: builtin.documents()  # noqa: E731
     else:
         files = find_files(c.input) if c.input else None
+        if files and not c.val_input and c.kind in ("text", "chat") and any(map(Path.is_dir, c.input)):
+            files, val_files = by_split(files)
+            if val_files:
+                c = replace(c, input=files, val_input=val_files)
         source["files"] = None if files is None else checksums(files)
         read = _reader(c, files)
         share = OF_ONE_TEXT if c.val_fraction is None else c.val_fraction
@@ -194,6 +204,17 @@ def open_source(c: Config) -> tuple[list[SourceSplit], dict[str, Any]]:
     val_files = find_files(c.val_input)
     source["val_files"] = checksums(val_files)
     return [SourceSplit(read, "train"), SourceSplit(_reader(c, val_files), "val")], source
+
+
+def by_split(files: list[Path]) -> tuple[list[Path], list[Path]]:
+    """The files to train on and those for val, by their names, where some are named train; what is left out is said."""
+    if not any(is_named(file, "train") for file in files):
+        return files, []
+    val = [file for file in files if any(is_named(file, name) for name in VAL_NAMES)]
+    test = [file for file in files if is_named(file, "test")]
+    if test:
+        say(f"left out {len(test):,} files named test, the first {test[0]}; name them in --input to train on them")
+    return [file for file in files if file not in val and file not in test], val
 
 
 def _reader(c: Config, files: Sequence[Path] | None, split: str = "train") -> Read:

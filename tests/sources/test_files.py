@@ -250,3 +250,22 @@ def test_utf16_is_named_and_never_read_as_text(tmp_path, encoding):
     assert bad == [("a.txt", 1, "UTF-16; convert the file to UTF-8")]
     (tmp_path / "a.jsonl").write_bytes('{"text": "one"}\n{"text": "two"}\n'.encode(encoding))
     assert read(tmp_path / "a.jsonl")[0] == []
+
+
+@pytest.mark.parametrize("closes", [False, True])
+def test_rows_that_an_open_quote_took_in_are_counted_with_the_line_where_it_began(tmp_path, closes):
+    lines = ["id,text", *(f"{number},fine" for number in range(1, 101))]
+    lines[5] = '5,"never again'
+    if closes:
+        lines[90] = '90,fine"'
+    (tmp_path / "in.csv").write_text("\n".join(lines))
+    texts, bad = read(tmp_path / "in.csv")
+    assert len(texts) == (14 if closes else 4)
+    assert "line 6" in bad[0][2]
+    assert ("86 lines" if closes else "96 lines") in bad[0][2]
+
+
+def test_a_field_of_many_lines_is_a_text(tmp_path):
+    text = "\n".join(f"Line {number}, of a poem." for number in range(300))
+    (tmp_path / "in.csv").write_text(f'id,name,text\n1,poem,"{text}"\n')
+    assert read(tmp_path / "in.csv") == ([text], [])

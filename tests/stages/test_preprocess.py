@@ -1,5 +1,6 @@
 """Text of any source becomes the same token files, however often the job is stopped and by however many."""
 
+import dataclasses
 import gzip
 import json
 import os
@@ -17,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from nanollm import cli
-from nanollm.data.shards import Shards, ShardWriter
+from nanollm.data.shards import Shards, ShardWriter, read_manifest
 from nanollm.sources.gsm8k import extract_answer
 from nanollm.sources.word_problems import WordProblems
 from nanollm.stages.preprocess import Config, WordsConfig, run
@@ -379,3 +380,33 @@ def test_missing_and_empty_files_and_folders_that_cannot_be_written_are_reported
         with pytest.raises(OSError, match=rf"cannot write to {re.escape(str(in_the_way))} \(.*\); .* --save_dir"):
             prepare(STORY, save_dir=in_the_way)
     prepare(STORY)  # into the folder where the empty file failed
+
+
+def test_files_named_for_a_split_are_that_split(tokenizer_path, tmp_path, capsys):
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    for name in ("train", "test", "validation"):
+        rows = [json.dumps({"text": f"This is {name} text, number {number}."}) for number in range(20)]
+        (folder / f"{name}-00000-of-00001.jsonl").write_text("\n".join(rows))
+    run(Config(kind="text", input=[folder], tokenizer_path=tokenizer_path, save_dir=tmp_path / "out"))
+    manifest, _ = read_manifest(tmp_path / "out")
+    assert {name: entry["documents"] for name, entry in manifest["splits"].items()} == {"train": 20, "val": 20}
+    assert "left out 1 files named test" in capsys.readouterr().err
+
+
+def test_above_a_share_of_bad_records_the_command_asks_and_then_goes_on(tokenizer_path, tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"text": "fine"}\n' * 8 + '{"txt": 1}\n' * 2)
+    c = Config(kind="text", input=[tmp_path / "in.jsonl"], tokenizer_path=tokenizer_path, save_dir=tmp_path / "out")
+    with pytest.raises(ValueError, match=r"2 of 10 records are bad, the first: .*in.jsonl:9: no text.*--max_bad 1"):
+        run(c)
+    run(dataclasses.replace(c, max_bad=0.2))
+    assert read_manifest(tmp_path / "out")[0]["bad_records"] == 2
+
+
+def test_an_edit_of_equal_length_is_noticed(tokenizer_path, tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"text": "The sea is calm"}\n')
+    c = Config(kind="text", input=[tmp_path / "in.jsonl"], tokenizer_path=tokenizer_path, save_dir=tmp_path / "out")
+    run(c)
+    (tmp_path / "in.jsonl").write_text('{"text": "The sea is wild"}\n')
+    with pytest.raises(ValueError, match="files"):
+        run(c)
