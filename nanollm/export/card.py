@@ -72,6 +72,7 @@ def card(
         form=form,
         dtype=dtype,
         is_base=bundle.is_base,
+        tools=bundle.tools,
         history=list(history(bundle.provenance)),
         results=list(map(results, evaluations)),
         file=file,

@@ -217,3 +217,14 @@ def test_a_gguf_is_run_by_its_name(written):
     assert "transformers" not in section(text, "How to run it")
     assert ModelCard(text).data.library_name == "llama.cpp"
     assert "| format | gguf, q8_0 |" in text
+
+
+def test_a_card_says_what_other_engines_lack(runs):
+    bundle = load_bundle(runs / "grpo" / "bundle")
+    text = card(bundle, "compact", "f32", name="x", license="mit")
+    assert "add_special_tokens=False" in text
+    assert "calculator" not in text
+    with_tool = replace(bundle, provenance=bundle.provenance | {"tools": ["calculator"]})
+    assert "a tool that other engines do not have (calculator)" in card(
+        with_tool, "compact", "f32", name="x", license="mit"
+    )
