@@ -1,13 +1,15 @@
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from nanollm.data.prepare import PrepareConfig, SourceSplit, prepare
-from nanollm.data.shards import read_manifest
+from nanollm.data.shards import Shards, read_manifest
 from nanollm.text.chat import Conversation
 from nanollm.text.tokenizer import Tokenizer
+from tests.conftest import STORY
 
 Prepare = Callable[..., dict[str, Any]]
 
@@ -15,7 +17,7 @@ Prepare = Callable[..., dict[str, Any]]
 @pytest.fixture(scope="session")
 def documents() -> list[str]:
     """Sixty different small documents, some long, some of one word."""
-    words = (Path(__file__).parents[1] / "story.txt").read_text(encoding="utf-8").split()
+    words = STORY.read_text("utf-8").split()
     return [f"{n}. " + " ".join(words[n * 7 % len(words) :][: 1 + n * n % 83]) for n in range(60)]
 
 
@@ -43,6 +45,13 @@ def prepared(tokenizer: Tokenizer) -> Prepare:
 def content(folder: Path) -> dict[str, bytes]:
     """Every file of a folder, by name; but for the lock, which holds nothing."""
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
+
+
+def documents_of(folder: Path, split: str) -> Iterator[tuple[Any, Any]]:
+    """The ids of each document of a split, and its flags or None."""
+    shards = Shards.open(folder, split, tokenizer_fingerprint=None, verify="sha256")
+    for start, end in pairwise([*shards.document_offsets().tolist(), shards.tokens_total]):
+        yield shards.read(start, end - start), shards.flags_read(start, end - start) if shards.has_flags else None
 
 
 def manifest_of(folder: Path) -> dict[str, Any]:

@@ -2,7 +2,6 @@ import json
 import os
 import random
 from collections import Counter
-from itertools import pairwise
 from multiprocessing import active_children
 
 import numpy as np
@@ -12,13 +11,11 @@ from nanollm.data.prepare import PrepareConfig, SourceSplit, falls_into_val, pre
 from nanollm.data.shards import Shards
 from nanollm.sources.files import BadRecord
 from nanollm.text.chat import Conversation
-from tests.data.conftest import content, manifest_of
+from tests.data.conftest import content, documents_of, manifest_of
 
 
 def texts_of(folder, split, tokenizer):
-    shards = Shards.open(folder, split, tokenizer_fingerprint=None)
-    borders = [*shards.document_offsets().tolist(), shards.tokens_total]
-    return [tokenizer.decode(shards.read(a, b - a)) for a, b in pairwise(borders)]
+    return [tokenizer.decode(ids) for ids, _ in documents_of(folder, split)]
 
 
 # What goes where.
@@ -274,11 +271,3 @@ def test_a_source_without_text_is_refused_and_may_be_repaired(tmp_path, document
     with pytest.raises(ValueError, match=r"nothing to train on: 0 documents .* 1 records were bad"):
         prepare(with_bad_records([]), tokenizer, tmp_path, rules, source={"bytes": 0})
     prepare(with_bad_records(documents), tokenizer, tmp_path, rules, source={"bytes": 9})
-
-
-@pytest.mark.parametrize(
-    "wrong", [{"val_fraction": 1.0}, {"val_fraction": -0.1}, {"max_tokens_train": 0}, {"shard_tokens": 0}]
-)
-def test_impossible_rules_are_refused(wrong):
-    with pytest.raises(ValueError, match=rf"{next(iter(wrong))} must be at least"):
-        PrepareConfig(kind="text", **wrong)

@@ -1,3 +1,3 @@
-from tests.stages.conftest import tokenizer_path
+from tests.stages.conftest import prepared, tokenizer_path
 
-__all__ = ["tokenizer_path"]
+__all__ = ["prepared", "tokenizer_path"]

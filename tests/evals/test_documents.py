@@ -11,7 +11,6 @@ from nanollm.data.batches import IGNORE
 from nanollm.evals import documents
 from nanollm.evals.bits_per_byte import bits_per_byte, by_document
 from nanollm.model.transformer import Transformer
-from nanollm.stages import preprocess
 from tests.stages.conftest import MODEL
 
 TEXTS = ["The king rode out.", "No one knew why", "x", "Once upon a time " * 30, "An end.\n"]
@@ -77,13 +76,12 @@ def test_each_document_has_its_own_sums_in_the_order_of_the_documents(tokenizer,
     assert found.ratio.low < found.ratio.value < found.ratio.high
 
 
-def test_prepared_documents_are_told_apart_where_each_begins(tmp_path, tokenizer, tokenizer_path, monkeypatch):
+def test_prepared_documents_are_told_apart_where_each_begins(tmp_path, tokenizer, prepared, monkeypatch):
     monkeypatch.setattr(documents, "BATCH_TOKENS", 2 * T)  # a long one lies in several batches
     for number, text in enumerate(TEXTS):
         (tmp_path / f"{number}.txt").write_text(text, encoding="utf-8")
-    inputs = {"input": [tmp_path], "val_input": [tmp_path]}
-    config = preprocess.Config(kind="text", tokenizer_path=tokenizer_path, save_dir=tmp_path / "tokens", **inputs)
-    found = documents.bits_of_prepared(Bundle(Transformer(MODEL).init(0), tokenizer, {}), preprocess.run(config))
+    folder = prepared("text", tmp_path, val_input=[tmp_path])
+    found = documents.bits_of_prepared(Bundle(Transformer(MODEL).init(0), tokenizer, {}), folder)
     assert found.bytes.tolist() == [len(text.encode()) for text in TEXTS]
 
 
@@ -105,37 +103,20 @@ def test_files_give_their_records_with_their_numbers(tmp_path, tokenizer):
     assert [record.line for record in bad] == [2]
 
 
-def test_prepared_text_reads_like_the_text_it_was_made_of(tmp_path, tokenizer, tokenizer_path):
+def test_prepared_text_reads_like_the_text_it_was_made_of(tmp_path, tokenizer, prepared):
     (tmp_path / "texts").mkdir()
     for number, text in enumerate(TEXTS):
         (tmp_path / "texts" / f"{number}.txt").write_text(text, encoding="utf-8")
-    folder = preprocess.run(
-        preprocess.Config(
-            kind="text",
-            tokenizer_path=tokenizer_path,
-            save_dir=tmp_path / "tokens",
-            input=[tmp_path / "texts"],
-            val_fraction=0,
-        )
-    )
+    folder = prepared("text", tmp_path / "texts")
     read = list(documents.read(folder, "text", tokenizer, pytest.fail))
     assert [text for _, text in read] == TEXTS
     assert read[1][0] == f"{folder}, train document 2"
 
 
-def test_the_words_of_two_messages_do_not_run_together(tmp_path, tokenizer, tokenizer_path):
+def test_the_words_of_two_messages_do_not_run_together(tmp_path, tokenizer, prepared):
     line = '{"messages": [{"role": "user", "content": "two apples"}, {"role": "assistant", "content": "and a pear"}]}\n'
     (tmp_path / "chat.jsonl").write_text(line)
-    folder = preprocess.run(
-        preprocess.Config(
-            kind="chat",
-            tokenizer_path=tokenizer_path,
-            save_dir=tmp_path / "tokens",
-            input=[tmp_path / "chat.jsonl"],
-            val_fraction=0,
-        )
-    )
-    ((_, text),) = documents.read(folder, "text", tokenizer, pytest.fail)
+    ((_, text),) = documents.read(prepared("chat", tmp_path / "chat.jsonl"), "text", tokenizer, pytest.fail)
     assert text.split() == ["two", "apples", "and", "a", "pear"]
 
 

@@ -1,5 +1,6 @@
-"""A prepared corpus of a few thousand tokens and the smallest sensible run on it."""
+"""A prepared corpus of a few thousand tokens, the smallest sensible run on it, and what a run leaves."""
 
+import hashlib
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,10 @@ from nanollm.model.transformer import Transformer
 from nanollm.stages import preprocess
 from nanollm.stages.pretrain import Config
 from nanollm.text.tokenizer import Tokenizer
+from nanollm.train.metrics import TIMED, read_metrics
 from nanollm.train.optim import OptimConfig
 from nanollm.train.run import TrainConfig
+from tests.conftest import STORY
 
 MODEL = ModelConfig(
     vocab_size=600,
@@ -33,12 +36,30 @@ MODEL = ModelConfig(
 )
 
 
+def untrained(folder: Path, shape: ModelConfig, tokenizer: Tokenizer, seed: int = 0) -> Path:
+    """The bundle of a model that has learned nothing."""
+    return save_bundle(folder, shape, Transformer(shape).init(seed).state_dict(), tokenizer, {"made_by": "a test"})
+
+
+FILES_OF_A_RUN = {
+    *("config.yaml", "inputs.json", "starts.jsonl", ".lock"),
+    *("metrics.jsonl", "report.html", "checkpoints", "bundle"),
+}
+
+
+def weights_of(run: Path) -> str:
+    return hashlib.sha256((run / "bundle" / "model.safetensors").read_bytes()).hexdigest()
+
+
+def told(run: Path) -> list[dict[str, object]]:
+    """The metrics without those that tell the time."""
+    return [{k: v for k, v in line.items() if k not in TIMED} for line in read_metrics(run)]
+
+
 @pytest.fixture(scope="session")
 def bundle(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that has learned nothing."""
-    folder = tmp_path_factory.mktemp("untrained") / "bundle"
-    weights = Transformer(MODEL).init(0).state_dict()
-    return save_bundle(folder, MODEL, weights, tokenizer, {"made_by": "a test"})
+    return untrained(tmp_path_factory.mktemp("untrained") / "bundle", MODEL, tokenizer)
 
 
 @pytest.fixture(scope="session")
@@ -52,7 +73,7 @@ def tokenizer_path(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactor
 def token_files(tokenizer_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two hundred short documents of the story's words, split into train and val."""
     folder = tmp_path_factory.mktemp("corpus")
-    words = (Path(__file__).parents[1] / "story.txt").read_text("utf-8").split()
+    words = STORY.read_text("utf-8").split()
     for number in range(200):
         text = " ".join(words[(7 * number + 3 * i) % len(words)] for i in range(40))
         (folder / f"{number:03}.txt").write_text(text, encoding="utf-8")
@@ -60,6 +81,17 @@ def token_files(tokenizer_path: Path, tmp_path_factory: pytest.TempPathFactory) 
         kind="text", tokenizer_path=tokenizer_path, save_dir=folder / "tokens", input=[folder], val_fraction=0.1
     )
     return preprocess.run(config)
+
+
+@pytest.fixture
+def prepared(tokenizer_path: Path, tmp_path: Path):
+    """prepared(kind, file, ..., **options of preprocess): a folder of token files; by default nothing is held out."""
+
+    def make(kind: str, *files: Path, **options) -> Path:
+        given = {"input": [*files], "val_fraction": 0.0, "save_dir": tmp_path / f"prepared {kind}"} | options
+        return preprocess.run(preprocess.Config(kind=kind, tokenizer_path=tokenizer_path, **given))
+
+    return make
 
 
 @pytest.fixture
