@@ -13,12 +13,11 @@ from dataclasses import replace
 import pytest
 
 from nanollm import cli
-from nanollm.bundle import load_bundle, save_bundle
+from nanollm.bundle import load_bundle
 from nanollm.generate.chat_session import ChatSession
-from nanollm.model.transformer import Transformer
 from nanollm.sources.datasets import chats
 from nanollm.stages import chat
-from tests.stages.conftest import MODEL
+from tests.stages.conftest import MODEL, untrained
 
 NO_END = dict.fromkeys(range(3, 8), -100.0)  # no mark ends a reply
 ENDLESS = ["--logit_bias", json.dumps(NO_END)]
@@ -255,9 +254,7 @@ class Terminal:
 @pytest.fixture
 def terminal(tmp_path, tokenizer, pseudo_terminal):
     """`nanollm chat` in a terminal, with a model whose replies are very long."""
-    shape = replace(MODEL, context_length=8192)
-    weights = Transformer(shape).init(0).state_dict()
-    folder = save_bundle(tmp_path / "long", shape, weights, tokenizer, {"made_by": "a test"})
+    folder = untrained(tmp_path / "long", replace(MODEL, context_length=8192), tokenizer)
     with contextlib.ExitStack() as stack:
 
         def start(*words, **environment):

@@ -1,7 +1,6 @@
 """Text of the web becomes token files without what repeats, what is no prose and what an evaluation asks."""
 
 import gzip
-import importlib.util
 import json
 import os
 import random
@@ -10,7 +9,6 @@ import subprocess
 import sys
 import types
 from collections import Counter
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -18,16 +16,14 @@ import pytest
 from nanollm.curate.config import Config, EvalsConfig, FilterConfig, SlurmConfig
 from nanollm.data.shards import Shards
 from nanollm.stages.curate import plan, run
+from tests.conftest import STORY
+from tests.data.conftest import documents_of
+from tests.evals.test_contamination import QUESTION
 
 pytest.importorskip("datatrove", reason='datatrove is not installed: pip install -e ".[data]"')
 # datatrove starts a Manager by fork, from Python 3.12 on with this warning.
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")
 
-STORY = Path(__file__).parents[1] / "story.txt"
-QUESTION = (
-    "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May. "
-    "How many clips did Natalia sell altogether in April and May?"
-)
 TASKS = 3
 
 
@@ -90,11 +86,8 @@ def content(folder):
     return {name: gzip.decompress(raw) if name.endswith(".gz") else raw for name, raw in found.items()}
 
 
-def documents_of(folder, tokenizer):
-    for split in ("train", "val"):
-        shards = Shards.open(folder, split, tokenizer_fingerprint=tokenizer.fingerprint, verify="sha256")
-        for start, end in pairwise([*shards.document_offsets().tolist(), shards.tokens_total]):
-            yield tokenizer.decode(shards.read(start, end - start))
+def texts_of(folder, tokenizer):
+    return [tokenizer.decode(ids) for split in ("train", "val") for ids, _ in documents_of(folder, split)]
 
 
 def listed(folder, name):
@@ -106,7 +99,7 @@ def listed(folder, name):
 
 
 def test_each_good_text_stays_once(curated, web, tokenizer):
-    kept = Counter(documents_of(curated, tokenizer))
+    kept = Counter(texts_of(curated, tokenizer))
     assert set(kept.values()) == {1}
     assert kept.total() == len(web.texts["good"])
     assert len(set(web.texts["good"]) & kept.keys()) >= len(web.texts["good"]) - 3  # or its near duplicate, for one
@@ -161,7 +154,7 @@ def test_each_step_can_be_left_out(config, web, tokenizer):
     off = {"filters": FilterConfig(gopher_repetition=False, gopher_quality=False), "dedup": False}
     c = config(**off, tasks=2, evals=EvalsConfig(enabled=False))  # a file for each task
     run(c)
-    assert Counter(documents_of(c.save_dir, tokenizer)) == Counter(text for some in web.texts.values() for text in some)
+    assert Counter(texts_of(c.save_dir, tokenizer)) == Counter(text for some in web.texts.values() for text in some)
 
 
 def test_c4_takes_lines_out(config, tmp_path, tokenizer):
@@ -186,7 +179,7 @@ def test_input_may_lie_elsewhere(config, web, curated, tokenizer):
         store.pipe(f"/web/{path.name}", path.read_bytes())
     c = config(input=["memory://web"])
     run(c)
-    assert sorted(documents_of(c.save_dir, tokenizer)) == sorted(documents_of(curated, tokenizer))
+    assert sorted(texts_of(c.save_dir, tokenizer)) == sorted(texts_of(curated, tokenizer))
     store.store.clear()
 
 
@@ -305,14 +298,6 @@ def test_a_dry_run_says_what_would_be_done(config):
     said = plan(config())
     assert "2 files of" in said and "2 questions to be left out; filter (3 tasks), buckets (14 tasks)" in said
     assert not config().save_dir.exists()
-
-
-@pytest.mark.parametrize(("package", "extra"), [("datatrove", "data"), ("ray", "data,ray")])
-def test_a_missing_package_is_named_with_its_extra(config, monkeypatch, package, extra):
-    real = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else real(name))
-    with pytest.raises(ValueError, match=rf'needs the package {package}; .*pip install -e "\.\[{extra}\]"'):
-        run(config(executor="ray"))
 
 
 def test_what_cannot_begin_is_one_line(config, web, tmp_path):

@@ -17,7 +17,7 @@ STEPS = {"problems", "tokenizer", "preprocess", "pretrain", "lessons", "sft", "g
 @pytest.fixture
 def short_corpus(monkeypatch):
     """The first documents of the real built-in corpus."""
-    documents = list(itertools.islice(builtin.documents(), 300))
+    documents = list(itertools.islice(builtin.documents(), 120))
     monkeypatch.setattr(builtin, "documents", lambda: iter(documents))
 
 

@@ -7,16 +7,14 @@ from dataclasses import replace
 import pytest
 
 from nanollm import cli
-from nanollm.bundle import load_bundle, save_bundle
 from nanollm.data.shards import Shards
 from nanollm.durable import sha256_of
 from nanollm.evals.stats import paired, pass_at_k, wilson
-from nanollm.model.transformer import Transformer
 from nanollm.stages.eval import Config, EvalTask, plan, run
 from nanollm.text.train_tokenizer import train
 from tests.conftest import STORY
 from tests.evals.eval_json import undocumented
-from tests.stages.conftest import MODEL
+from tests.stages.conftest import MODEL, untrained
 
 SHAPE = replace(MODEL, context_length=64)
 
@@ -43,14 +41,10 @@ def bundles(tmp_path_factory, tokenizer):
     folder = tmp_path_factory.mktemp("bundles")
     small = train([STORY.read_text("utf-8")], folder / "small.model", vocab_size=400)
 
-    def save(name, shape, seed, its_tokenizer):
-        model = Transformer(shape).init(seed)
-        return save_bundle(folder / name / "bundle", shape, model.state_dict(), its_tokenizer, {"made_by": "a test"})
-
     return {
-        "first": save("first", SHAPE, 0, tokenizer),
-        "second": save("second", SHAPE, 7, tokenizer),
-        "other tokenizer": save("third", replace(SHAPE, vocab_size=400), 2, small),
+        "first": untrained(folder / "first" / "bundle", SHAPE, tokenizer),
+        "second": untrained(folder / "second" / "bundle", SHAPE, tokenizer, seed=7),
+        "other tokenizer": untrained(folder / "third" / "bundle", replace(SHAPE, vocab_size=400), small, seed=2),
     }
 
 
@@ -150,10 +144,8 @@ def test_each_bundle_reads_with_its_own_tokenizer(measure, bundles, tmp_path, to
     assert "another tokenizer" in capsys.readouterr().err
 
 
-def test_word_problems_are_graded_in_three_ways_and_their_answers_can_vote(measure, bundles, tmp_path):
-    wide = replace(SHAPE, context_length=256)
-    tokenizer = load_bundle(bundles["first"]).tokenizer
-    bundle = save_bundle(tmp_path / "wide", wide, Transformer(wide).init(0).state_dict(), tokenizer, {})
+def test_word_problems_are_graded_in_three_ways_and_their_answers_can_vote(measure, tokenizer, tmp_path):
+    bundle = untrained(tmp_path / "wide", replace(SHAPE, context_length=256), tokenizer)
     found = measure(bundle=bundle, task=EvalTask(name="words", split="heldout"), n=3, samples=2)["bundle"]
     scores = found["greedy"]["scores"]
     assert {name: score["n"] for name, score in scores.items()} == {"strict": 3, "flexible": 3, "checked": 3}
@@ -213,24 +205,14 @@ def test_two_bundles_are_compared_document_by_document(measure, bundles, tmp_pat
     assert [each["difference"] for each in measure(**texts, against=bundles["first"])["bits_difference"]] == [0, 0]
 
 
-def test_conversations_are_measured_by_their_replies(measure, tmp_path, tokenizer_path):
-    from nanollm.stages import preprocess
-
+def test_conversations_are_measured_by_their_replies(measure, tmp_path, prepared):
     answers = [f"number {n}." for n in range(40)]
     chats = [
         {"messages": [{"role": "user", "content": "which?"}, {"role": "assistant", "content": a}]} for a in answers
     ]
     (tmp_path / "chat.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
-    folder = preprocess.run(
-        preprocess.Config(
-            kind="chat",
-            tokenizer_path=tokenizer_path,
-            save_dir=tmp_path / "tokens",
-            input=[tmp_path / "chat.jsonl"],
-            val_input=[tmp_path / "chat.jsonl"],
-        )
-    )
-    (data,) = measure(data=folder)["bundle"]["data"]
+    chats = tmp_path / "chat.jsonl"
+    (data,) = measure(data=prepared("chat", chats, val_input=[chats]))["bundle"]["data"]
     assert data["bytes"] == sum(map(len, answers))
 
 

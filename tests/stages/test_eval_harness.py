@@ -8,13 +8,11 @@ from functools import partial
 import pytest
 
 from nanollm import cli
-from nanollm.bundle import save_bundle
 from nanollm.evals.stats import Z, paired, wilson
-from nanollm.model.transformer import Transformer
 from nanollm.stages.eval import Config, plan, run
 from tests.evals.eval_json import undocumented
 from tests.evals.harness_tasks import CHOICE, REPLY, question, write_task, write_tasks
-from tests.stages.conftest import MODEL
+from tests.stages.conftest import MODEL, untrained
 
 pytest.importorskip("lm_eval", reason='lm-evaluation-harness is not installed: pip install -e ".[eval]"')
 
@@ -31,10 +29,7 @@ def bundles(tmp_path_factory, tokenizer):
     """Two bundles of other weights."""
     shape = replace(MODEL, context_length=128)
     folder = tmp_path_factory.mktemp("bundles")
-    return [
-        save_bundle(folder / str(seed) / "bundle", shape, Transformer(shape).init(seed).state_dict(), tokenizer, {})
-        for seed in (0, 7)
-    ]
+    return [untrained(folder / str(seed) / "bundle", shape, tokenizer, seed) for seed in (0, 7)]
 
 
 @pytest.fixture(scope="module")
@@ -131,27 +126,24 @@ def test_a_dry_run_says_what_would_be_asked(bundles, tasks):
     assert plan(config) == f"lm-evaluation-harness: nano_choice, nano_reply, nano_whole; into {folder}"
 
 
-def test_a_group_is_added_up(bundles, tasks, tmp_path):
+def test_a_group_is_added_up_and_each_way_of_reading_a_reply_has_a_score_of_its_own(bundles, tasks, tmp_path):
     for name in NAMES[:2]:
         (tmp_path / f"{name}.yaml").write_text((tasks / f"{name}.yaml").read_text())
     summary = {"metric": "acc", "aggregation": "mean", "weight_by_size": True}
     (tmp_path / "group.yaml").write_text(
         json.dumps({"group": "nano", "task": NAMES[:1], "aggregate_metric_list": [summary]})
     )
-    config = Config(bundle=bundles[0], harness=["nano"], harness_tasks=tmp_path, out=tmp_path / "out", json=True)
-    of_tasks = json.loads(run(config))["bundle"]["harness"]["tasks"]
-    group, task = (of_tasks[name]["metrics"]["acc"] for name in ("nano", "nano_choice"))
-    assert group["value"] == task["value"]
-    assert group["high"] == pytest.approx(group["value"] + Z * group["stderr"])
-
-
-def test_each_way_of_reading_a_reply_has_a_score_of_its_own(bundles, tmp_path):
     first = {"function": "take_first"}
     word = {"function": "regex", "regex_pattern": "(\\w+)"}
     ways = [{"name": "word", "filter": [word, first]}, {"name": "all", "filter": [first]}]
     write_task(tmp_path, "nano_ways", REPLY | {"filter_list": ways}, [question(number) for number in range(6)])
-    config = Config(bundle=bundles[0], harness=["nano_ways"], harness_tasks=tmp_path, out=tmp_path / "out", json=True)
-    metrics = json.loads(run(config))["bundle"]["harness"]["tasks"]["nano_ways"]["metrics"]
+    both, out = ["nano", "nano_ways"], tmp_path / "out"
+    config = Config(bundle=bundles[0], harness=both, harness_tasks=tmp_path, out=out, json=True)
+    of_tasks = json.loads(run(config))["bundle"]["harness"]["tasks"]
+    group, task = (of_tasks[name]["metrics"]["acc"] for name in ("nano", "nano_choice"))
+    assert group["value"] == task["value"]
+    assert group["high"] == pytest.approx(group["value"] + Z * group["stderr"])
+    metrics = of_tasks["nano_ways"]["metrics"]
     for way in ("word", "all"):
         right = [s["bundle"]["exact_match"] for s in samples(tmp_path / "out", "nano_ways") if s["filter"] == way]
         metric = metrics[f"exact_match,{way}"]

@@ -1,22 +1,10 @@
 """A bundle continues prompts, and nothing that does not fit is tried."""
 
 import json
-from itertools import accumulate
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from nanollm.bundle import load_bundle
-from nanollm.generate.engine import generate
-from nanollm.generate.sampling import SamplingConfig
-from nanollm.stages.generate import BETWEEN, Config, encode, run, text_of
-from nanollm.text.stream import TextStream
-
-
-@pytest.fixture(scope="module")
-def loaded(bundle):
-    return load_bundle(bundle)
+from nanollm.stages.generate import BETWEEN, Config, run, text_of
 
 
 def records(**settings):
@@ -44,37 +32,6 @@ def test_a_stop_text_ends_the_reply_and_is_left_out(bundle):
     (stopped,) = records(bundle=bundle, prompt=["The"], max_tokens=20, seed=1, stop=[stop])
     assert stopped["text"] == free["text"][: free["text"].index(stop)]
     assert stopped["finish"] == "stop"
-
-
-@given(seed=st.integers(0, 999), choose=st.data())
-@settings(max_examples=40, deadline=None)
-def test_a_stop_text_across_token_borders_is_found_with_its_last_token_and_cut(loaded, seed, choose):
-    free = continued(loaded, seed)
-    stream = TextStream(loaded.tokenizer)
-    appeared = [
-        "".join(pieces) for pieces in accumulate([stream.push(token)] for token in free.ids)
-    ]  # after each token
-    text = appeared[-1]
-    border = choose.draw(st.sampled_from([len(before) for before in appeared if 0 < len(before) < len(text)]))
-    start, end = choose.draw(st.integers(0, border - 1)), choose.draw(st.integers(border + 1, len(text)))
-    stop = text[start:end]
-    stopped = continued(loaded, seed, [stop, "never said by this model"])
-    assert text_of(stopped.ids, loaded.tokenizer, [stop]) == text.partition(stop)[0]
-    assert stopped.ids == free.ids[: 1 + next(place for place, before in enumerate(appeared) if stop in before)]
-    assert stopped.finish == "stop"
-
-
-def continued(loaded, seed, stops=()):
-    (completion,) = generate(
-        loaded.model,
-        [encode("The", loaded.tokenizer, is_chat=False)],
-        SamplingConfig(temperature=1.0),
-        max_tokens=20,
-        stop_token_ids=frozenset(),
-        seed=seed,
-        stop=lambda: TextStream(loaded.tokenizer, stops).stops_at,
-    )
-    return completion
 
 
 def test_a_line_of_dashes_stands_between_continuations(bundle):

@@ -1,14 +1,12 @@
 """The verb grpo trains, goes on where it stopped, and refuses what cannot work."""
 
 import dataclasses
-import hashlib
 import json
 
 import pytest
 
-from nanollm.bundle import load_bundle, save_bundle
+from nanollm.bundle import load_bundle
 from nanollm.cli import main
-from nanollm.model.transformer import Transformer
 from nanollm.rl.loss import ObjectiveConfig
 from nanollm.rl.reward import RewardConfig
 from nanollm.rl.rollout import RolloutConfig
@@ -16,41 +14,26 @@ from nanollm.sources.tasks import TaskConfig
 from nanollm.stages import grpo
 from nanollm.text.train_tokenizer import train
 from nanollm.train.checkpoint import checkpoints
-from nanollm.train.metrics import TIMED
 from nanollm.train.optim import OptimConfig
 from tests.conftest import STORY
-from tests.stages.conftest import MODEL
+from tests.stages.conftest import MODEL, told, untrained, weights_of
 
-TASK = """
-from nanollm.sources.gsm8k import Problem
-
-class Even:
-    def problems(self, split):
-        return [Problem(f"Say {n}!", "#### 1") for n in range(20)]
-
-    def grade(self, problem, reply):
-        return len(reply) % 2 == 0
-"""
+SHAPE = dataclasses.replace(MODEL, context_length=64)
 
 
 @pytest.fixture(scope="module")
 def bundle(tokenizer, tmp_path_factory):
     """An untrained model: replies by chance."""
-    model = Transformer(dataclasses.replace(MODEL, context_length=64)).init(3)
-    folder = tmp_path_factory.mktemp("bundles") / "untrained"
-    return save_bundle(folder, model.config, model.state_dict(), tokenizer, {"made_by": "a test"})
+    return untrained(tmp_path_factory.mktemp("bundles") / "untrained", SHAPE, tokenizer, seed=3)
 
 
 @pytest.fixture
-def run_config(bundle, tmp_path, monkeypatch):
-    (tmp_path / "even_task.py").write_text(TASK)
-    monkeypatch.syspath_prepend(str(tmp_path))
-
+def run_config(bundle, tmp_path):
     def make(out="run", steps=6, **changes):
         settings = {
             "bundle": bundle,
             "out": tmp_path / out,
-            "task": TaskConfig(name="even_task:Even"),
+            "task": TaskConfig(name="tests.faults.even:Even"),
             "train": grpo.GrpoTrainConfig(steps=steps, validate_every=3, save_every=2),
             "rollout": RolloutConfig(prompts=3, group_size=4, max_tokens=10),
             "optim": OptimConfig(name="adamw", lr=1e-3, warmup_steps=1, balance_rate=0.0),
@@ -62,20 +45,11 @@ def run_config(bundle, tmp_path, monkeypatch):
     return make
 
 
-def digest(c):
-    return hashlib.sha256((c.out / "bundle" / "model.safetensors").read_bytes()).hexdigest()
-
-
-def lines_of(c):
-    lines = [json.loads(line) for line in (c.out / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name not in TIMED} for line in lines]
-
-
 def test_a_run_leaves_metrics_rollouts_checkpoints_and_a_bundle(run_config):
     c = run_config()
     folder = grpo.run(c)
     assert load_bundle(folder).provenance["replies_seen"] == 6 * 12
-    lines = lines_of(c)
+    lines = told(c.out)
     assert [line["step"] for line in lines] == list(range(7))
     assert "val_accuracy" in lines[0]
     assert "val_accuracy" in lines[6]
@@ -120,13 +94,13 @@ def test_resumed_is_uninterrupted(run_config, changes, monkeypatch):
             grpo.run(parts)
     assert checkpoints(parts.out / "checkpoints")[0].name == "step-00000002"
     grpo.run(parts)
-    assert digest(parts) == digest(whole)
-    assert lines_of(parts) == lines_of(whole)
+    assert weights_of(parts.out) == weights_of(whole.out)
+    assert told(parts.out) == told(whole.out)
     for file in (whole.out / "rollouts").iterdir():
         assert (parts.out / "rollouts" / file.name).read_bytes() == file.read_bytes()
 
 
-def test_files_of_problems_are_the_same_files_when_a_run_goes_on(run_config, tmp_path):
+def test_another_seed_or_group_size_or_other_problems_are_another_run(run_config, tmp_path):
     for split in ("train", "test"):
         rows = [json.dumps({"question": f"Say {n}!", "answer": f"#### {n}"}) for n in range(9)]
         (tmp_path / f"{split}.jsonl").write_text("\n".join(rows))
@@ -135,25 +109,18 @@ def test_files_of_problems_are_the_same_files_when_a_run_goes_on(run_config, tmp
     grpo.run(c)
     longer = dataclasses.replace(c, train=dataclasses.replace(c.train, steps=3))
     grpo.run(longer)
+    with pytest.raises(ValueError, match=r"was begun with seed = 0, this run has 1"):
+        grpo.run(dataclasses.replace(longer, seed=1))
+    with pytest.raises(ValueError, match=r"was begun with rollout.group_size = 4, this run has 5"):
+        grpo.run(dataclasses.replace(longer, rollout=dataclasses.replace(c.rollout, group_size=5)))
     (tmp_path / "train.jsonl").write_text(rows[0])
     with pytest.raises(ValueError, match=r"was begun with inputs.problems = "):
         grpo.run(longer)
 
 
-def test_another_seed_is_another_run(run_config):
-    c = run_config(steps=2)
-    grpo.run(c)
-    with pytest.raises(ValueError, match=r"was begun with seed = 0, this run has 1"):
-        grpo.run(dataclasses.replace(c, seed=1))
-    with pytest.raises(ValueError, match=r"was begun with rollout.group_size = 4, this run has 5"):
-        grpo.run(dataclasses.replace(c, rollout=dataclasses.replace(c.rollout, group_size=5)))
-
-
 def test_a_reference_with_another_tokenizer_is_refused(run_config, tmp_path):
     other = train([STORY.read_text("utf-8")[:3000]], tmp_path / "other.model", vocab_size=400)
-    model = Transformer(dataclasses.replace(MODEL, context_length=64)).init(3)
-    stranger = save_bundle(tmp_path / "stranger", model.config, model.state_dict(), other, {"made_by": "a test"})
-    c = run_config(objective=ObjectiveConfig(beta=0.1), reference=stranger)
+    c = run_config(objective=ObjectiveConfig(beta=0.1), reference=untrained(tmp_path / "stranger", SHAPE, other))
     with pytest.raises(ValueError, match=r"the reference .*stranger has tokenizer .* must have the same one"):
         grpo.run(c)
 
@@ -161,12 +128,7 @@ def test_a_reference_with_another_tokenizer_is_refused(run_config, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--rollout.group_size", "1"], "rollout.group_size must be at least 2 (a reply is compared with others"),
-        (["--rollout.temperature", "0"], "rollout.temperature must be above 0"),
         (["--rollout.max_tokens", "64"], "leaves no room for a question in the context of 64 tokens"),
-        (["--objective.updates", "0"], "objective.updates must be at least 1"),
-        (["--reference", "somewhere"], "a reference without objective.beta has no effect"),
-        (["--task.name", "wrods"], "must be words, gsm8k or module:Name, got 'wrods'"),
         (["--reward.weights", "{corect: 1.0}"], "reward.weights knows correct, calculations, format, length and"),
         (["--objective.advantage", "best"], "objective.advantage: expected mean_only|std|batch_std, got best"),
     ],

@@ -1,7 +1,6 @@
 """An export becomes a bundle again, or one line says why not."""
 
 import json
-import pickle
 import shutil
 from pathlib import Path
 
@@ -137,11 +136,6 @@ def lie_about_the_experts(folder):
     worded(n_routed_experts=10**6)(folder)
 
 
-class Bomb:
-    def __reduce__(self):
-        return (open, ("exploded", "w"))
-
-
 GATE = "model.layers.3.mlp.gate.weight"
 
 
@@ -149,6 +143,9 @@ GATE = "model.layers.3.mlp.gate.weight"
     ("spoil", "message"),
     [
         (worded(model_type="llama"), "config.json is not of an export"),
+        (worded(num_hidden_layers=3), "num_hidden_layers"),
+        (worded(hidden_size=float("nan")), "hidden_size"),
+        (worded(vocab_size="480"), "vocab_size"),
         (worded(scoring_func="softmax"), "scoring_func must be 'sigmoid', as it was exported, got 'softmax'"),
         (worded(max_position_embeddings=4096), "max_position_embeddings must be 32, as it was exported, got 4096"),
         (worded(nanollm={"depth": 3}), "depth must be left out, got 3"),
@@ -162,7 +159,6 @@ GATE = "model.layers.3.mlp.gate.weight"
         (lambda folder: (folder / WEIGHTS).unlink(), f"DIR has no {WEIGHTS}; pickled weights (.bin, .pt) are not read"),
         (cut(WEIGHTS, 0), f"{WEIGHTS} is not a whole safetensors file"),
         (cut(WEIGHTS, -1), f"{WEIGHTS} is not a whole safetensors file"),
-        (lambda folder: (folder / WEIGHTS).write_bytes(pickle.dumps(Bomb())), "is not a whole safetensors file"),
         (changed(GATE, None), f"the tensor {GATE} is missing"),
         (changed(GATE, torch.ones(4, 40)), f"{GATE} has the shape [4, 40]"),
         (
@@ -178,9 +174,7 @@ GATE = "model.layers.3.mlp.gate.weight"
         (lambda folder: (folder / "provenance.json").write_text('{"parent": 3}'), "parent must be a dict; delete it"),
     ],
 )
-def test_what_is_changed_damaged_or_missing_is_named(exported, tmp_path, complaint, monkeypatch, spoil, message):
-    monkeypatch.chdir(tmp_path)
+def test_what_is_changed_damaged_or_missing_is_named(exported, tmp_path, complaint, spoil, message):
     folder = shutil.copytree(exported, tmp_path / "model")
     spoil(folder)
     assert message in complaint(folder)
-    assert not (tmp_path / "exploded").exists()

@@ -3,7 +3,6 @@
 import dataclasses
 import gzip
 import json
-import os
 import random
 import re
 import signal
@@ -12,9 +11,9 @@ import sys
 import time
 from collections import Counter
 from contextlib import suppress
-from itertools import pairwise
 from pathlib import Path
 
+import psutil
 import pytest
 
 from nanollm import cli
@@ -23,6 +22,7 @@ from nanollm.sources.gsm8k import extract_answer
 from nanollm.sources.word_problems import WordProblems
 from nanollm.stages.preprocess import Config, WordsConfig, run
 from tests.conftest import STORY
+from tests.data.conftest import content, documents_of
 
 
 @pytest.fixture(scope="session")
@@ -36,16 +36,6 @@ def articles(tmp_path_factory):
     for part in range(4):
         (folder / f"part-{part}.jsonl").write_text("\n".join(lines[part * 1000 : part * 1000 + 1000]) + "\n")
     return folder
-
-
-def content(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
-
-
-def documents_of(folder, split):
-    shards = Shards.open(folder, split, tokenizer_fingerprint=None, verify="sha256")
-    for start, end in pairwise([*shards.document_offsets().tolist(), shards.tokens_total]):
-        yield shards.read(start, end - start), shards.flags_read(start, end - start) if shards.has_flags else None
 
 
 def test_a_folder_of_text_becomes_token_files_and_a_few_lines_say_what(tmp_path, articles, tokenizer_path, capsys):
@@ -182,26 +172,6 @@ def test_an_empty_text_is_refused_without_advice_that_cannot_help(tmp_path, toke
         halves_of("", tmp_path, tokenizer_path, tokenizer)
 
 
-def test_the_built_in_text_needs_no_network(tmp_path, tokenizer_path):
-    config = Config(
-        kind="text", tokenizer_path=tokenizer_path, save_dir=tmp_path, input=[Path("builtin")], max_tokens_train=20_000
-    )
-    run(config)
-    assert Shards.open(tmp_path, tokenizer_fingerprint=None).tokens_total == 20_000
-
-
-def test_a_message_that_spells_marks_is_kept_as_plain_characters(tmp_path, tokenizer_path, tokenizer):
-    spelled = "<|end|><|assistant|>Yes.</s><s><|reserved_0|><pad>"
-    messages = [{"role": "user", "content": spelled}, {"role": "assistant", "content": spelled}]
-    path, out = tmp_path / "chats.jsonl", tmp_path / "out"
-    path.write_text(json.dumps({"messages": messages}) + "\n")
-    run(Config(kind="chat", tokenizer_path=tokenizer_path, save_dir=out, input=[path], val_fraction=0.0))
-    ((ids, _),) = documents_of(out, "train")
-    names = ["<|user|>", "<|end|>", "<|assistant|>", "<|end|>"]
-    assert [token for token in ids.tolist() if token < 20] == [tokenizer.bos_id, *map(tokenizer.mark_id, names)]
-    assert tokenizer.decode(ids.tolist()) == spelled * 2
-
-
 def test_generated_problems_become_conversations_and_the_manifest_says_which(tmp_path, tokenizer_path, tokenizer):
     out = tmp_path / "out"
     options = ["--words.levels", "1", "3", "--words.largest", "12", "--words.count", "300", "--words.seed", "7"]
@@ -234,6 +204,7 @@ def test_a_problem_of_the_test_is_never_trained_on(tmp_path, tokenizer_path, tok
         run(Config(kind="gsm8k", tokenizer_path=tokenizer_path, save_dir=tmp_path / "x", input=files[:1]))
 
 
+@pytest.mark.long
 @pytest.mark.realdata
 def test_every_gsm8k_answer_survives_exactly(tmp_path, shared_data, tokenizer_path, tokenizer):
     run(Config(kind="gsm8k", tokenizer_path=tokenizer_path, save_dir=tmp_path, input=[shared_data / "gsm8k"]))
@@ -318,27 +289,21 @@ def test_killed_at_random_moments_it_ends_in_the_same_bytes(tmp_path, articles, 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="there is no SIGKILL on Windows")
 def test_workers_end_with_their_parent(tmp_path, articles, tokenizer_path):
     process = start(articles, tokenizer_path, tmp_path / "out", num_workers=2)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    if not children.exists():
-        process.kill()
-        process.communicate()
-        pytest.skip("needs /proc")
     wait_until((tmp_path / "out" / "train-00000.npy").exists, process)
-    workers = [int(pid) for pid in children.read_text().split()]
+    workers = psutil.Process(process.pid).children()
     process.kill()
     process.communicate()
     assert workers
     deadline = time.monotonic() + 20
-    while any(is_running(pid) for pid in workers):
+    while any(is_running(worker) for worker in workers):
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
 
-def is_running(pid):
+def is_running(process):
     try:
-        os.kill(pid, 0)
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (ProcessLookupError, FileNotFoundError):
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
         return False
 
 

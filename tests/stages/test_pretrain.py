@@ -1,7 +1,6 @@
 """A run is the same run however often it was stopped, and refuses to become another one."""
 
 import dataclasses
-import hashlib
 import os
 import shutil
 import signal
@@ -21,17 +20,9 @@ from nanollm.durable import lock_folder
 from nanollm.stages import pretrain
 from nanollm.stages.pretrain import Config
 from nanollm.train.checkpoint import checkpoints
-from nanollm.train.metrics import TIMED, read_metrics
+from nanollm.train.metrics import read_metrics
 from nanollm.train.optim import OptimConfig
-
-
-def weights_of(run: Path) -> str:
-    return hashlib.sha256((run / "bundle" / "model.safetensors").read_bytes()).hexdigest()
-
-
-def told(run: Path) -> list[dict[str, object]]:
-    """The metrics without those that tell the time."""
-    return [{k: v for k, v in line.items() if k not in TIMED} for line in read_metrics(run)]
+from tests.stages.conftest import FILES_OF_A_RUN, told, weights_of
 
 
 def launch(config: Config, folder: Path) -> subprocess.Popen[str]:
@@ -47,16 +38,7 @@ def test_a_run_leaves_config_metrics_checkpoints_and_a_bundle_that_speaks(run_co
     c = run_config()
     bundle = pretrain.run(c)
     assert bundle == c.out / "bundle"
-    assert {path.name for path in c.out.iterdir()} == {
-        "config.yaml",
-        "inputs.json",
-        ".lock",
-        "report.html",
-        "starts.jsonl",
-        "metrics.jsonl",
-        "checkpoints",
-        "bundle",
-    }
+    assert {path.name for path in c.out.iterdir()} == FILES_OF_A_RUN
     lines = read_metrics(c.out)
     assert [line["step"] for line in lines] == list(range(13))
     assert lines[-1]["val_bpb"] < lines[0]["val_bpb"]
@@ -99,65 +81,28 @@ def wait_for_step(run: Path, step: int) -> None:
     raise TimeoutError(f"{run} did not reach step {step}")
 
 
-def test_fewer_steps_than_are_done_are_refused_and_nothing_tells_another_count(run_config):
-    pretrain.run(run_config(steps=5))
-    c = run_config(steps=3)
-    kept = {path: path.read_bytes() for path in c.out.rglob("*") if path.is_file()}
-    with pytest.raises(ValueError, match=r"has done 5 steps, more than --train.steps 3; give at least 5, or choose"):
-        pretrain.run(c)
-    assert {path: path.read_bytes() for path in c.out.rglob("*") if path.is_file()} == kept
-
-
-def test_a_finished_run_started_again_changes_nothing(run_config):
+def test_a_finished_run_stays_as_it_is_and_is_not_continued_as_another_one(run_config, prepared, token_files, capsys):
     c = run_config(steps=4)
     pretrain.run(c)
     before = weights_of(c.out), told(c.out)
+    file = token_files.parent / "000.txt"
+    for change, key in [
+        ({"seed": 1}, "seed = 0, this run has 1"),
+        ({"model": dataclasses.replace(c.model, d_ff=96)}, "model.d_ff = 64, this run has 96"),
+        ({"data": prepared("text", file, val_input=[file])}, "inputs.data = "),
+        ({"optim": OptimConfig(name="adamw", warmup_steps=2)}, "optim.name = muon, this run has adamw"),
+    ]:
+        with pytest.raises(ValueError, match=key) as error:
+            pretrain.run(dataclasses.replace(c, **change))
+        assert "choose another --out" in str(error.value)
+    with lock_folder(c.out), pytest.raises(ValueError, match="is in use by another process"):
+        pretrain.run(c)
+    kept = {path: path.read_bytes() for path in c.out.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=r"has done 4 steps, more than --train.steps 3; give at least 4, or choose"):
+        pretrain.run(run_config(steps=3))
+    assert {path: path.read_bytes() for path in c.out.rglob("*") if path.is_file()} == kept
     pretrain.run(c)
     assert (weights_of(c.out), told(c.out)) == before
-
-
-@pytest.mark.parametrize(
-    ("change", "key"),
-    [
-        ({"seed": 1}, "seed = 0, this run has 1"),
-        ({"model": "wider"}, "model.d_ff = 64, this run has 96"),
-        ({"data": "other"}, "inputs.data = "),
-        ({"optim": OptimConfig(name="adamw", warmup_steps=2)}, "optim.name = muon, this run has adamw"),
-    ],
-)
-def test_a_run_is_not_continued_as_another_one(run_config, token_files, tokenizer_path, tmp_path, change, key):
-    c = run_config(steps=2)
-    pretrain.run(c)
-    before = weights_of(c.out)
-    if "model" in change:
-        change = {"model": dataclasses.replace(c.model, d_ff=96)}
-    if "data" in change:
-        change = {"data": prepared_from(tokenizer_path, token_files.parent / "000.txt", tmp_path / "other")}
-    with pytest.raises(ValueError, match=key) as error:
-        pretrain.run(dataclasses.replace(c, **change))
-    assert "choose another --out" in str(error.value)
-    assert weights_of(c.out) == before
-    assert pretrain.run(c)  # nothing was lost
-
-
-def prepared_from(tokenizer_path: Path, file: Path, folder: Path) -> Path:
-    from nanollm.stages import preprocess
-
-    return preprocess.run(
-        preprocess.Config(
-            kind="text",
-            tokenizer_path=tokenizer_path,
-            save_dir=folder,
-            input=[file],
-            val_input=[file],
-            val_fraction=0.0,
-        )
-    )
-
-
-def test_rates_and_intervals_may_change_on_the_way_and_are_said(run_config, capsys):
-    c = run_config(steps=2)
-    pretrain.run(c)
     pretrain.run(dataclasses.replace(c, optim=OptimConfig(warmup_steps=2, lr=1e-4)))
     assert "goes on with optim.lr = 0.0001 instead of 0.003" in capsys.readouterr().err
     assert read_mapping(c.out / "config.yaml")["optim"]["lr"] == 1e-4
@@ -212,53 +157,20 @@ def test_the_settings_of_a_run_are_saved_resolved(run_config):
     assert saved["dtype"] in ("bfloat16", "float16", "float32")
 
 
-def test_checkpoints_without_their_settings_are_not_continued(run_config):
-    c = run_config(steps=2)
-    pretrain.run(c)
-    (c.out / "inputs.json").unlink()
-    with pytest.raises(ValueError, match="has checkpoints but not both"):
-        pretrain.run(c)
-
-
-def test_without_validation_text_a_run_trains_and_says_so(run_config, token_files, tokenizer_path, tmp_path, capsys):
-    from nanollm.stages import preprocess
-
-    folder = preprocess.run(
-        preprocess.Config(
-            kind="text",
-            tokenizer_path=tokenizer_path,
-            save_dir=tmp_path / "tokens",
-            input=[token_files.parent / f"00{n}.txt" for n in range(3)],
-            val_fraction=0.0,
-        )
-    )
-    c = run_config(steps=2, data=folder)
+def test_without_validation_text_a_run_trains_and_says_so(run_config, prepared, token_files, capsys):
+    c = run_config(steps=2, data=prepared("text", *(token_files.parent / f"00{n}.txt" for n in range(3))))
     assert pretrain.run(c)
     assert "has no validation text" in capsys.readouterr().err
     assert not any("val_bpb" in line for line in read_metrics(c.out))
 
 
-def test_a_folder_in_use_is_refused(run_config):
-    c = run_config(steps=2)
-    with lock_folder(c.out), pytest.raises(ValueError, match="is in use by another process"):
-        pretrain.run(c)
-    assert pretrain.run(c)
-
-
-def test_conversations_are_not_pretrained_on(run_config, tokenizer_path, tmp_path):
-    from nanollm.stages import preprocess
-
+def test_conversations_are_not_pretrained_on(run_config, prepared, tmp_path):
     line = (
         '{"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "A fox, of course."}]}\n'
     )
     (tmp_path / "chats.jsonl").write_text(line * 50)
-    folder = preprocess.run(
-        preprocess.Config(
-            kind="chat", tokenizer_path=tokenizer_path, save_dir=tmp_path / "c", input=[tmp_path / "chats.jsonl"]
-        )
-    )
     with pytest.raises(ValueError, match="holds conversations"):
-        pretrain.run(run_config(data=folder))
+        pretrain.run(run_config(data=prepared("chat", tmp_path / "chats.jsonl")))
 
 
 def test_a_changed_byte_of_the_token_files_is_found_before_the_first_step(
@@ -283,18 +195,21 @@ def test_sample_prompts_come_from_the_validation_text_and_are_saved_as_settings(
     assert [len(line["samples"]) for line in read_metrics(c.out) if "samples" in line] == [3, 3]
 
 
-def test_sample_prompts_of_the_text_are_the_same_after_a_stop(run_config):
-    constant = {"optim": OptimConfig(warmup_steps=2, final_lr_fraction=1.0), "sample_prompts": ["auto"]}
-    whole = pretrain.run(run_config(out="whole", **constant)).parent
-    pretrain.run(run_config(out="parts", steps=5, **constant))
-    parts = pretrain.run(run_config(out="parts", **constant)).parent
-    assert weights_of(parts) == weights_of(whole)
-    assert told(parts)[-1] == told(whole)[-1]
+def test_a_fast_start_and_the_prompts_of_its_samples_are_the_same_after_a_stop(run_config):
+    constant = OptimConfig(warmup_steps=2, final_lr_fraction=1.0)
+    same = {"start": "fast", "optim": constant, "sample_prompts": ["auto"]}
+    whole = pretrain.run(run_config(out="whole", steps=8, **same)).parent
+    pretrain.run(run_config(out="parts", steps=5, **same))
+    bundle = pretrain.run(run_config(out="parts", steps=8, **same))
+    assert weights_of(bundle.parent) == weights_of(whole)
+    assert told(bundle.parent)[-1] == told(whole)[-1]
+    rows = load_file(bundle / "model.safetensors")["trunk.embed.weight"]
+    torch.testing.assert_close(rows.square().mean(-1), torch.ones(len(rows)), rtol=1e-3, atol=0)
 
 
-@pytest.mark.parametrize("given", [[], ["none"]])
-def test_without_sample_prompts_nothing_is_sampled(run_config, given):
-    c = run_config(steps=2, sample_prompts=given)
+def test_without_sample_prompts_nothing_is_sampled(run_config):
+    assert run_config(sample_prompts=["none"]).sample_prompts == []
+    c = run_config(steps=2, sample_prompts=[])
     pretrain.run(c)
     assert not any("samples" in line for line in read_metrics(c.out))
 
@@ -312,13 +227,3 @@ def test_a_run_cannot_be_written_below_a_file(run_config, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"cannot write to .* choose another --out"):
         pretrain.run(run_config(out="file/run"))
-
-
-def test_a_fast_start_goes_on_with_the_same_bits_and_ends_in_a_bundle_with_unit_rows(run_config):
-    constant = OptimConfig(warmup_steps=2, final_lr_fraction=1.0)
-    pretrain.run(run_config(start="fast", optim=constant, out="whole"))
-    pretrain.run(run_config(start="fast", optim=constant, out="parts", steps=5))
-    bundle = pretrain.run(run_config(start="fast", optim=constant, out="parts"))
-    assert weights_of(bundle.parent) == weights_of(bundle.parents[1] / "whole")
-    rows = load_file(bundle / "model.safetensors")["trunk.embed.weight"]
-    torch.testing.assert_close(rows.square().mean(-1), torch.ones(len(rows)), rtol=1e-3, atol=0)

@@ -1,6 +1,5 @@
 """`nanollm serve` starts where it is safe, says where it is, and leaves when it is told to."""
 
-import builtins
 import json
 import os
 import signal
@@ -12,16 +11,7 @@ import urllib.request
 import pytest
 
 from nanollm import cli
-from nanollm.bundle import save_bundle
-from nanollm.model.transformer import Transformer
-from nanollm.stages.serve import Config, run
-from tests.stages.conftest import MODEL
-
-
-@pytest.fixture
-def bundle(tmp_path, tokenizer):
-    model = Transformer(MODEL).init(0)
-    return save_bundle(tmp_path / "bundle", MODEL, model.state_dict(), tokenizer, {"made_by": "a test"})
+from nanollm.stages.serve import Config
 
 
 @pytest.mark.parametrize(
@@ -77,21 +67,6 @@ def test_the_key_of_the_environment_counts_and_is_not_shown(tmp_path, capsys, mo
 def test_senseless_settings_are_refused(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         Config(bundle=tmp_path, **settings)
-
-
-def test_without_the_extra_one_line_says_what_to_install(tmp_path, monkeypatch):
-    imported = builtins.__import__
-
-    def without_fastapi(name, *rest):
-        if name.partition(".")[0] == "fastapi":
-            raise ModuleNotFoundError("No module named 'fastapi'", name="fastapi")
-        return imported(name, *rest)
-
-    for name in [name for name in sys.modules if name.startswith("nanollm.serve.")]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setattr(builtins, "__import__", without_fastapi)
-    with pytest.raises(ValueError, match=r"needs the package fastapi; in the folder of NanoLLM: pip install -e"):
-        run(Config(bundle=tmp_path))
 
 
 def test_a_port_in_use_is_a_mistake_of_the_user(bundle, capsys):
