@@ -10,14 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from nanollm.bundle import save_bundle
-from nanollm.model.transformer import Transformer
 from nanollm.stages import preprocess
 from nanollm.text.tokenizer import Tokenizer
 from nanollm.train.metrics import TIMED, read_metrics
 from tests.conftest import STORY
 from tests.faults.processes import Nursery, nursery
-from tests.stages.conftest import MODEL
+from tests.stages.conftest import MODEL, untrained
 
 SAVE_EVERY = {"preprocess": 1500, "pretrain": 3, "sft": 3, "grpo": 2}
 """Steps; tokens for preprocess."""
@@ -92,9 +90,7 @@ def materials(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) ->
                 val_fraction=0.1,
             )
         )
-    shape = dataclasses.replace(MODEL, context_length=192)
-    weights = Transformer(shape).init(0).state_dict()
-    save_bundle(home / "bundle", shape, weights, tokenizer, {"made_by": "a test"})
+    untrained(home / "bundle", dataclasses.replace(MODEL, context_length=192), tokenizer)
     (home / "model.yaml").write_text(json.dumps(dataclasses.asdict(MODEL)))  # JSON is YAML
     return {path.name.partition(".")[0]: path for path in home.iterdir()}
 

@@ -208,7 +208,7 @@ IMPOSSIBLE = [
     (MODEL, {"model.n_shared_experts": 0}, ["model.n_shared_experts"]),
     (MODEL, {"model.norm_topk_prob": True}, ["model.norm_topk_prob", "model.experts_per_token"]),
     (MODEL, {"model.rms_norm_eps": 1.0}, ["model.rms_norm_eps"]),
-    (MODEL, {"model.rope_theta": 0.0}, ["model.rope_theta"]),
+    *((MODEL, {"model.rope_theta": value}, ["model.rope_theta"]) for value in (0.0, math.nan)),
     (MODEL, {"model.d_model": 10**6, "model.n_blocks": 10**6}, ["model.d_model", "model.n_blocks"]),
     (PRETRAIN, {"train.micro_batch_size": 3}, ["train.batch_size", "train.micro_batch_size"]),
     (PRETRAIN, {"train.micro_batch_size": 16}, ["train.batch_size", "train.micro_batch_size"]),
@@ -227,6 +227,8 @@ IMPOSSIBLE = [
         (PRETRAIN, {f"optim.{name}": math.inf}, [f"optim.{name}"])
         for name in ("lr", "weight_decay", "eps", "max_grad_norm")
     ),
+    *((PRETRAIN, {"optim.lr": value}, ["optim.lr"]) for value in (-1.0, math.nan)),
+    (PRETRAIN, {"optim.eps": 0.0}, ["optim.eps"]),
     (PRETRAIN, {"optim.betas": (0.9, 1.0)}, ["optim.betas"]),
     (PRETRAIN, {"optim.momentum": 1.0}, ["optim.momentum"]),
     (PRETRAIN, {"optim.warmup_steps": -1}, ["optim.warmup_steps"]),
@@ -234,14 +236,17 @@ IMPOSSIBLE = [
     (PRETRAIN, {"optim.final_lr_fraction": 2.0}, ["optim.final_lr_fraction"]),
     *(
         (SFT, {"data": weights}, ["data"])
-        for weights in ({}, {"a": 0.0}, {"a": math.nan}, {"a": -1.0}, {"a": 1, "./a": 1})
+        for weights in ({}, {"a": 0.0}, {"a": math.nan}, {"a": math.inf}, {"a": -1.0}, {"a": 1, "./a": 1})
     ),
-    (SFT, {"train.micro_batch_size": 0}, ["train.micro_batch_size"]),
+    *((SFT, {f"train.{name}": 0}, [f"train.{name}"]) for name in ("batch_size", "micro_batch_size")),
     (SFT, {"validation_conversations": -1}, ["validation_conversations"]),
     (GRPO, {"rollout.group_size": 1}, ["rollout.group_size"]),
     (GRPO, {"rollout.prompts": 0}, ["rollout.prompts"]),
     (GRPO, {"rollout.temperature": 0.0}, ["rollout.temperature"]),
-    *((GRPO, {"rollout.engine": value}, ["rollout.engine"]) for value in ("", "http://x:1", "vllm://x:0", "vllm://x")),
+    *(
+        (GRPO, {"rollout.engine": value}, ["rollout.engine", "own or vllm://HOST:PORT"])
+        for value in ("", "vllm", "http://x:1", "vllm://x", "vllm://x:0", "vllm://x:70000", "vllm://x:8000/v1")
+    ),
     (GRPO, {"reference": "a"}, ["reference", "objective.beta"]),
     (GRPO, {"optim.balance_weight": 0.1}, ["optim.balance_weight"]),
     (GRPO, {"objective.clip_low": 1.0}, ["objective.clip_low"]),
@@ -254,8 +259,15 @@ IMPOSSIBLE = [
     *((GRPO, {"reward.timeout_s": value}, ["reward.timeout_s"]) for value in (0.0, 1e9)),
     *((GRPO, {"task.levels": value}, ["task.levels"]) for value in ([], [5], [1, 1])),
     (GRPO, {"task.largest": 4}, ["task.largest"]),
-    (GRPO, {"task.name": "banana"}, ["task.name"]),
-    (GRPO, {"task.name": "gsm8k"}, ["task.levels", "gsm8k"]),
+    *(
+        (GRPO, {"task.name": value}, ["task.name must be words, gsm8k or module:Name"])
+        for value in ("banana", "word", "", "Doubles", "mine:", "my/mine:Doubles", "mine:a.b")
+    ),
+    *((GRPO, {"task.name": name}, ["task.levels is for words", name]) for name in ("gsm8k", "a:B")),
+    *(
+        (GRPO, {"task.name": name, "task.levels": [1, 2], "task.largest": 20, f"task.{key}": 9}, [f"task.{key} is for"])
+        for name, key in (("gsm8k", "largest"), ("a:B", "seed"))
+    ),
     (GRPO, {"task.input": ["a"]}, ["task.input", "gsm8k"]),
     (GRPO, {"validation_problems": -1}, ["validation_problems"]),
     *((OWT, {"val_fraction": value}, ["val_fraction"]) for value in (1.0, -0.1, math.nan)),

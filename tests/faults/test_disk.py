@@ -44,7 +44,7 @@ def strike(shot, faults):
 @pytest.mark.parametrize("verb", FEW)
 def test_from_a_disk_that_fails_a_job_recovers(shot_of, verb):
     shot = shot_of(verb, *short(verb))
-    strike(shot, zip(range(0, shot.moments, 53), cycle(REASON), strict=False))
+    strike(shot, zip(range(0, shot.moments, 149), cycle(REASON), strict=False))
 
 
 @pytest.mark.slow

@@ -46,6 +46,17 @@ def drawn(*shape):
     return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
 
 
+class Called(torch.nn.Module):
+    """A function of a module and its inputs, as a module."""
+
+    def __init__(self, module, function):
+        super().__init__()
+        self.module, self.function = module, function
+
+    def forward(self, *inputs):
+        return self.function(self.module, *inputs)
+
+
 def check(module, *inputs):
     """The gradient of a module's output for its inputs and for all of its parameters, drawn anew."""
     names = [name for name, _ in module.named_parameters()]
@@ -86,33 +97,16 @@ def test_gated_networks():
 
 @pytest.mark.parametrize("texts", [None, [2]], ids=["one text", "packed"])
 def test_latent_attention(texts):
-    module, where = LatentAttention(SMALL).double(), places(2, 4, texts)
-
-    class Called(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.attention = module
-
-        def forward(self, x):
-            return self.attention(x, where, None, 0)
-
-    check(Called(), drawn(2, 4, SMALL.d_model))
+    where = places(2, 4, texts)
+    attention = LatentAttention(SMALL).double()
+    check(Called(attention, lambda module, x: module(x, where, None, 0)), drawn(2, 4, SMALL.d_model))
 
 
 @pytest.mark.parametrize("normalise", [True, False])
 def test_experts_and_their_weights(normalise):
     config = dataclasses.replace(SMALL, norm_topk_prob=normalise)
-    experts = MoE(config)
-
-    class Answers(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.experts = experts
-
-        def forward(self, x):
-            return self.experts(x)[0]
-
-    check(Answers().double().eval(), drawn(2, 3, SMALL.d_model))
+    experts = MoE(config).double().eval()
+    check(Called(experts, lambda module, x: module(x)[0]), drawn(2, 3, SMALL.d_model))
 
 
 def test_the_balance_loss():
@@ -135,18 +129,8 @@ def test_losses(monkeypatch, in_chunks):
     targets = torch.tensor([[3, IGNORE, 0, 6, 2]])
 
     def on_head(function):
-        def with_weight(hidden, weight):
-            class Called(torch.nn.Module):
-                def __init__(self):
-                    super().__init__()
-                    self.head = head
-
-                def forward(self, hidden):
-                    return function(self.head, hidden)
-
-            return functional_call(Called(), {"head.weight": weight}, (hidden,))
-
-        return with_weight
+        called = Called(head, function)
+        return lambda hidden, weight: functional_call(called, {"module.weight": weight}, (hidden,))
 
     assert gradcheck(on_head(lambda head, hidden: cross_entropy_sum(head, hidden, targets)), [hidden, weight])
     wanted = targets.clamp(min=0).flatten()
@@ -166,19 +150,10 @@ def test_a_whole_model(record_property):
     tokens = torch.randint(SMALL.vocab_size, (2, 5))
     batch = Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
     names, parameters = zip(*model.named_parameters(), strict=True)
-
-    class Called(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.model = model
-
-        def forward(self):
-            return next_token_loss(self.model, batch)[0]
-
-    called = Called()
+    called = Called(model, lambda module: next_token_loss(module, batch)[0])
 
     def function(*weights):
-        named = {f"model.{name}": weight for name, weight in zip(names, weights, strict=True)}
+        named = {f"module.{name}": weight for name, weight in zip(names, weights, strict=True)}
         return functional_call(called, named, ())
 
     weights = [parameter.detach().clone().requires_grad_() for parameter in parameters]

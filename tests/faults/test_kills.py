@@ -9,7 +9,6 @@ import time
 import pytest
 
 from nanollm.train.checkpoint import checkpoints, verify
-from nanollm.train.metrics import read_metrics
 from tests.faults.conftest import SAVE_EVERY
 from tests.faults.processes import Fault
 
@@ -159,7 +158,7 @@ def test_asked_to_stop_preprocess_leaves_at_once_and_goes_on_to_the_same_bytes(s
     shot.end()
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", FEW)
 def test_nothing_takes_its_place_before_its_bytes_are_on_the_disk(job_of, children, tmp_path, verb):
     """What a power cut leaves is what was synced: a rename comes after the sync of every file it shows to readers."""
     job, log = job_of(verb), tmp_path / "log"
@@ -181,12 +180,3 @@ def test_nothing_takes_its_place_before_its_bytes_are_on_the_disk(job_of, childr
             assert shown == lost == [], f"{path} was renamed too early"
     unsafe = [path for path in unsynced.values() if not path.endswith((".lock", ".probe"))]
     assert unsafe == [] and renamed >= 5
-
-
-def test_metrics_of_a_run_that_was_killed_have_each_step_once(shot_of):
-    shot = shot_of("pretrain")
-    for moment in (40, 90):
-        shot.start(Fault.KILL, moment).wait()
-    child = shot.start()
-    assert child.wait() == 0, child.said
-    assert [line["step"] for line in read_metrics(shot.job.out)] == list(range(10))

@@ -6,7 +6,6 @@ import io
 import json
 import subprocess
 import sys
-from itertools import pairwise
 from pathlib import Path
 
 import pyarrow as pa
@@ -15,10 +14,10 @@ import pytest
 import zstandard
 
 from nanollm import cli
-from nanollm.data.shards import Shards
 from nanollm.sources import files
 from nanollm.sources.files import read_texts
 from tests.conftest import STORY
+from tests.data.conftest import documents_of
 
 ONE, TWO = b'{"text": "good one"}\n', b'{"text": "good two"}\n'
 GOOD = ["good one", "good two"]
@@ -32,6 +31,12 @@ def parquet(table, **options):
     content = io.BytesIO()
     pq.write_table(table if isinstance(table, pa.Table) else pa.table({"text": table}), content, **options)
     return content.getvalue()
+
+
+def careless(*texts):
+    """Bytes that are said to be text."""
+    raw = pa.array(texts, pa.binary())
+    return parquet(pa.Array.from_buffers(pa.string(), len(raw), raw.buffers()))
 
 
 def gz(content, level=9):
@@ -106,6 +111,7 @@ TEXT_FILES = [
     ("zeros.jsonl.gz", gz(ONE + TWO) + bytes(999), [], GOOD),  # as tape archives pad them
     ("sum.jsonl.gz", with_bytes(gz(ONE + TWO), -8, b"1234"), [(3, f"{NO_MORE}CRC check failed")], GOOD),
     ("two.jsonl.gz", gz(ONE) + gz(TWO), [], GOOD),
+    ("two.jsonl.zst", zstd(ONE) + zstd(TWO), [], GOOD),
     ("twice.jsonl.gz", gz(gz(ONE, 0)), [(1, "not UTF-8"), (2, "not UTF-8")], []),
     ("cut.jsonl.zst", zstd(ONE) + zstd(TWO)[:-4], [(0, f"{CANNOT}Truncated compressed stream")], []),
     ("garbage.jsonl.zst", zstd(ONE + TWO) + b"garbage", [(0, f"{CANNOT}ZSTD decom")], []),
@@ -127,6 +133,12 @@ TEXT_FILES = [
     ("date.parquet", parquet(pa.array([2**62], pa.timestamp("us"))), [(1, "text must be text, got Timest")], []),
     ("rows.parquet", parquet(pa.array([], pa.string())), [(0, "holds no records")], []),
     ("nulls.parquet", parquet(["good one", None, "good two"]), [(2, "text is missing")], GOOD),
+    (
+        "careless.parquet",
+        careless(b"good one", b"not \xff UTF-8", b"", b"good two"),
+        [(2, SURROGATE), (3, "text is em")],
+        GOOD,
+    ),
     ("wide.parquet", parquet(pa.array(GOOD, pa.large_string())), [], GOOD),
     ("view.parquet", parquet(pa.array(GOOD, pa.string_view())), [], GOOD),
     ("categories.parquet", parquet(pa.array(GOOD).dictionary_encode()), [], GOOD),
@@ -185,10 +197,8 @@ def tokenizer_path(tokenizer, tmp_path_factory):
 
 def written(folder, tokenizer):
     """What the documents of a prepared folder say: all of a text, of a conversation the assistant's words."""
-    shards = Shards.open(folder, "train", tokenizer_fingerprint=None, verify="sha256")
-    for start, end in pairwise([*shards.document_offsets().tolist(), shards.tokens_total]):
-        ids = shards.read(start, end - start)
-        yield tokenizer.decode(ids[shards.flags_read(start, end - start) == 1] if shards.has_flags else ids)
+    for ids, flags in documents_of(folder, "train"):
+        yield tokenizer.decode(ids if flags is None else ids[flags == 1])
 
 
 def commands(kind, given, tokenizer_path, out):
