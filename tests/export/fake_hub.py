@@ -6,14 +6,14 @@ Large files go by LFS, as on the hub: first to a store by their sha256, then by 
 import base64
 import hashlib
 import json
-import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
+
+from tests.http_server import answering
 
 TOKEN = "hf_aSecretThatNobodyMayRead"
 LFS_BYTES = 1000  # files from this size on
@@ -84,64 +84,31 @@ class Hub:
     def tree(self) -> tuple[int, Any]:
         return 200, [{"type": "file", "path": name, "size": len(f), "oid": "1"} for name, f in self.files.items()]
 
-
-class Handler(BaseHTTPRequestHandler):
-    hub: ClassVar[Hub]
-
-    def do_GET(self) -> None:
-        self.answer(self.hub.tree if "/tree/" in self.path else self.hub.info)
-
-    def do_POST(self) -> None:
-        body = self.body()
-        if "/commit/" in self.path:
-            self.answer(self.hub.commit, [json.loads(line) for line in body.splitlines()])
-            return
+    def answer(self, method: str, path: str, headers: Mapping[str, str], body: bytes) -> tuple[int, Any]:
+        if method == "PUT":
+            digest = path.rpartition("/")[2]
+            assert hashlib.sha256(body).hexdigest() == digest
+            self.store[digest] = body
+            return 403 if self.is_full else 200, {}
+        if headers["Authorization"] != f"Bearer {TOKEN}":
+            return 401, {"error": "Invalid username or password."}
+        if method == "GET":
+            return self.tree() if "/tree/" in path else self.info()
+        if "/commit/" in path:
+            return self.commit([json.loads(line) for line in body.splitlines()])
         ways = {
-            "/api/repos/create": self.hub.create,
-            "/api/validate-yaml": self.hub.validate,
-            f"/api/models/{self.hub.repo}/preupload/main": self.hub.upload_modes,
-            f"/{self.hub.repo}.git/info/lfs/objects/batch": self.hub.batch,
+            "/api/repos/create": self.create,
+            "/api/validate-yaml": self.validate,
+            f"/api/models/{self.repo}/preupload/main": self.upload_modes,
+            f"/{self.repo}.git/info/lfs/objects/batch": self.batch,
         }
-        self.answer(ways[self.path], json.loads(body))
-
-    def do_PUT(self) -> None:
-        content, digest = self.body(), self.path.rpartition("/")[2]
-        assert hashlib.sha256(content).hexdigest() == digest
-        self.hub.store[digest] = content
-        self.send(403 if self.hub.is_full else 200, {})
-
-    def body(self) -> bytes:
-        return self.rfile.read(int(self.headers["Content-Length"]))
-
-    def answer(self, way, *asked: Any) -> None:
-        if self.headers["Authorization"] != f"Bearer {TOKEN}":
-            self.send(401, {"error": "Invalid username or password."})
-        else:
-            self.send(*way(*asked))
-
-    def send(self, status: int, answer: Any) -> None:
-        content = json.dumps(answer).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *_: Any) -> None:
-        """Nothing on stderr."""
+        return ways[path](json.loads(body))
 
 
 @contextmanager
 def running_hub() -> Iterator[Hub]:
     """A hub on a free port of this machine."""
     hub = Hub()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"hub": hub}))
-    hub.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-    thread.start()
-    try:
+    with answering(hub.answer) as port:
+        hub.url = f"http://127.0.0.1:{port}"
         yield hub
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()

@@ -58,13 +58,6 @@ def as_read(text):
     return text.replace(SPACE_MARK, " ")
 
 
-@pytest.mark.usefixtures("package")
-def test_texts_have_the_same_ids(tokenizer, gguf):
-    strings = [*SPELLINGS, *LONG, *drawn(texts, 500)]
-    ours = [tokenizer.encode(as_read(text)) for text in strings]
-    assert first_difference(strings, ours, engines.ask_llama_cpp(gguf, texts=strings)["ids"]) is None
-
-
 def our_ids(conversation, tokenizer):
     conversation = Conversation(tuple(Message(each.role, as_read(each.content)) for each in conversation.messages))
     asks = conversation.messages[-1].role == "user"
@@ -85,11 +78,13 @@ def rendered_in_javascript(package, found):
     return json.loads(subprocess.run(command, input=question, capture_output=True, check=True).stdout)
 
 
-def test_conversations_rendered_in_javascript_have_the_same_ids(tokenizer, gguf, package):
-    found = drawn(conversations(), 100)
-    spoken = engines.ask_llama_cpp(gguf, texts_with_marks=rendered_in_javascript(package, found))["ids_with_marks"]
+def test_texts_and_conversations_rendered_in_javascript_have_the_same_ids(tokenizer, gguf, package):
+    strings, found = [*SPELLINGS, *LONG, *drawn(texts, 500)], drawn(conversations(), 100)
+    answers = engines.ask_llama_cpp(gguf, texts=strings, texts_with_marks=rendered_in_javascript(package, found))
+    ours = [tokenizer.encode(as_read(text)) for text in strings]
+    assert first_difference(strings, ours, answers["ids"]) is None
     ours = [our_ids(conversation, tokenizer)[1:] for conversation in found]
-    assert first_difference(found, ours, spoken) is None
+    assert first_difference(found, ours, answers["ids_with_marks"]) is None
 
 
 def test_a_message_that_spells_a_mark_is_refused_in_javascript(package):
