@@ -72,27 +72,6 @@ def test_columns_come_in_the_order_asked_for(tmp_path):
         assert list(read_rows([path], ["c", "a"], pytest.fail)) == [("p", "1"), ("q", "2")]
 
 
-def test_bad_rows_of_parquet_are_reported_by_row_and_the_rest_is_read(tmp_path):
-    raw = pa.array([b"good", b"not \xff UTF-8", None, b"", b"good too"], pa.binary())
-    text = pa.Array.from_buffers(pa.string(), len(raw), raw.buffers())  # as a careless writer leaves it
-    pq.write_table(pa.table({"text": text}), tmp_path / "a.parquet")
-    texts, bad = read(tmp_path / "a.parquet")
-    assert texts == ["good", "good too"]
-    assert [(line, reason.split(" (")[0]) for _, line, reason in bad] == [
-        (2, "text is not valid Unicode"),
-        (3, "text is missing"),
-        (4, "text is empty"),
-    ]
-    pq.write_table(pa.table({"text": [1, 2]}), tmp_path / "b.parquet")
-    assert [line for _, line, _ in read(tmp_path / "b.parquet")[1]] == [1, 2]
-
-
-def test_several_zstd_frames_are_one_file(tmp_path):
-    frames = (zstandard.ZstdCompressor().compress(f'{{"text": "{n}"}}\n'.encode()) for n in range(3))
-    (tmp_path / "a.jsonl.zst").write_bytes(b"".join(frames))
-    assert read(tmp_path / "a.jsonl.zst") == (["0", "1", "2"], [])
-
-
 def test_an_endless_line_is_reported_and_not_held(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "LINE_BYTES", 1000)
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": "' + "x" * 5000 + '"}\n{"text": "b"}\n')
@@ -163,13 +142,6 @@ def test_a_txt_file_has_no_columns(tmp_path):
     (tmp_path / "a.txt").write_text("x")
     with pytest.raises(ValueError, match="one text, not the columns prompt, response"):
         list(read_rows([tmp_path / "a.txt"], ["prompt", "response"], pytest.fail))
-
-
-def test_a_missing_library_is_named_with_the_command_that_brings_it():
-    with pytest.raises(
-        ValueError, match=r'no_such_library is needed to fly; in the folder of NanoLLM: pip install -e "\.\[data\]"'
-    ):
-        files.need("no_such_library", "to fly")
 
 
 @pytest.mark.parametrize("form", ["lines", "one line", "pretty", "a list on each line", "one after the other"])

@@ -180,32 +180,6 @@ def test_a_grade_that_forgets_to_return_is_refused(mine):
         open_task(TaskConfig(name="mine_of_a_test:Wrong")).grade(Problem("", ""), "")
 
 
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        (
-            {"name": "word"},
-            "task.name must be words, gsm8k or module:Name, got 'word'; mine:Doubles is the class Doubles in mine.py",
-        ),
-        *[
-            ({"name": name}, f"task.name must be words, gsm8k or module:Name, got {name!r}; mine:Doubles is")
-            for name in ("", "Doubles", "mine:", "my/mine:Doubles", "mine:a.b")
-        ],
-        ({"levels": []}, "task.levels must be one or more of 1, 2, 3, 4, each once, got []"),
-        ({"levels": [5]}, "task.levels must be one or more of 1, 2, 3, 4, each once, got [5]"),
-        ({"largest": 2}, "task.largest must be at least 5, got 2"),
-        ({"input": [Path("x")]}, "task.input is for gsm8k, not for words; leave it at []"),
-        ({"name": "gsm8k", "levels": [1]}, "task.levels is for words, not for gsm8k; leave it at [1, 2]"),
-        ({"name": "gsm8k", "largest": 9}, "task.largest is for words, not for gsm8k; leave it at 20"),
-        ({"name": "a:B", "seed": 9}, "task.seed is for words, not for a:B; leave it at 0"),
-    ],
-)
-def test_a_config_that_makes_no_sense_is_refused(config, message):
-    with pytest.raises(ValueError) as caught:
-        TaskConfig(**config)
-    assert one_line(caught).startswith(message)
-
-
 def test_a_task_is_chosen_on_the_command_line():
     @dataclass(frozen=True, kw_only=True)
     class Config:

@@ -21,7 +21,7 @@ from nanollm.text.chat import (
     reply_text,
     shorten,
 )
-from nanollm.text.tokenizer import MARKS
+from tests.export.strings import ALL_MARKS, conversations
 
 TALK = Conversation(
     (
@@ -57,17 +57,8 @@ def test_a_prompt_is_the_conversation_up_to_the_reply(tokenizer):
     assert whole[: len(prompt)] == prompt
 
 
-ALL_MARKS = ("<pad>", "<unk>", "<s>", "</s>", *MARKS)
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
 WHAT_PEOPLE_WRITE = TEXTS | st.sampled_from([" x ", "\n\n", "a\n  b\n", "{{ x }} {% if %}", "<|", "<|end|", "|>", "<"])
-
-
-@st.composite
-def conversations(draw, contents=WHAT_PEOPLE_WRITE, least=1, most=7):
-    """An optional system message, then user and assistant in turn."""
-    system = [Message("system", draw(contents))] if draw(st.booleans()) else []
-    turns = draw(st.integers(least, most))
-    return Conversation((*system, *(Message(("user", "assistant")[n % 2], draw(contents)) for n in range(turns))))
 
 
 @given(content=TEXTS | st.sampled_from(["<|end|>", "<|user|>hi", "</s>", "<|reserved_3|>"]))

@@ -41,7 +41,7 @@ def spell(text):
 @given(ids=ids_drawn)
 @example(ids=[BYTES + 0xE2, VOCAB + 1, BYTES + 0x96, BYTES + 0x81])  # an id beyond the tokenizer ends no character
 @example(ids=[BYTES + 0xC3, 5, BYTES + 0xA9])  # a mark does
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_any_ids_pushed_one_by_one_give_what_decoding_them_gives(each_type, ids):
     stream = TextStream(each_type)
     assert "".join(pushed(stream, ids)) == stream.text == each_type.decode_drawn(ids)
@@ -49,7 +49,7 @@ def test_any_ids_pushed_one_by_one_give_what_decoding_them_gives(each_type, ids)
 
 
 @given(ids=ids_drawn, stops=st.lists(few_letters, max_size=3), drawn=st.data())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_any_ids_are_cut_at_the_first_of_any_stop_texts(each_type, ids, stops, drawn):
     text = each_type.decode_drawn(ids)
     if text:  # stop texts that are in the text, too
@@ -80,7 +80,7 @@ def test_nothing_handed_out_is_half_a_character_or_is_taken_back(tokenizer, text
 @given(ids=ids_drawn)
 @example(ids=[BYTES + 0xE2, VOCAB + 1, BYTES + 0x96, BYTES + 0x81])
 @example(ids=[BYTES + 0xE2, BYTES + 0x82, BYTES + ord("a"), 5])
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_each_id_begins_at_the_character_of_its_first_byte(each_type, ids):
     stream = TextStream(each_type)
     pushed(stream, ids)

@@ -11,7 +11,9 @@ from nanollm.model.transformer import Transformer
 from nanollm.train.optim import OptimConfig
 from nanollm.train.state import TrainState
 from nanollm.world import World
-from tests.model.conftest import TINY
+from tests.model.conftest import TINY, rng
+
+__all__ = ["rng"]
 
 CONFIG = dataclasses.replace(TINY, vocab_size=61, context_length=32)
 

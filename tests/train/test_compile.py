@@ -37,11 +37,6 @@ def gradients(model: Transformer, batch: Batch, balance_weight: float = 0.0, **o
 
 
 @pytest.fixture
-def rng() -> torch.Generator:
-    return torch.Generator().manual_seed(0)
-
-
-@pytest.fixture
 def compiling(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     if missing := missing_for_compiling(CPU):

@@ -39,11 +39,6 @@ SHAPE = dataclasses.replace(  # grouped products want rows of 16 bytes
 )
 
 
-@pytest.fixture
-def rng() -> torch.Generator:
-    return torch.Generator().manual_seed(0)
-
-
 def some_batch(rng: torch.Generator, rows: int = 4, tokens: int = 48) -> Batch:
     ids = torch.randint(SHAPE.vocab_size, (rows, tokens + 1), generator=rng)
     return Batch(ids[:, :-1], ids[:, 1:])

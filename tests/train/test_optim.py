@@ -125,22 +125,6 @@ def test_the_last_step_of_a_linear_schedule_still_moves():
     assert 0 < lr_at(99, 100, OptimConfig(lr=1.0, warmup_steps=10)) < 0.02
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"lr": -1.0}, "optim.lr must be at least 0, got -1.0"),
-        ({"lr": float("nan")}, "optim.lr must be at least 0"),
-        ({"betas": (0.9, 1.0)}, "optim.betas must be at least 0 and below 1"),
-        ({"eps": 0.0}, "optim.eps must be above 0"),
-        ({"warmup_steps": -1}, "optim.warmup_steps"),
-        ({"final_lr_fraction": 1.5}, "optim.final_lr_fraction must be between 0 and 1"),
-    ],
-)
-def test_impossible_settings_are_refused(change, message):
-    with pytest.raises(ValueError, match=message):
-        OptimConfig(**change)
-
-
 @pytest.mark.parametrize(("eps", "moved"), [(1e-8, 0.01), (1e-2, 0.0001)])
 def test_a_gradient_far_below_eps_moves_its_weight_little(eps, moved):
     weight = torch.zeros(2, 2, requires_grad=True)

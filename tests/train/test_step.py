@@ -93,18 +93,18 @@ def test_bfloat16_gradients_are_close_to_float32_gradients(start, batch_at):
 
 def test_float16_halves_its_loss_scale_after_an_overflow_and_goes_on(start, batch_at):
     state = start(torch.float16)
-    state.loss_scale = 2.0**40
+    state.loss_scale = 2.0**24
     skipped = [
-        train_step(state, [batch_at(0)], next_token_loss, 1e-2, OptimConfig(), World()).skipped for _ in range(40)
+        train_step(state, [batch_at(0)], next_token_loss, 1e-2, OptimConfig(), World()).skipped for _ in range(16)
     ]
     assert skipped[0]
     assert not skipped[-1]
-    assert state.loss_scale < 2.0**40
+    assert state.loss_scale < 2.0**24
 
 
 def test_one_batch_is_overfitted(start, batch_at):
     state, batch = start(), batch_at(0)
-    losses = [train_step(state, [batch], next_token_loss, 1e-2, OptimConfig(), World()).loss for _ in range(150)]
+    losses = [train_step(state, [batch], next_token_loss, 1e-2, OptimConfig(), World()).loss for _ in range(90)]
     assert losses[0] == pytest.approx(math.log(61), rel=0.05)
     assert losses[-1] < 0.05
 
