@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import shutil
 from pathlib import Path
 
 import pytest
@@ -21,13 +22,14 @@ from nanollm.config import load_preset
 from nanollm.data.batches import IGNORE
 from nanollm.model.config import ModelConfig
 from nanollm.model.transformer import Transformer
-from nanollm.stages import preprocess
 from nanollm.text.tokenizer import Tokenizer
 from nanollm.train import optim
 from nanollm.train.loss import cross_entropy_sum
 from nanollm.world import World
+from tests.stages.conftest import token_files, tokenizer_path
 
-STORY = Path(__file__).parent / "story.txt"
+__all__ = ["token_files", "tokenizer_path"]
+
 RUNS = ablations.read_runs(ablations.RESULTS)
 
 
@@ -45,18 +47,11 @@ def ids(rows: int = 2, length: int = 24) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def prepared(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def prepared(tokenizer: Tokenizer, token_files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `prepare` makes, but of a story and with the 600 pieces of the tests' tokenizer."""
-    folder, words = tmp_path_factory.mktemp("prepared"), STORY.read_text(encoding="utf-8").split()
-    documents = folder / "documents"
-    (folder / "tokenizer-4096").mkdir()
-    documents.mkdir()
+    folder = tmp_path_factory.mktemp("prepared")
     tokenizer.save(folder / "tokenizer-4096" / "bpe_tokenizer.model")
-    for number in range(200):
-        text = " ".join(words[(7 * number + 3 * i) % len(words)] for i in range(40))
-        (documents / f"{number:03}.txt").write_text(text, encoding="utf-8")
-    places = {"tokenizer_path": folder / "tokenizer-4096", "save_dir": folder / "owt-4096", "input": [documents]}
-    preprocess.run(preprocess.Config(kind="text", val_fraction=0.1, **places))
+    shutil.copytree(token_files, folder / "owt-4096")
     return folder
 
 

@@ -30,9 +30,3 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     with pytest.raises(ValueError, match="device cuda was asked for, this machine has: cpu"):
         World.start("cuda")
-
-
-def test_several_processes_are_refused(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="works in one process, got 2 from torchrun"):
-        World.start("cpu")

@@ -165,8 +165,8 @@ def test_with_one_sample_it_is_wilsons_interval(correct):
     assert (mean.low, mean.high) == pytest.approx(wilson(sum(correct), len(correct)))
 
 
-@pytest.mark.parametrize("k", [1, 4, 8])
-@pytest.mark.parametrize("n", [50, 200, 500])
+@pytest.mark.parametrize("k", [1, 8])
+@pytest.mark.parametrize("n", [50, 500])
 @pytest.mark.parametrize("shape", [(0.5, 2.0), (0.5, 0.5), (2.0, 2.0)], ids=["hard", "easy or hard", "even"])
 def test_the_interval_of_pass_at_k_holds_the_truth_in_93_to_97_of_100(n, k, shape):
     assert 0.93 <= coverage(n, k, shape) <= 0.97

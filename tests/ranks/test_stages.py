@@ -7,11 +7,9 @@ import sys
 import pytest
 from safetensors.torch import load_file
 
-from nanollm.bundle import save_bundle
-from nanollm.model.transformer import Transformer
 from nanollm.train.metrics import TIMED, read_metrics
 from tests.ranks.launch import ROOT, running
-from tests.stages.conftest import MODEL
+from tests.stages.conftest import MODEL, untrained
 
 pytestmark = pytest.mark.dist
 
@@ -47,9 +45,7 @@ def numbers(folder):
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_sft_and_grpo_of_two_processes_give_what_one_gives(tokenizer, tokenizer_path, tmp_path, parallel):
-    shape = dataclasses.replace(MODEL, context_length=256)
-    weights = Transformer(shape).init(0).state_dict()
-    bundle = save_bundle(tmp_path / "untrained", shape, weights, tokenizer, {"made_by": "a test"})
+    bundle = untrained(tmp_path / "untrained", dataclasses.replace(MODEL, context_length=256), tokenizer)
     words = ["--words.count", 200, "--words.largest", 5, "--val_fraction", 0.1]
     alone(["preprocess", "words", *words, "--tokenizer_path", tokenizer_path, "--save_dir", tmp_path / "words"])
     stages = {
