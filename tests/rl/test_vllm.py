@@ -300,8 +300,6 @@ def test_an_answer_that_is_no_reply_is_refused(connect, change):
         ours.roll_out(PROBLEMS, SAMPLING, seed=0)
 
 
-
-
 def test_an_address_is_a_host_and_a_port():
     engines = ("own", "vllm://gpu-1.cluster:8000", "vllm://[fe80::1]:80")
     servers = [RolloutConfig(engine=engine).server for engine in engines]
