@@ -38,16 +38,13 @@ class Bundle:
     model: Transformer
     tokenizer: Tokenizer
     provenance: dict[str, Any]
+    tools: list[str] = dataclasses.field(default_factory=list)
+    """Names of what writes into its replies (generate/tools.py)."""
 
     @property
     def is_base(self) -> bool:
         """Whether it was only pretrained: what learnt to reply has a parent."""
         return "parent" not in self.provenance
-
-    @property
-    def tools(self) -> list[str]:
-        """Names of what writes into its replies (generate/tools.py), as it was trained."""
-        return list(self.provenance.get("tools", []))
 
 
 def save_bundle(
@@ -100,7 +97,7 @@ def load_bundle(folder: Path | str, dtype: torch.dtype = torch.float32, device: 
         raise ValueError(f"{folder / WEIGHTS} does not fit {CONFIG}: {' '.join(str(error).split())[:300]}") from error
     for parameter in model.parameters():  # not the buffers: the balance bias stays float32
         parameter.data = parameter.data.to(dtype)
-    return Bundle(model.to(device).eval(), Tokenizer.load(folder / TOKENIZER), provenance)
+    return Bundle(model.to(device).eval(), Tokenizer.load(folder / TOKENIZER), provenance, provenance.get("tools", []))
 
 
 def build_model(config: ModelConfig) -> Transformer:

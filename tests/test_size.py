@@ -15,12 +15,12 @@ from nanollm.config import SWITCHES, kinds_of
 from tests.test_floor_plan import PACKAGE, Imports, read_imports
 
 LIMITS = {
-    "package, lines of Python": 21_930,
+    "package, lines of Python": 21_150,
     "package, files": 133,
-    "options of all verbs": 334,
+    "options of all verbs": 340,
     "modules behind pretrain": 48,
     "modules behind rl.grpo": 48,
-    "modules behind serve": 29,
+    "modules behind serve": 30,
 }
 """What was reached, plus 3 %."""
 

@@ -5,19 +5,19 @@ sampled, which are never tokenised again: what a model was trained on and what i
 no log-probability and are not trained.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
 
 from nanollm.bundle import Bundle
 from nanollm.generate.request import MakeTool
 from nanollm.progress import say
-from nanollm.sources.calculator import calculator
-from nanollm.sources.python_tool import python
 from nanollm.text.chat import Tool
 from nanollm.text.tokenizer import Tokenizer
 
-TOOLS: Mapping[str, Tool] = {"calculator": calculator, "python": python}
+TOOLS = {"calculator": "nanollm.sources.calculator", "python": "nanollm.sources.python_tool"}
+"""Modules, each with a function of the tool's name: imported when it is asked for."""
 ON_REQUEST = ("python",)
 """Tools that a bundle cannot bring with it: they run what a model writes."""
 
@@ -49,7 +49,7 @@ def with_tools(bundle: Bundle, names: Sequence[str] | None) -> Bundle:
     if names is None and (left_out := [name for name in chosen if name in ON_REQUEST]):
         say(f"this model was trained with {', '.join(left_out)}, which runs what it writes: ask for it with --tools")
         chosen = [name for name in chosen if name not in ON_REQUEST]
-    return replace(bundle, provenance=bundle.provenance | {"tools": chosen})
+    return replace(bundle, tools=chosen)
 
 
 def tool_caller(bundle: Bundle) -> MakeTool | None:
@@ -66,4 +66,4 @@ def check_tools(names: Sequence[str], tokenizer: Tokenizer) -> list[Tool]:
     sample = "-0.123456789>>"
     if names and tokenizer.decode(tokenizer.encode(sample)) != sample:
         raise ValueError(f"this tokenizer cannot spell {sample!r}, so a model of it cannot read a tool's answers")
-    return [TOOLS[name] for name in names]
+    return [getattr(import_module(TOOLS[name]), name) for name in names]

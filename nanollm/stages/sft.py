@@ -247,7 +247,7 @@ def _open(c: Config, world: World) -> tuple[Bundle, Splits, Splits]:
             validation[folder] = _open_split(bundle, folder, "val", world)
         else:
             say(f"{folder} has no validation split: nothing will be measured on it (nanollm preprocess --val_fraction)")
-    return replace(bundle, provenance=bundle.provenance | {"tools": sorted(tools)}), train, validation
+    return replace(bundle, tools=sorted(tools)), train, validation
 
 
 def _open_split(bundle: Bundle, folder: str, split: str, world: World) -> ChatShards:

@@ -17,7 +17,7 @@ from nanollm.sources.datasets import stream_rows
 from nanollm.sources.files import BadRecord, OnBad, checksums, find_files, read_texts
 from nanollm.sources.split import hash_to_unit
 from nanollm.text.tokenizer import ModelType, Tokenizer
-from nanollm.text.train_tokenizer import SAMPLE_BYTES, check_sizes, cut, sample, train_on
+from nanollm.text.train_tokenizer import CHARACTER_COVERAGE, SAMPLE_BYTES, check_sizes, cut, sample, train_on
 
 HELD_OUT_BYTES = 2_000_000  # enough to measure on
 SECTION_CHARS = 16_384  # a longer document is held out by sections, so that one huge file still gives some
@@ -47,9 +47,9 @@ class Config:
     """How the pieces are chosen. All four are lossless; char may end up with fewer than vocab_size pieces."""
     vocab_size: int = 50304
     """Number of pieces, special marks and the 256 bytes included (at most 65,536)."""
-    character_coverage: float = 1.0
-    """Share of the text's characters that get pieces of their own, the commonest first; the others are spelled in
-    bytes. About 0.9995 for scripts with thousands of characters, such as Chinese."""
+    character_coverage: float = CHARACTER_COVERAGE
+    """Share of the text whose characters get pieces of their own, the commonest first; the others are spelled in bytes.
+    Lower, such as 0.98, for a small vocabulary of a script with thousands of characters."""
     sample_bytes: int = SAMPLE_BYTES
     """Most bytes of text to learn from, drawn evenly from all of it; memory is about 6 times this (unigram: 22)."""
     held_out: float = 0.01
@@ -69,8 +69,8 @@ class Config:
                 f"model_name must be a plain file name, got {self.model_name!r}; the folder is --output_dir"
             )
         check_at_least(1, self, "sample_bytes")
-        if not 0.5 <= self.character_coverage <= 1:
-            raise ValueError(f"character_coverage must be from 0.5 to 1, got {self.character_coverage}")
+        if not 0.98 <= self.character_coverage <= 1:  # SentencePiece takes no other
+            raise ValueError(f"character_coverage must be from 0.98 to 1, got {self.character_coverage}")
         if not 0 <= self.held_out <= 0.5:
             raise ValueError(f"held_out must be from 0 to 0.5, got {self.held_out}")
         check_sizes(self.vocab_size, self.model_type)

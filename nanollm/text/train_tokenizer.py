@@ -26,6 +26,7 @@ from nanollm.text.words import count_words
 PAD_ID, UNK_ID, BOS_ID, EOS_ID = 0, 1, 2, 3
 FIRST_LEARNED_ID = 4 + len(MARKS) + 256
 
+CHARACTER_COVERAGE = 0.9995  # SentencePiece's default
 SAMPLE_BYTES = 100_000_000
 PIECE_CHARS = 4096  # the unit of sampling; a longer document is cut into several
 NUM_THREADS = 16  # written into the model, so a fixed number: its bytes must not depend on the cores
@@ -118,7 +119,7 @@ def train_on(
     *,
     vocab_size: int,
     model_type: ModelType,
-    character_coverage: float = 1.0,
+    character_coverage: float = CHARACTER_COVERAGE,
     num_threads: int = NUM_THREADS,
 ) -> Tokenizer:
     """Learn the pieces from a sample. The same sample and settings give the same bytes."""
@@ -220,6 +221,6 @@ def _advice(error: str, vocab_size: int) -> str:
     if smallest := re.search(r"smaller than required_chars\. \d+ vs (\d+)", error):
         return (
             f"the characters of the text need a vocab_size of at least {smallest[1]}, got {vocab_size}; give more, or "
-            f"--character_coverage 0.9995, which spells the rarest characters in bytes"
+            f"a --character_coverage below {CHARACTER_COVERAGE}, which spells more of the rare ones in bytes"
         )
     return f"SentencePiece could not train: {' '.join(error.split())}"

@@ -224,7 +224,7 @@ def test_a_card_says_what_other_engines_lack(runs):
     text = card(bundle, "compact", "f32", name="x", license="mit")
     assert "add_special_tokens=False" in text
     assert "calculator" not in text
-    with_tool = replace(bundle, provenance=bundle.provenance | {"tools": ["calculator"]})
+    with_tool = replace(bundle, tools=["calculator"])
     assert "a tool that other engines do not have (calculator)" in card(
         with_tool, "compact", "f32", name="x", license="mit"
     )

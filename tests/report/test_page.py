@@ -65,7 +65,7 @@ def test_grpo_shows_rewards_replies_and_problems_solved_with_intervals(grpo_run)
     html = page_of(grpo_run)
     text = words_of(html)
     assert "problems solved 50.0% → 83.3%" in text
-    for title in ("Reward mean per reply", "Parts of the reward", "Groups that taught nothing", "Entropy", "Distance"):
+    for title in ("Reward mean per reply", "Parts of the reward", "Groups without a signal", "Entropy", "Distance"):
         assert title in text
     assert html.count('class="s0 band"') == 1
     assert "What is 2 + 3?" in text and "What is dull?" not in text

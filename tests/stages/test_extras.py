@@ -20,6 +20,7 @@ TYPED = [  # an extra, a package of it, what is typed, and how the line begins
     ("serve", "prometheus_client", "serve BUNDLE", "nanollm serve: serve needs the package prometheus_client; "),
     ("export", "gguf", "export BUNDLE", "nanollm export: export needs the package gguf; "),
     ("eval", "lm_eval", "eval BUNDLE --harness hellaswag", "nanollm eval: --harness needs the package lm_eval; "),
+    ("completion", "shtab", "--completion bash", "nanollm: --completion needs the package shtab; "),
     ("data", "datatrove", CURATE, "nanollm curate: curate needs the package datatrove; "),
     ("data", "regex", CURATE, "nanollm curate: curate needs the package regex; "),
     ("data,ray", "ray", f"{CURATE} --executor ray", "nanollm curate: curate needs the package ray; "),

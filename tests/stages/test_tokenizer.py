@@ -38,7 +38,7 @@ def test_it_writes_a_model_and_a_report_on_text_it_has_not_seen(corpus, tmp_path
     model = run(config(corpus, tmp_path / "out", model_name="mine", model_type="unigram"))
     tokenizer, report = Tokenizer.load(model), report_of(model)
     assert model == tmp_path / "out" / "mine.model"
-    assert sorted(path.name for path in model.parent.iterdir()) == ["mine.json", "mine.model"]
+    assert sorted(path.name for path in model.parent.iterdir()) == [".lock", "mine.json", "mine.model"]
     assert report["fingerprint"] == tokenizer.fingerprint
     assert report["vocab_size"] == tokenizer.vocab_size == 500
     assert report["documents"] == len(corpus.read_text().splitlines())
@@ -84,7 +84,7 @@ def test_a_corpus_without_a_usable_record_says_why(tmp_path):
         ValueError, match=r"no record of the corpus is usable; 1 bad, the first:.*a\.jsonl:1: no text here, only body"
     ):
         run(config(tmp_path / "a.jsonl", tmp_path / "out"))
-    assert list((tmp_path / "out").iterdir()) == []
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
 
 
 def test_held_out_text_is_never_trained_on():
@@ -184,7 +184,7 @@ def test_a_corpus_that_changed_since_is_noticed(tmp_path):
     corpus = tmp_path / "corpus"
     corpus.mkdir()
     (corpus / "sea.txt").write_text("The sea is wide and the sea is deep. " * 50)
-    c = Config(corpus=[str(corpus)], output_dir=tmp_path / "t", vocab_size=280)
+    c = Config(corpus=[str(corpus)], output_dir=tmp_path / "t", vocab_size=300)
     model = run(c)
     assert run(c) == model
     (corpus / "sea.txt").write_text("The sea is wide and the sky is deep. " * 50)
@@ -200,10 +200,10 @@ def test_of_two_commands_in_one_folder_the_second_is_refused(tmp_path):
 
 def test_rare_characters_are_spelled_in_bytes_below_a_coverage_of_1(tmp_path):
     characters = "".join(map(chr, range(0x4E00, 0x4E00 + 600)))
-    text = "".join(character * (2 if place > 60 else 400) for place, character in enumerate(characters))
+    text = "".join(character * (1 if place > 60 else 900) for place, character in enumerate(characters))
     (tmp_path / "zh.txt").write_text(text)
     c = Config(corpus=[str(tmp_path / "zh.txt")], output_dir=tmp_path / "t", vocab_size=400)
     with pytest.raises(ValueError, match=r"need a vocab_size of at least \d+.*--character_coverage"):
         run(c)
-    tokenizer = Tokenizer.load(run(dataclasses.replace(c, character_coverage=0.95)))
+    tokenizer = Tokenizer.load(run(dataclasses.replace(c, character_coverage=0.98)))
     assert tokenizer.decode(tokenizer.encode(characters)) == characters
