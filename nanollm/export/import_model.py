@@ -27,6 +27,8 @@ from nanollm.text.tokenizer import Tokenizer
 
 MODEL_TYPES = {"glm4_moe_lite": "compact", "deepseek_v3": "deepseek-v3"}
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+COMPILED = "_orig_mod."  # before the names of a model that was saved as torch.compile returned it
+ROTARY = ".rotary_emb.inv_freq"  # a buffer that older versions of transformers saved
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
@@ -91,7 +93,11 @@ def read_weights(files: list[Path]) -> dict[str, Tensor]:
         check_header(path)
         try:
             with safe_open(path, "pt") as file:
-                found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
+                found = {
+                    name.removeprefix(COMPILED): file.get_tensor(name)
+                    for name in file.keys()  # noqa: SIM118 (no dict)
+                    if not name.endswith(ROTARY)
+                }
         except SafetensorError as error:
             raise ValueError(f"{path} is not a whole safetensors file ({error}); copy it again") from error
         if twice := tensors.keys() & found:

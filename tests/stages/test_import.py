@@ -68,6 +68,24 @@ def test_without_a_history_it_is_a_base_model(exported, tmp_path):
     assert load_bundle(run(Config(folder=folder, out=tmp_path / "back"))).is_base
 
 
+def test_shards_without_an_index_names_of_a_compiled_model_and_rotary_buffers_are_read(exported, tmp_path):
+    folder = shutil.copytree(exported, tmp_path / "export")
+    tensors = load_file(folder / WEIGHTS)
+    names = sorted(tensors)
+    (folder / WEIGHTS).unlink()
+    for part, chosen in enumerate((names[::2], names[1::2])):
+        shard = {f"_orig_mod.{name}": tensors[name] for name in chosen}
+        shard[f"model.layers.{part}.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+        save_file(shard, folder / f"model-{part}.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": None}))
+    back, plain = (
+        run(Config(folder=folder, out=tmp_path / "back")),
+        run(Config(folder=exported, out=tmp_path / "plain")),
+    )
+    assert sha256_of(back / WEIGHTS) == sha256_of(plain / WEIGHTS)
+
+
 # --- where it is written ---
 
 
