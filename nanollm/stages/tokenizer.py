@@ -49,7 +49,7 @@ class Config:
     """Number of pieces, special marks and the 256 bytes included (at most 65,536)."""
     character_coverage: float = CHARACTER_COVERAGE
     """Share of the text whose characters get pieces of their own, the commonest first; the others are spelled in bytes.
-    Lower, such as 0.98, for a small vocabulary of a script with thousands of characters."""
+    Lower, such as 0.9, for a small vocabulary of a script with thousands of characters."""
     sample_bytes: int = SAMPLE_BYTES
     """Most bytes of text to learn from, drawn evenly from all of it; memory is about 6 times this (unigram: 22)."""
     held_out: float = 0.01
@@ -69,8 +69,8 @@ class Config:
                 f"model_name must be a plain file name, got {self.model_name!r}; the folder is --output_dir"
             )
         check_at_least(1, self, "sample_bytes")
-        if not 0.98 <= self.character_coverage <= 1:  # SentencePiece takes no other
-            raise ValueError(f"character_coverage must be from 0.98 to 1, got {self.character_coverage}")
+        if not 0 < self.character_coverage <= 1:
+            raise ValueError(f"character_coverage must be above 0 and at most 1, got {self.character_coverage}")
         if not 0 <= self.held_out <= 0.5:
             raise ValueError(f"held_out must be from 0 to 0.5, got {self.held_out}")
         check_sizes(self.vocab_size, self.model_type)

@@ -13,6 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import get_args
 
@@ -27,6 +28,7 @@ PAD_ID, UNK_ID, BOS_ID, EOS_ID = 0, 1, 2, 3
 FIRST_LEARNED_ID = 4 + len(MARKS) + 256
 
 CHARACTER_COVERAGE = 0.9995  # SentencePiece's default
+MIN_COVERAGE = 0.98  # that SentencePiece takes
 SAMPLE_BYTES = 100_000_000
 PIECE_CHARS = 4096  # the unit of sampling; a longer document is cut into several
 NUM_THREADS = 16  # written into the model, so a fixed number: its bytes must not depend on the cores
@@ -126,12 +128,15 @@ def train_on(
     check_sizes(vocab_size, model_type)
     if not any(_lines(chosen.pieces)):
         raise ValueError("there is no text to train a tokenizer on; check that the corpus is not empty")
+    pieces = chosen.pieces
+    if character_coverage < MIN_COVERAGE:
+        pieces, character_coverage = _without_rare(pieces, character_coverage), 1.0
     # Byte pair encoding looks at words and how often they come, so it gets just these: four times as fast.
     is_bpe = model_type == "bpe"
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_counts(chosen.pieces) if is_bpe else _lines(chosen.pieces),
+            sentence_iterator=_counts(pieces) if is_bpe else _lines(pieces),
             input_format="tsv" if is_bpe else "text",
             model_writer=model,
             model_type=model_type,
@@ -160,6 +165,18 @@ def train_on(
         assert written.count(TAB_PIECE) <= 1
         written = written.replace(TAB_PIECE, TAB_PIECE.replace(TAB.encode() + b"\x15", b"\t\x15"))
     return Tokenizer(written)
+
+
+def _without_rare(pieces: list[bytes], coverage: float) -> list[bytes]:
+    """The text cut at its rarest characters, so that the commonest, which make up this share of it, are left."""
+    counts = Counter(chain.from_iterable(piece.decode() for piece in pieces))
+    common = counts.most_common()
+    sums = accumulate(count for _, count in common)
+    kept = 1 + sum(total < coverage * counts.total() for total in sums)
+    rare = re.compile("[" + "".join(re.escape(character) for character, _ in common[kept:]) + "]+")
+    return (
+        [part.encode() for piece in pieces for part in rare.split(piece.decode()) if part] if common[kept:] else pieces
+    )
 
 
 def check_sizes(vocab_size: int, model_type: str) -> None:
@@ -221,6 +238,6 @@ def _advice(error: str, vocab_size: int) -> str:
     if smallest := re.search(r"smaller than required_chars\. \d+ vs (\d+)", error):
         return (
             f"the characters of the text need a vocab_size of at least {smallest[1]}, got {vocab_size}; give more, or "
-            f"a --character_coverage below {CHARACTER_COVERAGE}, which spells more of the rare ones in bytes"
+            f"a smaller --character_coverage, which spells more of the rare ones in bytes"
         )
     return f"SentencePiece could not train: {' '.join(error.split())}"
