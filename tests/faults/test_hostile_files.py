@@ -474,7 +474,9 @@ def test_a_pickle_in_place_of_data_never_runs(tmp_path, bombs, refused, material
         if (name, suffix) != ("yaml", ".txt"):  # that one is a text
             (tmp_path / f"data{suffix}").write_bytes(bomb)
             words = ["--tokenizer_path", materials["tokenizer"], "--save_dir", tmp_path / "tokens"]
-            assert "nothing to train on" in refused("preprocess", "text", "--input", tmp_path / f"data{suffix}", *words)
+            assert "records are bad, the first" in refused(
+                "preprocess", "text", "--input", tmp_path / f"data{suffix}", *words
+            )
             shutil.rmtree(tmp_path / "tokens")
 
 

@@ -202,7 +202,18 @@ def written(folder, tokenizer):
 
 
 def commands(kind, given, tokenizer_path, out):
-    options = ["--input", given, "--tokenizer_path", tokenizer_path, "--save_dir", out, "--val_fraction", "0"]
+    options = [
+        "--input",
+        given,
+        "--tokenizer_path",
+        tokenizer_path,
+        "--save_dir",
+        out,
+        "--val_fraction",
+        "0",
+        "--max_bad",
+        1,
+    ]
     return ["preprocess", kind, *map(str, options)]
 
 
