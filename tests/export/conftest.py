@@ -17,12 +17,12 @@ from tests.model.conftest import rng
 
 __all__ = ["rng"]
 
-STEPS, ROWS, LENGTH = 60, 8, 64
+STEPS, ROWS, LENGTH = 120, 8, 64
 
 
 @pytest.fixture(scope="session")
 def trained(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """nano-1m with 600 pieces, 30,000 tokens of school problems old: it is sure of most words."""
+    """nano-1m with 600 pieces, 60,000 tokens of school problems old: it is sure of most words."""
     config = ModelConfig(**load_preset("model", "nano-1m") | {"vocab_size": tokenizer.vocab_size + 8})
     problems = open_task(TaskConfig(name="words")).problems("train")
     texts = (f"{problem.question}\n{problem.answer}\n" for problem in islice(iter(problems), 600))
@@ -33,7 +33,7 @@ def trained(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> P
         starts = torch.randint(len(ids) - LENGTH - 1, (ROWS,), generator=generator)
         rows = torch.stack([ids[start : start + LENGTH + 1] for start in starts.tolist()])  # (ROWS, LENGTH + 1)
         F.cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten()).backward()
-        optimizer.param_groups[0]["lr"] = 4e-3 * min(1, (step + 1) / 10, (STEPS - step) / 30)
+        optimizer.param_groups[0]["lr"] = 4e-3 * min(1, (step + 1) / 10, (STEPS - step) / 50)
         optimizer.step()
         optimizer.zero_grad()
         for layer in model.moe_layers():
