@@ -213,7 +213,7 @@ def by_split(files: list[Path]) -> tuple[list[Path], list[Path]]:
     val = [file for file in files if any(is_named(file, name) for name in VAL_NAMES)]
     test = [file for file in files if is_named(file, "test")]
     if test:
-        say(f"left out {len(test):,} files named test, the first {test[0]}; name them in --input to train on them")
+        say(f"left out what is named test ({len(test):,}), the first {test[0]}; name it in --input to train on it")
     return [file for file in files if file not in val and file not in test], val
 
 

@@ -356,7 +356,7 @@ def test_files_named_for_a_split_are_that_split(tokenizer_path, tmp_path, capsys
     run(Config(kind="text", input=[folder], tokenizer_path=tokenizer_path, save_dir=tmp_path / "out"))
     manifest, _ = read_manifest(tmp_path / "out")
     assert {name: entry["documents"] for name, entry in manifest["splits"].items()} == {"train": 20, "val": 20}
-    assert "left out 1 files named test" in capsys.readouterr().err
+    assert "left out what is named test (1)" in capsys.readouterr().err
 
 
 def test_above_a_share_of_bad_records_the_command_asks_and_then_goes_on(tokenizer_path, tmp_path):
