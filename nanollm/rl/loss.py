@@ -1,6 +1,6 @@
 """GRPO and its variants: from rewards to advantages, ratios and the policy loss.
 
-Every choice is a way to weigh the same terms, so the loss stays a pair (sum, count) that is divided once.
+Every choice is a way to weigh the same terms, so the loss stays a sum that is divided once, by the step's count.
 Letters: B rows, T tokens, M trained tokens of a micro-batch (all replies' tokens with their end marks), R replies.
 """
 

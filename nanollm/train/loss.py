@@ -1,6 +1,6 @@
 """Next-token cross-entropy and token log-probabilities, in chunks, without ever holding all logits.
 
-A loss is a pair (sum, count): it is divided once, by the count over all micro-batches and ranks.
+A loss is a sum over tokens; train/step.py divides it once, by the count of all micro-batches and ranks.
 The logits of all tokens never exist. Those of a chunk of rows are made and become the gradients of hidden and head at
 once, so the head is multiplied three times; four times where the backward pass has to make the logits again.
 Letters: B rows, T tokens, D model width, V vocabulary, N = B*T, M tokens of replies, R rows of a chunk.
