@@ -413,6 +413,8 @@ def encoder(encode: Encode, num_workers: int) -> Iterator[Callable[[Iterable[Chu
 
 def _encode_in_pool(pool: ProcessPoolExecutor, ahead: int, chunks: Iterable[Chunk]) -> Iterator[EncodedChunk]:
     """Keep `ahead` chunks with the pool, and give them back in order."""
+    # Several chunks per worker, so that none is idle while this process writes; not all, or the source would be held
+    # in memory. They come back in order whichever worker is first: the files must not depend on the number of workers.
     waiting: deque[Future[EncodedChunk]] = deque()
     for chunk in chunks:
         waiting.append(pool.submit(_work, chunk))

@@ -83,7 +83,7 @@ class TrainState:
         for name, parameter in model.named_parameters():
             is_own = dtype == parameter.dtype and name not in unit_rows
             master = state.masters[name] = parameter if is_own else parameter.detach().clone()
-            parameter.data = parameter.data.to(dtype)
+            parameter.data = parameter.data.to(dtype)  # not a new parameter: the model's modules hold this one
             if master is not parameter:
                 hook = _moving(master, weakref.ref(state), has_unit_rows=name in unit_rows)
                 parameter.register_post_accumulate_grad_hook(hook)
