@@ -162,7 +162,7 @@ class EngineThread:
         while True:
             # A new object each time, because the event loop reads it without a lock.
             self.stats = EngineStats(**{each.name: getattr(engine, each.name) for each in fields(EngineStats)})
-            # The lock is held only to take what came: submit and cancel run on the event loop and must not wait for a step.
+            # Held only to take what came: submit and cancel run on the event loop and must not wait for a step.
             with self._changed:
                 self._changed.wait_for(
                     lambda: self._submitted or self._cancelled or self._is_stopping or engine.has_work
