@@ -1,4 +1,4 @@
-"""How many replies does reinforcement learning write and learn from per second, beside TRL's GRPOTrainer?
+"""Replies per second that GRPO samples and learns from, beside TRL's GRPOTrainer.
 
 A step is rollout and update: 8 prompts of 28 to 36 tokens, 8 replies of exactly 64 tokens to each (no side may end one
 early), every one of them trained; no divergence from a reference, one update. About 11 million parameters:

@@ -1,4 +1,4 @@
-"""How fast does the engine answer beside transformers?
+"""Speed of the engine, beside transformers.
 
 All sides hold the same random weights of nano-327m and run in turns (A-B-C-A-B-C) in one process; what this machine
 reads and multiplies per second is measured in the same run; about five minutes. transformers runs its

@@ -1,4 +1,4 @@
-"""How much memory does a training step take: all logits at once against ours, and what `nanollm info` says of it?
+"""Memory of a training step: all logits at once against ours, and what `nanollm info` says of it.
 
 Each measurement is a process of its own: the peak of its resident set over three steps, less what it had after the
 imports and the steps of a tiny model (the libraries' own memory). AdamW, full-length sequences, the compute type of

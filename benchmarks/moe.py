@@ -1,4 +1,4 @@
-"""What does a Mixture of Experts cost beside a dense SwiGLU of equal active width?
+"""Cost of a Mixture of Experts, beside a dense SwiGLU of equal active width.
 
 One block of each preset, forward and backward in the compute type of training, in turns: with its Mixture of Experts,
 and with a dense SwiGLU of width d_expert * (shared + active). Both multiply a token with the same number of weights but

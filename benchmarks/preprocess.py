@@ -1,4 +1,4 @@
-"""How fast does text become token files, with two workers, beside one `encode` per document as the original does it?
+"""Text to token files with two workers, beside one `encode` per document as the original does it.
 
 Both sides read the same Parquet files and write the ids of each document between <s> and </s> as uint16. The original's
 loop: one Python process, one SentencePiece `encode` per document, the ids copied into a memory-mapped array. Ours is

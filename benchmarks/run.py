@@ -1,4 +1,4 @@
-"""How fast is it, beside what others use and beside what this machine can do?
+"""Runs benchmarks: speed beside what others use and beside what this machine can do.
 
     python benchmarks/run.py NAME [NAME ...] [--repeats N] [--compare] [--json] [--no_save] [options of the benchmark]
 

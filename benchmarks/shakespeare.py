@@ -1,4 +1,4 @@
-"""What does a model learn of Shakespeare's letters in the wall-clock of nanoGPT's README command for CPUs?
+"""Loss on Shakespeare's letters after the wall-clock of nanoGPT's README command for CPUs.
 
 The text is tinyshakespeare by characters, the first 90 % to learn from and the rest to be measured on, as nanoGPT
 splits it. --nanogpt CHECKOUT runs the command of its README as it stands there ("I only have a macbook"), in a copy of

@@ -1,4 +1,4 @@
-"""What does FSDP2 cost on one GPU, and how long does a save keep training waiting?
+"""Cost of FSDP2 on one GPU, and how long a save keeps training waiting.
 
 The same steps of `nanollm pretrain` in one process as it trains alone, and as the only rank of a mesh (NCCL): what is
 gathered, cast and reduced for others is done, only nothing travels. Then a save: the wait until training goes on, and

@@ -1,4 +1,4 @@
-"""What is left of the speed while other programs are at work?
+"""What is left of the speed while other programs are at work.
 
 Training nano-1m and nano-20m, decoding one reply, and a GRPO step, each in processes of its own: on a quiet machine,
 beside one and two programs that do nothing but count, and two of a kind at once. In turns with the same under libgomp's

@@ -1,4 +1,4 @@
-"""How long does learning a tokenizer take, and how much memory, beside SentencePiece as the original calls it?
+"""Time and memory of training a tokenizer, beside SentencePiece as the original calls it.
 
 From the same Parquet files to the file of a model, byte pair encoding with byte fallback and single digits. The
 original's way: every document becomes one line of a file, its newlines spaces, which SentencePiece reads with its

@@ -1,4 +1,4 @@
-"""How many tokens does `fast` need for the loss that AdamW with cosine decay reaches in ten minutes at nano-5m?
+"""Tokens that `fast` needs for the loss that AdamW with cosine decay reaches in ten minutes at nano-5m.
 
 The baseline trains for --minutes (its steps follow from a short timing, so that the cosine ends there), with the
 learning rate and batch that were best for it. Then `fast` trains anew with 1/1.6 and with 1/2.2 of those tokens, its

@@ -1,4 +1,4 @@
-"""How near does pretraining come to what a GPU can do?
+"""Pretraining beside what a GPU can do.
 
 Optimizer steps of `nanollm pretrain` (AdamW, bfloat16, compiled) on full batches of random tokens, in turns with the
 same model whose Mixtures of Experts are dense networks of equal active width; every turn is several steps. Model FLOPs

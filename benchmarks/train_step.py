@@ -1,4 +1,4 @@
-"""How many tokens does one optimizer step take in per second, beside transformers and beside plain float32?
+"""Tokens per second of one optimizer step, beside transformers and beside plain float32.
 
 Same weights, same tokens, AdamW and clipped gradients on all sides:
     transformers    Glm4MoeLiteForCausalLM, float32 weights under bfloat16 autocast, sdpa, its own loss, fused AdamW

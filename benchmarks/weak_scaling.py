@@ -1,4 +1,4 @@
-"""How much of a second core does training on two processes use?
+"""How much of a second core training on two processes uses.
 
 The same work for each process: tokens/s of one process with one thread, and of two (torchrun, gloo), in turns; beside
 them what the machine itself gives one and two processes that only multiply matrices, measured in the same processes.

@@ -1,4 +1,4 @@
-// How does every token look back at its own text, forward and backward, as fast as the matrix products around it?
+// Attention of packed conversations, forward and backward, as fast as the matrix products around it.
 //
 // Causal attention of expanded latents in bfloat16 for CPUs that multiply it: softmax(scale q k) v, where a head's key
 // is its own part without position beside the one rotary key of all heads. Keys, values and their gradients stay where

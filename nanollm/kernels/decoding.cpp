@@ -1,4 +1,4 @@
-// How does one pass over a few tokens become as fast as the memory that holds the weights?
+// One forward pass over a few tokens, as fast as the memory that holds the weights.
 //
 // The forward pass of nanollm/model written once more, for CPUs, without autograd. All tokens of a pass, whatever their
 // row and position, go through each matrix together, so that a weight is fetched once. Every sum has an order of its

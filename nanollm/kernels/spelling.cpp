@@ -1,4 +1,4 @@
-// How does a text become ids, word by word, as fast as it can be read?
+// Text to ids, word by word, as fast as it can be read.
 //
 // words.py says what a word is and why words may be spelled one by one; this file does the same. A word that was met
 // before is found in a table; a new one is spelled by joining neighbours, the best pair first, the leftmost of equals:

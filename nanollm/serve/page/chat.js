@@ -1,4 +1,4 @@
-/* What happens when somebody writes, sends, stops, asks again or begins anew?
+/* The conversation: writing, sending, stopping, asking again, beginning anew.
  *
  * The conversation is a list of exchanges. An exchange whose reply is empty (it failed, or was stopped before its first
  * word) stays on the page but is not told to the model: a conversation is question and answer in turn.

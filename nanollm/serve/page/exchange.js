@@ -1,4 +1,4 @@
-/* How does one exchange look: a question, its reply as it grows, what went wrong, and what it cost?
+/* One exchange on the page: a question, its reply as it grows, what went wrong, and what it cost.
  *
  * An exchange is plain values, so that it can be kept while the page reloads. All text goes in as text.
  */

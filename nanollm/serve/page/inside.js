@@ -1,4 +1,4 @@
-/* What did the model see at each token: how likely was it, what else could it have been, and which experts worked?
+/* What the model saw at each token: its probability, the alternatives, and the experts that worked.
  *
  * A token here is {name, bytes, logprob, top: [{name, bytes, logprob}], experts: [[expert, ...] for each MoE block]}.
  * Marks, such as the end of a reply, have a name and no bytes. A token may hold half a character, so texts are joined

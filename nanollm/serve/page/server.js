@@ -1,4 +1,4 @@
-/* What does the page ask the server, and what does it hear?
+/* The page's requests to the server.
  *
  * OpenAI's chat completions as server-sent events: lines `data: {json}` between empty lines, at last `data: [DONE]`.
  * Chunks of the network may end anywhere: in a line, in a character, between \r and \n.

@@ -1,4 +1,4 @@
-/* How shall the model answer, and what does this browser remember of it?
+/* The settings of a reply, and what this browser remembers of them.
  *
  * One object of plain values, kept in localStorage. What comes back from there is looked at as if a stranger had
  * written it: a value that does not fit is replaced by its default.

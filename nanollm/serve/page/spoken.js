@@ -1,4 +1,4 @@
-/* What does somebody hear who cannot see the page?
+/* What a screen reader says.
  *
  * A reply that arrives token by token is no pleasure to listen to, so it is handed to the screen reader sentence by
  * sentence, in a log of its own beside the conversation.

@@ -1,4 +1,4 @@
-/* Light or dark?
+/* Light or dark.
  *
  * The system's choice, unless the reader chose the other one here. A classic script in the head, not a module: it
  * decides before anything is painted, so that no page flashes.
