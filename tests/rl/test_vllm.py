@@ -308,8 +308,8 @@ def test_an_address_is_a_host_and_a_port():
 
 def test_a_package_that_is_missing_is_named(connect, policy, monkeypatch):
     ours, _ = connect()
-    monkeypatch.setitem(sys.modules, "nanollm.export.folder", None)
+    monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(
-        ValueError, match=r'needs the package .*; in the folder of NanoLLM: pip install -e "\.\[export\]"'
+        ValueError, match=r'needs the package gguf; in the folder of NanoLLM: pip install -e "\.\[export\]"'
     ):
         ours.push(policy.state_dict())
