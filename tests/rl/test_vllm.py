@@ -141,7 +141,7 @@ def connect(tmp_path, tokenizer, policy):
             config=policy.config,
             tokenizer=tokenizer,
             export=exporter(policy, tokenizer),
-            timeout_s=10.0,
+            timeout_s=60.0,
             waits_s=(0.01, 0.01),
         )
         with pytest.raises(ConnectionError):
