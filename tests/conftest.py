@@ -131,6 +131,7 @@ def browser() -> Iterator[Any]:
     if program is None:
         pytest.skip("there is no Chromium on this machine: apt-get install chromium")
     with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=program, args=FLAGS)
+        real = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # of tests/anyday.sh
+        browser = playwright.chromium.launch(executable_path=program, args=FLAGS, env=real)
         yield browser
         browser.close()
