@@ -53,7 +53,8 @@ def _value(node: ast.expr) -> Fraction:
 
 
 def written(value: Fraction) -> str:
-    """24, -3, 0.125; 33.33 for 100/3."""
-    places = 4 if (value * 10_000).denominator == 1 else 2
+    """24, -3, 0.125; rounded to two decimals, which then stay, 33.33 for 100/3 and 3.00 for 299999/100000."""
+    is_exact = (value * 10_000).denominator == 1
+    places = 4 if is_exact else 2
     text = f"{Decimal(round(value * 10**places)).scaleb(-places):f}"
-    return text.rstrip("0").rstrip(".") if "." in text else text
+    return text.rstrip("0").rstrip(".") if is_exact else text
