@@ -6,17 +6,16 @@ exactly: 1,080 = 1080.0, 3/4 = 0.75, and 0.33 is not 1/3. A calculator note is c
 the problem, so a solution can be judged step by step.
 """
 
-import ast
-import operator
 import re
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
+from nanollm.sources.calculator import evaluate
 from nanollm.sources.datasets import stream_rows
 from nanollm.sources.files import BadRecord, OnBad, find_files, is_named, problem, read_records
 from nanollm.text.chat import Conversation
@@ -69,12 +68,6 @@ MINUS_SIGNS = str.maketrans(dict.fromkeys("−–‐‑﹣－", "-"))
 
 NOTE = re.compile(r"<<([0-9+*/().-]{1,60})=(-?[0-9]{0,20}(?:\.[0-9]{1,20})?)>>")
 NOTE_MARK = "<<"
-OPERATORS: Mapping[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-}
 
 
 @dataclass(frozen=True)
@@ -221,19 +214,7 @@ def is_true(expression: str, value: str) -> bool:
     """Whether an expression of + - * / and brackets has this value: exactly, or rounded to decimals if it has any."""
     if not re.search(r"[0-9)][-+*/]", expression):
         return False  # 3=3 says nothing
-    try:
-        exact, written = _evaluate(ast.parse(expression, mode="eval").body), Fraction(value)
-    except (SyntaxError, ValueError, ArithmeticError, RecursionError, MemoryError):
+    exact = evaluate(expression)
+    if exact is None or not re.search("[0-9]", value):
         return False
-    return abs(exact - written) <= Fraction(1, 2 * 10 ** len(value.partition(".")[2])) * ("." in value)
-
-
-def _evaluate(node: ast.expr) -> Fraction:
-    match node:
-        case ast.BinOp(left, op, right) if type(op) in OPERATORS:
-            return OPERATORS[type(op)](_evaluate(left), _evaluate(right))
-        case ast.UnaryOp(ast.USub(), operand):
-            return -_evaluate(operand)
-        case ast.Constant(int() | float()):
-            return Fraction(ast.unparse(node))
-    raise ValueError("a note holds numbers and + - * / only")
+    return abs(exact - Fraction(value)) <= Fraction(1, 2 * 10 ** len(value.partition(".")[2])) * ("." in value)

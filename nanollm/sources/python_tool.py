@@ -4,11 +4,15 @@ Each program has a process of its own, with limits on time, memory and output, a
 limits stop accidents and simple mischief. They are no wall against an attacker: serve strangers from a container.
 """
 
+import os
 import re
 import signal
 import subprocess
 import sys
 from tempfile import TemporaryDirectory, TemporaryFile
+
+if os.name != "posix":
+    raise ValueError("the tool python needs the process limits of Linux or macOS; leave it out of --tools")
 
 PROGRAM = re.compile(r"```python\n((?:(?!```)[\s\S]){1,4000})```\n\Z")
 TIMEOUT_S = 2.0
@@ -57,7 +61,10 @@ def python(reply: str) -> str:
     """
     if not reply.endswith("```\n") or not (program := PROGRAM.search(reply[-4096:])):
         return ""
-    output = run_python(program[1]).strip("\n")
+    try:
+        output = run_python(program[1]).strip("\n")
+    except OSError as error:
+        output = f"the program could not be run: {error}"
     return f"```output\n{output}\n```\n" if output else "```output\n```\n"
 
 
@@ -82,4 +89,6 @@ def run_python(source: str) -> str:
         text = output.read(8 * MAX_OUTPUT).decode(errors="replace")
     if process.returncode in (-signal.SIGKILL, -signal.SIGXCPU):
         text += f"\nstopped after {TIMEOUT_S:.0f} s"
+    elif process.returncode:
+        text += f"\nended with exit code {process.returncode}"
     return text if len(text) <= MAX_OUTPUT else f"{text[:MAX_OUTPUT]}..."

@@ -66,3 +66,13 @@ def test_a_program_that_does_not_end_is_stopped():
     begin = time.monotonic()
     assert "stopped" in run_python("while True: pass")
     assert time.monotonic() - begin < 10
+
+
+def test_a_program_that_fails_to_run_or_ends_its_process_is_told(monkeypatch):
+    assert run_python("import os\nos._exit(3)") == "\nended with exit code 3"
+    monkeypatch.setattr("nanollm.sources.python_tool.subprocess.Popen", fails)
+    assert "could not be run: no more processes" in python("```python\n1+1\n```\n")
+
+
+def fails(*words, **options):
+    raise OSError("no more processes")
