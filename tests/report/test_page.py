@@ -154,3 +154,19 @@ def test_a_mistake_is_one_line(words, message, write_run, tmp_path, capsys):
     assert main(["report", *(word.format(**places) for word in words)]) == 2
     told = capsys.readouterr().err
     assert message.format(**places) in told and told.count("\n") == 1
+
+
+def test_a_run_of_an_earlier_version_is_drawn_by_todays_names(write_run):
+    old = {
+        "reward": 0.5,
+        "reward_grade": 0.25,
+        "reply_tokens": 40.0,
+        "finished": 0.75,
+        "groups": 8,
+        "groups_dropped": 2,
+    }
+    lines = [{"step": step, "engine_logprob_difference": 0.01} | old for step in range(3)]
+    numbers = read_run(write_run("grpo", lines=lines, rollout={"prompts": 8}, bundle="runs/sft/bundle")).numbers
+    expected = {"rewards/grade/mean": 0.25, "completions/mean_length": 40.0, "completions/clipped_ratio": 0.25}
+    expected |= {"frac_reward_zero_std": 0.25, "sampling/sampling_logp_difference/mean": 0.01}
+    assert {name: numbers[name][-1][1] for name in expected} == expected
