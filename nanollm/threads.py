@@ -11,12 +11,14 @@ Source: GOMP_SPINCOUNT in the manual of libgomp; config/linux/wait.h and env.c i
 """
 
 import ctypes
+import glob
 import os
 import platform
 import struct
 import sys
 import threading
 import time
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -64,14 +66,12 @@ def ask_for_short_slices() -> None:
 
 
 def seconds_in_line() -> float | None:
-    """Seconds that the threads of this process have been ready to run but had no core; None where that is not known."""
-    total = 0
-    try:
-        for thread in Path("/proc/self/task").iterdir():
-            total += int((thread / "schedstat").read_text("ascii").split()[1])
-    except (OSError, ValueError, IndexError):  # no Linux, or a thread that has just ended
-        return None
-    return total / 1e9
+    """Seconds that the living threads of this process have been ready to run but had no core; None where not known."""
+    total = None
+    for file in glob.iglob("/proc/self/task/*/schedstat"):
+        with suppress(OSError, ValueError, IndexError):  # this thread has just ended
+            total = (total or 0.0) + int(Path(file).read_text("ascii").split()[1]) / 1e9
+    return total
 
 
 def _watch(stop: threading.Event) -> None:
