@@ -11,7 +11,6 @@ Source: GOMP_SPINCOUNT in the manual of libgomp; config/linux/wait.h and env.c i
 """
 
 import ctypes
-import glob
 import os
 import platform
 import struct
@@ -67,10 +66,10 @@ def ask_for_short_slices() -> None:
 
 def seconds_in_line() -> float | None:
     """Seconds that the living threads of this process have been ready to run but had no core; None where not known."""
-    total = None
-    for file in glob.iglob("/proc/self/task/*/schedstat"):
-        with suppress(OSError, ValueError, IndexError):  # this thread has just ended
-            total = (total or 0.0) + int(Path(file).read_text("ascii").split()[1]) / 1e9
+    tasks, total = Path("/proc/self/task"), None
+    for thread in tasks.iterdir() if tasks.exists() else ():
+        with suppress(OSError, ValueError, IndexError):  # it has just ended
+            total = (total or 0.0) + int((thread / "schedstat").read_text("ascii").split()[1]) / 1e9
     return total
 
 

@@ -15,12 +15,13 @@ Before 0.27 a reload left latent attention's absorbed matrices behind: the CUDA 
 """
 
 import json
+import math
 import re
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import Any, Literal
@@ -71,7 +72,7 @@ class VllmServer:
             f"--max-model-len {self.config.context_length} --logprobs-mode processed_logprobs"
         )
 
-    def connect(self, weights: Mapping[str, Tensor]) -> None:
+    def connect(self, weights: Mapping[str, Tensor], c: RolloutConfig) -> None:
         """Write the folder, from which a server can be started then, and refuse one that could not serve the run."""
         self._write(weights)
         version = str(self._ask("GET", "/version", waits_s=()).get("version"))
@@ -91,6 +92,8 @@ class VllmServer:
                 f"{self} serves {root} with a context of {length:,} tokens, this run needs {self.folder.resolve()} "
                 f"with {self.config.context_length:,}; start the server with: {self.command}"
             )
+        if c.temperature != 1:
+            self._check_logprobs(c)
 
     def push(self, weights: Mapping[str, Tensor]) -> None:
         """Let the server go on with these weights, by the names of Transformer's state_dict, whole and of any float
@@ -116,6 +119,17 @@ class VllmServer:
         finally:
             pool.shutdown(wait=False, cancel_futures=True)  # after a fault nobody waits for the rest
         return [Group(problem, rollouts) for problem, rollouts in zip(problems, drawn, strict=True)]
+
+    def _check_logprobs(self, c: RolloutConfig) -> None:
+        """Refuse log-probabilities before the temperature: when it is huge, those after it are alike for all tokens."""
+        begin = [self.tokenizer.bos_id]
+        drawn = self._sample(begin, replace(c, temperature=1e4, group_size=8, max_tokens=1), seed=0)
+        alike = -math.log(self.config.vocab_size)
+        if max(abs(each.logprobs[0] - alike) for each in drawn) > 0.1:
+            raise ValueError(
+                f"{self} gives log-probabilities before the temperature, rollout.temperature {c.temperature:g} needs "
+                f"those after it; start the server with: {self.command}"
+            )
 
     # --- what passes between both ---
 
@@ -149,7 +163,12 @@ class VllmServer:
                 )
                 for choice in answer["choices"]
             ]
-            is_sound = all(len(each.reply_ids) == len(each.logprobs) > 0 for each in rollouts)
+            vocab_size = self.config.vocab_size
+            is_sound = all(
+                len(each.reply_ids) == len(each.logprobs) > 0
+                and 0 <= min(each.reply_ids) <= max(each.reply_ids) < vocab_size
+                for each in rollouts
+            )
         except (LookupError, TypeError, ValueError):
             rollouts, is_sound = [], False
         if not is_sound or len(rollouts) != c.group_size:

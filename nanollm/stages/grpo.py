@@ -274,7 +274,7 @@ def _connect(c: Config, bundle: Bundle, state: TrainState, world: World) -> Vllm
     )
     weights = state.bundle_weights(keep=world.is_main)
     if world.is_main:
-        server.connect(weights)
+        server.connect(weights, c.rollout)
     return server
 
 

@@ -39,6 +39,7 @@ class Vllm:
     routes: tuple[str, ...] = ("/version", "/v1/models", "/v1/completions")
     dev_routes: tuple[str, ...] = ("/collective_rpc", "/reset_prefix_cache")  # with VLLM_SERVER_DEV_MODE
     statuses: list[int] = dataclasses.field(default_factory=list)  # answered first; 0: hangs up
+    mode: str = "processed_logprobs"
     is_busy: bool = False
     change: Any = None  # done to each answer to /v1/completions
     together: threading.Barrier | None = None  # so many requests are answered when all are there
@@ -100,7 +101,7 @@ class Vllm:
         for index, completion in enumerate(drawn):
             ids = completion.ids + [completion.stop_token_id] * (completion.stop_token_id is not None)
             logits = self.model(torch.tensor([prompt + ids[:-1]]))[0, len(prompt) - 1 :]
-            logprobs = (logits / temperature).log_softmax(-1)
+            logprobs = (logits / (temperature if self.mode == "processed_logprobs" else 1)).log_softmax(-1)
             choices.append(
                 {
                     "index": index,
@@ -114,7 +115,7 @@ class Vllm:
                 }
             )
         answer = {"id": "cmpl-1", "object": "text_completion", "choices": choices}
-        if self.change is not None:
+        if self.change is not None and body["max_tokens"] > 1:
             self.change(answer)
         return answer
 
@@ -133,7 +134,7 @@ def connect(tmp_path, tokenizer, policy):
     """A server of the policy, written by us, and what asks it; options are the server's."""
     servers = []
 
-    def make(**options) -> tuple[VllmServer, Vllm]:
+    def make(c=SAMPLING, **options) -> tuple[VllmServer, Vllm]:
         ours = VllmServer(
             host="127.0.0.1",
             port=1,
@@ -145,12 +146,12 @@ def connect(tmp_path, tokenizer, policy):
             waits_s=(0.01, 0.01),
         )
         with pytest.raises(ConnectionError):
-            ours.connect(policy.state_dict())  # the folder is there before any server is
+            ours.connect(policy.state_dict(), c)  # the folder is there before any server is
         theirs = Vllm(ours.folder, **options)
         manager = answering(lambda method, path, headers, body: theirs.answer(path, json.loads(body or b"{}")))
         servers.append(manager)
         ours = dataclasses.replace(ours, port=manager.__enter__())
-        ours.connect(policy.state_dict())
+        ours.connect(policy.state_dict(), c)
         return ours, theirs
 
     yield make
@@ -243,7 +244,7 @@ def test_where_no_server_is_the_command_that_starts_one_is_said(tmp_path, tokeni
     )
     command = f"VLLM_SERVER_DEV_MODE=1 vllm serve '{tmp_path}/a b' --host ::1 --port 1 --max-model-len 64 --logprobs"
     with pytest.raises(ConnectionError, match=r"no answer from vllm://\[::1\]:1 \(.*; start the server") as caught:
-        server.connect(policy.state_dict())
+        server.connect(policy.state_dict(), SAMPLING)
     assert command in str(caught.value)
     assert import_model(server.folder)  # so that the command can be given
 
@@ -254,6 +255,7 @@ def test_where_no_server_is_the_command_that_starts_one_is_said(tmp_path, tokeni
         ({"root": "/models/other"}, "serves /models/other with .*, this run needs .*; start the server with"),
         ({"context": 32}, "a context of 32 tokens, this run needs .* with 64; start .* --max-model-len 64"),
         ({"version": "0.26.1"}, "is vLLM 0.26.1, which does not take over all new weights .*; update it to 0.27 or"),
+        ({"mode": "raw_logprobs"}, "before the temperature, rollout.temperature 0.7 needs those after it; start"),
         ({"routes": ("/version",)}, 'answered /v1/models with 404: {"detail": "Not Found"}'),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
@@ -261,6 +263,10 @@ def test_where_no_server_is_the_command_that_starts_one_is_said(tmp_path, tokeni
 def test_a_server_that_cannot_serve_the_run_is_refused_at_its_start(connect, options, message):
     with pytest.raises(ValueError, match=message):
         connect(**options)
+
+
+def test_at_temperature_one_log_probabilities_before_it_will_do(connect):
+    connect(dataclasses.replace(SAMPLING, temperature=1.0), mode="raw_logprobs")
 
 
 def test_without_its_developer_mode_a_server_cannot_take_weights(connect, policy):
@@ -289,6 +295,7 @@ def of_first(change):
         of_first(lambda c: c["logprobs"]["token_logprobs"].pop()),
         of_first(lambda c: c["logprobs"]["token_logprobs"].__setitem__(0, None)),
         of_first(lambda c: c.pop("token_ids")),
+        of_first(lambda c: c["token_ids"].__setitem__(0, 600)),
         of_first(lambda c: c.update(token_ids=[], logprobs={"token_logprobs": []})),
         of_first(lambda c: c.update(finish_reason="abort")),
     ],
