@@ -10,11 +10,13 @@ import inspect
 import io
 import json
 import re
+import tempfile
 import types
 from argparse import Action
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import redirect_stdout
 from dataclasses import is_dataclass
+from functools import partial
 from pathlib import Path
 
 from jsonargparse import SUPPRESS, Unset
@@ -22,6 +24,8 @@ from jsonargparse import SUPPRESS, Unset
 import nanollm
 from nanollm import cli
 from nanollm.config import CONFIGS, Kinds, kinds_of, parse_options, parser_of, preset_names
+from nanollm.sources.datasets import chats
+from nanollm.sources.files import BadRecord, read_texts
 
 ALSO = ("help", "config", "print_config", "dry_run")  # options that have no key in a YAML file
 CODE = re.compile(r"(`[^`]+`)")
@@ -44,6 +48,57 @@ def index() -> str:
     for name, home in sorted(nanollm._HOMES.items()):
         lines += described(name, getattr(importlib.import_module(home), name))
     return "\n".join(lines)
+
+
+TALK = '[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]'
+CALL = '[{"role": "user", "content": "Hi"}, {"role": "assistant", "tool_calls": [{"name": "f"}]}]'
+PICTURE = '[{"role": "user", "content": [{"type": "image_url"}]}, {"role": "assistant", "content": "A cat"}]'
+RECORDS = (  # what stands in a file of this ending
+    (".txt", "Once upon a time"),
+    (".jsonl", '{"text": "Once upon a time"}'),
+    (".json", '[{"text": "Once"}, {"text": "upon"}]'),
+    (".csv", "id,text\n1,Once"),
+    (".jsonl", f'{{"messages": {TALK}}}'),
+    (".jsonl", '{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}'),
+    (".jsonl", '{"instruction": "Greet", "input": "", "output": "Hello"}'),
+    (".jsonl", f'{{"messages": {CALL}}}'),
+    (".jsonl", f'{{"messages": {PICTURE}}}'),
+    (".jsonl", '{"messages": [{"role": "assistant", "content": "Hello"}]}'),
+    (".jsonl", '{"text": null}'),
+    (".jsonl", '{"text": 5}'),
+    (".jsonl", '{"text": " "}'),
+    (".jsonl", '{"text": "\\ud800"}'),
+    (".jsonl", '{"text": "Once'),
+    (".jsonl", "Once upon a time"),
+    (".csv", "id,text\n1,Once,upon"),
+    (".csv", 'id,text\n1,"Once\n2,upon'),
+    (".txt", "Größe".encode("latin-1")),
+    (".txt", "Once".encode("utf-16")),
+    (".jsonl.gz", b"no gzip"),
+    (".parquet", b"no Parquet"),
+    (".txt", ""),
+)
+
+
+def forms() -> str:
+    """The table of docs/howto/own-data.md: what each way in makes of small files."""
+    lines = ["| ending | content | `tokenizer`, `preprocess text` | `preprocess chat` |", "|---|---|---|---|"]
+    doors = (partial(read_texts, text_column="text"), chats)
+    with tempfile.TemporaryDirectory() as folder:
+        for ending, content in RECORDS:
+            file = Path(folder, f"in{ending}")
+            file.write_bytes(content.encode() if isinstance(content, str) else content)
+            shown = content if isinstance(content, str) else repr(content)[1:].strip("'")
+            shown = f"`{shown}`".replace("\n", "` `").replace("|", r"\|") if shown else "nothing"
+            lines.append(f"| `{ending}` | {shown} | {' | '.join(outcome(door, file) for door in doors)} |")
+    return "\n".join(lines)
+
+
+def outcome(door: Callable[..., Iterable[object]], file: Path) -> str:
+    """How many records were kept, and why the others were not."""
+    bad: list[BadRecord] = []
+    kept = len(list(door([file], on_bad=bad.append)))
+    return "; ".join([f"**read**, {kept}"] * bool(kept) + list(dict.fromkeys(cell(each.reason) for each in bad)))
 
 
 def page_of(verb: str) -> str:

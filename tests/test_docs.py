@@ -192,6 +192,10 @@ def test_files_md_names_every_variable_that_the_code_reads():
     assert {name for name in read if f"`{name}`" not in page("files.md")} == set()
 
 
+def test_own_data_md_shows_what_the_code_makes_of_each_kind_of_file():
+    assert reference.forms() in Path("docs/howto/own-data.md").read_text("utf-8")
+
+
 def test_the_glossary_defines_each_word_once_and_points_to_code_that_exists():
     places = re.findall(r"`([a-z]+(?:/\w+)?\.(?:py|cpp))`", page("glossary.md"))
     assert len(places) > 50
