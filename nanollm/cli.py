@@ -18,32 +18,32 @@ from nanollm.extras import require
 
 VERBS = {
     "Start here": {
-        "demo": "the whole journey on built-in text: offline, two CPU cores, minutes",
-        "doctor": "is all well on this machine? Checks, advice, and a run of seconds",
+        "demo": "train a small model end to end on built-in text: offline, in minutes, on two CPU cores",
+        "doctor": "check this machine and the installation, with advice and a short test run",
     },
     "Prepare": {
         "tokenizer": "train a tokenizer on a dataset or on your files",
         "preprocess": "turn text into token files",
-        "curate": "the same for text of the web: filtered, without duplicates, on a cluster",
+        "curate": "turn web text into token files: filtered, deduplicated, also on a cluster",
     },
     "Train": {
         "pretrain": "train a model on token files",
-        "sft": "teach a model to reply, by conversations",
-        "grpo": "let a model learn from its own replies to problems",
+        "sft": "fine-tune a model on conversations, so that it replies",
+        "grpo": "reinforce a model's own right replies to problems (GRPO)",
     },
     "Use": {
         "eval": "measure a model: problems solved, bits per byte, against another one",
-        "generate": "let a model continue a prompt",
+        "generate": "continue prompts with a model",
         "chat": "talk to a model in the terminal",
-        "serve": "answer over HTTP like OpenAI, with a page to chat on",
-        "bench": "how fast a model answers on this machine",
+        "serve": "serve an OpenAI-compatible API and a chat page",
+        "bench": "measure inference speed on this machine",
         "info": "parameters, memory and arithmetic of a model",
-        "plan": "what fits, how long it takes, what it costs, before anything is rented",
-        "report": "one page of a run: curves, samples, scores; or of several, side by side",
+        "plan": "estimate memory, time and cost of a training run",
+        "report": "write an HTML page of a run, or of several side by side",
     },
     "Exchange": {
-        "export": "write a model for transformers, vLLM, llama.cpp or Ollama, with proof",
-        "import": "make a bundle of an exported model, or of one that others trained",
+        "export": "export a model for transformers, vLLM, llama.cpp or Ollama, and verify it",
+        "import": "make a bundle from an exported model",
     },
 }
 

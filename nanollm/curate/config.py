@@ -15,19 +15,20 @@ class FilterConfig:
     """What a document must be like to stay. The rules are for English."""
 
     gopher_repetition: bool = True
-    """Drop what repeats lines, paragraphs or words in a row."""
+    """Drop documents with repeated lines, paragraphs or n-grams."""
     gopher_quality: bool = True
-    """Drop what has too few or over 100,000 words, words too short or long, too many symbols, or no common words."""
+    """Drop documents with too few or over 100,000 words, too short or too long words, too many symbols, or no stop
+    words."""
     min_words: int = 50
-    """Fewest words of a document, for gopher_quality."""
+    """Minimum number of words in a document, for gopher_quality."""
     min_letters: float = 0.8
-    """Least share of the words of a document that have a letter in them, for gopher_quality; marks are words, too, so
-    that text with code or tables asks for less, such as 0.6."""
+    """Minimum share of words that contain a letter, for gopher_quality. Punctuation marks count as words, so text with
+    code or tables needs less, such as 0.6."""
     c4: bool = False
-    """Drop what has a curly bracket, "lorem ipsum" or fewer than 5 sentences, and take lines of fewer than 3 words and
-    about cookies or Javascript out of the others: the one filter that changes documents."""
+    """Drop documents with a curly bracket, "lorem ipsum" or fewer than 5 sentences; from the others, remove lines of
+    fewer than 3 words or about cookies or Javascript. The only filter that changes documents."""
     language: str | None = None
-    """Keep this language only, such as en; null: all. Needs fastText; its model (126 MB) is downloaded once."""
+    """Keep only this language, such as en; null: all. Needs fastText, whose model (126 MB) is downloaded once."""
 
     def __post_init__(self) -> None:
         check_at_least(1, self, "min_words", prefix="filters.")
@@ -53,14 +54,14 @@ class SlurmConfig:
     """For --executor slurm. Further settings of sbatch go into its environment variables, such as SBATCH_QOS."""
 
     partition: str | None = None
-    """Where to queue; required."""
+    """Partition to submit to; required."""
     time: str = "24:00:00"
-    """Limit of a task."""
+    """Time limit of a task."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Turn text of the web into token files: filtered, without duplicates, without questions of evaluations.
+    """Turn web text into token files: filtered, deduplicated and decontaminated.
 
     Needs `pip install -e ".[data]"`. Stopped at any moment, the same command goes on: a task that is done is not done
     again. All machines see save_dir and local inputs under the same paths.
@@ -76,25 +77,25 @@ class Config:
     text_column: str = "text"
     """Column (.jsonl key) that holds the text."""
     executor: Literal["local", "slurm", "ray"] = "local"
-    """What runs the tasks: processes of this machine, Slurm, or Ray (the cluster at $RAY_ADDRESS; without it, one that
-    is started on this machine)."""
+    """What runs the tasks: local processes, Slurm, or Ray (the cluster at $RAY_ADDRESS; if unset, one is started on
+    this machine)."""
     tasks: int = 1
-    """Shares of the input, each of them one part of the result: whole files if there are enough, otherwise each task
-    reads everything and takes every N-th document."""
+    """Number of parts that the input is split into: by whole files if there are enough; otherwise each task reads
+    everything and takes every N-th document."""
     workers: int = 1
-    """Tasks at once."""
+    """Tasks that run at once."""
     mem_gb: int = 4
-    """Memory that a task asks of Slurm or Ray."""
+    """Memory to request from Slurm or Ray per task, in GB."""
     filters: FilterConfig = field(default_factory=FilterConfig)
     """What a document must be like to stay."""
     dedup: bool = True
-    """Of documents that share about 72 % or more of their runs of 5 words (MinHash), keep one."""
+    """Keep one of several documents that share about 72 % or more of their 5-word n-grams (MinHash)."""
     evals: EvalsConfig = field(default_factory=EvalsConfig)
     """Which evaluations' questions no document may hold."""
     val_fraction: float = 0.0005
     """Share of the documents that becomes val, drawn by a hash of the text."""
     seed: int = 0
-    """Of the draw between train and val."""
+    """Random seed of the split into train and val."""
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
     """For --executor slurm."""
 

@@ -25,7 +25,7 @@ class ChatConfig(SamplingConfig):
     system: str | None = None
     """The system message that the conversation begins with; null: none."""
     max_tokens: int = 512
-    """Most tokens of a reply."""
+    """Maximum length of a reply in tokens."""
     seed: int = 0
     """Reply i draws from seed + i."""
     stop: list[str] = field(default_factory=list)

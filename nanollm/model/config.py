@@ -40,19 +40,20 @@ class ModelConfig:
     moe_every: int = 4
     """Every n-th block is a Mixture of Experts (blocks n, 2n, ... counted from 1)."""
     n_dense_first: int = 0
-    """The first blocks that are dense in any case; with moe_every 1, DeepSeek-V3's first_k_dense_replace."""
+    """Number of first blocks that are always dense; with moe_every 1, DeepSeek-V3's first_k_dense_replace."""
     n_routed_experts: int
     """Experts the router chooses from."""
     n_shared_experts: int
-    """Experts every token passes; their answers are summed."""
+    """Experts that process every token; their outputs are summed."""
     experts_per_token: int
     """Routed experts per token (top-k)."""
     d_expert: int
     """Hidden width of one expert."""
     norm_topk_prob: bool
-    """Let the weights of the chosen experts sum to 1. Must be false for top-1, where it would silence the router."""
+    """Normalize the weights of the chosen experts to sum to 1. Must be false for top-1, where it would silence the
+    router."""
     routed_scaling_factor: float = 1.0
-    """Factor on the sum of the routed experts' answers."""
+    """Factor on the sum of the routed experts' outputs."""
     rope_theta: float = 10_000.0
     """Base of the rotary frequencies."""
     rms_norm_eps: float = 1e-6

@@ -66,7 +66,7 @@ class ObjectiveConfig:
     (DeepSeek-V3.2, arXiv:2512.02556); k3: k3 alone (GRPO, arXiv:2402.03300, equation 4), whose gradient is that of
     KL(reference, policy)."""
     mini_batches: int = 1
-    """Parts of whole groups that a step's rollouts are cut into, each with an optimizer update of its own."""
+    """Mini-batches that a step's rollouts are split into, by whole groups; each gets its own optimizer update."""
     updates: int = 1
     """Passes over each step's rollouts. With one pass and one mini-batch the ratio is exactly 1 and nothing is
     clipped."""

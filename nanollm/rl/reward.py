@@ -33,7 +33,7 @@ class RewardConfig:
     """length: the penalty grows from 0 to -1 over the last so many tokens before rollout.max_tokens; a reply that is
     cut off has -1 (soft overlong punishment, DAPO, arXiv:2503.14476, equation 13)."""
     timeout_s: float = 1.0
-    """Longest time that a function of your own may take for a reply, in seconds."""
+    """Time limit of your own functions per reply, in seconds."""
 
     def __post_init__(self) -> None:
         if not self.weights or not any(self.weights.values()):

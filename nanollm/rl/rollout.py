@@ -39,19 +39,19 @@ class RolloutConfig:
     group_size: int = 8
     """Replies per problem, which are compared with each other."""
     max_tokens: int = 128
-    """Most tokens of a reply, its end mark included."""
+    """Maximum length of a reply in tokens, its end mark included."""
     temperature: float = 1.0
     """Divides the logits, in sampling and in training alike. There is no top_k or top_p: training takes the whole
     distribution, so sampling draws from all of it."""
     resample: int = 0
-    """How often problems whose replies all earned the same are replaced by others (dynamic sampling, DAPO,
+    """How often to replace problems whose replies all earned the same reward (dynamic sampling, DAPO,
     arXiv:2503.14476); 0: never, they are only left out."""
     tools: list[str] | None = None
-    """What writes into the replies (calculator); null: the tools that the model was trained with, none: none of them.
-    Their tokens are not trained."""
+    """Tools that write into replies, such as calculator. null: those the model was trained with; none: no tools. Their
+    tokens are not trained."""
     engine: str = OWN
-    """What samples: own, the engine of this process; vllm://HOST:PORT, a vLLM server that is given the weights before
-    each step (docs/post-training.md), for models that outgrow one device."""
+    """Inference engine. own: the engine of this process; vllm://HOST:PORT: a vLLM server that receives the weights
+    before each step (docs/post-training.md), for models that outgrow one device."""
 
     def __post_init__(self) -> None:
         if self.group_size < 2:

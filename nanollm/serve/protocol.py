@@ -120,7 +120,7 @@ class SamplingRequest(StrictModel):
     default_max_tokens: ClassVar[int]
 
     model: str = Field(description="The name of the model, as /v1/models lists it.")
-    max_tokens: MaxTokens | None = Field(None, description="Most tokens of a reply.")
+    max_tokens: MaxTokens | None = Field(None, description="Maximum length of a reply in tokens.")
     max_completion_tokens: MaxTokens | None = Field(None, description="The newer name of max_tokens.")
     stream: bool | None = Field(None, description="Send the reply as server-sent events while it is written.")
     stream_options: StreamOptions | None = None

@@ -25,9 +25,12 @@ MIN_LARGEST = 5  # below it some stories hardly find numbers that fit
 MAX_COUNT = 9
 TRIES = 10_000  # of numbers for one story; the rarest take 30 on average
 
-NAMES = ("Mia", "Tom", "Anna", "Ben", "Lucy", "Sam", "Emma", "Max", "Rosa", "Leo", "Jane", "Paul")
+_NAMES = "Mia Tom Anna Ben Lucy Sam Emma Max Rosa Leo Jane Paul Nora Jack Ella Noah Zoe Finn Ruth Carl"
+_ITEMS = """apple book pen card coin cup ball shell stamp cookie toy egg banana bottle button candle carrot doll
+drum feather flag flower hat key kite lemon letter marble mask nut orange pebble pencil photo pin ring seed sock
+spoon sticker"""
+NAMES, ITEMS = tuple(_NAMES.split()), tuple(_ITEMS.split())
 PEOPLE = tuple(zip(NAMES, cycle(("she", "he")), strict=False))
-ITEMS = ("apple", "book", "pen", "card", "coin", "cup", "ball", "shell", "stamp", "cookie", "toy", "egg")
 BOXES = ("boxes", "bags", "baskets", "jars")
 
 Values = dict[str, int]  # by letter

@@ -1,4 +1,4 @@
-"""Measures how fast a model answers on this machine, beside how fast its memory is."""
+"""Measures measure inference speed on this machine, beside how fast its memory is."""
 
 import json
 import statistics

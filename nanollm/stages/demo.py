@@ -41,11 +41,11 @@ SHOWN, WIDTH = 3, 110  # problems, characters of a line
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Train a tokenizer and a small model on this machine's own documentation, teach it to solve school problems by
-    worked solutions, then by its own replies: offline, two CPU cores, minutes."""
+    """Train a tokenizer and a small model on documentation that is already on this machine, then teach it school
+    problems, first by worked solutions, then by GRPO. Runs offline, in minutes, on two CPU cores."""
 
     out: Path = Path("runs/demo")
-    """Folder for everything that is made. An interrupted demo goes on there."""
+    """Folder for all results. The same command resumes an interrupted demo there."""
     model: str = "nano-1m"
     """Preset of the model."""
     steps: int = 350
@@ -55,9 +55,9 @@ class Config:
     grpo_steps: int = 150
     """Steps of reinforcement learning, 256 replies each."""
     exam: int = 500
-    """Problems that the models are compared on."""
+    """Number of problems in the final exam."""
     seed: int = 0
-    """Starts the weights, the order of the data and the replies."""
+    """Random seed of the weights, the data order and the replies."""
 
     def __post_init__(self) -> None:
         check_at_least(1, self, "steps", "sft_steps", "grpo_steps", "exam")

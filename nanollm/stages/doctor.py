@@ -65,13 +65,13 @@ class Finding:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Check this machine and say what to change; at the end, train a tiny model, resume it and let it reply.
+    """Check this machine and say what to change; then train a tiny model, resume it and let it reply.
 
     Exit code 1 if a line says FAIL. Warnings are no failures.
     """
 
     dir: Path = Path()
-    """Folder whose disk is checked, and where the small run lies (it leaves nothing behind)."""
+    """Folder whose disk is checked and where the test run is written; it is deleted afterwards."""
     json: bool = False
     """Print one JSON object instead of lines."""
 

@@ -90,11 +90,11 @@ class Config:
     top_p: float = 1.0
     """Nucleus sampling of --samples: choose among the most likely tokens that together reach this probability."""
     tools: list[str] | None = None
-    """What writes into the replies (calculator); null: the tools each model was trained with; none: none."""
+    """Tools that write into replies, such as calculator. null: those each model was trained with; none: no tools."""
     against: Path | None = None
     """Another bundle to measure on the same problems and texts, with its own tokenizer."""
     text: list[Path] = field(default_factory=list)
-    """Files or folders (.txt, .jsonl, .csv, .parquet, each also .gz or .zst): bits per byte of each of them."""
+    """Files or folders (.txt, .jsonl, .csv, .parquet, each also .gz or .zst) whose bits per byte are measured."""
     text_column: str = "text"
     """Column (.jsonl key) that holds the text, for --text and --contamination."""
     data: Path | None = None
@@ -110,13 +110,13 @@ class Config:
     contamination: list[Path] = field(default_factory=list)
     """Training text to search for the questions: files, folders, or folders of token files."""
     ngram: int = NGRAM_WORDS
-    """Length in words of an n-gram that counts as copied, for --contamination."""
+    """Words in an n-gram that counts as copied, for --contamination."""
     rows: int = ROWS
     """Batch size of replies and texts; smaller needs less memory."""
     seed: int = 0
     """Seed of --samples."""
     out: Path | None = None
-    """Folder for eval.json and samples.jsonl, which are written anew; null: eval/TASK-SPLIT beside the bundle."""
+    """Folder for eval.json and samples.jsonl, which are overwritten; null: eval/TASK-SPLIT beside the bundle."""
     json: bool = False
     """Print eval.json as one line."""
     device: DeviceName = "auto"

@@ -20,7 +20,8 @@ POSITIONAL = ("bundle",)
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Write a bundle for other engines: without any code of ours, with tokenizer, chat template and model card."""
+    """Export a bundle for other engines, with tokenizer, chat template and model card; none of our code is needed
+    there."""
 
     bundle: Path
     """Folder of a bundle, such as runs/demo/grpo/bundle."""
@@ -34,7 +35,7 @@ class Config:
     force: bool = False
     """Replace an earlier export at out."""
     name: str = ""
-    """What the model is called in its card, such as USER/NAME on the hub; empty: nanollm- and its size."""
+    """Model name in the card, such as USER/NAME on the hub; empty: nanollm- and its size."""
     license: str = "other"
     """Licence of the weights as the hub calls it: mit, apache-2.0, ..."""
     language: str | None = None
@@ -42,7 +43,7 @@ class Config:
     push: str | None = None
     """Upload the export to this repository of the Hugging Face hub, USER/NAME, once --verify has passed."""
     private: bool = True
-    """Whether a repository that --push creates is private."""
+    """Make a repository that --push creates private."""
     verify: bool = False
     """Load the export in its engine (transformers, llama.cpp) and compare ids, logits and greedy replies with ours;
     exit code 1 if they differ. An export that is there already is compared as it stands."""

@@ -27,11 +27,11 @@ class Config(SamplingConfig):
     bundle: Path
     """Folder of a bundle, such as runs/demo/pretrain/bundle."""
     prompt: list[str]
-    """Prompts; several are continued as one batch, and printed with a line of dashes between them."""
+    """Prompts; several are continued as one batch and printed with dashes in between."""
     chat: bool = False
-    """Take each prompt as a user's message and reply to it, instead of continuing it."""
+    """Treat each prompt as a user message and reply to it instead of continuing it."""
     max_tokens: int = 128
-    """Most tokens of a continuation."""
+    """Maximum length of a continuation in tokens."""
     seed: int = 0
     """Prompt i draws from seed + i."""
     stop: list[str] = field(default_factory=list)
@@ -39,7 +39,7 @@ class Config(SamplingConfig):
     json: bool = False
     """Print one JSON object per prompt instead of text."""
     tools: list[str] | None = None
-    """What writes into the texts (calculator); null: the tools the model was trained with; none: none of them."""
+    """Tools that write into the text, such as calculator. null: those the model was trained with; none: no tools."""
     quantize: Quantize = "none"
     """int8: weights in one byte each, with a scale per output."""
     device: DeviceName = "auto"

@@ -50,7 +50,7 @@ class GrpoTrainConfig(LoopConfig):
     """How long, in which batches, and how often to look, log and save."""
 
     log_every: int = 1
-    """Steps between two lines of metrics.jsonl, each with the numbers of its step alone."""
+    """Steps between two lines of metrics.jsonl; each line has the numbers of its own step."""
     micro_batch_size: int = 8
     """Rows per forward pass of training, counted as if each were as long as the model's context; rows that are only as
     wide as the replies of a step need are as many more."""
@@ -62,9 +62,8 @@ class GrpoTrainConfig(LoopConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class Config(RunConfig):
-    """Group-relative policy optimization (arXiv:2402.03300): sample replies to problems with known answers, and make
-    those likelier that are better than others to the same problem. The same command goes on where an interrupted run
-    stopped."""
+    """Group-relative policy optimization (arXiv:2402.03300): sample a group of replies to each problem and reinforce
+    those that beat the average of their group. The same command resumes an interrupted run."""
 
     bundle: Path
     """The model to start from: a bundle that can already reply, such as runs/demo/sft/bundle."""
@@ -83,10 +82,10 @@ class Config(RunConfig):
     )
     """Optimizer and schedule. The routers' balancing is off: it would change the model without being asked."""
     reference: Path | None = None
-    """Bundle that the policy is kept near, with objective.beta only; null: the bundle the run starts from."""
+    """Reference model of the KL term, for objective.beta; null: the bundle the run starts from."""
     validation_problems: int = 200
-    """Problems of the split test that are solved greedily now and then, its last ones: nanollm eval begins with the
-    first (0: none)."""
+    """Problems that are solved greedily at each validation: the last ones of the split test, since nanollm eval takes
+    the first (0: none)."""
     speed: SpeedConfig = field(default_factory=lambda: SpeedConfig(compile="off"))
     """What makes training fast, or small. Compiling is off: the shape of a step follows its replies, and every new
     shape would be compiled anew."""

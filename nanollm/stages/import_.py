@@ -16,7 +16,8 @@ POSITIONAL = ("folder",)
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Make a bundle of a model that NanoLLM exported for transformers or vLLM, also after others trained it further."""
+    """Make a bundle from a model that NanoLLM exported for transformers or vLLM, also if it was trained further
+    elsewhere."""
 
     folder: Path
     """Folder with config.json, model.safetensors (or several with an index) and tokenizer.model."""

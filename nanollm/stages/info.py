@@ -27,7 +27,7 @@ class Config:
     micro_batch_size: int = 8
     """Sequences per forward pass of the training step whose memory is estimated."""
     recompute: bool = False
-    """Keep only what enters each block, as training with --speed.recompute does."""
+    """Activation checkpointing, as in training with --speed.recompute."""
     json: bool = False
     """Print JSON instead of a table."""
 

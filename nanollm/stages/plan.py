@@ -50,7 +50,7 @@ LIBRARIES = {"cpu": 390_000_000, "cuda": 600_000_000}
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Say what fits on a GPU or CPU, how long training takes there and what it costs; ends with the command to type.
+    """Estimate whether a model fits a GPU or CPU, how long training takes and what it costs. Ends with a command.
 
     Without --gpu it plans for this machine, which is measured for a quarter of a second. The optimizer is Muon.
     """
@@ -62,15 +62,15 @@ class Config:
     gpu: str | None = None
     """A known GPU (h100, h200, a100-80gb, rtx4090 ...; an unknown name lists them), or its memory, such as 8GB."""
     gpus: int = 1
-    """GPUs, each with a process of its own; above 8: hosts of 8."""
+    """Number of GPUs, one process each; above 8, in hosts of 8."""
     cpu: bool = False
-    """Plan for the cores of this machine, though it has a GPU."""
+    """Plan for the CPU cores of this machine, even if it has a GPU."""
     tflops: float | None = None
-    """TFLOP/s of each GPU in bfloat16 without sparsity, instead of what is known of it."""
+    """Dense bfloat16 TFLOP/s of each GPU, in place of the known value."""
     batch_size: int | None = None
-    """Sequences of an optimizer step, on all GPUs together; null: what suits the number of tokens."""
+    """Sequences per optimizer step, over all GPUs; null: chosen by the number of tokens."""
     price: float | None = None
-    """Price of one GPU, or of this machine, for an hour."""
+    """Price per hour of one GPU, or of this machine."""
     json: bool = False
     """Print JSON instead of a table."""
 

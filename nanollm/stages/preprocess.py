@@ -65,8 +65,8 @@ class WordsConfig:
 class Config:
     """Turn text into token files, split by document into train and val.
 
-    Stopped at any moment, the same command goes on where it was; the files come out the same, byte for byte. What is
-    done is not encoded again, but it is read again: quickly from files, and at the speed of the network from the hub.
+    The same command resumes a stopped job, and its files come out the same, byte for byte. What is done is not encoded
+    again, but it is read again: quickly from files, and at the speed of the network from the hub.
     """
 
     kind: Literal["owt", "sni", "gsm8k", "words", "text", "chat"]
@@ -83,13 +83,13 @@ class Config:
     val_input: list[Path] = field(default_factory=list)
     """Files or folders that become val, for text and chat; all of --input is then train."""
     dataset_name: str | None = None
-    """Dataset of the hub: any for text, another copy of the usual one for owt and sni. It is streamed: a job that goes
-    on after a stop streams what is done once more."""
+    """Hugging Face dataset: any for text; for owt and sni, another copy of the usual one. It is streamed, so a resumed
+    job streams the finished part again."""
     words: WordsConfig = field(default_factory=WordsConfig)
     """Which problems, for kind words; none of them is one that an evaluation on the generated test asks."""
     tools: list[str] = field(default_factory=list)
-    """What writes into the replies, so that a model need not learn it, for conversations: calculator, the results in
-    GSM8K's notes, <<48/2=24>>. A model that is trained on them replies with these tools (docs/post-training.md)."""
+    """Tools that write into replies, for conversations. calculator: the results in GSM8K's notes, <<48/2=24>>. A model
+    trained on these files replies with the same tools (docs/post-training.md)."""
     text_column: str = "text"
     """Column (.jsonl key) that holds the text, for kind text."""
     val_fraction: float | None = None
@@ -97,18 +97,19 @@ class Config:
     equal documents go to the same side. Of a single .txt file, by default 0.1: its end, cut between paragraphs or lines
     where there are any."""
     seed: int = 0
-    """Of the draw between train and val."""
+    """Random seed of the split into train and val."""
     max_tokens_train: int | None = None
-    """Tokens of train at most; reading stops there. Text is cut at exactly this number; a conversation is never cut,
-    the first that does not fit ends train. None: everything."""
+    """Maximum number of training tokens; reading stops there. Text is cut at exactly this number; a conversation is
+    never cut: the first that does not fit ends train. null: no limit."""
     max_tokens_val: int | None = None
-    """Tokens of val at most, cut in the same way; further documents drawn for val are left out, not moved to train."""
+    """Maximum number of validation tokens, cut in the same way; further documents of val are left out, not moved to
+    train."""
     shard_tokens: int = 100_000_000
-    """A file is closed after the document that brings it to this many tokens (2 bytes each)."""
+    """Tokens per file, 2 bytes each; a file ends with the document that reaches this number."""
     flush_every: int = 5_000_000
-    """Tokens between two points from which a stopped job can go on."""
+    """Tokens between two points at which a stopped job can resume."""
     num_workers: int = 1
-    """Processes that encode; more than one work beside the one that reads and writes."""
+    """Number of encoding processes; with more than one, another process reads and writes."""
     max_bad: float = 0.1
     """Share of bad records, from 0 to 1, above which the command stops at the end and asks what to do."""
     strict: bool = False

@@ -37,7 +37,7 @@ FIXED = ("model", "start", "seed", "train.batch_size", "optim.name", "inputs")
 
 @dataclass(frozen=True, kw_only=True)
 class Config(RunConfig):
-    """Train a base model on token files; the same command goes on where an interrupted run stopped."""
+    """Train a base model on token files; the same command resumes an interrupted run."""
 
     model: ModelConfig
     """The model's shape: a preset's name, a YAML file, or single values."""
@@ -50,14 +50,13 @@ class Config(RunConfig):
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(spike_sigmas=SIGMAS))
     """Optimizer and schedule."""
     start: StartName = "gpt2"
-    """How the weights begin. gpt2: small everywhere; fast: what writes to the residual stream and the head at 0, and
-    rows of the embedding that always have a root mean square of 1, with which a short run learns more from the same
-    text (docs/ablations.md)."""
+    """Initialization. gpt2: small normal weights; fast: zeros in the head and in what writes to the residual stream,
+    and embedding rows normalized to an RMS of 1, which helps short runs (docs/ablations.md)."""
     validation_windows: int = 64
-    """Windows that bits per byte are measured on, spread evenly over the validation split (0: all)."""
+    """Windows on which bits per byte are measured, spread evenly over the validation split (0: all)."""
     sample_prompts: list[str] = field(default_factory=AUTO.copy)
-    """Prompts that are continued during training, with seed 0. auto: first words of lines of the validation text, or
-    without any of the training text; none: no samples."""
+    """Prompts that are continued during training, with seed 0. auto: beginnings of lines from the validation text, or
+    from the training text if there is none; none: no samples."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

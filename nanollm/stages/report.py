@@ -17,7 +17,7 @@ WATCH_S = 10.0
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Write one self-contained HTML page of a run: what was run, curves, experts, samples, scores and time.
+    """Write a self-contained HTML page of a run: settings, curves, expert load, samples, scores and time.
 
     Every run writes it at its end; this is for one that goes on, for scores that came later, and for comparing.
     """
@@ -25,11 +25,11 @@ class Config:
     run: Path
     """Folder of a run, such as runs/demo/pretrain."""
     compare: list[Path] = field(default_factory=list)
-    """Folders of other runs, whose curves are drawn over those of the first."""
+    """Folders of other runs to draw beside the first."""
     out: Path | None = None
     """The page; null: report.html in the folder of the run, and with --compare compared.html there."""
     watch: bool = False
-    """Write the page every 10 s until all its runs are done; a browser that shows it reads it again, too."""
+    """Rewrite the page every 10 s until all its runs are done; a browser that shows it reloads it."""
 
     @property
     def page(self) -> Path:

@@ -26,25 +26,25 @@ class Config:
     bundle: Path
     """Folder of a bundle, such as runs/demo/sft/bundle."""
     host: str = "127.0.0.1"
-    """Address to listen on; any but this machine's own needs a key."""
+    """Address to listen on; other than loopback, it needs a key."""
     port: int = 8000
     """Port to listen on; 0: any free one."""
     api_key: str = field(default="", repr=False)
-    """Key that clients must send. Better in the variable NANOLLM_API_KEY: other users see a command line in `ps`."""
+    """Key that clients must send. The variable NANOLLM_API_KEY is safer: other users can see command lines in `ps`."""
     model_name: str = "nanollm"
-    """What clients call the model."""
+    """Model name in the API."""
     device: DeviceName = "auto"
     """Where to compute."""
     dtype: DtypeName = "auto"
     """What to compute in."""
     tools: list[str] | None = None
-    """What writes into the replies (calculator); null: the tools the model was trained with; none: none of them."""
+    """Tools that write into replies, such as calculator. null: those the model was trained with; none: no tools."""
     quantize: Quantize = "none"
     """int8: weights in one byte each, with a scale per output."""
     max_running: int = 16
-    """Replies that are written at once, each in a row of the cache; 64 more may wait."""
+    """Maximum number of replies generated at once; 64 more may wait."""
     deadline_s: float = 300.0
-    """Seconds until a reply must be complete."""
+    """Time limit of a reply in seconds."""
     cors_origins: list[str] = field(default_factory=list)
     """Origins of other pages that may call the server from a browser, such as http://localhost:3000."""
 

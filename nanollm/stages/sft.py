@@ -52,7 +52,7 @@ class ChatTrainConfig(LoopConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class Config(RunConfig):
-    """Teach a model to reply, by conversations; the same command goes on where an interrupted run stopped."""
+    """Fine-tune a model on conversations, so that it replies; the same command resumes an interrupted run."""
 
     bundle: Path
     """The model to start from, with its tokenizer: a bundle, such as runs/demo/pretrain/bundle."""
@@ -64,9 +64,9 @@ class Config(RunConfig):
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=3e-4, warmup_steps=20, spike_sigmas=SIGMAS))
     """Optimizer and schedule."""
     validation_conversations: int = 256
-    """Conversations of each folder's validation split that the loss is measured on, spread evenly (0: all)."""
+    """Conversations from each folder's validation split on which the loss is measured, spread evenly (0: all)."""
     sample_prompts: list[str] = field(default_factory=lambda: ["Who are you?", "What is 7 plus 5?"])
-    """Questions that are answered during training, always with the most likely token; none: no samples."""
+    """Questions that are answered greedily during training; none: no samples."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "data", sources_of(self.data))

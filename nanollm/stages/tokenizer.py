@@ -26,10 +26,10 @@ BAD_RECORDS_LISTED = 100
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Train a lossless SentencePiece tokenizer with chat marks, from a dataset of the hub or from files."""
+    """Train a lossless SentencePiece tokenizer with chat tokens, from a Hugging Face dataset or from files."""
 
     dataset_name: str | None = None
-    """Dataset of the Hugging Face hub to learn from, such as Elriggs/openwebtext-100k; or give --corpus."""
+    """Hugging Face dataset to learn from, such as Elriggs/openwebtext-100k; or give --corpus."""
     dataset_config: str | None = None
     """Configuration of that dataset, if it has several."""
     split: str = "train"
@@ -44,18 +44,18 @@ class Config:
     model_name: str = "bpe_tokenizer"
     """Name of both files: {model_name}.model and {model_name}.json."""
     model_type: ModelType = "bpe"
-    """How the pieces are chosen. All four are lossless; char may end up with fewer than vocab_size pieces."""
+    """Algorithm of SentencePiece. All four are lossless; char may end up with fewer than vocab_size pieces."""
     vocab_size: int = 50304
     """Number of pieces, special marks and the 256 bytes included (at most 65,536)."""
     character_coverage: float = CHARACTER_COVERAGE
-    """Share of the text whose characters get pieces of their own, the commonest first; the others are spelled in bytes.
+    """Share of the text whose characters get their own pieces, most common first; the rest falls back to bytes.
     Lower, such as 0.9, for a small vocabulary of a script with thousands of characters."""
     sample_bytes: int = SAMPLE_BYTES
-    """Most bytes of text to learn from, drawn evenly from all of it; memory is about 6 times this (unigram: 22)."""
+    """Maximum bytes of text to learn from, sampled evenly; takes about 6 times this in memory (unigram: 22 times)."""
     held_out: float = 0.01
-    """Part of the documents that only the report is computed on (0 to 0.5, at most 2 MB of text)."""
+    """Share of the documents held out for the report (0 to 0.5, at most 2 MB of text)."""
     seed: int = 0
-    """Decides which text is sampled and which is held out."""
+    """Random seed of the sampled and the held-out text."""
 
     def __post_init__(self) -> None:
         if bool(self.dataset_name) == bool(self.corpus):

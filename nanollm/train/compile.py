@@ -33,12 +33,11 @@ class SpeedConfig:
     """What makes training fast, or small."""
 
     compile: Literal["auto", "on", "off"] = "auto"
-    """Fuse each block's operations, and on GPUs the loss's, with torch.compile; auto: on GPUs, where it pays within
-    minutes. On a CPU it takes about a minute the first time, ten seconds from then on, and saves about a tenth of each
-    step."""
+    """Compile each block, and on GPUs the loss, with torch.compile; auto: on GPUs, where it pays off within minutes. On
+    a CPU it takes about a minute the first time, ten seconds from then on, and saves about a tenth of each step."""
     recompute: bool = False
-    """Keep only what enters each block and compute the rest again in the backward pass: a third more work, a fraction
-    of the memory for activations (nanollm info MODEL --recompute)."""
+    """Activation checkpointing: keep only the input of each block and recompute the rest in the backward pass. A third
+    more work, a fraction of the activation memory (nanollm info MODEL --recompute)."""
 
 
 def compile_blocks(model: Transformer, c: SpeedConfig, device: torch.device) -> bool:

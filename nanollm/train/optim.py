@@ -35,21 +35,21 @@ class OptimConfig:
     schedule: Literal["linear", "cosine", "wsd"] = "linear"
     """After the warm-up: linear decay, cosine decay, or constant and then linear decay."""
     decay_fraction: float = 0.2
-    """wsd only: the last part of all steps in which the rate decays."""
+    """wsd only: share of the steps at the end in which the rate decays."""
     final_lr_fraction: float = 0.0
-    """Where the decay would end one step after the last, as a fraction of the peak."""
+    """Learning rate one step after the last, as a fraction of the peak."""
     weight_decay: float = 0.1
     """Decoupled weight decay; matrices only."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's decay rates of the two moments."""
     eps: float = 1e-8
-    """Added to the root of AdamW's second moment; a gradient that is smaller on average moves its weight little."""
+    """Added to the root of AdamW's second moment."""
     momentum: float = 0.95
     """Muon's momentum."""
     max_grad_norm: float = 1.0
-    """Gradients are scaled down to this global norm (0: never)."""
+    """Clip gradients to this global norm (0: never)."""
     spike_sigmas: float = 0.0
-    """An update is skipped if its loss is so many standard deviations above the mean of the last 128 (0: never)."""
+    """Skip an update whose loss is this many standard deviations above the mean of the last 128 (0: never)."""
     balance_rate: float = 1e-3
     """Step of the router's balancing bias after each optimizer step (0: off)."""
     balance_weight: float = 0.0

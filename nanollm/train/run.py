@@ -54,7 +54,7 @@ class LoopConfig:
     log_every: int = 10
     """Steps between two lines of metrics.jsonl."""
     validate_every: int = 100
-    """Steps between two looks at what is not trained on (0: only at the start and the end)."""
+    """Steps between two validations (0: only at the start and the end)."""
     sample_every: int = 0
     """Steps between two samples (0: only at the start and the end)."""
     save_every: int = 200
@@ -101,18 +101,18 @@ class RunConfig:
     out: Path
     """Folder of the run: config.yaml, metrics.jsonl, checkpoints/, bundle/."""
     seed: int = 0
-    """Starts what is random: the order of the data, new weights, the replies that are sampled."""
+    """Random seed of the data order, new weights and sampled replies."""
     speed: SpeedConfig = field(default_factory=SpeedConfig)
     """What makes training fast, or small."""
     device: DeviceName = "auto"
     """Where to compute."""
     dtype: DtypeName = "auto"
-    """What to compute in; auto: bfloat16 where the hardware multiplies it fast. Master weights are always float32."""
+    """Compute type; auto: bfloat16 where the hardware multiplies it fast. Master weights are always float32."""
     parallel: ParallelName = "ddp"
-    """How several processes (torchrun) hold the model. ddp: each all of it; fsdp: each a part; hsdp: each host all of
-    it, its processes a part."""
+    """How the processes of torchrun hold the model. ddp: a copy each; fsdp: sharded over all; hsdp: sharded within each
+    host, replicated across hosts."""
     trackers: list[TrackerName] = field(default_factory=list)
-    """Where metrics go beside metrics.jsonl: tensorboard, wandb, trackio."""
+    """Trackers that receive the metrics, in addition to metrics.jsonl."""
 
     def __post_init__(self) -> None:
         check_seed(self.seed)

@@ -72,15 +72,15 @@ def test_each_story_finds_numbers_for_any_largest(story):
             story.draw_numbers(Random(seed), largest)
 
 
-def test_there_are_enough_stories_and_a_quarter_of_each_level_is_heldout():
+def test_there_are_enough_stories_and_some_of_each_level_are_heldout():
     counts = {key: len(stories) for key, stories in STORIES_OF.items()}
     assert {level: (counts[level, False], counts[level, True]) for level in LEVELS} == {
-        1: (12, 4),
-        2: (18, 6),
+        1: (35, 4),
+        2: (46, 6),
         3: (9, 3),
         4: (6, 2),
     }
-    assert len({story.question for story in STORIES}) == len(STORIES) == 60
+    assert len({story.question for story in STORIES}) == len(STORIES) == 111
 
 
 def test_a_story_is_written_out_as_its_text_says():
@@ -116,12 +116,14 @@ def test_problems_are_the_same_on_every_machine_and_for_ever():
     """Whatever was measured on them was measured on these. A new template changes them: say so in the change log."""
     far = {split: WordProblems(levels=LEVELS).problems(split)[10**6] for split in SPLITS}
     assert far["train"].question == (
-        "Ben has 4 eggs. Jane has 3 times as many. They put all of them together and then give 7 away. "
-        "How many eggs are left?"
+        "Lucy has 4 letters. Carl has 3 times as many. They put all of them together and then give 7 away. "
+        "How many letters are left?"
     )
-    assert far["test"].answer == "Leo has 5+3=<<5+3=8>>8 cups.\nTogether they have 5+8=<<5+8=13>>13 cups.\n#### 13"
+    assert far["test"].answer == (
+        "Ella has 8+19=<<8+19=27>>27 marbles.\nThat is 27-6=<<27-6=21>>21 marbles more than Ben.\n#### 21"
+    )
     assert far["heldout"].question == (
-        "A box holds 17 toys. Paul takes 10 toys out of it. How many toys are still in the box?"
+        "A box holds 17 keys. Noah takes 10 keys out of it. How many keys are still in the box?"
     )
 
 
@@ -154,11 +156,11 @@ def test_new_numbers_asks_for_other_numbers_and_not_for_other_names_only():
 
 def test_heldout_tells_other_stories():
     def stories(split):
-        return {re.sub("[0-9]+", "0", without_words(each.question)) for each in some(split, 800)}
+        return {re.sub("[0-9]+", "0", without_words(each.question)) for each in some(split, 2500)}
 
     assert stories("train") == stories("test") == stories("new_numbers")
     assert stories("train").isdisjoint(stories("heldout"))
-    assert (len(stories("train")), len(stories("heldout"))) == (45, 15)
+    assert (len(stories("train")), len(stories("heldout"))) == (96, 15)
 
 
 def test_problems_are_a_sequence_that_is_as_good_as_endless():
