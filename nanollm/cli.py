@@ -29,7 +29,7 @@ VERBS = {
     "Train": {
         "pretrain": "train a model on token files",
         "sft": "fine-tune a model on conversations, so that it replies",
-        "grpo": "reinforce a model's own right replies to problems (GRPO)",
+        "grpo": "train a model on its own graded replies to problems (GRPO)",
     },
     "Use": {
         "eval": "measure a model: problems solved, bits per byte, against another one",
@@ -37,7 +37,7 @@ VERBS = {
         "chat": "talk to a model in the terminal",
         "serve": "serve an OpenAI-compatible API and a chat page",
         "bench": "measure inference speed on this machine",
-        "info": "parameters, memory and arithmetic of a model",
+        "info": "parameter count, memory and FLOPs of a model",
         "plan": "estimate memory, time and cost of a training run",
         "report": "write an HTML page of a run, or of several side by side",
     },

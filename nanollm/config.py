@@ -274,14 +274,16 @@ def parser_of(verb: str, stage: types.ModuleType, kinds: Kinds) -> "ArgumentPars
     parser = ArgumentParser(usage=usage, description=about, exit_on_error=False, formatter_class=Help)
     parser.add_argument("--config", action="config", help="YAML file of settings; options given here win over it.")
     if "dry_run" in kinds:
-        parser.add_argument("--dry_run", action="store_true", default=SUPPRESS, help="Say what would be done; stop.")
+        parser.add_argument(
+            "--dry_run", action="store_true", default=SUPPRESS, help="Print what would be done, then exit."
+        )
     parser.add_class_arguments(stage.Config, None, as_group=False)
     for action in parser._actions:
         kind = kinds[action.dest]
         action.metavar = f"[{notation(kind)}]" if kind is bool else notation(kind, action.dest)
         action.option_strings = [word for word in action.option_strings if not word.endswith("+")]
         if action.dest == "print_config":
-            action.metavar, action.help = "", "Print all settings as YAML, ready for --config; stop."
+            action.metavar, action.help = "", "Print all settings as YAML, usable with --config, then exit."
     return parser
 
 

@@ -41,7 +41,7 @@ class EvalsConfig:
     """Which evaluations' questions no document may hold."""
 
     enabled: bool = True
-    """Drop documents that have 13 words in a row in common with a question."""
+    """Drop documents that share 13 consecutive words with an evaluation question."""
     input: list[str] = field(default_factory=list)
     """Files with questions, or folders, of which the files with `test` in their names are taken; none: GSM8K's test,
     from the hub."""

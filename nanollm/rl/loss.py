@@ -74,8 +74,8 @@ class ObjectiveConfig:
     """Do not train on replies that were cut off at rollout.max_tokens (overlong filtering, DAPO, arXiv:2503.14476).
     They still count in the mean of their group."""
     importance_cap: float | None = None
-    """Weigh each token by its probability by the trainer, before the first update, over that by the engine which drew
-    it, at most this (truncated importance sampling, https://fengyao.notion.site/off-policy-rl); 0: off; null: 2 where
+    """Weight each token by trainer probability / engine probability, measured before the first update and capped at
+    this value (truncated importance sampling, https://fengyao.notion.site/off-policy-rl); 0: off; null: 2 where
     rollout.engine is not our own, else off."""
 
     def __post_init__(self) -> None:

@@ -30,7 +30,7 @@ class RewardConfig:
     -1: too long, see soft_tokens), or package.module:function of your own, called with the problem and the reply's text
     and returning a number."""
     soft_tokens: int = 32
-    """length: the penalty grows from 0 to -1 over the last so many tokens before rollout.max_tokens; a reply that is
+    """For length: number of tokens before rollout.max_tokens over which the penalty grows from 0 to -1; a reply that is
     cut off has -1 (soft overlong punishment, DAPO, arXiv:2503.14476, equation 13)."""
     timeout_s: float = 1.0
     """Time limit of your own functions per reply, in seconds."""

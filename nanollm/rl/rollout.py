@@ -39,7 +39,7 @@ class RolloutConfig:
     group_size: int = 8
     """Replies per problem, which are compared with each other."""
     max_tokens: int = 128
-    """Maximum length of a reply in tokens, its end mark included."""
+    """Maximum length of a reply in tokens, its end token included."""
     temperature: float = 1.0
     """Divides the logits, in sampling and in training alike. There is no top_k or top_p: training takes the whole
     distribution, so sampling draws from all of it."""
@@ -47,8 +47,8 @@ class RolloutConfig:
     """How often to replace problems whose replies all earned the same reward (dynamic sampling, DAPO,
     arXiv:2503.14476); 0: never, they are only left out."""
     tools: list[str] | None = None
-    """Tools that write into replies, such as calculator. null: those the model was trained with; none: no tools. Their
-    tokens are not trained."""
+    """Tools that the model may call while it replies, such as calculator. null: those the model was trained with; none:
+    no tools. Their tokens are not trained."""
     engine: str = OWN
     """Inference engine. own: the engine of this process; vllm://HOST:PORT: a vLLM server that receives the weights
     before each step (docs/post-training.md), for models that outgrow one device."""

@@ -55,14 +55,15 @@ class TaskConfig:
     """Which task, and the settings of ours."""
 
     name: str = "words"
-    """words: generated school problems; gsm8k: GSM8K; or module:Name, a class of your own in an importable module or in
-    a file of the current folder (mine:Doubles is the class Doubles of mine.py)."""
+    """words: generated math word problems; gsm8k: GSM8K; or module:Name, a class of your own in an importable module or
+    in a file of the current folder (mine:Doubles is the class Doubles of mine.py)."""
     input: list[Path] = field(default_factory=list)
     """For gsm8k: files or folders with train and test in their names; none: the dataset from the hub."""
     levels: list[int] = field(default_factory=lambda: [1, 2])
     """For words: numbers of steps to a solution, from 1 to 4; each comes equally often."""
     largest: int = 20
-    """For words: the largest number given, but for totals; no number of a problem is above 5 times this."""
+    """For words: the largest number stated in a problem. Totals may be larger; no number of a problem exceeds 5 times
+    this."""
     seed: int = 0
     """For words: another seed gives other problems."""
 

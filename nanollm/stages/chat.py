@@ -44,7 +44,8 @@ class Config(ChatConfig):
     bundle: Path
     """Folder of a bundle, such as runs/demo/sft/bundle."""
     tools: list[str] | None = None
-    """Tools that write into replies, such as calculator. null: those the model was trained with; none: no tools."""
+    """Tools that the model may call while it replies, such as calculator. null: those the model was trained with; none:
+    no tools."""
     quantize: Quantize = "none"
     """int8: weights in one byte each, with a scale per output."""
     device: DeviceName = "auto"

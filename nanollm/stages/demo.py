@@ -4,7 +4,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from textwrap import shorten
@@ -14,12 +14,14 @@ from typing import Any
 from nanollm.bundle import load_bundle
 from nanollm.config import CONFIGS, check_at_least, check_seed, load_config, parse_options
 from nanollm.durable import write_file, write_json
-from nanollm.evals.problems import Accuracy, Judged, judge, solve
+from nanollm.evals.problems import Accuracy, Attempt, Judged, judge, solve
 from nanollm.evals.stats import paired
+from nanollm.generate.tools import tool_caller
 from nanollm.model.config import ModelConfig
-from nanollm.progress import duration, say
+from nanollm.progress import Progress, duration, say
 from nanollm.report.page import PAGE
-from nanollm.sources.builtin import BUILTIN
+from nanollm.sources.builtin import documents
+from nanollm.sources.gsm8k import NOTE
 from nanollm.sources.word_problems import WordProblems
 from nanollm.stages import grpo, preprocess, pretrain, sft, tokenizer
 from nanollm.stages.preprocess import WordsConfig
@@ -32,10 +34,12 @@ from nanollm.world import World
 TOKENS_PER_STEP = 4096
 PROMPTS = ["Return the", "The function", "This module", "If the argument is"]
 SPELLED_PROBLEMS = 4000  # that the tokenizer sees beside the documentation
-LARGEST = 5  # number in a question, as there: few facts of arithmetic, so that minutes are enough to learn them
-LESSONS_PER_STEP = 64
-MAX_REPLY = 72  # tokens, as in configs/grpo/nano-1m-words.yaml
+LARGEST = 100  # number in a question; the calculator does the sums, so the model learns which ones
+TOOLS = ["calculator"]
+LESSONS_PER_STEP = 16  # as in configs/sft/nano-1m-words.yaml
+MAX_REPLY = 96  # tokens, as in configs/grpo/nano-1m-words.yaml
 MODELS = ("pretrain", "sft", "grpo")
+SPLITS = ("test", "heldout")  # of the exam: stories that were trained on with other names and numbers, and new stories
 SHOWN, WIDTH = 3, 110  # problems, characters of a line
 
 
@@ -51,11 +55,11 @@ class Config:
     steps: int = 350
     """Optimizer steps of pretraining, 4,096 tokens each."""
     sft_steps: int = 140
-    """Optimizer steps of instruction tuning, 64 worked solutions each."""
+    """Optimizer steps of instruction tuning, 16 worked solutions each."""
     grpo_steps: int = 150
     """Steps of reinforcement learning, 256 replies each."""
     exam: int = 500
-    """Number of problems in the final exam."""
+    """Number of problems in each part of the final exam."""
     seed: int = 0
     """Random seed of the weights, the data order and the replies."""
 
@@ -107,16 +111,17 @@ def begin(c: Config, path: Path) -> dict[str, Any]:
 
 def journey(c: Config, model: ModelConfig) -> list[Step]:
     """The steps, nearly each a verb that a user can call alone."""
-    spelled = c.out / "problems.txt"
+    corpus, spelled = c.out / "corpus.jsonl", c.out / "problems.txt"
     learn = tokenizer.Config(
-        corpus=[BUILTIN, str(spelled)], output_dir=c.out / "tokenizer", vocab_size=model.vocab_size, seed=c.seed
+        corpus=[str(corpus), str(spelled)], output_dir=c.out / "tokenizer", vocab_size=model.vocab_size, seed=c.seed
     )
     encode = preprocess.Config(
-        kind="text", input=[Path(BUILTIN)], tokenizer_path=learn.model_path, save_dir=c.out / "tokens", seed=c.seed
+        kind="text", input=[corpus], tokenizer_path=learn.model_path, save_dir=c.out / "tokens", seed=c.seed
     )
     lessons = preprocess.Config(
         kind="words",
         words=WordsConfig(levels=[1, 2], largest=LARGEST, count=LESSONS_PER_STEP * c.sft_steps + 200),
+        tools=TOOLS,
         tokenizer_path=learn.model_path,
         save_dir=c.out / "lessons",
         seed=c.seed,
@@ -126,6 +131,7 @@ def journey(c: Config, model: ModelConfig) -> list[Step]:
     reinforcing = recipe("grpo", grpo, c, "sft", c.grpo_steps)
     writing = f"{c.model}: {model.total_parameters:,} parameters learn to write"
     return [
+        ("corpus", "the documentation on this machine", lambda: write_corpus(corpus)),
         ("problems", f"{SPELLED_PROBLEMS:,} school problems for the tokenizer", lambda: write_problems(spelled)),
         ("tokenizer", f"a tokenizer of {model.vocab_size:,} pieces", lambda: tokenizer.run(learn)),
         ("preprocess", "the corpus as token files", lambda: preprocess.run(encode)),
@@ -133,8 +139,19 @@ def journey(c: Config, model: ModelConfig) -> list[Step]:
         ("lessons", "problems with worked solutions as token files", lambda: preprocess.run(lessons)),
         ("sft", "the model learns to reply, from worked solutions", lambda: sft.run(tuning)),
         ("grpo", "its own replies teach the model: right ones become likelier", lambda: grpo.run(reinforcing)),
-        ("exam", f"{c.exam:,} problems that nobody has trained on", lambda: examine(c)),
+        ("exam", f"{c.exam:,} new problems, and {c.exam:,} of stories that are new too", lambda: examine(c)),
     ]
+
+
+def write_corpus(path: Path) -> Path:
+    """The documentation on this machine, a line of JSON for each document: it is read twice, and slow to collect."""
+    lines = []
+    with Progress("collect", unit="documents") as bar:
+        for text in documents():
+            lines.append(json.dumps({"text": text}) + "\n")
+            bar.advance()
+    write_file(path, "".join(lines).encode())
+    return path
 
 
 def write_problems(path: Path) -> Path:
@@ -171,34 +188,48 @@ def recipe(verb: str, stage: ModuleType, c: Config, start: str, steps: int, *mor
 
 
 def examine(c: Config) -> Path:
-    """New two-step problems, solved greedily by each of the three models; written to exam.json."""
+    """Two-step problems, solved greedily by each of the three models; written to exam.json."""
     task, world = WordProblems(levels=(2,), largest=LARGEST), World.start()
-    problems = task.problems("test")[: c.exam]
-    judged: dict[str, Judged] = {}
+    judged: dict[str, dict[str, Judged]] = {split: {} for split in SPLITS}
     for name in MODELS:
         bundle = load_bundle(c.out / name / "bundle", world.dtype, world.device)
-        called = f"exam of {name}"
-        attempts = solve(bundle.model, bundle.tokenizer, problems, max_tokens=MAX_REPLY, called=called)
-        judged[name] = judge(attempts, {"strict": task.grade})
-    write_json(c.out / "exam.json", report(judged))
+        for split in SPLITS:
+            attempts = solve(
+                bundle.model,
+                bundle.tokenizer,
+                task.problems(split)[: c.exam],
+                max_tokens=MAX_REPLY,
+                tool=tool_caller(bundle),
+                called=f"exam of {name}, {split}",
+            )
+            judged[split][name] = judge(attempts, {"strict": task.grade})
+    write_json(c.out / "exam.json", report(*judged.values()))
     return c.out / "exam.json"
 
 
-def report(judged: dict[str, Judged]) -> dict[str, Any]:
+def report(test: Mapping[str, Judged], heldout: Mapping[str, Judged]) -> dict[str, Any]:
     """What summary.json says of instruction tuning and of reinforcement learning: before, after, and how surely."""
-    base, tuned, reinforced = (judged[model].first("strict") for model in MODELS)
+    base, tuned, reinforced = (test[model].first("strict") for model in MODELS)
     change = paired(reinforced, tuned)
-    shown = [place for place in range(len(tuned)) if reinforced[place] and not tuned[place]][:SHOWN]
+    well = [place for place, right in enumerate(reinforced) if right and is_worked(test["grpo"].attempts[place])]
+    shown = [place for place in well if not tuned[place]][:SHOWN]
     return {
         "sft": before_and_after(base, tuned),
         "grpo": before_and_after(tuned, reinforced)
         | {"difference": change.difference, "difference_interval": [change.low, change.high], "p": change.p},
+        "new_stories": before_and_after(heldout["sft"].first("strict"), heldout["grpo"].first("strict")),
         "solved_now": [
-            {"question": judged["grpo"].attempts[place].problem.question}
-            | {model: judged[model].attempts[place].replies[0] for model in MODELS}
+            {"question": test["grpo"].attempts[place].problem.question}
+            | {model: test[model].attempts[place].replies[0] for model in MODELS}
             for place in shown
         ],
+        "ask": test["grpo"].attempts[well[0]].problem.question if well else None,
     }
+
+
+def is_worked(attempt: Attempt) -> bool:
+    """Whether the first reply calculates what the worked solution does: a right answer may come from wrong steps."""
+    return NOTE.findall(attempt.replies[0]) == NOTE.findall(attempt.problem.answer)
 
 
 def before_and_after(before: Sequence[bool], after: Sequence[bool]) -> dict[str, Any]:
@@ -220,7 +251,7 @@ def outcome(folder: Path) -> dict[str, Any]:
 
 def next_commands(c: Config, summary: dict[str, Any]) -> str:
     """What was reached, what the model writes and solves now, and what to type next."""
-    learned, tuned, reinforced = summary["pretrain"], summary["sft"], summary["grpo"]
+    learned, tuned, reinforced, stories = (summary[name] for name in ("pretrain", "sft", "grpo", "new_stories"))
     nanollm = "nanollm" if shutil.which("nanollm") else f"{sys.executable} -m nanollm"
     lines = ["", "The model continues a text it has never seen:"]
     for prompt, before, after in zip(PROMPTS, learned["samples_before"], learned["samples_after"], strict=True):
@@ -235,11 +266,12 @@ def next_commands(c: Config, summary: dict[str, Any]) -> str:
         f"{learned['val_bpb_after']:.2f} after.",
         f"New two-step problems solved, of {reinforced['n']}: {_percent(tuned, 'before')} after pretraining, "
         f"{_percent(tuned, 'after')} after worked solutions, {_percent(reinforced, 'after')} after its own replies",
-        f"(difference {reinforced['difference']:+.1%}, p = {reinforced['p']:.1g}).",
+        f"(difference {reinforced['difference']:+.1%}, p = {reinforced['p']:.1g}). Of stories it never met: "
+        f"{_percent(stories, 'before')}, then {_percent(stories, 'after')}.",
         f"All in {duration(sum(summary['seconds'].values()))}.",
         f"Look: {', '.join(str(c.out / name / PAGE) for name in MODELS)}",
         f'Next:  {nanollm} generate {c.out / "pretrain" / "bundle"} --prompt "The function returns"',
-        f"       {nanollm} chat {c.out / 'grpo' / 'bundle'}      and ask it: {QUESTION}",
+        f"       {nanollm} chat {c.out / 'grpo' / 'bundle'}      and ask it: {summary['ask'] or QUESTION}",
         f"       {nanollm} serve {c.out / 'grpo' / 'bundle'}     and ask it in the browser",
         f"       {nanollm} eval {c.out / 'grpo' / 'bundle'} --against {c.out / 'sft' / 'bundle'} "
         f"--task.name words --task.levels 2 --task.largest {LARGEST}",

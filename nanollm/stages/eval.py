@@ -54,7 +54,7 @@ class EvalTask(TaskConfig):
     """Which problems, if any."""
 
     name: str = NO_TASK
-    """words: generated school problems; gsm8k: GSM8K; module:Name: a class of your own; none: no problems."""
+    """words: generated math word problems; gsm8k: GSM8K; module:Name: a class of your own; none: no problems."""
     split: str = "test"
     """Which problems of the task: train or test, and for words new_numbers or heldout."""
 
@@ -90,7 +90,8 @@ class Config:
     top_p: float = 1.0
     """Nucleus sampling of --samples: choose among the most likely tokens that together reach this probability."""
     tools: list[str] | None = None
-    """Tools that write into replies, such as calculator. null: those each model was trained with; none: no tools."""
+    """Tools that the model may call while it replies, such as calculator. null: those each model was trained with;
+    none: no tools."""
     against: Path | None = None
     """Another bundle to measure on the same problems and texts, with its own tokenizer."""
     text: list[Path] = field(default_factory=list)
@@ -98,7 +99,8 @@ class Config:
     text_column: str = "text"
     """Column (.jsonl key) that holds the text, for --text and --contamination."""
     data: Path | None = None
-    """Folder of token files: bits per byte of its split val; of conversations, those of the assistant's words."""
+    """Folder of token files whose val split is measured in bits per byte; for conversations, the assistant's messages
+    only."""
     harness: list[str] = field(default_factory=list)
     """Tasks of lm-evaluation-harness, such as hellaswag,arc_easy, or suites of them: core, small, or FILE.yaml."""
     harness_tasks: Path | None = None

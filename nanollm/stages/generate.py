@@ -39,7 +39,8 @@ class Config(SamplingConfig):
     json: bool = False
     """Print one JSON object per prompt instead of text."""
     tools: list[str] | None = None
-    """Tools that write into the text, such as calculator. null: those the model was trained with; none: no tools."""
+    """Tools that the model may call while it writes, such as calculator. null: those the model was trained with; none:
+    no tools."""
     quantize: Quantize = "none"
     """int8: weights in one byte each, with a scale per output."""
     device: DeviceName = "auto"

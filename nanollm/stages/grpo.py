@@ -52,8 +52,8 @@ class GrpoTrainConfig(LoopConfig):
     log_every: int = 1
     """Steps between two lines of metrics.jsonl; each line has the numbers of its own step."""
     micro_batch_size: int = 8
-    """Rows per forward pass of training, counted as if each were as long as the model's context; rows that are only as
-    wide as the replies of a step need are as many more."""
+    """Rows per forward pass of training, counted as if each were as long as the model's context; with short replies,
+    rows are narrower and a pass takes more of them."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -84,8 +84,8 @@ class Config(RunConfig):
     reference: Path | None = None
     """Reference model of the KL term, for objective.beta; null: the bundle the run starts from."""
     validation_problems: int = 200
-    """Problems that are solved greedily at each validation: the last ones of the split test, since nanollm eval takes
-    the first (0: none)."""
+    """Problems that are solved greedily at each validation: taken from the end of the test split, because nanollm eval
+    takes the first (0: none)."""
     speed: SpeedConfig = field(default_factory=lambda: SpeedConfig(compile="off"))
     """What makes training fast, or small. Compiling is off: the shape of a step follows its replies, and every new
     shape would be compiled anew."""

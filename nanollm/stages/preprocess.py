@@ -42,7 +42,7 @@ class WordsConfig:
     levels: list[int] = field(default_factory=lambda: [1, 2])
     """Numbers of steps to a solution, from 1 to 4; each comes equally often."""
     largest: int = 20
-    """The largest number given, but for totals; no number of a problem is above 5 times this."""
+    """Largest number stated in a problem. Totals may be larger; no number of a problem exceeds 5 times this."""
     seed: int = 0
     """Another seed gives other problems."""
     count: int = 20_000
@@ -70,8 +70,8 @@ class Config:
     """
 
     kind: Literal["owt", "sni", "gsm8k", "words", "text", "chat"]
-    """owt: OpenWebText; sni: Super-NaturalInstructions; gsm8k: school problems with worked solutions, with a split of
-    its own for test; words: generated school problems, offline; text: any documents; chat: .jsonl lines
+    """owt: OpenWebText; sni: Super-NaturalInstructions; gsm8k: grade-school math problems with worked solutions and
+    their own test split; words: generated math word problems, offline; text: any documents; chat: .jsonl lines
     {"messages": [{"role": ..., "content": ...}, ...]}."""
     tokenizer_path: Path
     """The .model file of the tokenizer, or the folder that holds it."""

@@ -38,7 +38,8 @@ class Config:
     dtype: DtypeName = "auto"
     """What to compute in."""
     tools: list[str] | None = None
-    """Tools that write into replies, such as calculator. null: those the model was trained with; none: no tools."""
+    """Tools that the model may call while it replies, such as calculator. null: those the model was trained with; none:
+    no tools."""
     quantize: Quantize = "none"
     """int8: weights in one byte each, with a scale per output."""
     max_running: int = 16

@@ -46,7 +46,7 @@ class Config:
     model_type: ModelType = "bpe"
     """Algorithm of SentencePiece. All four are lossless; char may end up with fewer than vocab_size pieces."""
     vocab_size: int = 50304
-    """Number of pieces, special marks and the 256 bytes included (at most 65,536)."""
+    """Vocabulary size, including special tokens and the 256 byte tokens (at most 65,536)."""
     character_coverage: float = CHARACTER_COVERAGE
     """Share of the text whose characters get their own pieces, most common first; the rest falls back to bytes.
     Lower, such as 0.9, for a small vocabulary of a script with thousands of characters."""

@@ -37,7 +37,7 @@ class OptimConfig:
     decay_fraction: float = 0.2
     """wsd only: share of the steps at the end in which the rate decays."""
     final_lr_fraction: float = 0.0
-    """Learning rate one step after the last, as a fraction of the peak."""
+    """Learning rate at which the schedule ends, one step after the last, as a fraction of the peak."""
     weight_decay: float = 0.1
     """Decoupled weight decay; matrices only."""
     betas: tuple[float, float] = (0.9, 0.95)

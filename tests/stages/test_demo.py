@@ -7,18 +7,21 @@ import shutil
 
 import pytest
 
+from nanollm.bundle import load_bundle
+from nanollm.evals.problems import Attempt, judge
 from nanollm.sources import builtin
+from nanollm.sources.gsm8k import Problem
 from nanollm.stages import demo, preprocess
 
 SHORT = {"sft_steps": 2, "grpo_steps": 1, "exam": 4}
-STEPS = {"problems", "tokenizer", "preprocess", "pretrain", "lessons", "sft", "grpo", "exam"}
+STEPS = {"corpus", "problems", "tokenizer", "preprocess", "pretrain", "lessons", "sft", "grpo", "exam"}
 
 
 @pytest.fixture
 def short_corpus(monkeypatch):
     """The first documents of the real built-in corpus."""
     documents = list(itertools.islice(builtin.documents(), 120))
-    monkeypatch.setattr(builtin, "documents", lambda: iter(documents))
+    monkeypatch.setattr(demo, "documents", lambda: iter(documents))
 
 
 def test_the_demo_runs_offline_and_the_model_learns(short_corpus, tmp_path, capsys):
@@ -32,10 +35,32 @@ def test_the_demo_runs_offline_and_the_model_learns(short_corpus, tmp_path, caps
     assert summary["sft"]["n"] == summary["grpo"]["n"] == 4
     for low, high in (summary["grpo"]["accuracy_after_interval"], summary["sft"]["accuracy_before_interval"]):
         assert 0 <= low < high <= 1
+    assert summary["new_stories"]["n"] == 4
+    assert load_bundle(tmp_path / "demo" / "grpo" / "bundle").tools == ["calculator"]
     said = capsys.readouterr().err
     assert f"nanollm generate {tmp_path / 'demo' / 'pretrain' / 'bundle'}" in said
     assert f"nanollm chat {tmp_path / 'demo' / 'grpo' / 'bundle'}" in said
-    assert "[4/8] nano-1m: 1,206,016 parameters learn to write" in said
+    assert "[5/9] nano-1m: 1,206,016 parameters learn to write" in said
+
+
+def test_what_is_shown_as_solved_is_worked_as_the_solution_is():
+    """3 * 4 + 8 is 20: two wrong steps can give that, too."""
+    problem = Problem("How many?", "3*4=<<3*4=12>>12\n12+8=<<12+8=20>>20\n#### 20")
+    lucky = "3+4=<<3+4=7>>7\n12+8=<<12+8=20>>20\n#### 20"
+    replies = {
+        "pretrain": ["", "", ""],
+        "sft": ["#### 1", "#### 1", lucky],
+        "grpo": [lucky, problem.answer, problem.answer],
+    }
+
+    def judged(model):
+        attempts = [Attempt(problem, [reply], ["end"], [9]) for reply in replies[model]]
+        return judge(attempts, {"strict": lambda problem, reply: reply.endswith("#### 20")})
+
+    summary = demo.report(*[{model: judged(model) for model in demo.MODELS}] * 2)
+    assert [solved["grpo"] for solved in summary["solved_now"]] == [problem.answer]
+    assert summary["grpo"]["accuracy_after"] == 1
+    assert summary["ask"] == problem.question
 
 
 @pytest.mark.long
