@@ -167,6 +167,7 @@ def pretrain_config(c: Config, model: ModelConfig, tokenizer_path: Path) -> pret
         tokenizer_path=tokenizer_path,
         data=c.out / "tokens",
         out=c.out / "pretrain",
+        start="fast",
         train=TrainConfig(
             steps=c.steps,
             batch_size=max(1, TOKENS_PER_STEP // model.context_length),

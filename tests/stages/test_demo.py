@@ -3,15 +3,18 @@
 import dataclasses
 import itertools
 import json
+import re
 import shutil
 
 import pytest
 
 from nanollm.bundle import load_bundle
-from nanollm.evals.problems import Attempt, judge
+from nanollm.evals.problems import Attempt, judge, solve
+from nanollm.generate.tools import tool_caller
 from nanollm.sources import builtin
-from nanollm.sources.gsm8k import Problem
+from nanollm.sources.gsm8k import Problem, grade
 from nanollm.stages import demo, preprocess
+from tests.test_figures import ROOT
 
 SHORT = {"sft_steps": 2, "grpo_steps": 1, "exam": 4}
 STEPS = {"corpus", "problems", "tokenizer", "preprocess", "pretrain", "lessons", "sft", "grpo", "exam"}
@@ -84,3 +87,30 @@ def test_another_demo_does_not_pass_for_this_one(short_corpus, tmp_path):
     shutil.rmtree(c.out / "pretrain")
     demo.run(c)  # what is gone is made again
     assert (c.out / "pretrain" / "bundle").is_dir()
+
+
+QUESTIONS = {  # that the documents and the demo ask, and their answers
+    "Tom has 5 cups. Rosa gives him 3 more. How many cups does Tom have now?": "8",
+    "Tom has 25 cups. Rosa has 14 more cups than Tom. How many cups do Tom and Rosa have together?": "64",
+    demo.QUESTION: "20",
+    "Anna has 34 apples. Tom gives her 15 more. How many apples does Anna have now?": "49",
+}
+
+
+def test_the_documents_ask_no_other_questions():
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "configs").rglob("*words.yaml")]
+    texts = "".join(page.read_text("utf-8") for page in pages if page.name != "log.md")
+    asked = set(re.findall(r"(?:Tom|Anna) has \d+ [^\n\"`]*?\?", texts))
+    assert asked
+    assert asked <= set(QUESTIONS)
+
+
+@pytest.mark.slow
+def test_a_finished_demo_answers_every_question_of_the_documents(tmp_path):
+    summary = json.loads(demo.run(demo.Config(out=tmp_path / "demo")).read_text())
+    bundle = load_bundle(tmp_path / "demo" / "grpo" / "bundle")
+    problems = [Problem(question, f"#### {answer}") for question, answer in QUESTIONS.items()]
+    attempts = solve(bundle.model, bundle.tokenizer, problems, max_tokens=demo.MAX_REPLY, tool=tool_caller(bundle))
+    assert [grade(each.replies[0], each.problem.answer) for each in attempts] == [True] * len(QUESTIONS)
+    assert summary["grpo"]["accuracy_after"] > summary["sft"]["accuracy_after"] > 0.7
+    assert len(summary["solved_now"]) == demo.SHOWN
