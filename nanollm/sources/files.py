@@ -76,6 +76,8 @@ class _Unreadable(Exception):
 def checksums(files: Sequence[Path]) -> list[list[str | int]]:
     """Name, bytes and CRC-32 of each file: enough to notice that one was changed, wherever they lie."""
     found: list[list[str | int]] = []
+    if (size := sum(path.stat().st_size for path in files)) >= 2**30:
+        say(f"reading {size / 2**30:,.1f} GiB of sources once, to notice later if one has changed")
     for path in files:
         with path.open("rb") as file:
             crc = reduce(lambda crc, part: zlib.crc32(part, crc), iter(partial(file.read, 2**20), b""), 0)
