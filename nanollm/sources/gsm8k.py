@@ -1,4 +1,4 @@
-"""GSM8K (arXiv:2110.14168): school problems, worked solutions, and whether a reply has the right number.
+"""GSM8K (arXiv:2110.14168): grade-school math problems, worked solutions, and whether a reply has the right number.
 
 A solution is kept exactly as written, with its calculator notes <<48/2=24>> and its last line "#### 24". The answer
 is the text after the mark, exactly as well: "1,080" stays "1,080". Two answers are the same if their numbers are,

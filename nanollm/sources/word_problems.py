@@ -1,4 +1,4 @@
-"""Generated school problems, as many as wanted, that even a very small model can learn to solve.
+"""Generated math word problems, as many as wanted, that even a very small model can learn to solve.
 
 From the stories of word_stories.txt: one is drawn, then names, things and numbers, and the worked solution is written
 in GSM8K's form (arXiv:2110.14168): one sum per line with its calculator note, "7+5=<<7+5=12>>12", then "#### 12".

@@ -21,7 +21,6 @@ from nanollm.model.config import ModelConfig
 from nanollm.progress import Progress, duration, say
 from nanollm.report.page import PAGE
 from nanollm.sources.builtin import documents
-from nanollm.sources.gsm8k import NOTE
 from nanollm.sources.word_problems import WordProblems
 from nanollm.stages import grpo, preprocess, pretrain, sft, tokenizer
 from nanollm.stages.preprocess import WordsConfig
@@ -56,7 +55,7 @@ class Config:
     """Optimizer steps of pretraining, 4,096 tokens each."""
     sft_steps: int = 360
     """Optimizer steps of instruction tuning, 16 worked solutions each."""
-    grpo_steps: int = 90
+    grpo_steps: int = 75
     """Steps of reinforcement learning, 256 replies each."""
     exam: int = 500
     """Number of problems in each part of the final exam."""
@@ -132,7 +131,7 @@ def journey(c: Config, model: ModelConfig) -> list[Step]:
     writing = f"{c.model}: {model.total_parameters:,} parameters learn to write"
     return [
         ("corpus", "the documentation on this machine", lambda: write_corpus(corpus)),
-        ("problems", f"{SPELLED_PROBLEMS:,} school problems for the tokenizer", lambda: write_problems(spelled)),
+        ("problems", f"{SPELLED_PROBLEMS:,} word problems for the tokenizer", lambda: write_problems(spelled)),
         ("tokenizer", f"a tokenizer of {model.vocab_size:,} pieces", lambda: tokenizer.run(learn)),
         ("preprocess", "the corpus as token files", lambda: preprocess.run(encode)),
         ("pretrain", writing, lambda: pretrain.run(pretraining)),
@@ -229,8 +228,8 @@ def report(test: Mapping[str, Judged], heldout: Mapping[str, Judged]) -> dict[st
 
 
 def is_worked(attempt: Attempt) -> bool:
-    """Whether the first reply calculates what the worked solution does: a right answer may come from wrong steps."""
-    return NOTE.findall(attempt.replies[0]) == NOTE.findall(attempt.problem.answer)
+    """Whether the first reply is the worked solution: a right number may come from wrong steps or wrong names."""
+    return attempt.replies[0].strip() == attempt.problem.answer
 
 
 def before_and_after(before: Sequence[bool], after: Sequence[bool]) -> dict[str, Any]:
@@ -261,7 +260,7 @@ def next_commands(c: Config, summary: dict[str, Any]) -> str:
         lines.append("Problems that only its own replies taught it to solve:")
     for solved in summary["solved_now"]:
         lines += [f"  {solved['question']}"]
-        lines += [f"    {name:9}{shorten(solved[name], WIDTH)}" for name in MODELS] + [""]
+        lines += [f"    before  {shorten(solved['sft'], WIDTH)}", f"    after   {shorten(solved['grpo'], WIDTH)}", ""]
     lines += [
         f"Bits per byte of unseen text: {learned['val_bpb_before']:.2f} before pretraining, "
         f"{learned['val_bpb_after']:.2f} after.",
