@@ -3,7 +3,7 @@
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -195,6 +195,7 @@ class Service:
         self.detokenizer = Detokenizer(bundle.tokenizer)
         self._max_token_bytes = int(bundle.tokenizer.token_bytes.max())
         self._created = int(time.time())
+        self._examples = examples_of(bundle.provenance)
 
     @property
     def card(self) -> Json:
@@ -207,6 +208,7 @@ class Service:
             "context_length": self.config.context_length,
             "moe_blocks": [block + 1 for block in range(self.config.n_blocks) if self.config.is_moe(block)],
             "n_routed_experts": self.config.n_routed_experts,
+            "examples": self._examples,
         }
 
     def check_name(self, name: str) -> None:
@@ -308,3 +310,13 @@ def conversation_of(messages: Sequence[ChatMessage]) -> Conversation:
     if conversation.messages[-1].role != "user":
         raise refusal("messages", "the last one must be the user's, to be replied to")
     return conversation
+
+
+def examples_of(provenance: Mapping[str, Any]) -> list[str]:
+    """Questions that the page offers: the first three that instruction tuning answered on the way."""
+    while isinstance(parent := provenance.get("parent"), dict):
+        config = provenance.get("config")
+        if isinstance(config, dict) and isinstance(asked := config.get("sample_prompts"), list):
+            return [str(question) for question in asked[:3]]
+        provenance = parent
+    return []

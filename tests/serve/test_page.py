@@ -514,3 +514,14 @@ def test_with_a_key_the_browser_is_asked_for_it_once_and_the_page_works(bundle, 
         ask(page)
         assert page.locator(REPLY).text_content()
         wait_until(lambda: guarded.engine.load == 0)
+
+
+def test_a_question_that_the_model_was_tuned_with_is_one_click_away(bundle, serve_extra, visit):
+    tuned = {"config": {"sample_prompts": ["Once upon a time?", "<b>And then?</b>"]}, "parent": {"made_by": "a test"}}
+    with serving(replace(bundle, provenance={"config": {}, "parent": tuned})) as running:
+        page = visit(running)
+        assert page.locator("#examples button").all_text_contents() == tuned["config"]["sample_prompts"]
+        page.click("#examples button")
+        page.wait_for_selector(FINISHED)
+        assert page.locator(".question .text").all_text_contents() == ["Once upon a time?"]
+        assert page.locator("#examples").is_hidden()

@@ -129,8 +129,20 @@ async function meetModel() {
     model = await readModel();
     byId("model-name").textContent = model.id;
     document.title = `${model.id} · NanoLLM`;
+    byId("examples").replaceChildren(...(model.examples ?? []).map(exampleOf));
     for (const view of views) if (view.inside) view.restart(); // it was drawn before the names of its blocks were known
     refresh();
+}
+
+/** A button that asks a question the model was trained for. */
+function exampleOf(question) {
+    const button = document.createElement("button");
+    Object.assign(button, { type: "button", className: "quiet", textContent: question });
+    button.addEventListener("click", () => {
+        page.message.value = question;
+        send();
+    });
+    return button;
 }
 
 // --- what stays when the page is loaded again ---
