@@ -12,7 +12,7 @@ from nanollm.config import preset_names
 DOCS = Path(__file__).parent.parent / "docs"
 FIGURES = DOCS / "figures"
 ROOT = DOCS.parent
-BY_HAND = {"architecture", "flow"}
+BY_HAND = {"architecture", "flow", "demo"}
 CONCEPTS = sorted((DOCS / "concepts").glob("*.md"))
 
 
@@ -33,7 +33,7 @@ def test_a_concept_page_shows_pictures_that_exist_and_tells_in_words_what_is_on_
 
 
 def test_every_picture_is_shown_and_every_chart_is_drawn_by_the_script(draw):
-    text = "".join(page.read_text(encoding="utf-8") for page in [*CONCEPTS, DOCS / "index.md"])
+    text = "".join(page.read_text(encoding="utf-8") for page in [*CONCEPTS, DOCS / "index.md", ROOT / "README.md"])
     names = {file.stem for file in FIGURES.glob("*.svg")}
     assert names == draw.CHARTS.keys() | BY_HAND
     assert {name for name in names if f"figures/{name}.svg" not in text} == set()

@@ -35,7 +35,6 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 TIMEOUT_S = 600
 PROGRAMS = {
     "nanollm": ["-m", "nanollm"],
-    ".venv/bin/nanollm": ["-m", "nanollm"],
     "torchrun": ["-m", "torch.distributed.run"],
 }
 """How the Python of these tests runs what the README calls so."""
@@ -66,7 +65,6 @@ RULES = (
     Rule("make test", refused="this test is one of them"),
     Rule("py make.py", refused="the same two commands, as Windows calls them"),
     Rule("pip install", refused="it changes the environment; whether the extra exists is another test"),
-    Rule(".venv/bin/nanollm generate"),
     Rule("nanollm tokenizer --dataset_name", instead={"--dataset_name Elriggs/openwebtext-100k": ""}, more=TEXTS),
     Rule("nanollm preprocess owt", instead={"--num_workers 8": "--num_workers 2"}, more="--input my_texts/"),
     Rule("nanollm pretrain --model nano-1m", more="--train.steps 2"),

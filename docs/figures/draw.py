@@ -2,7 +2,7 @@
 
 What is drawn is in measured/*.json (each file names the commit whose docs/figures/measure.py wrote it), in
 benchmarks/results, and in the presets. --check names the charts that differ from the committed ones.
-architecture.svg, flow.svg and the PNG files are not drawn here.
+architecture.svg, flow.svg, demo.svg (rich's export_svg of a demo's last lines) and the PNG files are not drawn here.
 """
 
 import csv

@@ -17,16 +17,17 @@ class FilterConfig:
     gopher_repetition: bool = True
     """Drop documents with repeated lines, paragraphs or n-grams."""
     gopher_quality: bool = True
-    """Drop documents with too few or over 100,000 words, too short or too long words, too many symbols, or no stop
-    words."""
+    """Drop documents with too few or over 100,000 words, too short or too long words, too many symbols, or fewer than 2
+    stop words."""
     min_words: int = 50
     """Minimum number of words in a document, for gopher_quality."""
     min_letters: float = 0.8
     """Minimum share of words that contain a letter, for gopher_quality. Punctuation marks count as words, so text with
     code or tables needs less, such as 0.6."""
     c4: bool = False
-    """Drop documents with a curly bracket, "lorem ipsum" or fewer than 5 sentences; from the others, remove lines of
-    fewer than 3 words or about cookies or Javascript. The only filter that changes documents."""
+    """Drop documents with a curly bracket or "lorem ipsum"; remove citation marks and lines of fewer than 3 words, with
+    a word over 1,000 characters, or about cookies, privacy, terms of use or Javascript; then drop what has fewer than 5
+    sentences. The only filter that changes documents."""
     language: str | None = None
     """Keep only this language, such as en; null: all. Needs fastText, whose model (126 MB) is downloaded once."""
 

@@ -48,7 +48,7 @@ class RolloutConfig:
     arXiv:2503.14476); 0: never, they are only left out."""
     tools: list[str] | None = None
     """Tools that the model may call while it replies, such as calculator. null: those the model was trained with; none:
-    no tools. Their tokens are not trained."""
+    no tools. A tool's tokens are not trained."""
     engine: str = OWN
     """Inference engine. own: the engine of this process; vllm://HOST:PORT: a vLLM server that receives the weights
     before each step (docs/post-training.md), for models that outgrow one device."""

@@ -1,4 +1,4 @@
-"""Measures measure inference speed on this machine, beside how fast its memory is."""
+"""Measures inference speed on this machine, beside how fast its memory is."""
 
 import json
 import statistics

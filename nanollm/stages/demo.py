@@ -44,7 +44,7 @@ SHOWN, WIDTH = 3, 110  # problems, characters of a line
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Train a tokenizer and a small model on documentation that is already on this machine, then teach it school
+    """Train a tokenizer and a small model on documentation that is already on this machine, then teach it math word
     problems, first by worked solutions, then by GRPO. Runs offline, in minutes, on two CPU cores."""
 
     out: Path = Path("runs/demo")
@@ -193,7 +193,7 @@ def examine(c: Config) -> Path:
     judged: dict[str, dict[str, Judged]] = {split: {} for split in SPLITS}
     for name in MODELS:
         bundle = load_bundle(c.out / name / "bundle", world.dtype, world.device)
-        for split in SPLITS:
+        for split in SPLITS[:1] if name == "pretrain" else SPLITS:
             attempts = solve(
                 bundle.model,
                 bundle.tokenizer,

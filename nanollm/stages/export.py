@@ -43,7 +43,7 @@ class Config:
     push: str | None = None
     """Upload the export to this repository of the Hugging Face hub, USER/NAME, once --verify has passed."""
     private: bool = True
-    """Make a repository that --push creates private."""
+    """Whether a repository created by --push is private."""
     verify: bool = False
     """Load the export in its engine (transformers, llama.cpp) and compare ids, logits and greedy replies with ours;
     exit code 1 if they differ. An export that is there already is compared as it stands."""

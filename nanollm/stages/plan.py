@@ -50,7 +50,7 @@ LIBRARIES = {"cpu": 390_000_000, "cuda": 600_000_000}
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Estimate whether a model fits a GPU or CPU, how long training takes and what it costs. Ends with a command.
+    """Estimate whether a model fits a GPU or CPU, how long training takes and what it costs.
 
     Without --gpu it plans for this machine, which is measured for a quarter of a second. The optimizer is Muon.
     """

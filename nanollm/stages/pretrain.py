@@ -51,7 +51,7 @@ class Config(RunConfig):
     """Optimizer and schedule."""
     start: StartName = "gpt2"
     """Initialization. gpt2: small normal weights; fast: zeros in the head and in what writes to the residual stream,
-    and embedding rows normalized to an RMS of 1, which helps short runs (docs/ablations.md)."""
+    and embedding rows kept at an RMS of 1 throughout training, which helps short runs (docs/ablations.md)."""
     validation_windows: int = 64
     """Windows on which bits per byte are measured, spread evenly over the validation split (0: all)."""
     sample_prompts: list[str] = field(default_factory=AUTO.copy)

@@ -25,7 +25,7 @@ class Config:
     run: Path
     """Folder of a run, such as runs/demo/pretrain."""
     compare: list[Path] = field(default_factory=list)
-    """Folders of other runs to draw beside the first."""
+    """Folders of other runs, whose curves are drawn over those of the first."""
     out: Path | None = None
     """The page; null: report.html in the folder of the run, and with --compare compared.html there."""
     watch: bool = False

@@ -26,7 +26,7 @@ class Config:
     bundle: Path
     """Folder of a bundle, such as runs/demo/sft/bundle."""
     host: str = "127.0.0.1"
-    """Address to listen on; other than loopback, it needs a key."""
+    """Address to listen on; any other than loopback needs a key."""
     port: int = 8000
     """Port to listen on; 0: any free one."""
     api_key: str = field(default="", repr=False)
