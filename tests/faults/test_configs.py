@@ -255,7 +255,7 @@ IMPOSSIBLE = [
     (GRPO, {"objective.updates": 0}, ["objective.updates"]),
     *((GRPO, {"reward.weights": value}, ["reward.weights"]) for value in ({}, {"correct": 0.0}, {"correct": math.nan})),
     (GRPO, {"reward.weights": {"banana": 1.0}}, ["reward.weights", "banana"]),
-    (GRPO, {"reward.weights": {"length": 1.0}, "reward.soft_tokens": 73}, ["reward.soft_tokens", "rollout.max_tokens"]),
+    (GRPO, {"reward.weights": {"length": 1.0}, "reward.soft_tokens": 97}, ["reward.soft_tokens", "rollout.max_tokens"]),
     *((GRPO, {"reward.timeout_s": value}, ["reward.timeout_s"]) for value in (0.0, 1e9)),
     *((GRPO, {"task.levels": value}, ["task.levels"]) for value in ([], [5], [1, 1])),
     (GRPO, {"task.largest": 4}, ["task.largest"]),
