@@ -375,3 +375,13 @@ def test_an_edit_of_equal_length_is_noticed(tokenizer_path, tmp_path):
     (tmp_path / "in.jsonl").write_text('{"text": "The sea is wild"}\n')
     with pytest.raises(ValueError, match="files"):
         run(c)
+
+
+def test_without_tools_it_does_not_wait_for_torch(tokenizer_path, tmp_path):
+    code = (
+        "import sys; from nanollm.cli import main; sys.argv[0] = 'nanollm'; assert main() == 0; "
+        "assert 'torch' not in sys.modules"
+    )
+    (tmp_path / "in.jsonl").write_text('{"text": "Once upon a time"}\n' * 5)
+    words = ["preprocess", "text", "--input", tmp_path / "in.jsonl", "--tokenizer_path", tokenizer_path]
+    subprocess.run([sys.executable, "-c", code, *words, "--save_dir", tmp_path / "out"], check=True)
