@@ -9,12 +9,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
+from typing import TYPE_CHECKING
 
-from nanollm.bundle import Bundle
-from nanollm.generate.request import MakeTool
 from nanollm.progress import say
 from nanollm.text.chat import Tool
 from nanollm.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:  # both bring torch, for which preprocess would wait two seconds
+    from nanollm.bundle import Bundle
+    from nanollm.generate.request import MakeTool
 
 TOOLS = {"calculator": "nanollm.sources.calculator", "python": "nanollm.sources.python_tool"}
 """Modules, each with a function of the tool's name: imported when it is asked for."""
@@ -40,7 +43,7 @@ class ToolCaller:
         return []
 
 
-def with_tools(bundle: Bundle, names: Sequence[str] | None) -> Bundle:
+def with_tools(bundle: "Bundle", names: Sequence[str] | None) -> "Bundle":
     """The bundle with these tools in place of those that it was trained with; ["none"]: none.
 
     None: it keeps them, but for those that must be asked for by name.
@@ -52,7 +55,7 @@ def with_tools(bundle: Bundle, names: Sequence[str] | None) -> Bundle:
     return replace(bundle, tools=chosen)
 
 
-def tool_caller(bundle: Bundle) -> MakeTool | None:
+def tool_caller(bundle: "Bundle") -> "MakeTool | None":
     """What makes the `Request.tool` of each reply of a bundle; None without tools."""
     tools = check_tools(bundle.tools, bundle.tokenizer)
     return partial(ToolCaller, tools, bundle.tokenizer) if tools else None

@@ -76,12 +76,13 @@ class _Unreadable(Exception):
 def checksums(files: Sequence[Path]) -> list[list[str | int]]:
     """Name, bytes and CRC-32 of each file: enough to notice that one was changed, wherever they lie."""
     found: list[list[str | int]] = []
-    if (size := sum(path.stat().st_size for path in files)) >= 2**30:
-        say(f"reading {size / 2**30:,.1f} GiB of sources once, to notice later if one has changed")
-    for path in files:
+    sizes = [path.stat().st_size for path in files]
+    if sum(sizes) >= 2**30:
+        say(f"reading {sum(sizes) / 2**30:,.1f} GiB of sources once, to notice later if one has changed")
+    for path, size in zip(files, sizes, strict=True):
         with path.open("rb") as file:
             crc = reduce(lambda crc, part: zlib.crc32(part, crc), iter(partial(file.read, 2**20), b""), 0)
-        found.append([path.name, path.stat().st_size, crc])
+        found.append([path.name, size, crc])
     return found
 
 

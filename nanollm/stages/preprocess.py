@@ -8,6 +8,7 @@ from typing import Any, Literal
 from nanollm.config import check_at_least, check_seed
 from nanollm.data.prepare import BAD_RECORDS, Document, PrepareConfig, SourceSplit, prepare
 from nanollm.durable import check_writable
+from nanollm.generate.tools import check_tools
 from nanollm.progress import say
 from nanollm.sources import builtin, gsm8k
 from nanollm.sources.builtin import BUILTIN
@@ -15,7 +16,6 @@ from nanollm.sources.datasets import chats, openwebtext, rows_of, super_natural_
 from nanollm.sources.files import OnBad, checksums, find_files, format_of, is_named, read_texts
 from nanollm.sources.split import hold_out
 from nanollm.sources.word_problems import LENGTH, WordProblems
-from nanollm.text.chat import Tool
 from nanollm.text.tokenizer import Tokenizer
 
 POSITIONAL = ("kind",)
@@ -159,7 +159,7 @@ def run(config: Config) -> Path:
         config.save_dir,
         config.rules,
         source=source,
-        tools=_tools(config.tools, tokenizer),
+        tools=check_tools(config.tools, tokenizer),
         num_workers=config.num_workers,
         flush_every=config.flush_every,
         strict=config.strict,
@@ -256,11 +256,3 @@ def summary(manifest: dict[str, Any], folder: Path) -> list[str]:
     if bad := manifest["bad_records"]:
         lines.append(f"{bad:,} bad records were left out; {folder / BAD_RECORDS} lists them")
     return lines
-
-
-def _tools(names: Sequence[str], tokenizer: Tokenizer) -> list[Tool]:
-    if not names:
-        return []
-    from nanollm.generate.tools import check_tools  # late: it brings torch, which takes two seconds
-
-    return check_tools(names, tokenizer)
