@@ -35,8 +35,6 @@ PROMPTS = ["Return the", "The function", "This module", "If the argument is"]
 SPELLED_PROBLEMS = 4000  # that the tokenizer sees beside the documentation
 LARGEST = 100  # number in a question; the calculator does the sums, so the model learns which ones
 TOOLS = ["calculator"]
-LESSONS_PER_STEP = 16  # as in configs/sft/nano-1m-words.yaml
-MAX_REPLY = 96  # tokens, as in configs/grpo/nano-1m-words.yaml
 MODELS = ("pretrain", "sft", "grpo")
 SPLITS = ("test", "heldout")  # of the exam: stories that were trained on with other names and numbers, and new stories
 SHOWN, WIDTH = 3, 110  # problems, characters of a line
@@ -117,17 +115,17 @@ def journey(c: Config, model: ModelConfig) -> list[Step]:
     encode = preprocess.Config(
         kind="text", input=[corpus], tokenizer_path=learn.model_path, save_dir=c.out / "tokens", seed=c.seed
     )
+    tuning = recipe("sft", sft, c, "pretrain", c.sft_steps, f"--data={c.out / 'lessons'}")
+    reinforcing = recipe("grpo", grpo, c, "sft", c.grpo_steps, f"--task.largest={LARGEST}")
     lessons = preprocess.Config(
         kind="words",
-        words=WordsConfig(levels=[1, 2], largest=LARGEST, count=LESSONS_PER_STEP * c.sft_steps + 200),
+        words=WordsConfig(levels=[1, 2], largest=LARGEST, count=tuning.train.batch_size * c.sft_steps + 200),
         tools=TOOLS,
         tokenizer_path=learn.model_path,
         save_dir=c.out / "lessons",
         seed=c.seed,
     )
     pretraining = pretrain_config(c, model, learn.model_path)
-    tuning = recipe("sft", sft, c, "pretrain", c.sft_steps, f"--data={c.out / 'lessons'}")
-    reinforcing = recipe("grpo", grpo, c, "sft", c.grpo_steps)
     writing = f"{c.model}: {model.total_parameters:,} parameters learn to write"
     return [
         ("corpus", "the documentation on this machine", lambda: write_corpus(corpus)),
@@ -138,7 +136,11 @@ def journey(c: Config, model: ModelConfig) -> list[Step]:
         ("lessons", "problems with worked solutions as token files", lambda: preprocess.run(lessons)),
         ("sft", "the model learns to reply, from worked solutions", lambda: sft.run(tuning)),
         ("grpo", "its own replies teach the model: right ones become likelier", lambda: grpo.run(reinforcing)),
-        ("exam", f"{c.exam:,} new problems, and {c.exam:,} of stories that are new too", lambda: examine(c)),
+        (
+            "exam",
+            f"{c.exam:,} new problems, and {c.exam:,} of stories that are new too",
+            lambda: examine(c, reinforcing.rollout.max_tokens),
+        ),
     ]
 
 
@@ -187,7 +189,7 @@ def recipe(verb: str, stage: ModuleType, c: Config, start: str, steps: int, *mor
     return parse_options(verb, stage, words)[0]
 
 
-def examine(c: Config) -> Path:
+def examine(c: Config, max_reply: int) -> Path:
     """Two-step problems, solved greedily by each of the three models; written to exam.json."""
     task, world = WordProblems(levels=(2,), largest=LARGEST), World.start()
     judged: dict[str, dict[str, Judged]] = {split: {} for split in SPLITS}
@@ -198,7 +200,7 @@ def examine(c: Config) -> Path:
                 bundle.model,
                 bundle.tokenizer,
                 task.problems(split)[: c.exam],
-                max_tokens=MAX_REPLY,
+                max_tokens=max_reply,
                 tool=tool_caller(bundle),
                 called=f"exam of {name}, {split}",
             )
@@ -220,7 +222,7 @@ def report(test: Mapping[str, Judged], heldout: Mapping[str, Judged]) -> dict[st
         "new_stories": before_and_after(heldout["sft"].first("strict"), heldout["grpo"].first("strict")),
         "solved_now": [
             {"question": test["grpo"].attempts[place].problem.question}
-            | {model: test[model].attempts[place].replies[0] for model in MODELS}
+            | {model: test[model].attempts[place].replies[0] for model in MODELS[1:]}
             for place in shown
         ],
         "ask": test["grpo"].attempts[well[0]].problem.question if well else None,
