@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from typing import Literal
 
 from nanollm.data.order import epoch_seed
@@ -18,13 +19,15 @@ from nanollm.evals.stats import wilson
 from nanollm.generate.engine import Engine
 from nanollm.generate.request import Completion, MakeTool, Request
 from nanollm.generate.sampling import SamplingConfig
+from nanollm.generate.turns import Outcome, Turns
 from nanollm.model.transformer import Transformer
 from nanollm.progress import Progress, say
 from nanollm.sources import gsm8k
+from nanollm.sources.environments import MakeEnvironment
 from nanollm.sources.gsm8k import Problem
-from nanollm.sources.tasks import Gsm8k, Task
+from nanollm.sources.tasks import Gsm8k, Task, environments_of
 from nanollm.sources.word_problems import WordProblems
-from nanollm.text.chat import Conversation, encode_prompt, reply_ends, reply_text
+from nanollm.text.chat import Conversation, encode_prompt, reply_ends, reply_text, transcript
 from nanollm.text.tokenizer import Tokenizer
 from nanollm.world import World
 
@@ -48,6 +51,8 @@ class Attempt:
     was not read and its reply is empty."""
     tokens: list[int]
     """Of each reply, without the end token."""
+    outcomes: Sequence[Outcome] = ()
+    """Of each reply that was a conversation: what its environment said."""
 
 
 @dataclass(frozen=True)
@@ -100,8 +105,8 @@ def accuracy(
     The ranks of a world share the problems, and all get the same answer.
     """
     world = world or World()
-    attempts = solve(model, tokenizer, list(world.shard(problems)), max_tokens=max_tokens, tool=tool, rows=rows)
-    verdicts = judge(attempts, {"correct": task.grade}).first("correct")
+    ask = partial(solve, model, tokenizer, list(world.shard(problems)), environment=environments_of(task))
+    verdicts = judge(ask(max_tokens=max_tokens, tool=tool, rows=rows), {"correct": grade_of(task)}).first("correct")
     return Accuracy.of([verdict for of_rank in world.all_gather(verdicts) for verdict in of_rank])
 
 
@@ -113,6 +118,7 @@ def solve(
     *,
     max_tokens: int,
     tool: MakeTool | None = None,
+    environment: MakeEnvironment | None = None,
     samples: int = 1,
     seed: int = 0,
     rows: int = ROWS,
@@ -135,7 +141,7 @@ def solve(
             max_tokens=max_tokens,
             sampling=sampling,
             stop_token_ids=ends,
-            tool=tool() if tool else None,
+            tool=Turns(environment(problems[place]), tokenizer, tool) if environment else tool() if tool else None,
             seed=first_seed + number,
         )
         completions[place].append(engine.submit(request))
@@ -149,15 +155,18 @@ def _attempt(problem: Problem, completions: Sequence[Completion] | None, samples
     """The replies to a problem; None: its prompt was too long to be read."""
     if completions is None:
         return Attempt(problem, [""] * samples, ["no room"] * samples, [0] * samples)
+    turns = [each.request.tool for each in completions if isinstance(each.request.tool, Turns)]
+    text_of = transcript if turns else reply_text
     return Attempt(
         problem,
-        replies=[reply_text(completion.ids, tokenizer) for completion in completions],
+        replies=[text_of(completion.ids, tokenizer) for completion in completions],
         finish=["length" if completion.finish == "length" else "end" for completion in completions],
         tokens=[len(completion.ids) for completion in completions],
+        outcomes=[each.outcome for each in turns],
     )
 
 
-def graders(task: Task) -> dict[str, Grader]:
+def graders(task: Task) -> dict[str, Grader | None]:
     """The graders of a task's problems, by name: strict, flexible and checked, or its own grade alone."""
     if isinstance(task, WordProblems | Gsm8k):
         return {
@@ -165,7 +174,12 @@ def graders(task: Task) -> dict[str, Grader]:
             "flexible": lambda problem, reply: gsm8k.grade(reply, problem.answer, "flexible"),
             "checked": lambda problem, reply: task.grade(problem, reply) and gsm8k.holds_true_notes(reply),
         }
-    return {"correct": task.grade}
+    return {"correct": grade_of(task)}
+
+
+def grade_of(task: Task) -> Grader | None:
+    """The task's own grade; None where its environment has judged."""
+    return None if environments_of(task) else task.grade
 
 
 def majority(judged: Judged, grader: str) -> list[bool] | None:
@@ -190,15 +204,18 @@ def number_in(reply: str, how: gsm8k.How) -> Fraction | None:
     return None if answer is None else gsm8k.number_of(answer)
 
 
-def judge(attempts: Sequence[Attempt], by: Mapping[str, Grader]) -> Judged:
-    """Ask every grader about every reply that was given."""
+def judge(attempts: Sequence[Attempt], by: Mapping[str, Grader | None]) -> Judged:
+    """Ask every grader about every reply that was given; where there is none, an environment has earned 1 or more."""
     faults: list[Exception] = []
 
-    def ask(grader: Grader, problem: Problem, reply: str, finish: Finish) -> bool:
-        if finish == "no room":
+    def ask(grader: Grader | None, attempt: Attempt, sample: int) -> bool:
+        problem = attempt.problem
+        if attempt.finish[sample] == "no room":
             return False
         try:
-            return bool(grader(problem, reply))
+            if grader is None:
+                return is_solved(attempt.outcomes[sample])
+            return bool(grader(problem, attempt.replies[sample]))
         except Exception as error:  # of someone's own task: one reply must not cost the evaluation
             if not faults:
                 why = f"{type(error).__name__}: {' '.join(str(error).split())}"
@@ -207,10 +224,14 @@ def judge(attempts: Sequence[Attempt], by: Mapping[str, Grader]) -> Judged:
             return False
 
     verdicts = {
-        name: [
-            [ask(grader, each.problem, reply, finish) for reply, finish in zip(each.replies, each.finish, strict=True)]
-            for each in attempts
-        ]
+        name: [[ask(grader, each, sample) for sample in range(len(each.replies))] for each in attempts]
         for name, grader in by.items()
     }
     return Judged(list(attempts), verdicts, len(faults))
+
+
+def is_solved(outcome: Outcome) -> bool:
+    """Whether a conversation earned 1 or more. ValueError for one whose environment failed."""
+    if isinstance(outcome, str):
+        raise ValueError(f"its environment {outcome}")
+    return outcome >= 1

@@ -250,17 +250,16 @@ class Engine:
     def _append_token(self, row: Row, completion: Completion, token: int, logprob: float) -> Sequence[int]:
         """Add a sampled token to a reply, and see whether the reply ends with it; returns what a tool adds to it."""
         request = completion.request
-        given: Sequence[int] = ()
+        given = request.tool(token) if request.tool is not None else ()
         completion.logprobs.append(logprob)
-        if token in request.stop_token_ids:
+        if token in request.stop_token_ids and not given:
             completion.finish, completion.stop_token_id = "end", token
         else:
             self._extend(row, completion, [token], is_sampled=True)
-            if completion.finish is None and request.tool is not None:
-                room = min(request.max_tokens - len(completion.ids), self.length + 1 - row.num_tokens)
-                given = request.tool(token)[:room]
-                if given:
-                    self._prefill_given(row, completion, given)
+            room = min(request.max_tokens - len(completion.ids), self.length + 1 - row.num_tokens)
+            given = given[:room] if completion.finish is None else ()
+            if given:
+                self._prefill_given(row, completion, given)
         if completion.finish is not None:
             self._release(row)
         return given

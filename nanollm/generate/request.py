@@ -29,8 +29,8 @@ class Request:
     stop: Callable[[int], bool] | None = None
     """Told every token of the reply in order; true ends the reply with this one."""
     tool: Callable[[int], Sequence[int]] | None = None
-    """Told every sampled token of the reply in order; what it returns is appended behind that token, as far as there is
-    room (generate/tools.py)."""
+    """Told every sampled token in order; what it returns is appended behind that token, as far as there is room
+    (generate/tools.py). A reply goes on where something follows its end token (generate/turns.py)."""
     seed: int = 0
     """The only source of this request's random numbers."""
     top_logprobs: int | None = None

@@ -34,7 +34,9 @@ class ToolCaller:
 
     def __call__(self, token: int) -> list[int]:
         """The ids that follow this one, the next of the reply; mostly none."""
-        self.spelled += self.tokenizer.bytes_of(token)
+        if not (spelled := self.tokenizer.bytes_of(token)):
+            return []
+        self.spelled += spelled
         reply = self.spelled.decode(errors="replace")
         for tool in self.tools:
             if given := tool(reply):

@@ -9,7 +9,6 @@ Letters: P prompts, G rollouts per prompt, B rows, T tokens, M trained tokens.
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from hashlib import blake2b
 from itertools import islice, pairwise
 
@@ -33,8 +32,9 @@ from nanollm.rl.loss import (
 from nanollm.rl.reward import RewardInput, Rewards
 from nanollm.rl.rollout import Graded, Group, Rollout, RolloutConfig, prompt_of, roll_out
 from nanollm.rl.vllm import VllmServer
+from nanollm.sources.environments import MakeEnvironment
 from nanollm.sources.gsm8k import Problem
-from nanollm.text.chat import reply_text
+from nanollm.text.chat import reply_text, transcript
 from nanollm.text.tokenizer import Tokenizer
 from nanollm.train.optim import OptimConfig
 from nanollm.train.state import TrainState
@@ -107,12 +107,12 @@ class Collector:
         return [each for of_rank in self.world.all_gather(own) for each in of_rank]
 
     def _grade(self, groups: Sequence[Group]) -> list[Graded]:
-        text_of = partial(reply_text, tokenizer=self.tokenizer)
-        replies = [
-            (group.problem, RewardInput(text_of(each.reply_ids), len(each.reply_ids), each.stop == "end"))
-            for group in groups
-            for each in group.rollouts
-        ]
+        def said(each: Rollout) -> RewardInput:
+            text_of = reply_text if each.outcome is None else transcript
+            text = text_of(each.reply_ids, self.tokenizer)
+            return RewardInput(text, len(each.reply_ids), each.stop == "end", each.outcome)
+
+        replies = [(group.problem, said(each)) for group in groups for each in group.rollouts]
         rewards, size = self.rewards(replies), self.c.group_size
         return [
             Graded(group, [reply.text for _, reply in replies[first : first + size]], rewards[first : first + size])
@@ -133,11 +133,12 @@ def open_sampler(
     server: VllmServer | None,
     world: World,
     tool: MakeTool | None = None,
+    environment: MakeEnvironment | None = None,
 ) -> Sampler:
     """What answers problems with the weights as they stand: our own engine, or the vLLM server."""
     if server is None:
         model = state.whole_model()
-        return lambda problems, seed: roll_out(model, tokenizer, problems, c, seed, tool)
+        return lambda problems, seed: roll_out(model, tokenizer, problems, c, seed, tool, environment)
     weights = state.bundle_weights(keep=world.is_main)
     if world.is_main:
         server.push(weights)
@@ -240,7 +241,7 @@ def make_micro_batches(
     is_masked: whether attention will need a mask (T, T) for every row.
     """
     counted = [
-        (rollout, advantage, each.has_signal or c.beta > 0)
+        (rollout, advantage, each.has_signal or c.beta > 0 or (c.advantage == "reward" and advantage != 0))
         for each, row in zip(graded, advantages.tolist(), strict=True)
         for rollout, advantage in zip(each.group.rollouts, row, strict=True)
         if not (c.mask_truncated and rollout.stop == "length")

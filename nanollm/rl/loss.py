@@ -13,19 +13,20 @@ from torch import Tensor
 from nanollm.model.transformer import Transformer
 from nanollm.train.loss import token_logprobs
 
-AdvantageName = Literal["mean_only", "std", "batch_std"]
+AdvantageName = Literal["mean_only", "std", "batch_std", "reward"]
 
 EPSILON = 1e-6  # keeps a division finite; a group whose rewards are all equal is never divided, it is left out
 
 
 def group_advantages(rewards: Tensor, kind: AdvantageName) -> Tensor:
-    """How much better each reply is than its group: rewards (P, G) to advantages (P, G); each group's sum to zero.
+    """How much better each reply is than its group: rewards (P, G) to advantages (P, G).
 
     Source: DeepSeekMath, arXiv:2402.03300, section 4.1.2.
 
     mean_only: reward - mean of the group; dividing by its deviation would favour very easy and very hard problems
     (Dr. GRPO, arXiv:2503.20783). std: divided by the group's standard deviation (GRPO, arXiv:2402.03300, equation 3).
-    batch_std: divided by the standard deviation of all rewards of the step (arXiv:2508.08221).
+    batch_std: divided by the standard deviation of all rewards of the step (arXiv:2508.08221). Each group of these sums
+    to zero. reward: not compared at all, so that rewards of 0 and 1 imitate the right replies (RFT, arXiv:2308.01825).
     """
     centred = rewards - rewards.mean(1, keepdim=True)
     match kind:
@@ -35,6 +36,8 @@ def group_advantages(rewards: Tensor, kind: AdvantageName) -> Tensor:
             return centred / (rewards.std(1, keepdim=True, correction=0) + EPSILON)
         case "batch_std":
             return centred / (rewards.std(correction=0) + EPSILON)
+        case "reward":
+            return rewards
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +46,8 @@ class ObjectiveConfig:
 
     advantage: AdvantageName = "mean_only"
     """mean_only: reward - mean of the group (Dr. GRPO, arXiv:2503.20783); std: divided by the group's standard
-    deviation (GRPO, arXiv:2402.03300); batch_std: divided by that of the whole step (arXiv:2508.08221)."""
+    deviation (GRPO, arXiv:2402.03300); batch_std: divided by that of the whole step (arXiv:2508.08221); reward: the
+    reward itself, which imitates right replies and learns nothing from wrong ones (RFT, arXiv:2308.01825)."""
     ratio: Literal["token", "sequence"] = "token"
     """New probability / old probability of each token (GRPO), or the geometric mean over the reply (GSPO,
     arXiv:2507.18071; it needs clips of about 3e-4)."""

@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Self
 
+from nanollm.generate.turns import Outcome
 from nanollm.rl.sandbox import Judge, Verdict
 from nanollm.sources.gsm8k import ANSWER_MARK, Problem, extract_answer, number_of, true_share
 from nanollm.sources.tasks import Task
@@ -58,6 +59,7 @@ class RewardInput:
     text: str
     tokens: int  # with the end mark
     ended: bool
+    outcome: Outcome | None = None  # of a conversation: its environment's verdict, in place of the task's grade
 
 
 @dataclass(frozen=True)
@@ -78,8 +80,10 @@ class Rewards:
         self.weights = c.weights
         self.faults: Counter[str] = Counter()
         """What went wrong with parts since this was last emptied, and how often."""
-        own: dict[str, Callable[[Problem, RewardInput], float]] = {
-            "correct": lambda problem, reply: float(task.grade(problem, reply.text)),
+        own: dict[str, Callable[[Problem, RewardInput], Verdict]] = {
+            "correct": lambda problem, reply: (
+                float(task.grade(problem, reply.text)) if reply.outcome is None else reply.outcome
+            ),
             "calculations": lambda problem, reply: true_share(reply.text),
             "format": lambda problem, reply: well_formed(reply),
             "length": lambda problem, reply: overlong(reply, max_tokens, c.soft_tokens),
@@ -120,7 +124,7 @@ class Rewards:
         return [instead if isinstance(verdict, str) else verdict for verdict in verdicts]
 
 
-def _ask(part: Callable[[Problem, RewardInput], float], problem: Problem, reply: RewardInput) -> Verdict:
+def _ask(part: Callable[[Problem, RewardInput], Verdict], problem: Problem, reply: RewardInput) -> Verdict:
     try:
         return part(problem, reply)
     except Exception as error:  # a task of your own may raise anything: the step goes on, and says so

@@ -19,9 +19,11 @@ from nanollm.durable import make_folder, write_file
 from nanollm.generate.engine import generate
 from nanollm.generate.request import MakeTool
 from nanollm.generate.sampling import SamplingConfig
+from nanollm.generate.turns import Outcome, Turns
 from nanollm.model.transformer import Transformer
 from nanollm.rl.loss import LossMetrics
 from nanollm.rl.reward import Reward
+from nanollm.sources.environments import MakeEnvironment
 from nanollm.sources.gsm8k import Problem
 from nanollm.text.chat import Conversation, encode_prompt, reply_ends
 from nanollm.text.tokenizer import Tokenizer
@@ -91,7 +93,8 @@ class Rollout:
     reply_ids: list[int]  # with the end mark, if it was drawn: it is trained like every other token
     logprobs: list[float]  # of each of reply_ids, by the engine
     stop: Literal["end", "length"]
-    is_sampled: list[bool]  # of each of reply_ids; a tool gave the others, which are not trained
+    is_sampled: list[bool]  # of each of reply_ids; a tool or an environment gave the others, which are not trained
+    outcome: Outcome | None = None  # of a conversation with an environment
 
 
 @dataclass(frozen=True)
@@ -109,11 +112,16 @@ def roll_out(
     c: RolloutConfig,
     seed: int,
     tool: MakeTool | None = None,
+    environment: MakeEnvironment | None = None,
 ) -> list[Group]:
-    """Ask each problem group_size times.  The context must have room for a reply."""
+    """Ask each problem group_size times.  The context must have room for a reply, which with an environment is a whole
+    conversation."""
     if not problems:
         return []
     prompts = [prompt_of(problem, tokenizer) for problem in problems]
+    turns = list[Turns]()
+    if environment is not None:
+        turns = [Turns(environment(problem), tokenizer, tool) for problem in problems for _ in range(c.group_size)]
     completions = generate(
         model,
         prompts,
@@ -121,7 +129,7 @@ def roll_out(
         max_tokens=c.max_tokens,
         stop_token_ids=reply_ends(tokenizer),
         seed=seed,
-        tool=tool,
+        tool=iter(turns).__next__ if turns else tool,
         samples=c.group_size,
     )
     rollouts = [
@@ -131,6 +139,7 @@ def roll_out(
             logprobs=completion.logprobs,
             stop="length" if completion.finish == "length" else "end",
             is_sampled=completion.is_sampled + [True] * (completion.stop_token_id is not None),
+            outcome=turns[row].outcome if turns else None,
         )
         for row, completion in enumerate(completions)
     ]
@@ -208,6 +217,10 @@ def save_rollouts(path: Path, graded: Sequence[Graded], compared: Tensor) -> Non
             problem = each.group.problem
             record: dict[str, object] = {"question": problem.question, "answer": problem.answer, "reply": text}
             record |= {"reward": reward.total, "parts": reward.parts, "advantage": advantage}
-            record |= {"tokens": len(rollout.reply_ids), "stop": rollout.stop, "trained": each.has_signal}
+            record |= {
+                "tokens": len(rollout.reply_ids),
+                "stop": rollout.stop,
+                "trained": each.has_signal or advantage != 0,
+            }
             lines.append(json.dumps(record, ensure_ascii=False) + "\n")
     write_file(path, "".join(lines).encode())

@@ -1,7 +1,8 @@
 """Tasks: what a model is asked, and how its replies are graded.
 
-A task has problems, by split, and grades replies: evaluation and reinforcement learning see nothing else of it. Two are
-here, GSM8K and the generated word problems; any other is a class of your own (see Task).
+A task has problems, by split, and grades replies: evaluation and reinforcement learning see nothing else of it. In
+place of a grade it may have an environment, which answers replies (sources/environments.py). Three are here: GSM8K, the
+generated word problems, and guessing a number; any other is a class of your own (see Task).
 """
 
 import importlib
@@ -15,11 +16,13 @@ from typing import Any, Protocol, cast
 from nanollm.config import check_seed
 from nanollm.progress import say
 from nanollm.sources import gsm8k
+from nanollm.sources.environments import GuessTheNumber, MakeEnvironment
 from nanollm.sources.files import BadRecord
 from nanollm.sources.gsm8k import Problem
 from nanollm.sources.word_problems import WordProblems
 
-OURS = ("words", "gsm8k")
+OURS = ("words", "gsm8k", "guess")
+OWNERS = {"input": ("gsm8k",), "largest": ("words", "guess")}  # of an option; of the others: words
 OWN = re.compile(r"\w+(\.\w+)*:\w+")  # package.module:Name
 
 
@@ -55,15 +58,16 @@ class TaskConfig:
     """Which task, and the settings of ours."""
 
     name: str = "words"
-    """words: generated math word problems; gsm8k: GSM8K; or module:Name, a class of your own in an importable module or
-    in a file of the current folder (mine:Doubles is the class Doubles of mine.py)."""
+    """words: generated math word problems; gsm8k: GSM8K; guess: find a number in several turns; or module:Name, a class
+    of your own in an importable module or in a file of the current folder (mine:Doubles is the class Doubles of
+    mine.py)."""
     input: list[Path] = field(default_factory=list)
     """For gsm8k: files or folders with train and test in their names; none: the dataset from the hub."""
     levels: list[int] = field(default_factory=lambda: [1, 2])
     """For words: numbers of steps to a solution, from 1 to 4; each comes equally often."""
     largest: int = 20
     """For words: the largest number stated in a problem. Totals may be larger; no number of a problem exceeds 5 times
-    this."""
+    this. For guess: the largest number to find."""
     seed: int = 0
     """For words: another seed gives other problems."""
 
@@ -74,9 +78,10 @@ class TaskConfig:
                 f"Doubles in mine.py"
             )
         for option in fields(TaskConfig)[1:]:  # one of another task would be without effect
-            owner, default = "gsm8k" if option.name == "input" else "words", default_of(option)
-            if self.name != owner and getattr(self, option.name) != default:
-                raise ValueError(f"task.{option.name} is for {owner}, not for {self.name}; leave it at {default}")
+            owners, default = OWNERS.get(option.name, ("words",)), default_of(option)
+            if self.name not in owners and getattr(self, option.name) != default:
+                why = f"is for {' and '.join(owners)}, not for {self.name}"
+                raise ValueError(f"task.{option.name} {why}; leave it at {default}")
         try:
             self.word_problems()
         except ValueError as error:
@@ -98,7 +103,14 @@ def open_task(c: TaskConfig) -> Task:
         return c.word_problems()
     if c.name == "gsm8k":
         return Gsm8k(tuple(c.input))
+    if c.name == "guess":
+        return cast(Task, GuessTheNumber(c.largest))
     return _Checked(c.name, _open_own(c.name))
+
+
+def environments_of(task: Task) -> MakeEnvironment | None:
+    """What makes the partner of each conversation of a task; None for one that grades replies."""
+    return getattr(task, "environment", None)
 
 
 @dataclass(frozen=True)
@@ -131,6 +143,10 @@ class _Checked:
     name: str
     task: Task
 
+    @property
+    def environment(self) -> MakeEnvironment | None:
+        return environments_of(self.task)
+
     def problems(self, split: str) -> Sequence[Problem]:
         try:
             found = self.task.problems(split)
@@ -152,7 +168,7 @@ def _open_own(name: str) -> Task:
     made_by = import_object(name, "task.name")
     try:
         task = made_by()
-        _ = task.problems, task.grade
+        _ = task.problems, environments_of(task) or task.grade
     except (TypeError, AttributeError) as error:
         raise ValueError(f"task.name is {name}, which makes no task: {error}; see sources.tasks.Task") from error
     return cast(Task, task)

@@ -34,7 +34,7 @@ from nanollm.generate.sampling import SamplingConfig
 from nanollm.generate.tools import tool_caller, with_tools
 from nanollm.progress import say
 from nanollm.sources.gsm8k import Problem
-from nanollm.sources.tasks import Task, TaskConfig, default_of, open_task
+from nanollm.sources.tasks import Task, TaskConfig, default_of, environments_of, open_task
 from nanollm.text.tokenizer import Tokenizer
 from nanollm.world import DeviceName, DtypeName, World
 
@@ -264,6 +264,7 @@ def measure(c: Config, inputs: Inputs, world: World) -> Measured:
     tool = tool_caller(bundle)
     attempt = partial(solve, bundle.model, bundle.tokenizer, problems, tool=tool, seed=c.seed, rows=c.rows)
     if task is not None:
+        attempt = partial(attempt, environment=environments_of(task))
         began = time.monotonic()
         replies["greedy"] = judge(attempt(GREEDY, max_tokens=c.max_tokens), graders(task))
         found["greedy"] = results.greedy_figures(replies["greedy"]) | seconds_since(began)

@@ -27,7 +27,7 @@ from nanollm.rl.reward import RewardConfig, Rewards
 from nanollm.rl.rollout import RolloutConfig, policy_metrics, rollout_metrics, save_rollouts
 from nanollm.rl.vllm import VllmServer
 from nanollm.sources.gsm8k import Problem
-from nanollm.sources.tasks import Task, TaskConfig, open_task
+from nanollm.sources.tasks import Task, TaskConfig, environments_of, open_task
 from nanollm.train.compile import SpeedConfig
 from nanollm.train.optim import OptimConfig, lr_at
 from nanollm.train.run import LoopConfig, Run, RunConfig
@@ -39,7 +39,7 @@ FINGERPRINTED = 100
 # What decides which numbers come out at which step; the rest (intervals, length, rates) may change on the way.
 FIXED = (
     *("seed", "task", "reward.weights", "reward.soft_tokens", "objective", "optim.name", "inputs"),
-    *(f"rollout.{name}" for name in ("prompts", "group_size", "max_tokens", "temperature", "resample")),
+    *(f"rollout.{name}" for name in ("prompts", "group_size", "max_tokens", "temperature", "resample", "tools")),
 )
 IMPORTANCE_CAP = 2.0
 """Where another engine samples."""
@@ -144,7 +144,7 @@ def run(c: Config) -> Path:
 
         run = stack.enter_context(Run.open(c, c.train, world, inputs=inputs, fixed=FIXED, make_state=make_state))
         state, model, watch = run.state, bundle.model.config, SignalWatch()
-        server = _connect(c, bundle, state, world)
+        server = _connect(c, bundle, task, state, world)
         collector = Collector(
             problems=problems,
             tokenizer=bundle.tokenizer,
@@ -154,7 +154,8 @@ def run(c: Config) -> Path:
             seed=c.seed,
             world=world,
         )
-        sampler = partial(open_sampler, state, bundle.tokenizer, c.rollout, server, world, tool_caller(bundle))
+        tools, environment = tool_caller(bundle), environments_of(task)
+        sampler = partial(open_sampler, state, bundle.tokenizer, c.rollout, server, world, tools, environment)
         if run.is_new:
             run.log(validate(c, state, bundle, task, validation, world))
         for step in run.steps():
@@ -253,10 +254,14 @@ def export_for_vllm(bundle: Bundle, dtype: torch.dtype, folder: Path, weights: M
     write_export(folder, replace(bundle, model=model.eval()), "deepseek-v3", STORED[dtype], name="")
 
 
-def _connect(c: Config, bundle: Bundle, state: TrainState, world: World) -> VllmServer | None:
+def _connect(c: Config, bundle: Bundle, task: Task, state: TrainState, world: World) -> VllmServer | None:
     """The server that samples, held to what the run needs; none where our own engine does."""
     if c.rollout.server is None:
         return None
+    if environments_of(task):
+        raise ValueError(
+            f"a vLLM server cannot hold the conversations of task.name {c.task.name}; leave --rollout.engine"
+        )
     if bundle.tools:
         raise ValueError(
             f"a vLLM server cannot use the tools of {c.bundle} ({', '.join(bundle.tools)}); "

@@ -142,6 +142,19 @@ def reply_text(ids: Sequence[int], tokenizer: Tokenizer) -> str:
     return tokenizer.decode_drawn(ids[:length])
 
 
+def transcript(ids: Sequence[int], tokenizer: Tokenizer) -> str:
+    """What was said in a reply of several turns, a line for each message; the user's begin with "> "."""
+    lines, message, is_user = list[str](), list[int](), False
+    for token in [*ids, tokenizer.mark_id(END)]:
+        if token not in reply_borders(tokenizer):
+            message.append(token)
+            continue
+        if message:
+            lines.append("> " * is_user + tokenizer.decode_drawn(message))
+        message, is_user = [], token == tokenizer.mark_id(USER)
+    return "\n".join(lines)
+
+
 class Marks(NamedTuple):
     """The ids of the marks, for code that sees ids only."""
 

@@ -12,7 +12,9 @@ from nanollm.rl.grpo import Collector, SignalWatch, make_micro_batches, open_sam
 from nanollm.rl.loss import ObjectiveConfig, group_advantages
 from nanollm.rl.reward import RewardConfig, Rewards
 from nanollm.rl.rollout import RolloutConfig, policy_metrics, rollout_metrics, save_rollouts
+from nanollm.sources.environments import MakeEnvironment
 from nanollm.sources.gsm8k import Problem
+from nanollm.sources.tasks import environments_of
 from nanollm.text.tokenizer import Tokenizer
 from nanollm.train.optim import OptimConfig
 from nanollm.train.state import TrainState
@@ -54,6 +56,7 @@ class Learner:
     optim: OptimConfig
     rows: int
     folder: Path
+    environment: MakeEnvironment | None = None
     lr: float = 1e-3
     reference: Transformer | None = None
     watch: SignalWatch = field(default_factory=SignalWatch)
@@ -64,7 +67,9 @@ class Learner:
 
     def sample(self, step):
         c, world = self.collector.c, self.collector.world
-        return self.collector.collect(step, open_sampler(self.state, self.tokenizer, c, None, world))
+        return self.collector.collect(
+            step, open_sampler(self.state, self.tokenizer, c, None, world, None, self.environment)
+        )
 
     def step(self, step: int) -> Taken:
         c, world = self.collector.c, self.collector.world
@@ -119,6 +124,7 @@ def learner_of(
         optim=optim,
         rows=rows,
         folder=folder,
+        environment=environments_of(task),
         **changes,
     )
 

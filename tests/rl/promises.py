@@ -106,11 +106,11 @@ def by_enumeration(policy, old, reference, engine, prompts, replies, group_size,
 
 
 def by_our_batches(
-    policy, old, reference, engine, prompts, replies, group_size, c: ObjectiveConfig, rows=2
+    policy, old, reference, engine, prompts, replies, group_size, c: ObjectiveConfig, rows=2, is_sampled=None
 ) -> torch.Tensor:
     """The same through what a step does with its rollouts, weighted by how likely each outcome is.
 
-    old: the policy before its first update; None: this is the first.
+    old: the policy before its first update; None: this is the first. is_sampled: of the places of a reply; None: all.
     """
     policy.zero_grad()
     with torch.no_grad():
@@ -121,7 +121,7 @@ def by_our_batches(
         }
     for outcome in product(range(len(replies)), repeat=len(prompts) * group_size):
         drawn = [(p, outcome[p * group_size + g]) for p in range(len(prompts)) for g in range(group_size)]
-        probability = torch.stack([said[each].sum() for each in drawn]).sum().exp()
+        probability = torch.stack([said[each][is_sampled or slice(None)].sum() for each in drawn]).sum().exp()
         graded = []
         for p, prompt in enumerate(prompts):
             own = drawn[p * group_size : (p + 1) * group_size]
@@ -131,7 +131,7 @@ def by_our_batches(
                     replies[r],
                     said[p, r].tolist(),
                     "end" if replies[r][-1] == END_ID else "length",
-                    [True] * len(replies[r]),
+                    is_sampled or [True] * len(replies[r]),
                 )
                 for _, r in own
             ]
@@ -321,3 +321,18 @@ def one_step(world: World, batches: list[Batch]) -> torch.Tensor:
 
 def _of_rank(world: World, batches: list[Batch], add_up: bool) -> torch.Tensor:
     return one_step(world if add_up else World(), list(world.shard(batches)))
+
+
+def what_a_tool_gives_is_read_and_not_trained():
+    """Every reply is a token, another that depends on it and that nobody drew, and a third: the expected gradient is
+    that of the expected reward over the drawn ones, as (G - 1) / G of it divided by the most tokens."""
+    prompt, policy, drawn = [1, 2, 1], tiny_policy(3, 0), [True, False, True]
+    replies = [[first, (first + 1) % 3, third] for first in range(3) for third in range(3)]
+    c = ObjectiveConfig(advantage="mean_only", aggregation="constant")
+    got = by_our_batches(policy, policy, policy, policy, [prompt], replies, 2, c, is_sampled=drawn)
+    policy.zero_grad()
+    probabilities = [logprobs_of(policy, prompt, reply)[drawn].sum().exp() for reply in replies]
+    assert abs(sum(probabilities).item() - 1) < 1e-9
+    expected = sum(p * reward_of(prompt, reply) for p, reply in zip(probabilities, replies, strict=True))
+    (-expected / 2 / MAX_TOKENS).backward()
+    torch.testing.assert_close(got, grads_of(policy), atol=1e-6, rtol=1e-6)

@@ -156,6 +156,37 @@ def test_truncated_replies_left_in_the_denominator(make_learner, monkeypatch):
         promises.truncated_replies_are_left_out(make_learner)
 
 
+def test_a_tools_words_trained_as_if_the_model_had_chosen_them(monkeypatch):
+    """verl #1871 and others: the mask of a tool's tokens is forgotten."""
+    promises.what_a_tool_gives_is_read_and_not_trained()
+    right = grpo.make_micro_batches
+
+    def all_sampled(graded, *others, **options):
+        for each in (each for group in graded for each in group.group.rollouts):
+            each.is_sampled[:] = [True] * len(each.is_sampled)
+        return right(graded, *others, **options)
+
+    monkeypatch.setattr(grpo, "make_micro_batches", all_sampled)
+    with broken():
+        promises.what_a_tool_gives_is_read_and_not_trained()
+
+
+def test_replies_tokenised_again_from_their_text(make_learner, monkeypatch):
+    """The text of an untrained model's reply has other ids than those it drew."""
+    right = grpo.roll_out
+
+    def again(model, tokenizer, *others):
+        groups = right(model, tokenizer, *others)
+        for each in (each for group in groups for each in group.rollouts):
+            ids = tokenizer.encode(tokenizer.decode_drawn(each.reply_ids))[: len(each.reply_ids)]
+            each.reply_ids[: len(ids)] = ids
+        return groups
+
+    monkeypatch.setattr(grpo, "roll_out", again)
+    with broken():
+        promises.engine_and_trainer_agree(make_learner)
+
+
 def test_packed_conversations_that_see_each_other(monkeypatch):
     """Prompt and reply of a neighbour in the same row leak into the loss."""
     c = ObjectiveConfig()

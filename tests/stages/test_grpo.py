@@ -130,7 +130,7 @@ def test_a_reference_with_another_tokenizer_is_refused(run_config, tmp_path):
     [
         (["--rollout.max_tokens", "64"], "leaves no room for a question in the context of 64 tokens"),
         (["--reward.weights", "{corect: 1.0}"], "reward.weights knows correct, calculations, format, length and"),
-        (["--objective.advantage", "best"], "objective.advantage: expected mean_only|std|batch_std, got best"),
+        (["--objective.advantage", "best"], "objective.advantage: expected mean_only|std|batch_std|reward, got best"),
     ],
 )
 def test_mistakes_are_told_in_one_line(bundle, tmp_path, capsys, options, message):
