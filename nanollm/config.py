@@ -160,7 +160,7 @@ def parse_options(verb: str, stage: types.ModuleType, words: Sequence[str]) -> t
     for name, value in below.items():
         if is_dataclass(kinds.get(name)) and not isinstance(value, dict) and str(value)[:1] != "{":
             below[name] = load_preset(name, str(value), TextLoader)
-        elif is_sequence(kinds.get(name)) and isinstance(value, str):
+        elif is_sequence(kinds.get(name)) and isinstance(value, str) and not is_null(value, kinds[name]):
             below[name] = [value]  # jsonargparse would take it for a file that lists the values
     settings = [to_yaml(as_meant(given, kinds)) for given in (below, above)]
     parser = parser_of(verb, stage, kinds)
@@ -207,6 +207,8 @@ def sort_words(words: Sequence[str], kinds: Kinds, positional: Sequence[str]) ->
         raise ValueError(str(error).removeprefix("argument ")) from None
     given = vars(known)
     for name, value in given.items():
+        if value and is_null(value[0], kinds[name]):
+            given[name] = "null"
         if kinds[name] is bool and value.lower() not in ("true", "false"):  # in `--json DIR`, DIR is not for --json
             given[name], extra = "true", [value, *extra]
     if odd := [word for word in extra if word.startswith("--")]:
@@ -251,7 +253,18 @@ def as_meant(given: Any, kinds: Kinds, name: str = "") -> Any:
 
 
 def is_sequence(kind: Any) -> bool:
-    return typing.get_origin(kind) in (list, tuple)
+    """Whether an option of this type takes several words; one that may also be null does too."""
+    return typing.get_origin(kind) in (list, tuple) or any(map(is_sequence, optional_kinds(kind)))
+
+
+def is_null(text: str, kind: Any) -> bool:
+    return text == "null" and bool(optional_kinds(kind))
+
+
+def optional_kinds(kind: Any) -> tuple[Any, ...]:
+    """What a value of this type may be besides null; nothing for a type that cannot be null."""
+    kinds = typing.get_args(kind) if typing.get_origin(kind) in (types.UnionType, typing.Union) else ()
+    return tuple(each for each in kinds if each is not type(None)) if type(None) in kinds else ()
 
 
 def parser_of(verb: str, stage: types.ModuleType, kinds: Kinds) -> "ArgumentParser":

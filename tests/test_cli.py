@@ -22,7 +22,7 @@ import nanollm
 from nanollm import __version__, cli
 from nanollm.config import CONFIGS, kinds_of, load_preset, parse_options, read_mapping, to_yaml
 from nanollm.model.config import ModelConfig
-from nanollm.stages import pretrain
+from nanollm.stages import grpo, pretrain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -567,3 +567,15 @@ def test_another_process_that_went_away_is_one_line_and_not_the_users_mistake(mo
     monkeypatch.setattr(cli, "dispatch", dispatch)
     assert cli.main(["pretrain"]) == 1
     assert capsys.readouterr().err == "nanollm pretrain: another process of the job went away\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "tools"),
+    [([], None), (["null"], None), (["none"], ["none"]), (["calculator", "python"], ["calculator", "python"])],
+)
+def test_tools_are_words_and_may_be_null(tmp_path, words, tools):
+    config = tmp_path / "run.yaml"
+    for given in (["--rollout.tools", *words] if words else [], [f"--config={config}"]):
+        config.write_text(json.dumps({"rollout": {"tools": None if words == ["null"] else words or None}}))
+        parsed, _ = parse_options("grpo", grpo, ["--bundle", "b", "--out", "o", "--train.steps", "1", *given])
+        assert parsed.rollout.tools == tools

@@ -19,7 +19,7 @@ LIMITS = {
     "package, files": 133,
     "options of all verbs": 340,
     "modules behind pretrain": 48,
-    "modules behind rl.grpo": 48,
+    "modules behind rl.grpo": 49,
     "modules behind serve": 30,
 }
 """What was reached, plus 3 %."""

@@ -11,3 +11,22 @@ class Even:
 
     def grade(self, problem, reply):
         return len(reply) % 2 == 0
+
+
+class EvenTwice(Even):
+    """The same in conversations: a first message of at most four characters is answered, and a second is asked for."""
+
+    def environment(self, problem):
+        return Twice()
+
+
+class Twice:
+    turns = 0
+
+    def step(self, reply):
+        self.turns += 1
+        return "again" if self.turns == 1 and len(reply) <= 4 else float(len(reply) % 2 == 0)
+
+
+def brief(problem, reply):
+    return 1 / (1 + len(reply))

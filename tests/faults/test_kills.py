@@ -110,6 +110,20 @@ def test_killed_at_random_moments_a_job_ends_with_the_bits_of_one_left_alone(sho
     record_property("figure", f"{verb}: {struck} of {kills} the same bits, {in_saves} of them inside a save{lost}")
 
 
+@pytest.mark.long
+def test_killed_with_turns_tools_mini_batches_and_foreign_rewards_a_run_ends_with_the_same_bits(shot_of):
+    own = "tests.faults.even"
+    shot = shot_of(
+        "grpo",
+        *("--task.name", f"{own}:EvenTwice", "--rollout.tools", "calculator", "--rollout.max_tokens", 24),
+        *("--objective.mini_batches", 2, "--reward.weights", f'{{correct: 1.0, "{own}:brief": 0.1}}'),
+    )
+    for moment in (shot.moments // 3, shot.moments // 2):
+        assert shot.start(Fault.KILL, moment).wait() == -signal.SIGKILL
+        shot.end()
+    assert max(shot.lost) <= MAX_LOST["grpo"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("verb", VERBS)
 def test_killed_at_each_change_of_a_file_a_job_ends_with_the_same_bits(shot_of, record_property, verb):

@@ -22,7 +22,7 @@ from nanollm.text.chat import Conversation, Message, encode_conversation, transc
 from nanollm.text.tokenizer import ASSISTANT, END, USER
 from tests.model.conftest import TINY
 
-TASK = GuessTheNumber(9)
+TASK = GuessTheNumber(3)
 
 
 def saying(answer):
@@ -96,7 +96,7 @@ def played(problem, draw):
     """A conversation with guesses by chance."""
     partner, answer, messages = TASK.environment(problem), "", [Message("user", problem.question)]
     while isinstance(answer, str):
-        guess = str(draw.randint(1, 9))
+        guess = str(draw.randint(1, TASK.largest))
         messages.append(Message("assistant", guess))
         answer = partner.step(guess)
         if isinstance(answer, str):
@@ -109,7 +109,7 @@ def player(tokenizer):
     """Weights of a tiny model that has seen games of chance: it guesses numbers, and does not listen yet."""
     model = Transformer(dataclasses.replace(TINY, vocab_size=tokenizer.vocab_size)).init(0)
     optimizer, draw = torch.optim.AdamW(model.parameters(), lr=3e-3), random.Random(0)
-    for _ in range(120):
+    for _ in range(150):
         games = [encode_conversation(played(draw.choice(TASK.problems("train")), draw), tokenizer) for _ in range(16)]
         ids = pad_sequence([torch.tensor(game.ids) for game in games], batch_first=True)
         trained = pad_sequence([torch.tensor(game.trained) for game in games], batch_first=True)[:, 1:]
@@ -180,13 +180,12 @@ def test_an_evaluation_asks_the_environment(make_player):
     assert 0 < sum(right) < len(problems)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_model_learns_to_listen(make_player):
-    """Guesses by chance find one number in three; halving finds all of 1 to 9 in four guesses."""
-    learner, rates = make_player(prompts=9, group_size=16), []
-    learner.lr = 5e-4
-    for step in range(120):
-        rates.append(learner.step(step).reward)
+    """Two guesses by chance find one of three numbers in 5 of 9 games; who begins with 2 and listens, in all."""
+    learner = make_player(prompts=3, group_size=128)
+    learner.lr = 2e-3
+    rates = [learner.step(step).reward for step in range(80)]
     print(rates)
-    assert sum(rates[:3]) / 3 < 0.6
-    assert sum(rates[-5:]) / 5 > 0.85
+    assert sum(rates[:3]) / 3 < 0.75
+    assert sum(rates[-5:]) / 5 > 0.95
