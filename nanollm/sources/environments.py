@@ -66,6 +66,10 @@ class GuessTheNumber:
 
     largest: int = 9
 
+    def __post_init__(self) -> None:
+        if not 2 <= self.largest <= 10**6:
+            raise ValueError(f"largest must be from 2 to 1,000,000 for guess, got {self.largest:,}")
+
     def problems(self, split: str) -> list[Problem]:
         """One for each number. All splits ask the same: what is unknown is the number."""
         if split not in ("train", "test"):

@@ -260,7 +260,7 @@ IMPOSSIBLE = [
     *((GRPO, {"task.levels": value}, ["task.levels"]) for value in ([], [5], [1, 1])),
     (GRPO, {"task.largest": 4}, ["task.largest"]),
     *(
-        (GRPO, {"task.name": value}, ["task.name must be words, gsm8k or module:Name"])
+        (GRPO, {"task.name": value}, ["task.name must be words, gsm8k, guess or module:Name"])
         for value in ("banana", "word", "", "Doubles", "mine:", "my/mine:Doubles", "mine:a.b")
     ),
     *((GRPO, {"task.name": name}, ["task.levels is for words", name]) for name in ("gsm8k", "a:B")),

@@ -324,7 +324,7 @@ def test_settings_without_sense_are_refused(tmp_path, settings, message):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--task.name", "wrods"], "task.name must be words, gsm8k or module:Name, got 'wrods'"),
+        (["--task.name", "wrods"], "task.name must be words, gsm8k, guess or module:Name, got 'wrods'"),
         (["--task.split", "dev"], "--task.name is missing"),
         (
             ["--task.name", "words", "--task.split", "dev"],
