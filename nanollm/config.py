@@ -207,7 +207,7 @@ def sort_words(words: Sequence[str], kinds: Kinds, positional: Sequence[str]) ->
         raise ValueError(str(error).removeprefix("argument ")) from None
     given = vars(known)
     for name, value in given.items():
-        if value and is_null(value[0], kinds[name]):
+        if isinstance(value, list) and len(value) == 1 and is_null(value[0], kinds[name]):
             given[name] = "null"
         if kinds[name] is bool and value.lower() not in ("true", "false"):  # in `--json DIR`, DIR is not for --json
             given[name], extra = "true", [value, *extra]
@@ -254,17 +254,12 @@ def as_meant(given: Any, kinds: Kinds, name: str = "") -> Any:
 
 def is_sequence(kind: Any) -> bool:
     """Whether an option of this type takes several words; one that may also be null does too."""
-    return typing.get_origin(kind) in (list, tuple) or any(map(is_sequence, optional_kinds(kind)))
+    is_union = typing.get_origin(kind) in (types.UnionType, typing.Union)
+    return typing.get_origin(kind) in (list, tuple) or (is_union and any(map(is_sequence, typing.get_args(kind))))
 
 
-def is_null(text: str, kind: Any) -> bool:
-    return text == "null" and bool(optional_kinds(kind))
-
-
-def optional_kinds(kind: Any) -> tuple[Any, ...]:
-    """What a value of this type may be besides null; nothing for a type that cannot be null."""
-    kinds = typing.get_args(kind) if typing.get_origin(kind) in (types.UnionType, typing.Union) else ()
-    return tuple(each for each in kinds if each is not type(None)) if type(None) in kinds else ()
+def is_null(given: Any, kind: Any) -> bool:
+    return given == "null" and "null" in notation(kind).split("|")
 
 
 def parser_of(verb: str, stage: types.ModuleType, kinds: Kinds) -> "ArgumentParser":

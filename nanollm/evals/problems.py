@@ -19,15 +19,15 @@ from nanollm.evals.stats import wilson
 from nanollm.generate.engine import Engine
 from nanollm.generate.request import Completion, MakeTool, Request
 from nanollm.generate.sampling import SamplingConfig
-from nanollm.generate.turns import Outcome, Turns
+from nanollm.generate.turns import Turns, outcome_of, said
 from nanollm.model.transformer import Transformer
 from nanollm.progress import Progress, say
 from nanollm.sources import gsm8k
-from nanollm.sources.environments import MakeEnvironment
+from nanollm.sources.environments import MakeEnvironment, Verdict
 from nanollm.sources.gsm8k import Problem
 from nanollm.sources.tasks import Gsm8k, Task, environments_of
 from nanollm.sources.word_problems import WordProblems
-from nanollm.text.chat import Conversation, encode_prompt, reply_ends, reply_text, transcript
+from nanollm.text.chat import Conversation, encode_prompt, reply_ends
 from nanollm.text.tokenizer import Tokenizer
 from nanollm.world import World
 
@@ -51,8 +51,8 @@ class Attempt:
     was not read and its reply is empty."""
     tokens: list[int]
     """Of each reply, without the end token."""
-    outcomes: Sequence[Outcome] = ()
-    """Of each reply that was a conversation: what its environment said."""
+    outcomes: Sequence[Verdict | None] = ()
+    """Of each reply: what the environment of a conversation said. None was asked where there was no room."""
 
 
 @dataclass(frozen=True)
@@ -155,14 +155,13 @@ def _attempt(problem: Problem, completions: Sequence[Completion] | None, samples
     """The replies to a problem; None: its prompt was too long to be read."""
     if completions is None:
         return Attempt(problem, [""] * samples, ["no room"] * samples, [0] * samples)
-    turns = [each.request.tool for each in completions if isinstance(each.request.tool, Turns)]
-    text_of = transcript if turns else reply_text
+    outcomes = [outcome_of(completion) for completion in completions]
     return Attempt(
         problem,
-        replies=[text_of(completion.ids, tokenizer) for completion in completions],
+        replies=[said(each.ids, outcome, tokenizer) for each, outcome in zip(completions, outcomes, strict=True)],
         finish=["length" if completion.finish == "length" else "end" for completion in completions],
         tokens=[len(completion.ids) for completion in completions],
-        outcomes=[each.outcome for each in turns],
+        outcomes=outcomes,
     )
 
 
@@ -230,8 +229,8 @@ def judge(attempts: Sequence[Attempt], by: Mapping[str, Grader | None]) -> Judge
     return Judged(list(attempts), verdicts, len(faults))
 
 
-def is_solved(outcome: Outcome) -> bool:
+def is_solved(outcome: Verdict | None) -> bool:
     """Whether a conversation earned 1 or more. ValueError for one whose environment failed."""
-    if isinstance(outcome, str):
+    if not isinstance(outcome, float):
         raise ValueError(f"its environment {outcome}")
     return outcome >= 1

@@ -7,16 +7,13 @@ conversation is one reply of many parts, read once, of which only what the model
 import math
 from collections.abc import Sequence
 
-from nanollm.generate.request import MakeTool
-from nanollm.sources.environments import Environment
-from nanollm.text.chat import reply_ends, reply_text
+from nanollm.generate.request import Completion, MakeTool
+from nanollm.sources.environments import Environment, Verdict
+from nanollm.text.chat import reply_ends, reply_text, transcript
 from nanollm.text.tokenizer import ASSISTANT, END, USER, Tokenizer
 
 MAX_TURNS = 32
 """Messages of the model after which a conversation that is still going on ends unsolved."""
-
-Outcome = float | str
-"""The reward of a conversation, or what went wrong instead."""
 
 
 class Turns:
@@ -26,7 +23,7 @@ class Turns:
         self.environment, self.tokenizer, self.make_tool = environment, tokenizer, make_tool
         self.ends = reply_ends(tokenizer)
         self.turns = 0
-        self.outcome: Outcome = 0.0
+        self.outcome: Verdict = 0.0
         """0 until the environment says otherwise: a conversation that is cut off is not solved."""
         self._listen()
 
@@ -59,3 +56,14 @@ class Turns:
         is_reward = isinstance(answer, int | float) and math.isfinite(answer)
         self.outcome = float(answer) if is_reward else f"returned {answer!r:.60}, expected a message or a finite number"
         return None
+
+
+def outcome_of(completion: Completion) -> Verdict | None:
+    """What the environment of a conversation said; None for a reply without one."""
+    turns = completion.request.tool
+    return turns.outcome if isinstance(turns, Turns) else None
+
+
+def said(ids: Sequence[int], outcome: Verdict | None, tokenizer: Tokenizer) -> str:
+    """The text that is graded and shown: of a conversation, which has an outcome, all of its messages."""
+    return reply_text(ids, tokenizer) if outcome is None else transcript(ids, tokenizer)

@@ -18,6 +18,7 @@ from torch import Tensor
 from nanollm.data.order import epoch_seed, sample_indices
 from nanollm.data.packing import PackedLayout, best_width, even_rows, pack
 from nanollm.generate.request import MakeTool
+from nanollm.generate.turns import said
 from nanollm.model.transformer import Transformer
 from nanollm.progress import say
 from nanollm.rl.loss import (
@@ -34,7 +35,6 @@ from nanollm.rl.rollout import Graded, Group, Rollout, RolloutConfig, prompt_of,
 from nanollm.rl.vllm import VllmServer
 from nanollm.sources.environments import MakeEnvironment
 from nanollm.sources.gsm8k import Problem
-from nanollm.text.chat import reply_text, transcript
 from nanollm.text.tokenizer import Tokenizer
 from nanollm.train.optim import OptimConfig
 from nanollm.train.state import TrainState
@@ -107,12 +107,11 @@ class Collector:
         return [each for of_rank in self.world.all_gather(own) for each in of_rank]
 
     def _grade(self, groups: Sequence[Group]) -> list[Graded]:
-        def said(each: Rollout) -> RewardInput:
-            text_of = reply_text if each.outcome is None else transcript
-            text = text_of(each.reply_ids, self.tokenizer)
+        def judged(each: Rollout) -> RewardInput:
+            text = said(each.reply_ids, each.outcome, self.tokenizer)
             return RewardInput(text, len(each.reply_ids), each.stop == "end", each.outcome)
 
-        replies = [(group.problem, said(each)) for group in groups for each in group.rollouts]
+        replies = [(group.problem, judged(each)) for group in groups for each in group.rollouts]
         rewards, size = self.rewards(replies), self.c.group_size
         return [
             Graded(group, [reply.text for _, reply in replies[first : first + size]], rewards[first : first + size])
@@ -232,16 +231,16 @@ def make_micro_batches(
     is_masked: bool,
     ranks: int = 1,
 ) -> list[RolloutBatch]:
-    """The groups that have a signal, packed into rows, in micro-batches of at most `max_places` places.
+    """The groups that have an advantage, packed into rows, in micro-batches of at most `max_places` places.
 
     Every rank can take as many of them as the others; some may be empty then.
 
-    advantages (P, G). A group without a signal has zero advantages: unless it is kept near a reference, leaving it out
-    saves work and, as it counts in the denominator, changes nothing.
+    advantages (P, G). A group whose advantages are all zero: unless it is kept near a reference, leaving it out saves
+    work and, as it counts in the denominator, changes nothing.
     is_masked: whether attention will need a mask (T, T) for every row.
     """
     counted = [
-        (rollout, advantage, each.has_signal or c.beta > 0 or (c.advantage == "reward" and advantage != 0))
+        (rollout, advantage, any(row) or c.beta > 0)
         for each, row in zip(graded, advantages.tolist(), strict=True)
         for rollout, advantage in zip(each.group.rollouts, row, strict=True)
         if not (c.mask_truncated and rollout.stop == "length")

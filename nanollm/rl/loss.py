@@ -28,7 +28,8 @@ def group_advantages(rewards: Tensor, kind: AdvantageName) -> Tensor:
     batch_std: divided by the standard deviation of all rewards of the step (arXiv:2508.08221). Each group of these sums
     to zero. reward: not compared at all, so that rewards of 0 and 1 imitate the right replies (RFT, arXiv:2308.01825).
     """
-    centred = rewards - rewards.mean(1, keepdim=True)
+    differs = (rewards != rewards[:, :1]).any(1, keepdim=True)  # else a mean that is rounded would leave a rest
+    centred = (rewards - rewards.mean(1, keepdim=True)) * differs
     match kind:
         case "mean_only":
             return centred

@@ -12,8 +12,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Self
 
-from nanollm.generate.turns import Outcome
-from nanollm.rl.sandbox import Judge, Verdict
+from nanollm.rl.sandbox import Judge
+from nanollm.sources.environments import Verdict
 from nanollm.sources.gsm8k import ANSWER_MARK, Problem, extract_answer, number_of, true_share
 from nanollm.sources.tasks import Task
 
@@ -59,7 +59,7 @@ class RewardInput:
     text: str
     tokens: int  # with the end mark
     ended: bool
-    outcome: Outcome | None = None  # of a conversation: its environment's verdict, in place of the task's grade
+    outcome: Verdict | None = None  # of a conversation: its environment's verdict, in place of the task's grade
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,11 @@ from nanollm.durable import make_folder, write_file
 from nanollm.generate.engine import generate
 from nanollm.generate.request import MakeTool
 from nanollm.generate.sampling import SamplingConfig
-from nanollm.generate.turns import Outcome, Turns
+from nanollm.generate.turns import Turns, outcome_of
 from nanollm.model.transformer import Transformer
 from nanollm.rl.loss import LossMetrics
 from nanollm.rl.reward import Reward
-from nanollm.sources.environments import MakeEnvironment
+from nanollm.sources.environments import MakeEnvironment, Verdict
 from nanollm.sources.gsm8k import Problem
 from nanollm.text.chat import Conversation, encode_prompt, reply_ends
 from nanollm.text.tokenizer import Tokenizer
@@ -94,7 +94,7 @@ class Rollout:
     logprobs: list[float]  # of each of reply_ids, by the engine
     stop: Literal["end", "length"]
     is_sampled: list[bool]  # of each of reply_ids; a tool or an environment gave the others, which are not trained
-    outcome: Outcome | None = None  # of a conversation with an environment
+    outcome: Verdict | None = None  # of a conversation with an environment
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def roll_out(
             logprobs=completion.logprobs,
             stop="length" if completion.finish == "length" else "end",
             is_sampled=completion.is_sampled + [True] * (completion.stop_token_id is not None),
-            outcome=turns[row].outcome if turns else None,
+            outcome=outcome_of(completion),
         )
         for row, completion in enumerate(completions)
     ]
@@ -220,7 +220,7 @@ def save_rollouts(path: Path, graded: Sequence[Graded], compared: Tensor) -> Non
             record |= {
                 "tokens": len(rollout.reply_ids),
                 "stop": rollout.stop,
-                "trained": each.has_signal or advantage != 0,
+                "trained": any(row),
             }
             lines.append(json.dumps(record, ensure_ascii=False) + "\n")
     write_file(path, "".join(lines).encode())

@@ -15,10 +15,9 @@ from typing import Self
 
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
+from nanollm.sources.environments import Verdict
 from nanollm.sources.gsm8k import Problem
 from nanollm.sources.tasks import import_object
-
-Verdict = float | str  # the number, or what went wrong instead
 
 OPTION = "reward.weights"
 MAX_TIMEOUTS = 5

@@ -4,54 +4,27 @@ A task whose problems are such conversations has `environment` in place of `grad
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 from nanollm.sources.gsm8k import Problem
 
+Verdict = float | str
+"""What a reply or a conversation is worth, or what went wrong instead."""
+
 
 class Environment(Protocol):
-    """The other side of one conversation. One of your own needs no base class, only this method.
+    """The other side of one conversation. One of your own needs no base class, only this method; docs/howto/own-task.md
+    shows one.
 
-    In a file mine.py in the current folder, for --task.name mine:Spelling
-
-        from nanollm.sources.gsm8k import Problem
-
-        WORDS = ["cat", "house", "river", "stone"]
-
-
-        class Spelling:
-            def problems(self, split):
-                return [Problem(f"Spell {word}, one letter at a time.", word) for word in WORDS]
-
-            def environment(self, problem):
-                return Speller(problem.answer)
-
-
-        class Speller:
-            def __init__(self, word):
-                self.left = word
-
-            def step(self, reply):
-                if reply.strip() != self.left[0]:
-                    return 0.0
-                self.left = self.left[1:]
-                return "Next." if self.left else 1.0
+    A task has `environment(problem)`, which makes a new one for each conversation, in place of `grade`; the question
+    opens the conversation.
     """
 
     def step(self, reply: str, /) -> str | float:
-        """Told the model's next message: the user's answer to it, or the reward, with which the conversation ends."""
-
-
-class EnvironmentTask(Protocol):
-    """Problems whose replies are conversations; see sources.tasks.Task."""
-
-    def problems(self, split: str) -> Sequence[Problem]:
-        """As of a Task: the question opens the conversation."""
-
-    def environment(self, problem: Problem, /) -> Environment:
-        """A new partner for one conversation about a problem. A reward of 1 or more means solved."""
+        """Told the model's next message: the user's answer to it, or the reward, with which the conversation ends. A
+        reward of 1 or more means solved."""
 
 
 MakeEnvironment = Callable[[Problem], Environment]

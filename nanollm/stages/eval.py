@@ -261,10 +261,10 @@ def measure(c: Config, inputs: Inputs, world: World) -> Measured:
     bundle = with_tools(load_bundle(c.bundle, world.dtype, world.device), c.tools)
     found: Figures = {"path": str(c.bundle), "digest": sha256_of(c.bundle / PROVENANCE)}
     replies: dict[str, Judged] = {}
-    tool = tool_caller(bundle)
-    attempt = partial(solve, bundle.model, bundle.tokenizer, problems, tool=tool, seed=c.seed, rows=c.rows)
+    tool, environment = tool_caller(bundle), environments_of(task) if task else None
+    ask_model = partial(solve, bundle.model, bundle.tokenizer, problems, tool=tool, environment=environment)
+    attempt = partial(ask_model, seed=c.seed, rows=c.rows)
     if task is not None:
-        attempt = partial(attempt, environment=environments_of(task))
         began = time.monotonic()
         replies["greedy"] = judge(attempt(GREEDY, max_tokens=c.max_tokens), graders(task))
         found["greedy"] = results.greedy_figures(replies["greedy"]) | seconds_since(began)

@@ -144,9 +144,9 @@ def reply_text(ids: Sequence[int], tokenizer: Tokenizer) -> str:
 
 def transcript(ids: Sequence[int], tokenizer: Tokenizer) -> str:
     """What was said in a reply of several turns, a line for each message; the user's begin with "> "."""
-    lines, message, is_user = list[str](), list[int](), False
+    lines, message, is_user, borders = list[str](), list[int](), False, reply_borders(tokenizer)
     for token in [*ids, tokenizer.mark_id(END)]:
-        if token not in reply_borders(tokenizer):
+        if token not in borders:
             message.append(token)
             continue
         if message:

@@ -11,7 +11,9 @@ import torch
 from nanollm.model.transformer import Transformer
 from nanollm.rl.grpo import frozen_logprobs, make_micro_batches, split_groups
 from nanollm.rl.loss import ObjectiveConfig, group_advantages, grpo_loss
-from nanollm.rl.rollout import policy_metrics
+from nanollm.rl.reward import Reward
+from nanollm.rl.rollout import Graded, Group, Rollout, policy_metrics
+from nanollm.sources.gsm8k import Problem
 from tests.rl import promises
 
 ADVANTAGES, AGGREGATIONS = ("mean_only", "std", "batch_std"), ("token_mean", "sequence_mean", "constant")
@@ -215,3 +217,22 @@ def test_a_micro_batch_without_a_reply_adds_nothing(make_learner, ratio):
     loss.backward()
     assert (loss.item(), seen.tokens, seen.engine_difference_max.item()) == (0, 0, 0)
     assert not promises.grads_of(learner.state.model).any()
+
+
+@pytest.mark.parametrize("advantage", ADVANTAGES)
+def test_equal_rewards_leave_no_rest_of_rounding_to_learn_from(advantage):
+    rewards = torch.full((1, 7), 0.1)
+    rewards = torch.cat((rewards, torch.arange(7.0)[None]))
+    equal, different = group_advantages(rewards, advantage)
+    assert not equal.any()
+    assert different.any()
+
+
+def test_without_comparison_a_group_of_right_replies_is_trained_on_and_one_of_wrong_ones_is_not():
+    rollouts = [Rollout([1], [token, promises.END_ID], [-1.0, -1.0], "end", [True, True]) for token in (3, 4)]
+    graded = [Graded(Group(Problem("", ""), rollouts), ["", ""], [Reward(each, {})] * 2) for each in (1.0, 0.0)]
+    totals = torch.tensor([each.totals for each in graded])
+    for kind, trained in (("reward", 4), ("mean_only", 0)):
+        c = ObjectiveConfig(advantage=kind)
+        batches = make_micro_batches(graded, group_advantages(totals, kind), c, 2, 64, is_masked=False)
+        assert sum(len(batch.targets) for batch in batches) == trained

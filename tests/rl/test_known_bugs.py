@@ -1,6 +1,6 @@
 """Mistakes that others made in GRPO and training on replies, put back one at a time: a promise breaks for each.
 
-Each was found in a public project (sources beside it). A test that passed with the mistake would be worth nothing.
+Most were found in public projects (sources beside them). A test that passed with the mistake would be worth nothing.
 Without a mistake the promises are tested here or, where that takes long, in test_exact.py.
 """
 
@@ -157,7 +157,7 @@ def test_truncated_replies_left_in_the_denominator(make_learner, monkeypatch):
 
 
 def test_a_tools_words_trained_as_if_the_model_had_chosen_them(monkeypatch):
-    """verl #1871 and others: the mask of a tool's tokens is forgotten."""
+    """THUDM/slime #1418 mends such a mask."""
     promises.what_a_tool_gives_is_read_and_not_trained()
     right = grpo.make_micro_batches
 

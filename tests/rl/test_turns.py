@@ -2,7 +2,9 @@
 
 import dataclasses
 import random
+import re
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,17 +14,20 @@ from torch.nn.utils.rnn import pad_sequence
 from nanollm.evals.problems import judge, solve
 from nanollm.generate.engine import generate
 from nanollm.generate.sampling import SamplingConfig
+from nanollm.generate.tools import ToolCaller, check_tools
 from nanollm.generate.turns import MAX_TURNS, Turns
 from nanollm.model.transformer import Transformer
 from nanollm.rl.reward import RewardConfig, RewardInput, Rewards
 from nanollm.rl.rollout import RolloutConfig, roll_out
 from nanollm.sources.environments import GuessTheNumber
 from nanollm.sources.gsm8k import Problem
+from nanollm.sources.tasks import TaskConfig, environments_of
 from nanollm.text.chat import Conversation, Message, encode_conversation, transcript
 from nanollm.text.tokenizer import ASSISTANT, END, USER
 from tests.model.conftest import TINY
 
 TASK = GuessTheNumber(3)
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 def saying(answer):
@@ -92,6 +97,42 @@ def test_a_message_that_spells_marks_cannot_begin_another(tokenizer):
     assert not marks & {*message}
 
 
+def test_tools_write_into_each_message_and_the_environment_hears_them(tokenizer):
+    heard = []
+
+    class Listens:
+        def step(self, reply):
+            heard.append(reply)
+            return "and again"
+
+    turns = Turns(Listens(), tokenizer, partial(ToolCaller, check_tools(["calculator"], tokenizer), tokenizer))
+    for _ in range(2):
+        given = [turns(token) for token in tokenizer.encode("<<5*3=")]
+        assert given[-1] == tokenizer.encode("15>>")
+        turns(tokenizer.mark_id(END))
+    assert heard == ["<<5*3=15>>"] * 2
+
+
+def test_the_environment_of_the_documents_spells(tokenizer):
+    text = (DOCS / "howto" / "own-task.md").read_text(encoding="utf-8")
+    names = {"Problem": Problem}
+    (block,) = (block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "environment" in block)
+    exec(block, names)
+    task = names["Spelling"]()
+    turns = Turns(task.environment(task.problems("train")[0]), tokenizer)
+    for letter in "ca":
+        assert say(turns, letter)
+    assert not say(turns, "t")
+    assert turns.outcome == 1
+    assert environments_of(task)
+
+
+@pytest.mark.parametrize("largest", [1, 10**6 + 1])
+def test_a_number_that_cannot_be_guessed_is_refused(largest):
+    with pytest.raises(ValueError, match=r"task.largest must be from 2 to 1,000,000 for guess, got"):
+        TaskConfig(name="guess", largest=largest)
+
+
 def played(problem, draw):
     """A conversation with guesses by chance, which in one game of four listen to the last hint."""
     partner, answer, messages = TASK.environment(problem), "", [Message("user", problem.question)]
@@ -108,7 +149,7 @@ def played(problem, draw):
 
 @pytest.fixture(scope="module")
 def player(tokenizer):
-    """Weights of a tiny model that has seen games of chance: it guesses numbers, and does not listen yet."""
+    """Weights of a tiny model that has seen such games: it guesses numbers, and seldom listens."""
     model = Transformer(dataclasses.replace(TINY, vocab_size=tokenizer.vocab_size)).init(0)
     optimizer, draw = torch.optim.AdamW(model.parameters(), lr=3e-3), random.Random(0)
     for _ in range(100):

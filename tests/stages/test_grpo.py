@@ -113,9 +113,36 @@ def test_another_seed_or_group_size_or_other_problems_are_another_run(run_config
         grpo.run(dataclasses.replace(longer, seed=1))
     with pytest.raises(ValueError, match=r"was begun with rollout.group_size = 4, this run has 5"):
         grpo.run(dataclasses.replace(longer, rollout=dataclasses.replace(c.rollout, group_size=5)))
+    with pytest.raises(ValueError, match=r"was begun with rollout.tools = None, this run has \['calculator'\]"):
+        grpo.run(dataclasses.replace(longer, rollout=dataclasses.replace(c.rollout, tools=["calculator"])))
     (tmp_path / "train.jsonl").write_text(rows[0])
     with pytest.raises(ValueError, match=r"was begun with inputs.problems = "):
         grpo.run(longer)
+
+
+GUESS = TaskConfig(name="guess", largest=6)
+
+
+def test_a_run_holds_conversations(run_config):
+    c = run_config(
+        steps=2,
+        task=GUESS,
+        validation_problems=3,
+        reward=RewardConfig(weights={"correct": 1, "length": 1}, soft_tokens=10),
+    )
+    grpo.run(c)
+    first, *steps = told(c.out)
+    assert first["val_accuracy"] == 0  # an untrained model says no number
+    assert [line["faults"] for line in steps] == [0, 0]
+    assert all(line["rewards/correct/mean"] == 0 for line in steps)
+    (record, *_) = (c.out / "rollouts" / "step-00000001.jsonl").read_text().splitlines()
+    assert json.loads(record)["question"] == "Guess my number from 1 to 6."
+
+
+def test_a_server_that_cannot_hold_conversations_is_refused(run_config):
+    rollout = RolloutConfig(prompts=3, group_size=4, max_tokens=10, engine="vllm://localhost:1")
+    with pytest.raises(ValueError, match=r"a vLLM server cannot hold the conversations of task.name guess"):
+        grpo.run(run_config(task=GUESS, rollout=rollout))
 
 
 def test_a_reference_with_another_tokenizer_is_refused(run_config, tmp_path):
