@@ -52,8 +52,13 @@ def best_width(lengths: Sequence[int], limit: int, *, is_masked: bool) -> int:
     longest = max(lengths)
     least = -(-longest // STEP) * STEP
     widths = [*range(least, min(limit, WIDEST * least) + 1, STEP)] or [limit]
-    costs = {width: width * len(pack(lengths, width)) * (1 + is_masked * width / MASK_DOUBLES) for width in widths}
+    costs = {width: rows_cost(lengths, width, is_masked=is_masked) for width in widths}
     return min(width for width, cost in costs.items() if cost <= NEARLY * min(costs.values()))
+
+
+def rows_cost(lengths: Sequence[int], width: int, *, is_masked: bool) -> float:
+    """What computing the packed rows costs, in places without a mask."""
+    return width * len(pack(lengths, width)) * (1 + is_masked * width / MASK_DOUBLES)
 
 
 def even_rows(rows: int, most: int) -> int:

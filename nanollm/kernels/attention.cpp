@@ -20,7 +20,7 @@ constexpr int COLUMNS = 128;  // queries whose shares wait for one product, back
 struct Attention {
     int64_t rows, tokens, heads, nope, rope, value, threads;
     float scale;
-    const int32_t* starts;  // (B, T): where each token's text begins in its row; null: at 0
+    const int32_t* spans;   // (B, T, 3): where a token's text begins, its shared part ends, its own begins; null: at 0
     const bf16* q;          // (B, T, H, D)
     const bf16* kv;         // (B, T, H, N + V)
     const bf16* key_rope;   // (B, T, R)
@@ -34,7 +34,8 @@ struct Attention {
     float* key_rope_shares;  // (B, H, T, R): each head's part of it
     int64_t width() const { return nope + rope; }
     int64_t padded() const { return (tokens + PANEL - 1) / PANEL * PANEL; }
-    int64_t start(int64_t row, int64_t t) const { return starts ? starts[row * tokens + t] : 0; }
+    int64_t span(int64_t row, int64_t t, int which) const { return spans ? spans[(row * tokens + t) * 3 + which] : 0; }
+    int64_t start(int64_t row, int64_t t) const { return span(row, t, 0); }
 };
 
 inline u16x16 narrowed(f32x16 x) {
@@ -123,10 +124,13 @@ class Forward {
         float factor[QUERIES];
         for (int i = 0; i < count; i++) {
             int64_t begin = a.start(row, t + i) - from, end = t + i + 1 - from;
+            int64_t shared = a.span(row, t + i, 1) - from, own = a.span(row, t + i, 2) - from;
             float *line = &scores[i * stride], greatest;
+            std::fill(line + shared, line + own, -1e30f);
             factor[i] = soften(line + begin, int(end - begin), a.scale, &greatest);
             a.sums[(row * a.heads + head) * a.tokens + t + i] = greatest * a.scale - std::log(factor[i]);
             std::fill(line, line + begin, 0.0f);
+            std::fill(line + shared, line + own, 0.0f);
             std::fill(line + end, line + seen - from, 0.0f);
             narrow_all(line, seen - from, &shares[i * stride]);
         }
@@ -236,19 +240,22 @@ class Backward {
 
     // Queries t ... t + 31, lanes of two vectors, against keys begin ... end - 1: shares, slopes, slopes_in.
     void soften_across(int64_t row, int64_t head, int64_t t, int64_t column, int64_t begin, int64_t end) {
-        i32x16 place[2], start[2];
+        i32x16 place[2], start[2], shared[2], own[2];
         f32x16 log_sum[2] = {}, mean[2] = {};
         for (int i = 0; i < PANEL; i++) {
             bool is_token = t + i < a.tokens;
             place[i / 16][i % 16] = is_token ? int(t + i) : -1;  // before every key: sees none
             start[i / 16][i % 16] = is_token ? int(a.start(row, t + i)) : 0;
+            shared[i / 16][i % 16] = is_token ? int(a.span(row, t + i, 1)) : 0;
+            own[i / 16][i % 16] = is_token ? int(a.span(row, t + i, 2)) : 0;
             log_sum[i / 16][i % 16] = is_token ? a.sums[(row * a.heads + head) * a.tokens + t + i] : 0.0f;
             mean[i / 16][i % 16] = is_token ? means[t + i] : 0.0f;
         }
         auto slope_at = [&](int64_t s, int half) {
             int64_t at = (s - begin) * PANEL + half * 16, to = s * COLUMNS + column + half * 16;
             f32x16 share = exp(load(&scores[at]) * a.scale - log_sum[half]);
-            share = (int(s) <= place[half]) & (int(s) >= start[half]) ? share : f32x16{};
+            i32x16 is_seen = (int(s) >= own[half]) | ((int(s) >= start[half]) & (int(s) < shared[half]));
+            share = (int(s) <= place[half]) & is_seen ? share : f32x16{};
             u16x16 slope = narrowed(share * (load(&gains[at]) - mean[half]) * a.scale);
             put(narrowed(share), &shares[to]);
             put(slope, &slopes[to]);

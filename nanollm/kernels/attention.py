@@ -21,7 +21,7 @@ from nanollm.progress import say
 SOURCE = Path(__file__).with_name("attention.cpp")
 PANEL = 32
 POINTERS = (
-    *("starts", "q", "kv", "key_rope", "out", "sums"),
+    *("spans", "q", "kv", "key_rope", "out", "sums"),
     *("out_grad", "q_grad", "kv_grad", "key_rope_grad", "key_rope_shares"),
 )
 
@@ -69,24 +69,24 @@ def serves(nope: int, rope: int, value: int, dtype: torch.dtype, device: torch.d
 
 
 @torch.library.custom_op("nanollm::attend", mutates_args=())
-def attend(q: Tensor, kv: Tensor, k_rope: Tensor, starts: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+def attend(q: Tensor, kv: Tensor, k_rope: Tensor, spans: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """Every token looks back at its own text.
 
-    q (B, T, H, N + R), kv (B, T, H, N + V), k_rope (B, T, R), all bfloat16; starts (B, T) int32: where each token's
-    text begins in its row; None: at 0. Returns the answers (B, T, H, V), and for the backward pass the log of each sum
-    of exponentials (B, H, T) float32.
+    q (B, T, H, N + R), kv (B, T, H, N + V), k_rope (B, T, R), all bfloat16; spans (B, T, 3) int32: where each token may
+    look, as in model/transformer.text_spans; None: at all before it. Returns the answers (B, T, H, V), and for the
+    backward pass the log of each sum of exponentials (B, H, T) float32.
     """
     q, kv, k_rope = q.contiguous(), kv.contiguous(), k_rope.contiguous()
     rows, tokens, heads = q.shape[:3]
     out = q.new_empty(rows, tokens, heads, _value_width(q, kv, k_rope))
     sums = q.new_empty(rows, heads, tokens, dtype=torch.float32)
-    _call("attend", q, kv, k_rope, starts, scale, out=out, sums=sums)
+    _call("attend", q, kv, k_rope, spans, scale, out=out, sums=sums)
     return out, sums
 
 
 @torch.library.custom_op("nanollm::attend_backward", mutates_args=())
 def attend_backward(
-    q: Tensor, kv: Tensor, k_rope: Tensor, starts: Tensor | None, scale: float, out: Tensor, sums: Tensor, grad: Tensor
+    q: Tensor, kv: Tensor, k_rope: Tensor, spans: Tensor | None, scale: float, out: Tensor, sums: Tensor, grad: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, kv and k_rope, given that of the answers (B, T, H, V)."""
     q, kv, k_rope, grad = q.contiguous(), kv.contiguous(), k_rope.contiguous(), grad.contiguous()
@@ -94,14 +94,14 @@ def attend_backward(
     rows, tokens, heads = q.shape[:3]
     shares = q.new_empty(rows, heads, tokens, k_rope.shape[-1], dtype=torch.float32)
     gradients = {"q_grad": q_grad, "kv_grad": kv_grad, "key_rope_grad": k_rope_grad, "key_rope_shares": shares}
-    _call("attend_backward", q, kv, k_rope, starts, scale, out=out, sums=sums, out_grad=grad, **gradients)
+    _call("attend_backward", q, kv, k_rope, spans, scale, out=out, sums=sums, out_grad=grad, **gradients)
     return q_grad, kv_grad, k_rope_grad
 
 
 def _call(
-    name: str, q: Tensor, kv: Tensor, k_rope: Tensor, starts: Tensor | None, scale: float, **others: Tensor
+    name: str, q: Tensor, kv: Tensor, k_rope: Tensor, spans: Tensor | None, scale: float, **others: Tensor
 ) -> None:
-    tensors = {"q": q, "kv": kv, "key_rope": k_rope, **others} | ({} if starts is None else {"starts": starts})
+    tensors = {"q": q, "kv": kv, "key_rope": k_rope, **others} | ({} if spans is None else {"spans": spans})
     assert all(tensor.is_contiguous() for tensor in tensors.values())
     rows, tokens, heads = q.shape[:3]
     loaded, rope, value = library(), k_rope.shape[-1], _value_width(q, kv, k_rope)
@@ -116,7 +116,7 @@ def _value_width(q: Tensor, kv: Tensor, k_rope: Tensor) -> int:
 
 
 @attend.register_fake
-def _(q: Tensor, kv: Tensor, k_rope: Tensor, starts: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, kv: Tensor, k_rope: Tensor, spans: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     rows, tokens, heads = q.shape[:3]
     sums = q.new_empty(rows, heads, tokens, dtype=torch.float32)
     return q.new_empty(rows, tokens, heads, _value_width(q, kv, k_rope)), sums
@@ -124,7 +124,7 @@ def _(q: Tensor, kv: Tensor, k_rope: Tensor, starts: Tensor | None, scale: float
 
 @attend_backward.register_fake
 def _(
-    q: Tensor, kv: Tensor, k_rope: Tensor, starts: Tensor | None, scale: float, out: Tensor, sums: Tensor, grad: Tensor
+    q: Tensor, kv: Tensor, k_rope: Tensor, spans: Tensor | None, scale: float, out: Tensor, sums: Tensor, grad: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(x.new_empty(x.shape) for x in (q, kv, k_rope))  # type: ignore[return-value]
 
@@ -135,8 +135,8 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) 
 
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, kv, k_rope, starts, out, sums = ctx.saved_tensors
-    return *attend_backward(q, kv, k_rope, starts, ctx.scale, out, sums, grad), None, None
+    q, kv, k_rope, spans, out, sums = ctx.saved_tensors
+    return *attend_backward(q, kv, k_rope, spans, ctx.scale, out, sums, grad), None, None
 
 
 attend.register_autograd(_backward, setup_context=_remember)

@@ -40,7 +40,7 @@ class LatentAttention(nn.Module):
         latent = self.kv_a_norm(latent)  # (B, T, C)
         k_rope = rotate(k_rope[:, :, None], table)[:, :, 0]  # (B, T, R): one key for all heads
         if metadata.is_fused:
-            return self.fused(q_nope, q_rope, latent, k_rope, metadata.starts)
+            return self.fused(q_nope, q_rope, latent, k_rope, metadata.spans)
         if cache is None:
             return self.expanded(q_nope, q_rope, latent, k_rope, mask)
 
@@ -78,10 +78,10 @@ class LatentAttention(nn.Module):
         )  # (B, H, T, V)
         return self.o_proj(out.transpose(1, 2).flatten(-2))
 
-    def fused(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, starts: Tensor | None) -> Tensor:
-        """What `expanded` computes, where every token looks at its own text, which begins at starts (B, T)."""
+    def fused(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, spans: Tensor | None) -> Tensor:
+        """What `expanded` computes, where every token looks at its own text; spans (B, T, 3) as in `text_spans`."""
         kv = self.kv_b_proj(latent).unflatten(-1, (self.config.n_heads, -1))  # (B, T, H, N + V)
-        out, _ = fused.attend(torch.cat((q_nope, q_rope), dim=-1), kv, k_rope, starts, self.scale)
+        out, _ = fused.attend(torch.cat((q_nope, q_rope), dim=-1), kv, k_rope, spans, self.scale)
         return self.o_proj(out.flatten(-2))
 
     def absorbed(self, q_nope: Tensor, q_rope: Tensor, entries: Tensor, mask: Tensor) -> Tensor:

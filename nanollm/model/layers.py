@@ -76,9 +76,9 @@ class AttentionMetadata:
 
     positions: Tensor  # (B, T) or (T,) int64
     table: tuple[Tensor, Tensor]  # cosine and sine of the positions
-    mask: Tensor | None  # (B, T, S), true where a token may look; None: at all tokens before it, or as `starts` says
+    mask: Tensor | None  # (B, T, S), true where a token may look; None: at all tokens before it, or as `spans` says
     is_text: Tensor | None  # (B, T), false where a packed row is empty; None: everywhere
-    starts: Tensor | None = None  # (B, T) int32, where each token's text begins in its row, for fused attention only
+    spans: Tensor | None = None  # (B, T, 3) int32 as in transformer.text_spans, for fused attention only
     is_fused: bool = False  # attention.cpp serves this pass
 
 

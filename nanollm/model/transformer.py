@@ -44,10 +44,26 @@ class Block(nn.Module):
         return x + out, routing
 
 
+def text_spans(positions: Tensor) -> Tensor:
+    """Where in its row each token may look back: from where its text begins to where the part ends that it shares with
+    others, and from where its own part begins. positions (B, T) to (B, T, 3) int64.
+
+    A text begins at position 0. Where a position does not follow the one before it, a continuation of the text's first
+    tokens begins, up to that position: so the replies to a prompt stand behind it, and none sees another.
+    """
+    index = torch.arange(positions.shape[1], device=positions.device).expand_as(positions)
+    follows = positions == F.pad(positions[:, :-1] + 1, (1, 0), value=-1)
+    text = torch.where(positions == 0, index, 0).cummax(1).values
+    own = torch.where(follows, 0, index).cummax(1).values
+    shared = torch.minimum(text + positions.gather(1, own), own)
+    return torch.stack((text, shared, own), dim=-1)
+
+
 def packed_mask(positions: Tensor) -> Tensor:
-    """positions (B, T), 0 where a text begins, to (B, T, T): true where a token may look, in its own text and back."""
-    text = (positions == 0).cumsum(1)  # (B, T): the number of the text in its row
-    return (text[:, :, None] == text[:, None, :]).tril()
+    """positions (B, T) as in `text_spans` to (B, T, T): true where a token may look, in its own text and back."""
+    text, shared, own = text_spans(positions)[:, :, None].unbind(-1)  # (B, T, 1) each
+    key = torch.arange(positions.shape[1], device=positions.device)
+    return (((text <= key) & (key < shared)) | (own <= key)).tril()
 
 
 def is_empty(positions: Tensor) -> Tensor:
@@ -71,7 +87,7 @@ class Trunk(nn.Module):
         """tokens (B, T) int64 to hidden (B, T, D).
 
         With a cache the tokens continue its rows, and its lengths grow by T. Without one, positions (B, T) say where
-        several texts lie in a row: each begins at position 0 and sees nothing of the others. None: one text per row.
+        several texts lie in a row, as in `text_spans`: none sees another. None: one text per row.
         """
         return self.routed(tokens, cache, positions)[0]
 
@@ -88,7 +104,7 @@ class Trunk(nn.Module):
         recompute: keep only what enters each block, and compute the rest again in the backward pass.
         """
         count = tokens.shape[1]
-        mask = is_text = starts = None
+        mask = is_text = spans = None
         x = self.embed(tokens)
         is_fused = cache is None and fused.serves(*self.config.head_widths, x.dtype, x.device)
         if cache is not None:
@@ -98,14 +114,13 @@ class Trunk(nn.Module):
         elif positions is not None:
             is_text = ~is_empty(positions)
             if is_fused:
-                # Whatever the positions, never before a row or behind its token: attention.cpp trusts them.
-                starts = (torch.arange(count, device=tokens.device) - positions).clamp(min=0).cummax(1).values.int()
+                spans = text_spans(positions).int()
             else:
                 mask = packed_mask(positions)
         else:
             positions = torch.arange(count, device=tokens.device)
         table = rotary_table(positions, self.config.qk_rope_head_dim, self.config.rope_theta)
-        metadata = AttentionMetadata(positions, table, mask, is_text, starts, is_fused)
+        metadata = AttentionMetadata(positions, table, mask, is_text, spans, is_fused)
         recompute, routings = recompute and torch.is_grad_enabled(), list[Routing]()
         for block in self.blocks:
             if recompute:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nanollm.data.order import epoch_seed, sample_indices
-from nanollm.data.packing import PackedLayout, best_width, even_rows, pack
+from nanollm.data.packing import PackedLayout, best_width, even_rows, pack, rows_cost
 from nanollm.generate.request import MakeTool
 from nanollm.generate.turns import said
 from nanollm.model.transformer import Transformer
@@ -240,45 +240,82 @@ def make_micro_batches(
     is_masked: whether attention will need a mask (T, T) for every row.
     """
     counted = [
-        (rollout, advantage, any(row) or c.beta > 0)
+        [
+            (rollout, advantage)
+            for rollout, advantage in zip(each.group.rollouts, row, strict=True)
+            if not (c.mask_truncated and rollout.stop == "length")
+        ]
         for each, row in zip(graded, advantages.tolist(), strict=True)
-        for rollout, advantage in zip(each.group.rollouts, row, strict=True)
-        if not (c.mask_truncated and rollout.stop == "length")
     ]
-    kept = [(rollout, advantage) for rollout, advantage, is_trained in counted if is_trained]
+    is_trained = [any(row) or c.beta > 0 for row in advantages.tolist()]
+    kept = [group for group, is_kept in zip(counted, is_trained, strict=True) if group and is_kept]
     if not kept:
         return []
-    lengths = [sum(rollout.is_sampled) for rollout, *_ in counted]
+    lengths = [sum(rollout.is_sampled) for group in counted for rollout, _ in group]
     count = count_of(len(lengths), sum(lengths), c.aggregation, max_tokens)
-    taken = [len(rollout.prompt_ids) + len(rollout.reply_ids) - 1 for rollout, _ in kept]
-    width = best_width(taken, max_places, is_masked=is_masked)
-    rows = even_rows(-(-len(pack(taken, width)) // ranks), max_places // width)
-    return in_rows(kept, width, rows * ranks, c.aggregation, count).split_micro_batches(rows)
+    width, texts = share_prompts(kept, max_places, is_masked=is_masked)
+    rows = even_rows(-(-len(pack(places_of(texts), width)) // ranks), max_places // width)
+    return in_rows(texts, width, rows * ranks, c.aggregation, count).split_micro_batches(rows)
 
 
-def in_rows(
-    kept: Sequence[tuple[Rollout, float]], width: int, rows: int, aggregation: str, count: float
-) -> RolloutBatch:
-    """Rollouts with their advantages, packed into a multiple of `rows` rows of `width` places."""
-    ids = [torch.tensor(rollout.prompt_ids + rollout.reply_ids) for rollout, _ in kept]
-    layout = PackedLayout.of([len(each) - 1 for each in ids], width, rows)
-    order = layout.starts.argsort()  # replies as they stand in the rows
-    rollouts = [kept[index][0] for index in order.tolist()]
+Weighed = tuple[Rollout, float]  # a rollout with its advantage
+
+
+def share_prompts(
+    groups: Sequence[Sequence[Weighed]], max_places: int, *, is_masked: bool
+) -> tuple[int, list[Sequence[Weighed]]]:
+    """The width of rows, and the groups cut into texts: a prompt, read once, and the replies that stand behind it.
+
+    More replies behind a prompt leave fewer prompts to read, and need wider rows, whose attention costs more: the
+    cheapest is taken.
+    """
+    options = dict[float, tuple[int, list[Sequence[Weighed]]]]()
+    most, replies = max(map(len, groups)), 1
+    while replies <= most:
+        texts = [group[first : first + replies] for group in groups for first in range(0, len(group), replies)]
+        places = places_of(texts)
+        if replies > 1 and max(places) > max_places:
+            break
+        width = best_width(places, max_places, is_masked=is_masked)
+        options.setdefault(rows_cost(places, width, is_masked=is_masked), (width, texts))
+        replies *= 2
+    return options[min(options)]
+
+
+def places_of(texts: Sequence[Sequence[Weighed]]) -> list[int]:
+    """Places that each prompt takes with its replies, whose last tokens are only predicted."""
+    return [len(text[0][0].prompt_ids) + sum(len(rollout.reply_ids) - 1 for rollout, _ in text) for text in texts]
+
+
+def in_rows(texts: Sequence[Sequence[Weighed]], width: int, rows: int, aggregation: str, count: float) -> RolloutBatch:
+    """Prompts with their replies, packed into a multiple of `rows` rows of `width` places."""
+    layout = PackedLayout.of(places_of(texts), width, rows)
+    ids, positions = list[Tensor](), list[Tensor]()
+    for text in texts:
+        prompt = text[0][0].prompt_ids
+        ids.append(torch.tensor(prompt + [token for rollout, _ in text for token in rollout.reply_ids[:-1]]))
+        behind = [torch.arange(len(rollout.reply_ids) - 1) + len(prompt) for rollout, _ in text]
+        positions.append(torch.cat((torch.arange(len(prompt)), *behind)))
+    ordered, token_indices = list[Weighed](), list[int]()  # as they stand in the rows
+    for index in layout.starts.argsort().tolist():
+        place = int(layout.starts[index]) + len(texts[index][0][0].prompt_ids)
+        prompt_end = place - 1  # predicts the first token of every reply
+        for rollout, advantage in texts[index]:
+            token_indices += [prompt_end, *range(place, place + len(rollout.reply_ids) - 1)]
+            place += len(rollout.reply_ids) - 1
+            ordered.append((rollout, advantage))
+    rollouts, advantages = [rollout for rollout, _ in ordered], torch.tensor([advantage for _, advantage in ordered])
     lengths = torch.tensor([len(rollout.reply_ids) for rollout in rollouts])  # (R,)
-    reply = torch.arange(len(rollouts)).repeat_interleave(lengths)  # (M,)
-    # The last id of a prompt predicts the first token of the reply.
-    before = layout.starts[order] + torch.tensor([len(rollout.prompt_ids) - 1 for rollout in rollouts])
     is_sampled = torch.tensor([each for rollout in rollouts for each in rollout.is_sampled])  # (M,) with tools' tokens
+    reply = torch.arange(len(rollouts)).repeat_interleave(lengths)[is_sampled]  # (M,)
     weights = token_weights(torch.tensor([sum(rollout.is_sampled) for rollout in rollouts]), aggregation)  # (R,)
-    token_indices = before[reply] + torch.arange(len(reply)) - (lengths.cumsum(0) - lengths)[reply]
-    reply = reply[is_sampled]
     return RolloutBatch(
-        tokens=layout.place([each[:-1] for each in ids]),
-        positions=layout.place([torch.arange(length) for length in layout.lengths]),
-        token_indices=token_indices[is_sampled],
+        tokens=layout.place(ids),
+        positions=layout.place(positions),
+        token_indices=torch.tensor(token_indices)[is_sampled],
         targets=torch.tensor([token for rollout in rollouts for token in rollout.reply_ids])[is_sampled],
         reply=reply,
-        advantages=torch.tensor([advantage for _, advantage in kept])[order][reply],
+        advantages=advantages[reply],
         weights=weights[reply],
         engine_logprobs=torch.tensor([logprob for rollout in rollouts for logprob in rollout.logprobs])[is_sampled],
         old_logprobs=None,

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from nanollm.config import load_preset
 from nanollm.kernels import attention as fused
 from nanollm.model.config import ModelConfig
-from nanollm.model.transformer import Transformer
+from nanollm.model.transformer import Transformer, packed_mask, text_spans
 from tests.model.conftest import randomised
 
 pytestmark = pytest.mark.skipif(
@@ -29,30 +29,38 @@ def inputs(rng, rows: int, tokens: int, heads: int, nope: int, rope: int, value:
     return [torch.randn(rows, tokens, *width, generator=rng).bfloat16() for width in widths]
 
 
-def random_starts(rng, rows: int, tokens: int) -> Tensor:
-    begins = torch.rand(rows, tokens, generator=rng) < 0.05
-    return torch.where(begins, torch.arange(tokens), 0).cummax(1).values.int()
+def random_positions(rng, tokens: int) -> Tensor:
+    """Texts, each with up to three continuations of its first tokens: (T,) int64."""
+    positions = list[int]()
+    while len(positions) < tokens:
+        shared, *lengths = torch.randint(
+            1, 12, (int(torch.randint(1, 5, (1,), generator=rng)),), generator=rng
+        ).tolist()
+        positions += range(shared)
+        for length in lengths:
+            positions += range(shared, shared + length)
+    return torch.tensor(positions[:tokens])
 
 
-def plain(q: Tensor, kv: Tensor, k_rope: Tensor, starts: Tensor | None) -> Tensor:
+def plain(q: Tensor, kv: Tensor, k_rope: Tensor, positions: Tensor | None) -> Tensor:
     """The same from PyTorch's operations, keys and mask written out."""
-    heads, nope, places = q.shape[2], q.shape[3] - k_rope.shape[2], torch.arange(q.shape[1])
+    heads, nope = q.shape[2], q.shape[3] - k_rope.shape[2]
     k = torch.cat((kv[..., :nope], k_rope[:, :, None].expand(-1, -1, heads, -1)), dim=-1)
-    begins = torch.zeros(1, 1, dtype=torch.int32) if starts is None else starts
-    mask = (places <= places[:, None]) & (places >= begins[:, :, None])
+    mask = packed_mask(torch.arange(q.shape[1])[None] if positions is None else positions)
     q, k, v = (x.transpose(1, 2) for x in (q, k, kv[..., nope:]))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], scale=SCALE).transpose(1, 2)
 
 
-def with_gradients(function, tensors: list[Tensor], grad: Tensor, starts: Tensor | None) -> list[Tensor]:
+def with_gradients(function, tensors: list[Tensor], grad: Tensor, positions: Tensor | None) -> list[Tensor]:
     leaves = [tensor.clone().requires_grad_() for tensor in tensors]
-    out = function(*leaves, starts)
+    out = function(*leaves, positions)
     out.backward(grad.to(out.dtype))
     return [out.detach(), *(leaf.grad for leaf in leaves)]
 
 
-def ours(q, kv, k_rope, starts):
-    return fused.attend(q, kv, k_rope, starts, SCALE)[0]
+def ours(q, kv, k_rope, positions):
+    spans = None if positions is None else text_spans(positions).int()
+    return fused.attend(q, kv, k_rope, spans, SCALE)[0]
 
 
 @pytest.mark.parametrize("is_packed", [False, True])
@@ -63,10 +71,13 @@ def ours(q, kv, k_rope, starts):
 )
 def test_answers_and_gradients_are_as_near_to_exact_ones_as_pytorchs(sizes, is_packed, rng):
     *tensors, grad = inputs(rng, *sizes)
-    starts = random_starts(rng, *sizes[:2]) if is_packed else None
-    exact = with_gradients(plain, [tensor.double() for tensor in tensors], grad, starts)
+    positions = torch.stack([random_positions(rng, sizes[1]) for _ in range(sizes[0])]) if is_packed else None
+    exact = with_gradients(plain, [tensor.double() for tensor in tensors], grad, positions)
     for right, got, theirs in zip(
-        exact, with_gradients(ours, tensors, grad, starts), with_gradients(plain, tensors, grad, starts), strict=True
+        exact,
+        with_gradients(ours, tensors, grad, positions),
+        with_gradients(plain, tensors, grad, positions),
+        strict=True,
     ):
         error, usual = ((x.double() - right).norm() / right.norm() for x in (got, theirs))
         assert error < max(1.5 * usual, 4e-3)
@@ -79,8 +90,8 @@ def test_a_token_alone_answers_with_its_value(rng):
 
 def test_packed_texts_equal_texts_of_their_own(rng):
     *tensors, grad = inputs(rng, 1, 90, 2, 32, 32, 64)
-    starts = torch.tensor([[0] * 37 + [37] * 53], dtype=torch.int32)
-    together = with_gradients(ours, tensors, grad, starts)
+    positions = torch.cat((torch.arange(37), torch.arange(53)))[None]
+    together = with_gradients(ours, tensors, grad, positions)
     for part in (slice(0, 37), slice(37, 90)):
         alone = with_gradients(ours, [tensor[:, part] for tensor in tensors], grad[:, part], None)
         for whole, own in zip(together, alone, strict=True):
@@ -106,7 +117,8 @@ def test_the_model_is_as_near_to_exact_with_it_as_without(is_packed, rng, monkey
     exact = randomised(Transformer(C).init(0))
     model = copy.deepcopy(exact).to(torch.bfloat16)
     tokens = torch.randint(C.vocab_size, (2, 80), generator=rng)
-    positions = torch.cat((torch.arange(30), torch.arange(50))).expand(2, -1) if is_packed else None
+    parts = torch.arange(30), torch.arange(20), torch.arange(15, 30), torch.arange(15, 30)  # the last two fork a text
+    positions = torch.cat(parts).expand(2, -1) if is_packed else None
 
     def gradients(model: Transformer) -> Tensor:
         model.zero_grad()

@@ -9,7 +9,7 @@ import torch
 from nanollm.config import load_preset, preset_names
 from nanollm.model.config import ModelConfig
 from nanollm.model.layers import rotary_table, rotate
-from nanollm.model.transformer import Transformer
+from nanollm.model.transformer import Transformer, packed_mask
 from tests.model.conftest import TINY
 
 SIZES = {
@@ -38,6 +38,26 @@ def test_logits_depend_on_the_order_of_earlier_tokens(tiny_model):
     tokens = torch.tensor([[5, 6, 7, 8]])
     swapped = torch.tensor([[6, 5, 7, 8]])
     assert not torch.allclose(tiny_model(tokens)[:, -1], tiny_model(swapped)[:, -1], atol=1e-4)
+
+
+def test_a_continuation_sees_what_it_continues_and_itself():
+    """Two texts and an empty place; behind the first two tokens of the second stand two continuations."""
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 2, 0]])
+    seen = [[0], [0, 1], [0, 1, 2], [3], [3, 4], [3, 4, 5], [3, 4, 5, 6], [3, 4, 7], [8]]
+    assert [row.nonzero().flatten().tolist() for row in packed_mask(positions)[0]] == seen
+
+
+@torch.no_grad()
+def test_continuations_behind_one_prompt_equal_texts_of_their_own(tiny_model, rng):
+    model = tiny_model.double()
+    prompt, *replies = (torch.randint(model.config.vocab_size, (length,), generator=rng) for length in (5, 4, 1, 6))
+    positions = [torch.arange(5), *(torch.arange(5, 5 + len(reply)) for reply in replies)]
+    together = model(torch.cat((prompt, *replies))[None], positions=torch.cat(positions)[None])[0]
+    place = 5
+    for reply in replies:
+        alone = model(torch.cat((prompt, reply))[None])[0]
+        torch.testing.assert_close(together[place : place + len(reply)], alone[5:], rtol=0, atol=1e-12)
+        place += len(reply)
 
 
 def test_rotation_makes_products_depend_on_distance_alone(rng):

@@ -196,7 +196,7 @@ def the_divergence_has_its_own_gradient(c: ObjectiveConfig) -> None:
         said = logprobs_of(old, prompt, reply).tolist()
         width = len(prompt) + len(reply) - 1
         rollout = Rollout(prompt, reply, said, "end", [True] * len(reply))
-        batch = grpo.in_rows([(rollout, 0.0)], width, 1, c.aggregation, MAX_TOKENS)
+        batch = grpo.in_rows([[(rollout, 0.0)]], width, 1, c.aggregation, MAX_TOKENS)
         batch = dataclasses.replace(
             batch,
             old_logprobs=grpo.frozen_logprobs(old, batch, TEMPERATURE),
@@ -287,6 +287,26 @@ def gradient_of_a_step(learner, rows: int) -> torch.Tensor:
 def micro_batches_change_nothing(make_learner, aggregation: str) -> None:
     learner = make_learner(objective=ObjectiveConfig(aggregation=aggregation))
     torch.testing.assert_close(gradient_of_a_step(learner, 1), gradient_of_a_step(learner, 16), atol=1e-6, rtol=1e-5)
+
+
+def a_prompt_is_read_once_for_several_replies(make_learner) -> None:
+    """The gradient is that of replies that each stand behind a prompt of their own, from fewer places."""
+    learner = make_learner()
+    graded, _ = learner.sample(0)
+    compared = group_advantages(torch.tensor([each.totals for each in graded]), "mean_only")
+    groups = [
+        list(zip(each.group.rollouts, row, strict=True)) for each, row in zip(graded, compared.tolist(), strict=True)
+    ]
+    apart = [[each] for group in groups for each in group]
+    gradients, model = [], learner.state.model.double()
+    for texts in (groups, apart):
+        batch = grpo.in_rows(texts, max(grpo.places_of(groups)), 1, "token_mean", 100.0)
+        model.zero_grad()
+        grpo.grpo_loss(model, batch, learner.objective, 1.0)[0].backward()
+        gradients.append(grads_of(model))
+    torch.testing.assert_close(*gradients, atol=1e-9, rtol=1e-6)
+    assert sum(grpo.places_of(groups)) < sum(grpo.places_of(apart))
+    assert len(grpo.share_prompts(groups, 4096, is_masked=False)[1]) < len(apart)
 
 
 def advantages_compare_within_a_group() -> None:

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from nanollm.generate.sampling import SamplingConfig
+from nanollm.model import transformer
+from nanollm.model import transformer
 from nanollm.rl import grpo, loss, rollout
 from nanollm.rl.loss import ObjectiveConfig
 from nanollm.sources import gsm8k
@@ -207,3 +209,16 @@ def test_gradients_not_added_up_over_ranks(with_the_bug):
             promises.two_ranks_are_one(add_up=False)
     else:
         promises.two_ranks_are_one()
+
+
+def test_replies_behind_one_prompt_that_see_each_other(make_learner, monkeypatch):
+    """A mask of whole texts, as packing without forks needs it."""
+    promises.a_prompt_is_read_once_for_several_replies(make_learner)
+
+    def whole_texts(positions):
+        text = (positions == 0).cumsum(1)
+        return (text[:, :, None] == text[:, None, :]).tril()
+
+    monkeypatch.setattr(transformer, "packed_mask", whole_texts)
+    with broken():
+        promises.a_prompt_is_read_once_for_several_replies(make_learner)

@@ -1,5 +1,7 @@
 """What a tool wrote into a reply is read, and not trained."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -15,7 +17,7 @@ WITHOUT = Rollout([3], [9, 4], [-3.0, -4.0], "end", [True, True])
 
 @pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean"])
 def test_only_sampled_tokens_are_predicted_weighed_and_counted(aggregation):
-    batch = in_rows([(WITH_TOOL, 1.0), (WITHOUT, -1.0)], 8, 1, aggregation, 4.0)
+    batch = in_rows([[(WITH_TOOL, 1.0)], [(WITHOUT, -1.0)]], 8, 1, aggregation, 4.0)
     before = batch.tokens.flatten()[batch.token_indices]
     found = sorted(zip(before.tolist(), batch.targets.tolist(), batch.engine_logprobs.tolist(), strict=True))
     assert found == [(2, 5, -1.0), (3, 9, -3.0), (7, 8, -2.0), (9, 4, -4.0)]
@@ -26,7 +28,7 @@ def test_only_sampled_tokens_are_predicted_weighed_and_counted(aggregation):
 
 def test_the_denominator_counts_only_sampled_tokens():
     rewards = [Reward(1.0, {}), Reward(0.0, {})]
-    graded = [Graded(Group(Problem("", ""), [WITH_TOOL, WITHOUT]), ["", ""], rewards)]
+    graded = [Graded(Group(Problem("", ""), [WITH_TOOL, replace(WITHOUT, prompt_ids=[1, 2])]), ["", ""], rewards)]
     (batch,) = make_micro_batches(graded, torch.tensor([[0.5, -0.5]]), ObjectiveConfig(), 8, 64, is_masked=False)
     assert batch.count == 4
 
