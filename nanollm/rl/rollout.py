@@ -45,8 +45,8 @@ class RolloutConfig:
     temperature: float = 1.0
     """Divides the logits, in sampling and in training alike. There is no top_k or top_p: training takes the whole
     distribution, so sampling draws from all of it."""
-    resample: int = 0
-    """How often to replace problems whose replies all earned the same reward (dynamic sampling, DAPO,
+    resample: int = 1
+    """How often at most to replace problems whose replies all earned the same reward (dynamic sampling, DAPO,
     arXiv:2503.14476); 0: never, they are only left out."""
     tools: list[str] | None = None
     """Tools that the model may call while it replies, such as calculator. null: those the model was trained with; none:

@@ -74,8 +74,9 @@ def test_groups_with_equal_rewards_are_left_out_and_counted(make_learner, tmp_pa
         assert {record["advantage"] for record in group} == {0.0}
 
 
-def test_groups_with_equal_rewards_are_replaced_where_that_is_asked(make_learner):
-    plain = make_learner(task=Sometimes()).step(0).numbers
+def test_groups_with_equal_rewards_are_replaced(make_learner):
+    never = RolloutConfig(prompts=4, group_size=3, max_tokens=12, resample=0)
+    plain = make_learner(task=Sometimes(), rollout=never).step(0).numbers
     c = RolloutConfig(prompts=4, group_size=3, max_tokens=12, resample=5)
     numbers = make_learner(task=Sometimes(), rollout=c).step(0).numbers
     assert numbers["groups"] == 4
