@@ -30,6 +30,7 @@ VERBS = {
         "pretrain": "train a model on token files",
         "sft": "fine-tune a model on conversations, so that it replies",
         "grpo": "train a model on its own graded replies to problems (GRPO)",
+        "distill": "train a small model to predict what a larger one predicts",
     },
     "Use": {
         "eval": "measure a model: problems solved, bits per byte, against another one",
@@ -47,7 +48,7 @@ VERBS = {
     },
 }
 
-MANY_PROCESSES = ("pretrain", "sft", "grpo")
+MANY_PROCESSES = ("pretrain", "sft", "grpo", "distill")
 """Verbs that torchrun may start."""
 
 SHELLS = ("bash", "zsh", "fish", "powershell")

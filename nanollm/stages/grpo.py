@@ -112,7 +112,7 @@ class Config(RunConfig):
 def plan(c: Config) -> str:
     """What a run would do."""
     world = World.start(c.device, c.dtype)
-    bundle, task, problems, validation = _open(c)
+    bundle, task, problems, validation = open_problems(c.bundle, c.task, c.rollout, c.validation_problems)
     _open_reference(c, bundle, world)
     Rewards(c.reward, task, c.rollout.max_tokens)  # finds a path that leads nowhere
     prompts = min(c.rollout.prompts, len(problems))
@@ -128,7 +128,7 @@ def plan(c: Config) -> str:
 def run(c: Config) -> Path:
     """Train, and return the folder of the bundle."""
     with World.join(c.device, c.dtype, c.parallel) as world, ExitStack() as stack:
-        bundle, task, problems, validation = _open(c)
+        bundle, task, problems, validation = open_problems(c.bundle, c.task, c.rollout, c.validation_problems)
         reference = _open_reference(c, bundle, world)
         rewards = stack.enter_context(Rewards(c.reward, task, c.rollout.max_tokens))
         inputs = {
@@ -157,7 +157,7 @@ def run(c: Config) -> Path:
         tools, environment = tool_caller(bundle), environments_of(task)
         sampler = partial(open_sampler, state, bundle.tokenizer, c.rollout, server, world, tools, environment)
         if run.is_new:
-            run.log(validate(c, state, bundle, task, validation, world))
+            run.log(validate(state, bundle, task, validation, c.rollout.max_tokens, world))
         for step in run.steps():
             started = time.perf_counter()
             graded, counts = collector.collect(step, sampler())
@@ -203,7 +203,7 @@ def run(c: Config) -> Path:
                 note=f"reward {reward:.3f}",
             )
             if run.due(c.train.validate_every):
-                run.log(validate(c, state, bundle, task, validation, world))
+                run.log(validate(state, bundle, task, validation, c.rollout.max_tokens, world))
         replies = state.step * min(c.rollout.prompts, len(problems)) * c.rollout.group_size
         facts = {"replies_seen": replies, "parent": bundle.provenance, "tools": bundle.tools}
         folder = run.save_bundle("grpo", model, bundle.tokenizer, **facts)
@@ -212,13 +212,13 @@ def run(c: Config) -> Path:
 
 
 def validate(
-    c: Config, state: TrainState, bundle: Bundle, task: Task, problems: Sequence[Problem], world: World
+    state: TrainState, bundle: Bundle, task: Task, problems: Sequence[Problem], max_tokens: int, world: World
 ) -> dict[str, object]:
     """Greedy accuracy on problems of the split test."""
     if not problems:
         return {}
-    model, limit = state.whole_model(), c.rollout.max_tokens
-    score = accuracy(model, bundle.tokenizer, task, problems, max_tokens=limit, tool=tool_caller(bundle), world=world)
+    model, tool = state.whole_model(), tool_caller(bundle)
+    score = accuracy(model, bundle.tokenizer, task, problems, max_tokens=max_tokens, tool=tool, world=world)
     interval = f"{score.low:.1%} to {score.high:.1%}"
     say(f"step {state.step:,}: solves {score.value:.1%} of {score.n} test problems ({interval})")
     return {"val_accuracy": score.value, "val_accuracy_low": score.low, "val_accuracy_high": score.high}
@@ -230,17 +230,19 @@ def fingerprint(problems: Sequence[Problem]) -> str:
     return sha256(repr((len(problems), first)).encode()).hexdigest()
 
 
-def _open(c: Config) -> tuple[Bundle, Task, Sequence[Problem], Sequence[Problem]]:
-    """The bundle, the task, its problems to train on and those to validate on."""
-    bundle, task = with_tools(load_bundle(c.bundle), c.rollout.tools), open_task(c.task)
-    room = bundle.model.config.context_length - c.rollout.max_tokens
+def open_problems(
+    start: Path, task_config: TaskConfig, rollout: RolloutConfig, validation_problems: int
+) -> tuple[Bundle, Task, Sequence[Problem], Sequence[Problem]]:
+    """The bundle to start from, the task, its problems to train on and those to validate on."""
+    bundle, task = with_tools(load_bundle(start), rollout.tools), open_task(task_config)
+    room = bundle.model.config.context_length - rollout.max_tokens
     if room < 1:
         raise ValueError(
-            f"rollout.max_tokens of {c.rollout.max_tokens} leaves no room for a question in the context of "
+            f"rollout.max_tokens of {rollout.max_tokens} leaves no room for a question in the context of "
             f"{bundle.model.config.context_length} tokens; take a smaller one"
         )
-    test = task.problems("test") if c.validation_problems else []
-    validation = [test[-number] for number in range(1, min(c.validation_problems, len(test)) + 1)]
+    test = task.problems("test") if validation_problems else []
+    validation = [test[-number] for number in range(1, min(validation_problems, len(test)) + 1)]
     return bundle, task, task.problems("train"), validation
 
 

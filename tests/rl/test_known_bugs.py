@@ -11,7 +11,6 @@ import torch
 
 from nanollm.generate.sampling import SamplingConfig
 from nanollm.model import transformer
-from nanollm.model import transformer
 from nanollm.rl import grpo, loss, rollout
 from nanollm.rl.loss import ObjectiveConfig
 from nanollm.sources import gsm8k
