@@ -13,12 +13,12 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-STEP = 64
+STEP = 32
 """Widths to choose from are multiples of this, so that few shapes occur: on CPUs a kernel is made and kept for each."""
-WIDEST = 8  # rows wider than this many of the longest sequence are hardly fuller
+WIDEST = 4  # rows wider than this many of the longest sequence are hardly fuller
 NEARLY = 1.02  # how many times the least cost is as good as the least
-MASK_DOUBLES = 384
-"""Width at which attention with a mask costs as much as everything else (docs/log.md: 40 % of all at 256)."""
+MASK_DOUBLES = 1000
+"""Width at which attention with a mask costs as much as everything else (docs/log.md, 2026-12-02)."""
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -51,7 +51,8 @@ def best_width(lengths: Sequence[int], limit: int, *, is_masked: bool) -> int:
     """
     longest = max(lengths)
     least = -(-longest // STEP) * STEP
-    widths = [*range(least, min(limit, WIDEST * least) + 1, STEP)] or [limit]
+    coarse = max(1, least // (8 * STEP)) * STEP  # some 24 widths, however long the sequences are
+    widths = [*range(least, min(limit, WIDEST * least) + 1, coarse)] or [limit]
     costs = {width: rows_cost(lengths, width, is_masked=is_masked) for width in widths}
     return min(width for width, cost in costs.items() if cost <= NEARLY * min(costs.values()))
 

@@ -83,11 +83,11 @@ def test_a_width_is_one_of_few_and_holds_the_longest(lengths, limit, masked):
 
 
 def test_rows_are_as_wide_as_leaves_little_empty():
-    """97 places fill a quarter less of 128 than five of them do of 512; a mask of 512 x 512 costs more than that."""
+    """Four of 97 places fill 416 better than one fills 128; a mask of 416 x 416 costs more than that."""
     lengths = [97] * 60
-    assert best_width(lengths, 4096, is_masked=False) == 512
-    assert best_width(lengths, 4096, is_masked=True) == 128
-    assert best_width(lengths, 300, is_masked=False) == 128
+    assert best_width(lengths, 4096, is_masked=False) == 416
+    assert best_width(lengths, 4096, is_masked=True) == 224
+    assert best_width(lengths, 300, is_masked=False) == 224
     assert best_width([5] * 60, 30, is_masked=False) == 30
 
 
