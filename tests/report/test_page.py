@@ -99,7 +99,7 @@ def test_the_runs_before_it_are_linked_from_wherever_the_page_lies(write_run, tm
     assert links in page
     report.run(report.Config(run=last, out=tmp_path / "page.html"))
     assert '<a href="base/report.html">base</a>' in (tmp_path / "page.html").read_text("utf-8")
-    assert "<p class=\"about\">After" not in page_of(base)
+    assert '<p class="about">After' not in page_of(base)
 
 
 def test_runs_are_compared_by_colour_dashes_and_settings(write_run):

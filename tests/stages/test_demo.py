@@ -10,6 +10,7 @@ import pytest
 
 from nanollm.bundle import load_bundle
 from nanollm.evals.problems import Attempt, judge, solve
+from nanollm.export.card import find_evaluations
 from nanollm.generate.tools import tool_caller
 from nanollm.sources import builtin
 from nanollm.sources.gsm8k import Problem, grade
@@ -41,6 +42,11 @@ def test_the_demo_runs_offline_and_the_model_learns(short_corpus, tmp_path, caps
     assert summary["new_stories"]["n"] == 4
     assert load_bundle(tmp_path / "demo" / "grpo" / "bundle").tools == ["calculator"]
     said = capsys.readouterr().err
+    for model, splits in {"sft": 2, "grpo": 2}.items():
+        found = find_evaluations(tmp_path / "demo" / model / "bundle")
+        assert [each["bundle"]["greedy"]["scores"]["strict"]["n"] for each in found] == [4] * splits
+        page = (tmp_path / "demo" / model / "report.html").read_text("utf-8")
+        assert "words heldout, strict, greedy" in page and "words test, strict: " in page
     assert f"nanollm generate {tmp_path / 'demo' / 'pretrain' / 'bundle'}" in said
     assert f"nanollm chat {tmp_path / 'demo' / 'grpo' / 'bundle'}" in said
     assert "[5/9] nano-1m: 1,206,016 parameters learn to write" in said
