@@ -55,7 +55,7 @@ class Config:
     steps: int = 350
     """Optimizer steps of pretraining, 4,096 tokens each."""
     sft_steps: int = 360
-    """Optimizer steps of instruction tuning, 16 worked solutions each."""
+    """Optimizer steps of instruction tuning, 13 conversations with 16 worked solutions each."""
     grpo_steps: int = 75
     """Steps of reinforcement learning, 256 replies each."""
     exam: int = 500
@@ -122,7 +122,7 @@ def journey(c: Config, model: ModelConfig) -> list[Step]:
     reinforcing = recipe("grpo", grpo, c, "sft", c.grpo_steps, f"--task.largest={LARGEST}")
     lessons = preprocess.Config(
         kind="words",
-        words=WordsConfig(levels=[1, 2], largest=LARGEST, count=tuning.train.batch_size * c.sft_steps + 200),
+        words=WordsConfig(levels=[1, 2], largest=LARGEST, count=(tuning.train.batch_size * c.sft_steps + 200) * 5 // 4),
         tools=TOOLS,
         tokenizer_path=learn.model_path,
         save_dir=c.out / "lessons",
