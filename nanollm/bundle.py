@@ -46,6 +46,17 @@ class Bundle:
         """Whether it was only pretrained: what learnt to reply has a parent."""
         return "parent" not in self.provenance
 
+    @property
+    def examples(self) -> list[str]:
+        """Questions to ask it: the first three that instruction tuning answered on the way."""
+        provenance = self.provenance
+        while isinstance(parent := provenance.get("parent"), dict):
+            config = provenance.get("config")
+            if isinstance(config, dict) and isinstance(asked := config.get("sample_prompts"), list):
+                return [str(question) for question in asked[:3]]
+            provenance = parent
+        return []
+
 
 def save_bundle(
     folder: Path,

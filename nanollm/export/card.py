@@ -17,6 +17,7 @@ from nanollm.evals.stats import Figures
 from nanollm.export.dense_to_moe import Dtype, Format, exported_shape
 from nanollm.export.provenance import Record, public, stages
 from nanollm.progress import say
+from nanollm.report.tables import BITS, PERCENT, PLAIN
 
 CARD = "README.md"
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
@@ -73,6 +74,9 @@ def card(
         dtype=dtype,
         is_base=bundle.is_base,
         tools=bundle.tools,
+        examples=public(bundle.examples),
+        code=code,
+        validation=list(validation(bundle.provenance)),
         history=list(history(bundle.provenance)),
         results=list(map(results, evaluations)),
         file=file,
@@ -105,6 +109,19 @@ def facts_of(step: Record) -> Iterator[str]:
         yield ", ".join([f"{config['train']['steps']:,} optimizer steps", *seen])
     for imported in step.get("imports", []):
         yield f"imported from {code(imported['folder'])} ({code(imported['format'])})"
+
+
+def validation(provenance: Record) -> Iterator[str]:
+    """What the last stage measured of its model when it ended, on what it was not trained on."""
+    metrics = provenance.get("metrics", {})
+    for name, unit, what in (
+        ("val_bpb", BITS, "of text"),
+        ("val_loss", PLAIN, "nats per token"),
+        ("val_accuracy", PERCENT, f"of {metrics.get('val_accuracy_n')} test problems solved, greedily"),
+    ):
+        if name in metrics:
+            ends = {end: metrics.get(f"{name}_{end}") for end in ("low", "high")}
+            yield f"{unit.write({'value': metrics[name], **ends})} {what}"
 
 
 def results(evaluation: Figures) -> list[str]:

@@ -20,7 +20,11 @@ PATH = re.compile(r"\s*([/\\~]|\.{1,2}[/\\]|[A-Za-z]:[/\\]).*|\S*[/\\]\S*", re.D
 """Absolute, or begun from here, or with a slash in it and no space."""
 WITHIN = re.compile(r"(?<![\w.:/\\])(?:~?/|[A-Za-z]:[/\\])[^\s'\"]*[/\\][^\s'\"]*")
 """An absolute path within a text."""
-KINDS: Mapping[str, type] = {"parent": dict, "config": dict, "inputs": dict, "imports": list, "made_by": str}
+KINDS: Mapping[str, type] = {
+    **dict.fromkeys(("parent", "config", "inputs", "metrics"), dict),
+    "imports": list,
+    "made_by": str,
+}
 
 
 def public(value: Any, *, is_path: bool = False) -> Any:

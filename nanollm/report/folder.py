@@ -49,6 +49,8 @@ class RunFolder:
     """Seconds since the last line was written."""
     data: Mapping[str, Mapping[str, Any]]
     """Folders of token files that are still at their place, and their manifests."""
+    earlier: Sequence[Path] = ()
+    """Folders of the runs that made the bundle it began with, the first first, as far as they are at their place."""
 
     @property
     def stage(self) -> Stage:
@@ -122,7 +124,15 @@ def read_run(folder: Path) -> RunFolder:
         rollouts=_newest_rollouts(folder / "rollouts"),
         quiet_s=max(0.0, time.time() - (folder / "metrics.jsonl").stat().st_mtime),
         data=_manifests(settings.get("data")),
+        earlier=_earlier(settings),
     )
+
+
+def _earlier(settings: Mapping[str, Any]) -> list[Path]:
+    run = Path(settings.get("bundle", "")).resolve().parent
+    if "bundle" not in settings or not (run / "config.yaml").exists():
+        return []
+    return [*_earlier(read_mapping(run / "config.yaml")), run]
 
 
 def _lines(path: Path, needs: str = "step") -> list[Line]:

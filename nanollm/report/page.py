@@ -4,12 +4,14 @@ The content is chosen here, as plain values; `page.html` lays it out.
 """
 
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
+from urllib.parse import quote
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
@@ -20,7 +22,7 @@ from nanollm.durable import write_file
 from nanollm.progress import duration, say
 from nanollm.report.charts import Series, all_positive, heat_map, key, line_chart, short
 from nanollm.report.folder import RunFolder, read_run
-from nanollm.report.tables import differences_of, differing_settings, facts, notes_of, scores_of
+from nanollm.report.tables import differences_of, differing_settings, facts, headline, notes_of, scores_of
 from nanollm.world import World
 
 HERE = Path(__file__).parent
@@ -32,7 +34,6 @@ REPLIES_SHOWN = 4
 BPB = "Of text that is never trained on; comparable between tokenizers."
 SOLVED = "With 95 % intervals; none of these problems is trained on."
 SOLVED_INTERVAL = ("val_accuracy_low", "val_accuracy_high")
-KL = "0 throughout where the objective has no reference."
 DROPPED = "All replies of such a group earned the same."
 LOGPROBS = "mean difference of log-probabilities"
 
@@ -68,7 +69,7 @@ QUANTITIES = {
         Quantity("completions/mean_length", "Length of replies", "tokens", smooth=True),
         Quantity("completions/clipped_ratio", "Replies cut at the limit", "share of all replies", smooth=True),
         Quantity("entropy", "Entropy", "nats per token", smooth=True),
-        Quantity("kl", "Distance to the reference", "KL divergence, nats per token", KL, smooth=True),
+        Quantity("kl", "Distance to the reference", "KL divergence, nats per token", smooth=True),
         Quantity("frac_reward_zero_std", "Groups without a signal", "share of the groups", DROPPED, smooth=True),
         Quantity("clip_fraction", "Clipped", "share of tokens", smooth=True),
         Quantity("sampling/sampling_logp_difference/mean", "Engine against trainer", LOGPROBS, smooth=True),
@@ -94,11 +95,11 @@ def write_report(out: Path, world: World) -> None:
 
 def write_page(page: Path, runs: Sequence[RunFolder], refresh_s: float | None = None) -> None:
     """See render."""
-    write_file(page, render(runs, refresh_s).encode())
+    write_file(page, render(runs, refresh_s, page.parent).encode())
 
 
-def render(runs: Sequence[RunFolder], refresh_s: float | None = None) -> str:
-    """The page as HTML: of one run, or of several with the first in front.
+def render(runs: Sequence[RunFolder], refresh_s: float | None = None, folder: Path = Path()) -> str:
+    """The page as HTML, to be written to `folder`: of one run, or of several with the first in front.
 
     With `refresh_s` the browser reads the page again after so many seconds.
     """
@@ -107,7 +108,8 @@ def render(runs: Sequence[RunFolder], refresh_s: float | None = None) -> str:
     )
     return templates.get_template("page.html").render(
         style=Markup((HERE / "style.css").read_text("utf-8")),
-        title=" and ".join(run.name for run in runs),
+        title=" and ".join(run.name for run in runs) if runs[1:] else headline(runs[0]),
+        earlier=[] if runs[1:] else [(run.name, link(run / PAGE, folder)) for run in runs[0].earlier],
         refresh_s=refresh_s,
         runs=runs,
         quiet=duration(runs[0].quiet_s),
@@ -115,6 +117,7 @@ def render(runs: Sequence[RunFolder], refresh_s: float | None = None) -> str:
         facts=list(facts(runs)),
         changed=differing_settings(runs) if runs[1:] else [],
         charts={title: list(charts(runs, chosen)) for title, chosen in QUANTITIES.items()},
+        unmoved=[each.title for chosen in QUANTITIES.values() for each in chosen if is_unmoved(runs, each)],
         parts=list(reward_parts(runs)),
         experts=[(run, *experts(run)) for run in runs if run.loads],
         samples=[(run, written) for run in runs if (written := samples(run))],
@@ -125,6 +128,11 @@ def render(runs: Sequence[RunFolder], refresh_s: float | None = None) -> str:
         settings=[(run.name, to_yaml(run.settings)) for run in runs],
         made_by=f"nanollm {__version__}",
     )
+
+
+def link(page: Path, folder: Path) -> str:
+    """To a page, from one in `folder`."""
+    return quote(Path(os.path.relpath(page, folder.resolve())).as_posix())
 
 
 # --- curves ---
@@ -145,7 +153,7 @@ class Chart:
 
 
 def charts(runs: Sequence[RunFolder], quantities: Sequence[Quantity]) -> Iterator[Chart]:
-    """One for each quantity that some run has."""
+    """One for each quantity that some run has, and that was not 0 throughout."""
     x_unit, stretch = x_axis(runs)
     for quantity in quantities:
         lines = [
@@ -153,18 +161,24 @@ def charts(runs: Sequence[RunFolder], quantities: Sequence[Quantity]) -> Iterato
             for look, run in enumerate(runs)
             if quantity.name in run.numbers and run.stage not in quantity.not_of
         ]
-        if lines:
+        if lines and not is_unmoved(runs, quantity):
             yield chart_of(quantity, lines, x_unit)
 
 
+def is_unmoved(runs: Sequence[RunFolder], quantity: Quantity) -> bool:
+    """Whether it was measured, and was 0 throughout."""
+    values = [y for run in runs for _, y in run.numbers.get(quantity.name, [])]
+    return bool(values) and not any(values)
+
+
 def reward_parts(runs: Sequence[RunFolder]) -> Iterator[Chart]:
-    """What the rewards are made of, one chart for each run."""
+    """What the rewards are made of, one chart for each run; none for a reward of one part."""
     for run in runs:
         parts = {name: part[1].replace("_", " ") for name in run.numbers if (part := PART.fullmatch(name))}
         lines = [
             series_of(run, Quantity(name, "", ""), 1.0, look, part) for look, (name, part) in enumerate(parts.items())
         ]
-        if lines:
+        if lines[1:]:
             title = "Parts of the reward" + (f", {run.name}" if runs[1:] else "")
             quantity = Quantity("rewards", title, "mean per reply", smooth=True)
             yield chart_of(quantity, lines, "steps", keys([line.name for line in lines]))

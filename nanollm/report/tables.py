@@ -12,7 +12,21 @@ from nanollm.train.run import flat
 
 Figures = Mapping[str, Any]
 
+STAGES = {"pretrain": "Pretraining", "sft": "Instruction tuning", "grpo": "GRPO"}
+TASKS = {"words": "word problems", "gsm8k": "GSM8K"}
+
 # --- facts ---
+
+
+def headline(run: RunFolder) -> str:
+    """What a run did and what came of it: "GRPO on word problems: 94.5 % to 97.1 % of 200 test problems"."""
+    task = run.settings.get("task", {}).get("name")
+    what = STAGES[run.stage] + (f" on {TASKS.get(task, task)}" if task else "")
+    for title, unit, moments in outcomes(run):
+        change = " to ".join(dict.fromkeys(unit.write({"value": moment["value"]}) for moment in moments))
+        of = f" of {moments[-1]['n'] or 'the'} test problems"
+        return f"{what}: {change}{of}" if unit is PERCENT else f"{what}: {title} {change}"
+    return what
 
 
 def facts(runs: Sequence[RunFolder]) -> Iterator[tuple[str, list[str]]]:
@@ -32,7 +46,8 @@ def facts_of(run: RunFolder) -> Iterator[tuple[str, str]]:
         yield "parameters", f"{total:,}, {active:,} active per token"
     if run.tokens_per_step:
         yield "tokens", f"{run.step * run.tokens_per_step:,} ({run.tokens_per_step:,} per step)"
-    yield from outcomes(run)
+    for title, unit, moments in outcomes(run):
+        yield title, " → ".join(map(unit.write, moments))
     if run.seconds:
         yield "time", f"{duration(run.seconds)}, until the last line, evaluations included"
     if rates := run.numbers.get("tokens_per_s"):
@@ -44,17 +59,18 @@ def facts_of(run: RunFolder) -> Iterator[tuple[str, str]]:
     yield from origin(run)
 
 
-def outcomes(run: RunFolder) -> Iterator[tuple[str, str]]:
-    """Before and after."""
-    for name, title, form in (
-        ("val_bpb", "bits per byte", ".4f"),
-        ("val_loss", "validation loss", ".4f"),
-        ("val_accuracy", "problems solved", ".1%"),
-        ("reward", "reward", ".3f"),
+def outcomes(run: RunFolder) -> Iterator[tuple[str, "Unit", list[Figures]]]:
+    """What was measured along the way, its unit, and its figures before and after."""
+    for name, title, unit in (
+        ("val_bpb", "bits per byte", PLAIN),
+        ("val_loss", "validation loss", PLAIN),
+        ("val_accuracy", "problems solved", PERCENT),
+        ("reward", "reward", PLAIN),
     ):
         if name in run.numbers and not (name == "val_loss" and "val_bpb" in run.numbers):
-            (_, before), (_, after) = run.numbers[name][0], run.numbers[name][-1]
-            yield title, f"{before:{form}} → {after:{form}}"
+            more = {key: dict(run.numbers.get(f"{name}_{key}", [])) for key in ("low", "high", "n")}
+            ends = (run.numbers[name][0], run.numbers[name][-1])
+            yield title, unit, [{key: of.get(step) for key, of in more.items()} | {"value": y} for step, y in ends]
 
 
 def origin(run: RunFolder) -> Iterator[tuple[str, str]]:

@@ -3,7 +3,7 @@
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -195,7 +195,7 @@ class Service:
         self.detokenizer = Detokenizer(bundle.tokenizer)
         self._max_token_bytes = int(bundle.tokenizer.token_bytes.max())
         self._created = int(time.time())
-        self._examples = examples_of(bundle.provenance)
+        self._examples = bundle.examples
 
     @property
     def card(self) -> Json:
@@ -310,13 +310,3 @@ def conversation_of(messages: Sequence[ChatMessage]) -> Conversation:
     if conversation.messages[-1].role != "user":
         raise refusal("messages", "the last one must be the user's, to be replied to")
     return conversation
-
-
-def examples_of(provenance: Mapping[str, Any]) -> list[str]:
-    """Questions that the page offers: the first three that instruction tuning answered on the way."""
-    while isinstance(parent := provenance.get("parent"), dict):
-        config = provenance.get("config")
-        if isinstance(config, dict) and isinstance(asked := config.get("sample_prompts"), list):
-            return [str(question) for question in asked[:3]]
-        provenance = parent
-    return []

@@ -32,6 +32,7 @@ class TokenEvent:
     logprobs: TokenLogprobs | None
     finish: Finish | None
     at: float  # when it was sampled, by time.perf_counter
+    is_given: bool = False  # by a tool
 
 
 @dataclass(frozen=True)
@@ -213,7 +214,8 @@ class EngineThread:
             own = events[submission]
             own.append(TokenEvent(index, one.token, one.logprobs, None if one.given else finish, now))
             for place, token in enumerate(one.given, start=1):
-                own.append(TokenEvent(index, token, None, finish if place == len(one.given) else None, now))
+                end = finish if place == len(one.given) else None
+                own.append(TokenEvent(index, token, None, end, now, is_given=True))
             if finish is not None:
                 finished += 1
                 submission.unfinished -= 1

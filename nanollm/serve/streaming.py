@@ -10,11 +10,12 @@ import logging
 import time
 import uuid
 from abc import ABC, abstractmethod
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
+from itertools import groupby
 from typing import TypeVar
 
 from starlette.responses import StreamingResponse
@@ -67,10 +68,11 @@ class LogprobEntry:
 
 @dataclass
 class Delta:
-    """What is new of a choice."""
+    """What is new of a choice: all of its text was sampled, or all of it was given by a tool."""
 
     index: int
     text: str = ""
+    is_given: bool = False
     entries: list[LogprobEntry] = field(default_factory=list)
     finish: FinishReason | None = None
 
@@ -83,21 +85,42 @@ class Choice:
         self.tokens = 0  # tokens sampled, an end token among them not counted
         self._text = TextStream(detokenizer.tokenizer, stops)
         self._pending: deque[TokenEvent] = deque()
+        self._is_given: list[bool] = []  # of each token
         self._emitted = 0
 
-    def take(self, events: Sequence[TokenEvent]) -> Delta:
-        """What these tokens add to the text, and which tokens may be spoken of now."""
-        delta = Delta(self.index)
+    def take(self, events: Sequence[TokenEvent]) -> list[Delta]:
+        """What these tokens add to the text, in one or more parts, and which tokens may be spoken of now."""
+        begin = len(self._text.text)
+        finish: FinishReason | None = None
         for event in events:
             if event.finish != "end":
                 self.tokens += 1
                 self._pending.append(event)
-                delta.text += self._text.push(event.token)
+                self._is_given.append(event.is_given)
+                self._text.push(event.token)
             if event.finish is not None:
-                delta.text += self._text.close()
-                delta.finish = "length" if event.finish == "length" and not self._text.is_stopped else "stop"
-        delta.entries = self._emit(everything=delta.finish is not None and not self._text.is_stopped)
-        return delta
+                self._text.close()
+                finish = "length" if event.finish == "length" and not self._text.is_stopped else "stop"
+        deltas = self._parts(begin)
+        place, end = 0, begin + len(deltas[0].text)
+        for entry in self._emit(everything=finish is not None and not self._text.is_stopped):
+            while entry.offset >= end and place < len(deltas) - 1:
+                place += 1
+                end += len(deltas[place].text)
+            deltas[place].entries.append(entry)
+        deltas[-1].finish = finish
+        return deltas
+
+    def _parts(self, begin: int) -> list[Delta]:
+        """The text from there on, cut where the model and a tool take turns; at least one part."""
+        text, begins = self._text.text, self._text.begins
+
+        def is_given(place: int) -> bool:
+            return self._is_given[bisect_right(begins, place) - 1]
+
+        parts = groupby(range(begin, len(text)), is_given)
+        deltas = [Delta(self.index, "".join(text[place] for place in places), given) for given, places in parts]
+        return deltas or [Delta(self.index)]
 
     def _emit(self, *, everything: bool) -> list[LogprobEntry]:
         """Of the pending tokens, those that begin in the text that is out, or all."""
@@ -132,15 +155,16 @@ class Generation:
         return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
 
     async def next_deltas(self) -> list[Delta]:
-        """Wait for tokens: one delta for each choice that has some. ApiError when no more will come."""
+        """Wait for tokens: deltas of each choice that has some. ApiError when no more will come."""
         try:
             async with asyncio.timeout_at(self.deadline):
                 events = await self._submission.events()
         except TimeoutError:
             raise ApiError(504, f"the reply was not complete after {self.deadline_s:g} seconds; ask for less") from None
         deltas = [
-            self.choices[index].take([event for event in events if event.index == index])
+            delta
             for index in sorted({event.index for event in events})
+            for delta in self.choices[index].take([event for event in events if event.index == index])
         ]
         self.unfinished -= sum(delta.finish is not None for delta in deltas)
         self._measure(events[0].at, events[-1].at)
@@ -229,7 +253,8 @@ class ChatFormatter(Formatter):
         if delta.finish is None:
             message["content"] = delta.text
         logprobs = {"content": [self._token(entry) for entry in delta.entries]} if delta.entries else None
-        return {"index": delta.index, "delta": message, "logprobs": logprobs, "finish_reason": delta.finish}
+        choice = {"index": delta.index, "delta": message, "logprobs": logprobs, "finish_reason": delta.finish}
+        return choice | {"given": True} if delta.is_given else choice
 
     def _token(self, entry: LogprobEntry) -> Json:
         token = self._logprob(entry.token, entry.logprobs.logprob)

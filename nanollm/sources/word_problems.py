@@ -5,7 +5,7 @@ in GSM8K's form (arXiv:2110.14168): one sum per line with its calculator note, "
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle, permutations
 from operator import add, mul, sub
@@ -15,6 +15,7 @@ from typing import overload
 
 from nanollm.sources.gsm8k import ANSWER_MARK, Problem, grade
 from nanollm.sources.split import hash_to_unit
+from nanollm.text.chat import Conversation, Message
 
 SPLITS = ("train", "test", "new_numbers", "heldout")
 LEVELS = (1, 2, 3, 4)
@@ -179,6 +180,21 @@ class WordProblems:
             question = story.question.format_map(slots)
             if split in ("heldout", split_of(question, story.question.format_map(BLANKS | values))):
                 return Problem(question, story.solution.format_map(slots))
+
+
+def lessons(problems: Iterable[Problem]) -> Iterator[Conversation]:
+    """Problems and their solutions as conversations: the fourth and fifth of every five are two turns of one.
+
+    From those a model learns that another question may follow, and that what was said before does not answer it.
+    """
+    said: tuple[Message, ...] = ()
+    for place, problem in enumerate(problems):
+        said += problem.conversation.messages
+        if place % 5 != 3:
+            yield Conversation(said)
+            said = ()
+    if said:
+        yield Conversation(said)
 
 
 def split_of(question: str, without_words: str) -> str:

@@ -6,20 +6,23 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from textwrap import shorten
 from types import ModuleType
 from typing import Any
 
-from nanollm.bundle import load_bundle
+from nanollm import __version__
+from nanollm.bundle import PROVENANCE, load_bundle
 from nanollm.config import CONFIGS, check_at_least, check_seed, load_config, parse_options
-from nanollm.durable import write_file, write_json
+from nanollm.durable import make_folder, sha256_of, write_file, write_json
 from nanollm.evals.problems import Accuracy, Attempt, Judged, judge, solve
-from nanollm.evals.stats import paired
+from nanollm.evals.results import difference, greedy_figures
+from nanollm.evals.stats import Figures, paired
 from nanollm.generate.tools import tool_caller
 from nanollm.model.config import ModelConfig
 from nanollm.progress import Progress, duration, say
-from nanollm.report.page import PAGE
+from nanollm.report.page import PAGE, write_report
 from nanollm.sources.builtin import documents
 from nanollm.sources.word_problems import WordProblems
 from nanollm.stages import grpo, preprocess, pretrain, sft, tokenizer
@@ -52,7 +55,7 @@ class Config:
     steps: int = 350
     """Optimizer steps of pretraining, 4,096 tokens each."""
     sft_steps: int = 360
-    """Optimizer steps of instruction tuning, 16 worked solutions each."""
+    """Optimizer steps of instruction tuning, 13 conversations with 16 worked solutions each."""
     grpo_steps: int = 75
     """Steps of reinforcement learning, 256 replies each."""
     exam: int = 500
@@ -119,7 +122,7 @@ def journey(c: Config, model: ModelConfig) -> list[Step]:
     reinforcing = recipe("grpo", grpo, c, "sft", c.grpo_steps, f"--task.largest={LARGEST}")
     lessons = preprocess.Config(
         kind="words",
-        words=WordsConfig(levels=[1, 2], largest=LARGEST, count=tuning.train.batch_size * c.sft_steps + 200),
+        words=WordsConfig(levels=[1, 2], largest=LARGEST, count=(tuning.train.batch_size * c.sft_steps + 200) * 5 // 4),
         tools=TOOLS,
         tokenizer_path=learn.model_path,
         save_dir=c.out / "lessons",
@@ -206,7 +209,27 @@ def examine(c: Config, max_reply: int) -> Path:
             )
             judged[split][name] = judge(attempts, {"strict": task.grade})
     write_json(c.out / "exam.json", report(*judged.values()))
+    for before, name in pairwise(MODELS):
+        for split, of_models in judged.items():
+            write_evaluation(c.out, world, split, of_models, name, before)
+        write_report(c.out / name, world)
     return c.out / "exam.json"
+
+
+def write_evaluation(out: Path, world: World, split: str, judged: Mapping[str, Judged], name: str, before: str) -> None:
+    """A part of the exam beside a model, as nanollm eval writes it: its page and its model card read it there."""
+    settings = {"task": {"name": "words", "split": split}, **world.names}
+    evaluation: Figures = {"settings": settings, "made_by": f"nanollm {__version__} demo"}
+    for side, model in (("bundle", name), ("against", before)):
+        if model in judged:
+            bundle = out / model / "bundle"
+            evaluation[side] = {"path": str(bundle), "digest": sha256_of(bundle / PROVENANCE)}
+            evaluation[side]["greedy"] = greedy_figures(judged[model])
+    if before in judged:
+        evaluation["difference"] = difference(judged[name], judged[before])
+    folder = out / name / "eval" / f"words-{split}"
+    make_folder(folder)
+    write_json(folder / "eval.json", evaluation)
 
 
 def report(test: Mapping[str, Judged], heldout: Mapping[str, Judged]) -> dict[str, Any]:

@@ -221,7 +221,8 @@ def validate(
     score = accuracy(model, bundle.tokenizer, task, problems, max_tokens=max_tokens, tool=tool, world=world)
     interval = f"{score.low:.1%} to {score.high:.1%}"
     say(f"step {state.step:,}: solves {score.value:.1%} of {score.n} test problems ({interval})")
-    return {"val_accuracy": score.value, "val_accuracy_low": score.low, "val_accuracy_high": score.high}
+    ends = {"val_accuracy_low": score.low, "val_accuracy_high": score.high}
+    return {"val_accuracy": score.value, **ends, "val_accuracy_n": score.n}
 
 
 def fingerprint(problems: Sequence[Problem]) -> str:

@@ -15,7 +15,7 @@ from nanollm.sources.builtin import BUILTIN
 from nanollm.sources.datasets import chats, openwebtext, rows_of, super_natural_instructions
 from nanollm.sources.files import OnBad, checksums, find_files, format_of, is_named, read_texts
 from nanollm.sources.split import hold_out
-from nanollm.sources.word_problems import LENGTH, WordProblems
+from nanollm.sources.word_problems import LENGTH, WordProblems, lessons
 from nanollm.text.tokenizer import Tokenizer
 
 POSITIONAL = ("kind",)
@@ -46,7 +46,7 @@ class WordsConfig:
     seed: int = 0
     """Another seed gives other problems."""
     count: int = 20_000
-    """Problems in all, val included."""
+    """Problems in all, val included. Of every five, two make one conversation of two turns."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.count <= LENGTH:
@@ -175,7 +175,7 @@ def open_source(c: Config) -> tuple[list[SourceSplit], dict[str, Any]]:
     source: dict[str, Any] = {"dataset": c.dataset_name or c.kind}
     if c.kind == "words":
         problems = c.words.problems().problems("train")[: c.words.count]
-        read: Read = lambda on_bad: (problem.conversation for problem in problems)  # noqa: E731
+        read: Read = lambda on_bad: lessons(problems)  # noqa: E731
         return [SourceSplit(read)], source | asdict(c.words)
     if c.kind == "text":
         source["column"] = c.text_column

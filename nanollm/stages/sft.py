@@ -18,6 +18,7 @@ from nanollm.generate.tools import tool_caller
 from nanollm.progress import say
 from nanollm.report.page import write_report
 from nanollm.text.chat import Conversation, Marks, encode_prompt, reply_ends, reply_text
+from nanollm.text.tokenizer import Tokenizer
 from nanollm.train.loss import next_token_loss
 from nanollm.train.optim import OptimConfig, lr_at
 from nanollm.train.run import LoopConfig, Run, RunConfig
@@ -25,6 +26,8 @@ from nanollm.train.state import TrainState
 from nanollm.train.step import SIGMAS, train_step
 from nanollm.world import World
 
+AUTO = ["auto"]
+PROMPTS, PROMPTS_LOOKED_AT = 3, 100
 SAMPLE_TOKENS = 96
 CUTS_COUNTED = 1000  # of the conversations that are too long
 
@@ -65,8 +68,9 @@ class Config(RunConfig):
     """Optimizer and schedule."""
     validation_conversations: int = 256
     """Conversations from each folder's validation split on which the loss is measured, spread evenly (0: all)."""
-    sample_prompts: list[str] = field(default_factory=lambda: ["Who are you?", "What is 7 plus 5?"])
-    """Questions that are answered greedily during training; none: no samples."""
+    sample_prompts: list[str] = field(default_factory=AUTO.copy)
+    """Questions that are answered greedily during training, and offered on the chat page; auto: the three shortest of
+    the first hundred validation conversations; none: no samples."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "data", sources_of(self.data))
@@ -116,6 +120,7 @@ def run(c: Config) -> Path:
     """Train, and return the folder of the bundle."""
     with World.join(c.device, c.dtype, c.parallel) as world:
         bundle, splits, validation = _open(c, world)
+        c = replace(c, sample_prompts=sample_prompts(c, bundle.tokenizer, validation or splits))
         conversations = _mix(c, splits)
         inputs = {
             "bundle": bundle.provenance["files"][WEIGHTS],
@@ -200,6 +205,19 @@ def sample(c: Config, state: TrainState, bundle: Bundle, world: World) -> dict[s
     for prompt, text in zip(c.sample_prompts, texts, strict=True):
         say(f"step {state.step:,}: {prompt!r} -> {text!r}")
     return {"samples": texts}
+
+
+def sample_prompts(c: Config, tokenizer: Tokenizer, splits: Splits) -> list[str]:
+    """The questions that were given, or those that the conversations themselves give."""
+    if c.sample_prompts != AUTO:
+        return c.sample_prompts
+    found = dict[str, None]()
+    for split in splits.values():
+        for number in range(min(PROMPTS_LOOKED_AT, len(split))):
+            ids = split[number].ids.tolist()
+            begin = ids.index(split.marks.user) + 1
+            found[tokenizer.decode(ids[begin : ids.index(split.marks.end, begin)])] = None
+    return sorted(found, key=len)[:PROMPTS]
 
 
 def describe(c: Config, splits: Splits) -> list[str]:

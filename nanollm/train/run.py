@@ -36,7 +36,7 @@ from nanollm.text.tokenizer import Tokenizer
 from nanollm.train.checkpoint import Checkpoints, checkpoints, load_newest
 from nanollm.train.compile import SpeedConfig, compile_blocks
 from nanollm.train.memory import peak_memory
-from nanollm.train.metrics import RunLog, TrackerName, start_tracker
+from nanollm.train.metrics import RunLog, TrackerName, read_metrics, start_tracker
 from nanollm.train.state import TrainState
 from nanollm.train.step import StepStats
 from nanollm.world import DeviceName, DtypeName, ParallelName, World
@@ -266,7 +266,7 @@ class Run:
     def save_bundle(self, verb: str, config: ModelConfig, tokenizer: Tokenizer, **seen: object) -> Path:
         """Write what the run made as its bundle and return the folder. All ranks must call it.
 
-        seen: what else provenance.json says, such as `tokens_seen`.
+        seen: what else provenance.json says, such as `tokens_seen`; it says what was measured last, in any case.
         """
         provenance = {
             "made_by": f"nanollm {__version__} {verb}, torch {torch.__version__}",
@@ -274,6 +274,10 @@ class Run:
             "inputs": self._inputs,
             **seen,
         }
+        if self._world.is_main:
+            provenance["metrics"] = {
+                name: value for line in read_metrics(self._c.out) for name, value in line.items() if name[:4] == "val_"
+            }
         weights, folder = self.state.bundle_weights(keep=self._world.is_main), self._c.out / "bundle"
         if self._world.is_main:
             save_bundle(folder, config, weights, tokenizer, provenance)

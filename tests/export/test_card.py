@@ -72,7 +72,7 @@ def runs(tokenizer, tmp_path_factory):
             task=TaskConfig(name="words", levels=[1]),
             train=grpo.GrpoTrainConfig(**length),
             rollout=RolloutConfig(prompts=2, group_size=2, max_tokens=4),
-            validation_problems=0,
+            validation_problems=8,
             **shared,
         )
     )
@@ -157,8 +157,18 @@ def test_the_card_has_the_lines_of_nanollm_eval_about_this_very_bundle(written, 
     assert "sft" not in " ".join(told)
 
 
-def test_without_an_evaluation_nothing_is_said_to_be_measured(written):
-    assert section(written(), "Results") == "Nothing was measured: there is no eval.json of this model."
+def test_without_an_evaluation_the_card_has_the_last_validation_and_says_where_it_is_recorded(written, runs):
+    told = section(written(), "Results")
+    assert "There is no eval.json of this model." in told and "`metrics` in `provenance.json`" in told
+    assert told.endswith("- 0.0 % (0.0 to 32.4) of 8 test problems solved, greedily")
+    assert re.search(
+        r"- \d\.\d{4} nats per token$", section(written(of=load_bundle(runs / "sft" / "bundle")), "Results")
+    )
+
+
+def test_without_any_figures_nothing_is_said_to_be_measured(written, bundle):
+    unmeasured = replace(bundle, provenance={"made_by": "a test"})
+    assert section(written(of=unmeasured), "Results") == "Nothing was measured: there is no eval.json of this model."
 
 
 # --- what it is, and how to run it ---
@@ -194,6 +204,14 @@ def test_the_lines_for_transformers_run(written, runs, run, form, tmp_path, monk
     assert ("messages" in lines) == (run == "grpo")
     exec(compile(lines, "README.md", "exec"), {})
     assert capsys.readouterr().out.strip()
+
+
+def test_the_card_says_what_the_model_was_tuned_for(written, bundle, runs):
+    text = written()
+    assert len(bundle.examples) == 3
+    assert "\n".join(f"- `{question}`" for question in bundle.examples) in text
+    assert json.dumps(bundle.examples[0]) in section(text, "How to run it")
+    assert "It was tuned for" not in written(of=load_bundle(runs / "pretrain" / "bundle"))
 
 
 def test_a_base_model_is_called_one_and_has_no_chat_format(written, runs):

@@ -62,8 +62,9 @@ def grpo_metrics(steps):
     for step in range(steps + 1):
         value = 0.5 + step / 300
         solved = {"val_accuracy": value, "val_accuracy_low": value - 0.1, "val_accuracy_high": value + 0.1}
+        solved |= {"val_accuracy_n": 200}
         numbers = {"reward": step / steps, "reward_std": 0.1, "reward_grade": 0.5, "reward_length": -0.1, "kl": 0.01}
-        numbers |= {"entropy": 1.0, "frac_reward_zero_std": 0.375, "groups": 8}
+        numbers |= {"entropy": 1.0, "clip_fraction": 0.0, "frac_reward_zero_std": 0.375, "groups": 8}
         numbers |= {"completions/mean_length": 40.0, "completions/clipped_ratio": 0.1}
         yield {"step": step} | (numbers if step else {}) | (solved if step % 10 == 0 else {})
 
@@ -71,7 +72,8 @@ def grpo_metrics(steps):
 @pytest.fixture
 def grpo_run(write_run):
     """The folder of a run of GRPO, with replies and an evaluation against what it began with."""
-    folder = write_run("grpo", lines=list(grpo_metrics(100)), rollout={"prompts": 4}, bundle="runs/sft/bundle")
+    settings = {"rollout": {"prompts": 4}, "task": {"name": "words"}, "bundle": "runs/sft/bundle"}
+    folder = write_run("grpo", lines=list(grpo_metrics(100)), **settings)
     (folder / "rollouts").mkdir()
     records = [
         {"question": question, "answer": "#### 5", "reply": f"{question} {HOSTILE} #### {reward}", "reward": reward}

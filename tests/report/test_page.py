@@ -64,7 +64,7 @@ def test_updates_that_were_left_out_are_told(write_run):
 def test_grpo_shows_rewards_replies_and_problems_solved_with_intervals(grpo_run):
     html = page_of(grpo_run)
     text = words_of(html)
-    assert "problems solved 50.0% → 83.3%" in text
+    assert "problems solved 50.0 % (40.0 to 60.0) → 83.3 % (73.3 to 93.3)" in text
     for title in ("Reward mean per reply", "Parts of the reward", "Groups without a signal", "Entropy", "Distance"):
         assert title in text
     assert html.count('class="s0 band"') == 1
@@ -72,6 +72,34 @@ def test_grpo_shows_rewards_replies_and_problems_solved_with_intervals(grpo_run)
     assert "62.0 % (60.0 to 64.0)" in text and "50.0 % (60.0 to 64.0)" in text
     assert "grpo minus runs/sft/bundle: words test, strict: +12.0 points (+8.0 to +16.0), p 0.0012" in text
     assert "1 of 500 questions share 13 words in a row" in text
+
+
+def test_the_title_tells_what_came_of_a_run(write_run, grpo_run):
+    run = write_run()
+    solved, learned = (re.search(r"<h1>(.*)</h1>", page_of(folder))[1] for folder in (grpo_run, run))
+    assert solved == "GRPO on word problems: 50.0 % to 83.3 % of 200 test problems"
+    assert learned == "Pretraining: bits per byte 4.0000 to 2.0000"
+    begun = read_run(write_run("begun", lines=[{"step": 0, "val_loss": 3.5}], bundle="gone/bundle"))
+    assert "<h1>Instruction tuning: validation loss 3.5000</h1>" in render([begun])
+    assert "<h1>run and grpo</h1>" in page_of(run, grpo_run)
+
+
+def test_what_was_0_throughout_is_said_and_not_drawn(grpo_run):
+    text = words_of(page_of(grpo_run))
+    assert "0 throughout, and not drawn: Clipped." in text and "Clipped share of tokens" not in text
+
+
+def test_the_runs_before_it_are_linked_from_wherever_the_page_lies(write_run, tmp_path):
+    base = write_run("base")
+    tuned = write_run("tuned & so", bundle=str(base / "bundle"))
+    last = write_run("last", bundle=str(tuned / "bundle"))
+    report.run(report.Config(run=last))
+    page = (last / "report.html").read_text("utf-8")
+    links = '<a href="../base/report.html">base</a> → <a href="../tuned%20%26%20so/report.html">tuned &amp; so</a>'
+    assert links in page
+    report.run(report.Config(run=last, out=tmp_path / "page.html"))
+    assert '<a href="base/report.html">base</a>' in (tmp_path / "page.html").read_text("utf-8")
+    assert '<p class="about">After' not in page_of(base)
 
 
 def test_runs_are_compared_by_colour_dashes_and_settings(write_run):

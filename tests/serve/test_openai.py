@@ -1,11 +1,13 @@
 """OpenAI's own client gets what it asks for."""
 
+import itertools
+
 import pytest
 
 from nanollm.generate.engine import generate
 from nanollm.generate.sampling import SamplingConfig
 from nanollm.text.chat import Conversation, encode_prompt, reply_borders
-from tests.serve.running import MODEL_NAME
+from tests.serve.running import MODEL_NAME, serving
 
 openai = pytest.importorskip("openai", reason="the openai client is not installed: pip install openai")
 
@@ -47,6 +49,23 @@ def test_a_chat_is_answered_with_what_the_engine_says(client, bundle):
     assert answer.usage.completion_tokens == len(expected.ids)
     assert answer.usage.total_tokens == len(prompt) + len(expected.ids)
     assert answer.model == MODEL_NAME
+
+
+def test_a_stream_marks_what_a_tool_gave_and_is_the_same_reply(bundle, serve_extra):
+    """By a field of its own beside those of OpenAI, which other clients pass over."""
+    given = "15>>"
+
+    def make_tool():
+        tokens = itertools.count(1)
+        return lambda token: bundle.tokenizer.encode(given) if next(tokens) == 3 else []
+
+    with serving(bundle) as running, openai.OpenAI(base_url=f"{running.url}/v1", api_key="none") as client:
+        running.service.make_tool = make_tool
+        at_once = chat(client).choices[0].message.content
+        chunks = [chunk.choices[0] for chunk in chat(client, stream=True)]
+    marked = [choice.delta.content for choice in chunks if getattr(choice, "given", False)]
+    assert "".join(marked) == given
+    assert "".join(choice.delta.content or "" for choice in chunks) == at_once
 
 
 def test_a_stream_joined_is_the_answer_at_once(client):

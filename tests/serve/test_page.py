@@ -327,6 +327,32 @@ def test_looking_inside_shows_each_token_its_rivals_and_its_experts(visit, serve
     assert not page.locator(".token").first.is_visible() and page.locator(REPLY).is_visible()
 
 
+@pytest.mark.parametrize("is_inside", [False, True], ids=["text", "inside"])
+def test_what_a_tool_wrote_has_another_colour_also_after_a_reload(visit, server, is_inside):
+    page = visit(server)
+    tokens = [{"token": text, "bytes": list(text.encode()), "logprob": -0.5} for text in ("5*3=<<5*3=", "15")]
+    seen = [{"logprobs": {"content": [token | {"top_logprobs": [], "experts": [[0]]}]}} for token in tokens]
+    first, last = seen if is_inside else ({}, {})
+    parts = [events("5*3=<<5*3=", ending="", **first), events("15>>", ending="", given=True), events("15", **last)]
+    answer_with(page, "".join(parts))
+    if is_inside:
+        page.click("#inside")
+    ask(page)
+    if is_inside:
+        page.locator(".token.given").click()
+        assert "given by a tool" in page.locator(".panel").text_content()
+    place = ".tokens" if is_inside else ".reply > .text"
+    for _ in range(2):
+        assert page.locator(place).text_content() == "5*3=<<5*3=15>>15"
+        assert page.locator(f"{place} .given").all_text_contents() == ["15>>"]
+        colours = "given => [given, given.parentElement].map(each => getComputedStyle(each).color)"
+        its, of_the_reply = page.locator(f"{place} .given").evaluate(colours)
+        assert its != of_the_reply
+        assert "written by a tool" in page.locator(".numbers").text_content()
+        page.reload()
+        page.locator("#model-name", has_text="tiny").wait_for()
+
+
 @pytest.mark.long
 def test_a_character_of_two_tokens_is_one_character(visit, server):
     page = visit(server)

@@ -1,6 +1,7 @@
 """The tokens of a reply become its text, and what is said of each token is true."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -30,10 +31,10 @@ def told(tokenizer, ids, finish="length", stops=(), cuts=()):
     arrived = events(ids, finish)
     borders = [0, *sorted(cuts), len(arrived)]
     for start, end in itertools.pairwise(borders):
-        delta = choice.take(arrived[start:end])
-        text += delta.text
-        entries += delta.entries
-        reason = delta.finish
+        for delta in choice.take(arrived[start:end]):
+            text += delta.text
+            entries += delta.entries
+            reason = delta.finish
     return text, entries, reason
 
 
@@ -69,6 +70,27 @@ def test_an_entry_stands_where_the_text_of_its_token_begins_and_never_behind_the
             assert rest[0] == "\ufffd" or spelled in rest[0].encode()
         else:
             assert rest.startswith(spelled.decode())
+
+
+@given(cuts=st.lists(st.integers(0, 6), max_size=4))
+@settings(max_examples=20, deadline=None)
+def test_what_a_tool_gave_comes_in_parts_of_its_own_wherever_the_reply_is_cut(tokenizer, cuts):
+    """Its tokens have no log-probability; a character that is begun by a tool is the tool's."""
+    arrived = [
+        TokenEvent(0, token, None if given else SCORED, None, 0.0, is_given=given)
+        for spelled, given in ((b"1+", False), ("2€".encode(), True), (b"3", False))
+        for token in spell(spelled)
+    ]
+    arrived[-1] = replace(arrived[-1], finish="length")
+    choice = Choice(0, Detokenizer(tokenizer), ())
+    borders = [0, *sorted(cuts), len(arrived)]
+    deltas = [delta for start, end in itertools.pairwise(borders) for delta in choice.take(arrived[start:end])]
+    parts = {given: "".join(d.text for d in deltas if d.is_given is given) for given in (False, True)}
+    assert parts == {False: "1+3", True: "2€"}
+    assert "".join(delta.text for delta in deltas) == "1+2€3"
+    assert [e.offset for d in deltas for e in d.entries] == [0, 1, 4]
+    assert all(not delta.is_given for delta in deltas if delta.entries)
+    assert [delta.finish for delta in deltas if delta.finish] == ["length"] and deltas[-1].finish == "length"
 
 
 @pytest.mark.parametrize(
@@ -119,7 +141,7 @@ def test_the_most_likely_tokens_are_all_there_though_two_spell_the_same_characte
     (learned,) = tokenizer.encode("a")
     scored = TokenLogprobs(-1.0, [(learned, -1.0), (BYTES + ord("a"), -2.0)], [])
     choice = Choice(0, Detokenizer(tokenizer), ())
-    delta = choice.take([TokenEvent(0, learned, scored, "length", 0.0)])
+    (delta,) = choice.take([TokenEvent(0, learned, scored, "length", 0.0)])
     told = TextFormatter("tiny", Detokenizer(tokenizer), has_logprobs=True).choice(delta)["logprobs"]
     assert told["top_logprobs"] == [{"a": -1.0, "bytes:\\x61": -2.0}]
 
@@ -127,6 +149,6 @@ def test_the_most_likely_tokens_are_all_there_though_two_spell_the_same_characte
 def test_minus_infinity_becomes_a_number_that_json_has(tokenizer):
     choice = Choice(0, Detokenizer(tokenizer), ())
     scored = TokenLogprobs(float("-inf"), [(9, float("-inf"))], [])
-    delta = choice.take([TokenEvent(0, 300, scored, "length", 0.0)])
+    (delta,) = choice.take([TokenEvent(0, 300, scored, "length", 0.0)])
     told = TextFormatter("tiny", Detokenizer(tokenizer), has_logprobs=True).choice(delta)["logprobs"]
     assert told["token_logprobs"] == [MIN_LOGPROB] and list(told["top_logprobs"][0].values()) == [MIN_LOGPROB]

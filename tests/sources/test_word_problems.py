@@ -20,6 +20,7 @@ from nanollm.sources.word_problems import (
     STORIES_OF,
     Story,
     WordProblems,
+    lessons,
 )
 
 SUM = re.compile(r"([0-9]+)([-+*/])([0-9]+)=<<([^<>]*)>>([0-9]+)")
@@ -70,6 +71,15 @@ def test_each_story_finds_numbers_for_any_largest(story):
     for largest in (5, 6, 8, 13, 20, 1000):
         for seed in range(20):
             story.draw_numbers(Random(seed), largest)
+
+
+def test_two_problems_of_five_are_two_turns_of_one_lesson_and_none_is_lost():
+    problems = list(some("train", count=14))
+    turns = [[message.content for message in lesson.messages] for lesson in lessons(problems)]
+    assert [len(each) // 2 for each in turns] == [1, 1, 1, 2, 1, 1, 1, 2, 1, 1, 1, 1]
+    assert [text for each in turns for text in each] == [
+        text for problem in problems for text in (problem.question, problem.answer)
+    ]
 
 
 def test_there_are_enough_stories_and_some_of_each_level_are_heldout():

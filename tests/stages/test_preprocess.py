@@ -180,8 +180,12 @@ def test_generated_problems_become_conversations_and_the_manifest_says_which(tmp
     source = json.loads((out / "manifest.json").read_bytes())["source"]
     assert source == {"dataset": "words", "levels": [1, 3], "largest": 12, "seed": 7, "count": 300}
     problems = WordProblems(levels=(1, 3), largest=12, seed=7).problems("train")[:300]
-    written = [tokenizer.decode(ids.tolist()) for split in ("train", "val") for ids, _ in documents_of(out, split)]
-    assert sorted(written) == sorted(problem.question + problem.answer for problem in problems)
+    made = [document for split in ("train", "val") for document in documents_of(out, split)]
+    lessons = [problems[place : place + 1 + (place % 5 == 3)] for place in range(300) if place % 5 != 4]
+    expected = ["".join(each.question + each.answer for each in lesson) for lesson in lessons]
+    assert sorted(tokenizer.decode(ids.tolist()) for ids, _ in made) == sorted(expected)
+    trained = [tokenizer.decode(ids[flags == 1].tolist()) for ids, flags in made]  # both replies, no question
+    assert sorted(trained) == sorted("".join(each.answer for each in lesson) for lesson in lessons)
     assert len(list(documents_of(out, "val"))) > 20
     with pytest.raises(ValueError, match="was begun with source count 300, this command has 301"):
         words = WordsConfig(levels=[1, 3], largest=12, seed=7, count=301)

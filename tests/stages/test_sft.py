@@ -107,6 +107,23 @@ def test_a_model_learns_to_give_the_one_reply_and_to_end_it(run_config, tokenize
     assert read_metrics(c.out)[-1]["samples"] == ["A fox, of course."]
 
 
+def test_without_sample_prompts_the_shortest_questions_of_the_validation_are_asked(
+    run_config, tokenizer_path, tmp_path
+):
+    said = [
+        ("Why is the fox so red?", "It is."),
+        ("Who?", "A fox."),
+        ("Where to?", "Home."),
+        ("And what now?", "Sleep."),
+    ]
+    trained = prepare(tokenizer_path, tmp_path / "trained", said * 2, val_fraction=0.0)
+    c = run_config(steps=1, data=trained, sample_prompts=["auto"])
+    made = load_bundle(sft.run(c))
+    assert made.examples == ["Who?", "Where to?", "And what now?"]
+    assert [len(line["samples"]) for line in read_metrics(c.out)] == [3, 3]
+    assert sft.run(c) == c.out / "bundle"  # and the settings are the same again
+
+
 def test_a_step_reads_the_sources_by_their_weights_and_trains_only_replies(run_config, tokenizer):
     c = run_config()
     _, splits, _ = sft._open(c, World())

@@ -3,7 +3,7 @@
  * An exchange is plain values, so that it can be kept while the page reloads. All text goes in as text.
  */
 
-import { InsideView, tokensOf } from "./inside.js";
+import { InsideView, givenToken, tokensOf } from "./inside.js";
 
 const template = document.getElementById("exchange-template");
 const LEAST_WRITING_S = 0.25;
@@ -17,6 +17,7 @@ export function newExchange(question) {
 export function unanswered() {
     return {
         ...{ status: "waiting", reply: "", tokens: [], usage: null, finish: null, trouble: null, seed: null },
+        given: [], // [begin, end] of what tools wrote into the reply
         ...{ first_s: null, last_s: null, pieces: 0, laterPieces: 0 }, // later: not at the same moment as the first
     };
 }
@@ -31,7 +32,8 @@ export function take(exchange, chunk, now_s) {
     if (chunk.usage) exchange.usage = chunk.usage;
     const choice = chunk.choices?.[0];
     if (!choice) return { text: "", tokens: [] };
-    const fresh = { text: choice.delta?.content ?? "", tokens: tokensOf(choice) };
+    const fresh = { text: choice.delta?.content ?? "", isGiven: choice.given === true, tokens: tokensOf(choice) };
+    if (fresh.isGiven && exchange.tokens.length) fresh.tokens.push(givenToken(fresh.text));
     if (fresh.text || fresh.tokens.length) {
         exchange.status = "streaming";
         exchange.first_s ??= now_s;
@@ -39,6 +41,7 @@ export function take(exchange, chunk, now_s) {
         exchange.pieces += 1;
         if (now_s > exchange.first_s) exchange.laterPieces += 1;
     }
+    if (fresh.isGiven) exchange.given.push([exchange.reply.length, exchange.reply.length + fresh.text.length]);
     exchange.reply += fresh.text;
     exchange.tokens.push(...fresh.tokens);
     exchange.finish = choice.finish_reason ?? exchange.finish;
@@ -48,7 +51,7 @@ export function take(exchange, chunk, now_s) {
 /** Tokens of the reply, and whether that number is exact: a piece of the stream may hold several. */
 export function countTokens(exchange) {
     if (exchange.usage) return { count: exchange.usage.completion_tokens, isExact: true };
-    if (exchange.tokens.length) return { count: exchange.tokens.length, isExact: true };
+    if (exchange.tokens.length && !exchange.given.length) return { count: exchange.tokens.length, isExact: true };
     return { count: exchange.pieces, isExact: false };
 }
 
@@ -103,7 +106,14 @@ export class ExchangeView {
     /** Draw all of the exchange anew; its reply may still be growing, and may end in the middle of a character. */
     restart() {
         clearInterval(this.#clock);
-        this.text.textContent = this.exchange.reply;
+        this.text.replaceChildren();
+        let drawn = 0;
+        for (const [begin, end] of this.exchange.given) {
+            this.#addText(this.exchange.reply.slice(drawn, begin), false);
+            this.#addText(this.exchange.reply.slice(begin, end), true);
+            drawn = end;
+        }
+        this.#addText(this.exchange.reply.slice(drawn), false);
         this.place.replaceChildren();
         this.inside = null;
         this.#addTokens(this.exchange.tokens);
@@ -112,10 +122,14 @@ export class ExchangeView {
     }
 
     /** Add what `take` found. */
-    add({ text, tokens }) {
-        if (text) this.text.append(text);
+    add({ text, isGiven, tokens }) {
+        this.#addText(text, isGiven);
         this.#addTokens(tokens);
         this.update();
+    }
+
+    #addText(text, isGiven) {
+        if (text) this.text.append(isGiven ? given(text) : text);
     }
 
     #addTokens(tokens) {
@@ -151,6 +165,7 @@ export class ExchangeView {
         const { count, isExact } = countTokens(this.exchange);
         const parts = [...numbersOf(this.exchange), this.#ending(isExact ? count : null)].filter(Boolean);
         const spans = parts.map((text) => Object.assign(document.createElement("span"), { textContent: text }));
+        if (this.exchange.given.length) spans.push(given("written by a tool"));
         this.under.querySelector(".numbers").replaceChildren(...spans);
     }
 
@@ -187,6 +202,11 @@ export class ExchangeView {
             button.title = "Copy";
         }, 1600);
     }
+}
+
+/** Text in the colour of what no model wrote. */
+function given(text) {
+    return Object.assign(document.createElement("span"), { className: "given", textContent: text });
 }
 
 async function copy(text) {

@@ -1,6 +1,7 @@
 /* What the model saw at each token: its probability, the alternatives, and the experts that worked.
  *
  * A token here is {name, bytes, logprob, top: [{name, bytes, logprob}], experts: [[expert, ...] for each MoE block]}.
+ * What a tool gave is one token with isGiven, which the model did not draw.
  * Marks, such as the end of a reply, have a name and no bytes. A token may hold half a character, so texts are joined
  * from bytes: a character stands in the token that completes it, and the tokens before show their bytes as a label,
  * which is drawn by the style sheet and never part of the text.
@@ -17,6 +18,11 @@ export function tokensOf(choice) {
     }));
 }
 
+/** Text that a tool gave, in the form above. */
+export function givenToken(text) {
+    return { ...likely({ token: text, logprob: 0 }), top: [], experts: [], isGiven: true };
+}
+
 function likely({ token, bytes, logprob }) {
     return { name: token, bytes: bytes ?? [...new TextEncoder().encode(token)], logprob };
 }
@@ -25,6 +31,10 @@ export function percent(share) {
     if (share >= 0.995) return share >= 0.9995 ? "100 %" : `${(100 * share).toFixed(1)} %`;
     if (share < 0.001) return "< 0.1 %";
     return `${(100 * share).toFixed(share < 0.1 ? 1 : 0)} %`;
+}
+
+function shareOf(token) {
+    return token.isGiven ? "given by a tool" : percent(Math.exp(token.logprob));
 }
 
 /** A token by itself, for a label: spaces and line ends can be seen, bytes that are no character are written out. */
@@ -79,10 +89,10 @@ export class InsideView {
 
     #draw(token) {
         const text = this.#decoder.decode(new Uint8Array(token.bytes), { stream: true });
-        const span = make("span", "token", text);
+        const span = make("span", token.isGiven ? "token given" : "token", text);
         span.setAttribute("role", "option");
         span.setAttribute("aria-selected", "false");
-        span.setAttribute("aria-label", `${nameOf(token)}, ${percent(Math.exp(token.logprob))}`);
+        span.setAttribute("aria-label", `${nameOf(token)}, ${shareOf(token)}`);
         span.tabIndex = -1;
         span.style.setProperty("--surprise", (1 - Math.exp(token.logprob)).toFixed(3));
         if (text.startsWith("\n")) span.dataset.mark = "↵";
@@ -119,12 +129,11 @@ export class InsideView {
     }
 
     #fillPanel(token) {
-        const probability = Math.exp(token.logprob);
         this.panel.classList.add("open");
         this.panel.querySelector(".name").textContent = nameOf(token);
-        this.panel.querySelector(".share").textContent = percent(probability);
+        this.panel.querySelector(".share").textContent = shareOf(token);
         const isSame = (other) => other.name === token.name && hex(other.bytes) === hex(token.bytes);
-        const others = token.top.some(isSame) ? token.top : [...token.top, token];
+        const others = token.isGiven || token.top.some(isSame) ? token.top : [...token.top, token];
         this.panel.querySelector(".others").replaceChildren(...others.map((other) => drawBar(other, isSame(other))));
         const routes = token.experts.map((taken, place) => this.#drawRoute(taken, place));
         this.panel.querySelector(".routes").replaceChildren(...routes);
@@ -156,18 +165,19 @@ export class InsideView {
     finish() {
         const rest = this.#decoder.decode(); // bytes that never became a character
         if (rest) this.row.lastElementChild.append(rest);
-        if (!this.#tokens.length) return;
-        const mean = this.#tokens.reduce((sum, token) => sum + token.logprob, 0) / this.#tokens.length;
-        const wasFirst = this.#tokens.filter((token) => token.logprob >= (token.top[0]?.logprob ?? -Infinity)).length;
+        const drawn = this.#tokens.filter((token) => !token.isGiven);
+        if (!drawn.length) return;
+        const mean = drawn.reduce((sum, token) => sum + token.logprob, 0) / drawn.length;
+        const wasFirst = drawn.filter((token) => token.logprob >= (token.top[0]?.logprob ?? -Infinity)).length;
         this.whole.querySelector(".summary").textContent =
-            `The most likely token was taken ${percent(wasFirst / this.#tokens.length)} of the time; ` +
+            `The most likely token was taken ${percent(wasFirst / drawn.length)} of the time; ` +
             `perplexity ${Math.exp(-mean).toFixed(2)}.`;
-        this.#fillShares();
+        this.#fillShares(drawn);
         this.whole.hidden = this.panel.hidden = false;
     }
 
-    #fillShares() {
-        const blocks = this.#tokens[0].experts.length;
+    #fillShares(drawn) {
+        const blocks = drawn[0].experts.length;
         const table = this.whole.querySelector("table");
         table.hidden = this.whole.querySelector(".over-shares").hidden = blocks === 0;
         const experts = Array.from({ length: this.#width() }, (_, expert) => expert);
@@ -177,8 +187,8 @@ export class InsideView {
             const row = make("tr", "");
             row.append(scoped("row", `block ${this.#block(place)}`));
             for (const expert of experts) {
-                const count = this.#tokens.filter((token) => token.experts[place]?.includes(expert)).length;
-                row.append(tinted(count / this.#tokens.length));
+                const count = drawn.filter((token) => token.experts[place]?.includes(expert)).length;
+                row.append(tinted(count / drawn.length));
             }
             return row;
         });
