@@ -30,6 +30,7 @@ VERBS = {
         "pretrain": "train a model on token files",
         "sft": "fine-tune a model on conversations, so that it replies",
         "grpo": "train a model on its own graded replies to problems (GRPO)",
+        "prefer": "train a model on preferences between replies (DPO, IPO, SimPO, KTO)",
     },
     "Use": {
         "eval": "measure a model: problems solved, bits per byte, against another one",
@@ -47,7 +48,7 @@ VERBS = {
     },
 }
 
-MANY_PROCESSES = ("pretrain", "sft", "grpo")
+MANY_PROCESSES = ("pretrain", "sft", "grpo", "prefer")
 """Verbs that torchrun may start."""
 
 SHELLS = ("bash", "zsh", "fish", "powershell")
