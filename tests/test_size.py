@@ -15,9 +15,9 @@ from nanollm.config import SWITCHES, kinds_of
 from tests.test_floor_plan import PACKAGE, Imports, read_imports
 
 LIMITS = {
-    "package, lines of Python": 21_150,
-    "package, files": 133,
-    "options of all verbs": 340,
+    "package, lines of Python": 21_900,
+    "package, files": 135,
+    "options of all verbs": 375,
     "modules behind pretrain": 48,
     "modules behind rl.grpo": 49,
     "modules behind serve": 30,

@@ -126,6 +126,10 @@ class Preference:
     rejected: Reply | None = None
 
 
+Rolled = tuple[str, float, Reply]
+"""Of a rollout: the question, the reward and the reply."""
+
+
 def preferences(inputs: Sequence[Path], on_bad: OnBad) -> Iterator[Preference]:
     """Preferences in TRL's forms, or made of rollouts of nanollm grpo.
 
@@ -137,7 +141,10 @@ def preferences(inputs: Sequence[Path], on_bad: OnBad) -> Iterator[Preference]:
     unused = Counter[str]()
     for path in find_files(inputs):
         rollouts = dict[str, list[tuple[float, Reply]]]()
-        for each in read_records([path], [], lambda values: _parse_preference(values[0], unused), on_bad):
+        records: Iterator[Preference | Rolled] = read_records(
+            [path], [], lambda values: _parse_preference(values[0], unused), on_bad
+        )
+        for each in records:
             if isinstance(each, tuple):
                 rollouts.setdefault(each[0], []).append(each[1:])
             else:
@@ -150,8 +157,8 @@ def preferences(inputs: Sequence[Path], on_bad: OnBad) -> Iterator[Preference]:
     _say_unused(unused)
 
 
-def _parse_preference(record: dict[str, Any], unused: Counter[str]) -> Preference | tuple[str, float, Reply] | str:
-    """A preference, a rollout (question, reward and reply), or why it is neither."""
+def _parse_preference(record: dict[str, Any], unused: Counter[str]) -> Preference | Rolled | str:
+    """A preference, a rollout, or why it is neither."""
     if "reply" in record:
         return _parse_rollout(record)
     parsed = list[tuple[tuple[Message, ...], Reply]]()
@@ -197,8 +204,8 @@ def _parse_exchange(asked: Any, said: Any, unused: Counter[str]) -> tuple[tuple[
     return tuple(parsed[:-1]), Reply("" if is_empty else parsed[-1].content)
 
 
-def _parse_rollout(record: dict[str, Any]) -> tuple[str, float, Reply] | str:
-    """Question, reward and reply of a line that nanollm grpo wrote, or what is wrong."""
+def _parse_rollout(record: dict[str, Any]) -> Rolled | str:
+    """A line that nanollm grpo wrote, or what is wrong."""
     question, reply, reward = (record.get(name) for name in ("question", "reply", "reward"))
     if reason := problem([question], ["question"]):
         return reason
