@@ -114,6 +114,17 @@ def load_bundle(folder: Path | str, dtype: torch.dtype = torch.float32, device: 
     return Bundle(model.to(device).eval(), Tokenizer.load(folder / TOKENIZER), provenance, tools)
 
 
+def load_reference(folder: Path, bundle: Bundle, dtype: torch.dtype, device: torch.device) -> Bundle:
+    """Another bundle, with which one is compared in training: it must speak with the same ids."""
+    reference = load_bundle(folder, dtype, device)
+    own, other = bundle.tokenizer.fingerprint, reference.tokenizer.fingerprint
+    if own != other:
+        raise ValueError(
+            f"the reference {folder} has tokenizer {other[:6]}, the model {own[:6]}; a reference must have the same one"
+        )
+    return reference
+
+
 def build_model(config: ModelConfig) -> Transformer:
     """A Transformer whose parameters have no values and no memory yet; its buffers do."""
     with torch.device("meta"):

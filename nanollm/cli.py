@@ -30,6 +30,7 @@ VERBS = {
         "pretrain": "train a model on token files",
         "sft": "fine-tune a model on conversations, so that it replies",
         "grpo": "train a model on its own graded replies to problems (GRPO)",
+        "prefer": "train a model on preferences between replies (DPO, IPO, SimPO, KTO)",
         "distill": "train a small model to predict what a larger one predicts",
     },
     "Use": {
@@ -48,7 +49,7 @@ VERBS = {
     },
 }
 
-MANY_PROCESSES = ("pretrain", "sft", "grpo", "distill")
+MANY_PROCESSES = ("pretrain", "sft", "grpo", "prefer", "distill")
 """Verbs that torchrun may start."""
 
 SHELLS = ("bash", "zsh", "fish", "powershell")

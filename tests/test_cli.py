@@ -193,7 +193,7 @@ def test_a_shell_is_told_every_option_of_every_verb(completion):
 
 
 COMPLETED = {
-    "nanollm pre": ["preprocess", "pretrain"],
+    "nanollm pre": ["preprocess", "pretrain", "prefer"],
     "nanollm preprocess --kind ": ["owt", "sni", "gsm8k", "words", "text", "chat"],
     "nanollm pretrain --optim.lr": ["--optim.lr"],
     "nanollm pretrain --model nano-5m --parallel ": ["ddp", "fsdp", "hsdp"],

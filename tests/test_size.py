@@ -15,9 +15,9 @@ from nanollm.config import SWITCHES, kinds_of
 from tests.test_floor_plan import PACKAGE, Imports, read_imports
 
 LIMITS = {
-    "package, lines of Python": 21_400,
-    "package, files": 135,
-    "options of all verbs": 385,
+    "package, lines of Python": 22_150,
+    "package, files": 137,
+    "options of all verbs": 425,
     "modules behind pretrain": 48,
     "modules behind rl.grpo": 49,
     "modules behind serve": 30,

@@ -25,7 +25,7 @@ EARLIER = {  # names of metrics in earlier versions
 }
 
 Line = Mapping[str, Any]
-Stage = Literal["pretrain", "sft", "grpo"]
+Stage = Literal["pretrain", "sft", "grpo", "prefer"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,9 @@ class RunFolder:
 
     @property
     def stage(self) -> Stage:
-        return "grpo" if "rollout" in self.settings else "sft" if "bundle" in self.settings else "pretrain"
+        if "objective" in self.settings:
+            return "grpo" if "rollout" in self.settings else "prefer"
+        return "sft" if "bundle" in self.settings else "pretrain"
 
     @property
     def steps(self) -> int:

@@ -57,7 +57,7 @@ class Quantity:
 
 QUANTITIES = {
     "Learning": [
-        Quantity("loss", "Training loss", "nats per trained token", log=True, smooth=True, not_of=("grpo",)),
+        Quantity("loss", "Training loss", "nats per trained token", log=True, smooth=True, not_of=("grpo", "prefer")),
         Quantity("val_bpb", "Validation", "bits per byte", about=BPB, log=True),
         Quantity("val_loss", "Validation loss", "nats per token", log=True),
         Quantity("lr", "Learning rate", "step size"),
@@ -69,10 +69,22 @@ QUANTITIES = {
         Quantity("completions/mean_length", "Length of replies", "tokens", smooth=True),
         Quantity("completions/clipped_ratio", "Replies cut at the limit", "share of all replies", smooth=True),
         Quantity("entropy", "Entropy", "nats per token", smooth=True),
-        Quantity("kl", "Distance to the reference", "KL divergence, nats per token", smooth=True),
+        Quantity("kl", "Distance to the reference", "KL divergence, nats per token", smooth=True, not_of=("prefer",)),
         Quantity("frac_reward_zero_std", "Groups without a signal", "share of the groups", DROPPED, smooth=True),
         Quantity("clip_fraction", "Clipped", "share of tokens", smooth=True),
         Quantity("sampling/sampling_logp_difference/mean", "Engine against trainer", LOGPROBS, smooth=True),
+    ],
+    "Learning from preferences": [
+        Quantity("loss", "Loss", "mean per example", smooth=True, not_of=("pretrain", "sft", "grpo")),
+        Quantity("rewards/accuracies", "Chosen above rejected", "share of pairs", smooth=True),
+        Quantity("val_rewards/accuracies", "Chosen above rejected, held out", "share of pairs"),
+        Quantity("rewards/margins", "Margin", "reward of chosen minus rejected", smooth=True),
+        Quantity("val_rewards/margins", "Margin, held out", "reward of chosen minus rejected"),
+        Quantity("rewards/chosen", "Reward of chosen replies", "beta times log-ratio", smooth=True),
+        Quantity("rewards/rejected", "Reward of rejected replies", "beta times log-ratio", smooth=True),
+        Quantity("logps/chosen", "Log-probability of chosen replies", "nats per reply", smooth=True),
+        Quantity("logps/rejected", "Log-probability of rejected replies", "nats per reply", smooth=True),
+        Quantity("kl", "Reference point", "nats per reply", smooth=True, not_of=("grpo",)),
     ],
     "Speed and memory": [
         Quantity("tokens_per_s", "Speed", "tokens/s", from_zero=True),

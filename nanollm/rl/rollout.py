@@ -222,5 +222,6 @@ def save_rollouts(path: Path, graded: Sequence[Graded], compared: Tensor) -> Non
                 "stop": rollout.stop,
                 "trained": any(row),
             }
+            record |= {} if rollout.outcome is None else {"turns": True}  # then the reply tells all of a conversation
             lines.append(json.dumps(record, ensure_ascii=False) + "\n")
     write_file(path, "".join(lines).encode())

@@ -6,9 +6,10 @@ Parquet files, which the same library reads in the same way.
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from nanollm.progress import say
 from nanollm.sources.files import BadRecord, OnBad, Row, find_files, need, problem, read_records, read_rows
@@ -41,6 +42,10 @@ def chats(inputs: Sequence[Path], on_bad: OnBad) -> Iterator[Conversation]:
     """
     unused = Counter[str]()
     yield from read_records(find_files(inputs), [], lambda values: _parse_chat(values[0], unused), on_bad)
+    _say_unused(unused)
+
+
+def _say_unused(unused: Counter[str]) -> None:
     if unused:
         fields = ", ".join(f"{name} ({number:,})" for name, number in unused.most_common(5))
         say(f"fields of messages that are not used: {fields}")
@@ -102,6 +107,113 @@ def _parse_message(message: dict[str, Any], unused: Counter[str]) -> Message | s
         return Message(ROLES.get(role, role), content, is_trained=bool(weight) and train)
     except ValueError as error:
         return str(error)
+
+
+class Reply(NamedTuple):
+    """A reply that somebody judged; it may be empty."""
+
+    text: str
+    ends: bool = True
+    """Whether it was over there. One that was cut off has no end mark."""
+
+
+@dataclass(frozen=True)
+class Preference:
+    """The reply to a prompt that was preferred and the one that was not, or one of them alone."""
+
+    prompt: tuple[Message, ...]
+    chosen: Reply | None = None
+    rejected: Reply | None = None
+
+
+Rolled = tuple[str, float, Reply]
+"""Of a rollout: the question, the reward and the reply."""
+
+
+def preferences(inputs: Sequence[Path], on_bad: OnBad) -> Iterator[Preference]:
+    """Preferences in TRL's forms, or made of rollouts of nanollm grpo.
+
+    Records are {"prompt": ..., "chosen": ..., "rejected": ...} or {"prompt": ..., "completion": ..., "label": true or
+    false}. Each is a text or a list of messages; of messages, the last is the reply, and the prompt may stand before it
+    in both lists. Of the replies to a problem in one file of rollouts, the best goes with the worst, the second best
+    with the second worst, and so on while their rewards differ.
+    """
+    unused = Counter[str]()
+    for path in find_files(inputs):
+        rollouts = dict[str, list[tuple[float, Reply]]]()
+        records: Iterator[Preference | Rolled] = read_records(
+            [path], [], lambda values: _parse_preference(values[0], unused), on_bad
+        )
+        for each in records:
+            if isinstance(each, tuple):
+                rollouts.setdefault(each[0], []).append(each[1:])
+            else:
+                yield each
+        for question, replies in rollouts.items():
+            replies.sort(key=lambda graded: -graded[0])
+            for (high, better), (low, worse) in zip(replies, reversed(replies), strict=True):
+                if high > low:
+                    yield Preference((Message("user", question),), better, worse)
+    _say_unused(unused)
+
+
+def _parse_preference(record: dict[str, Any], unused: Counter[str]) -> Preference | Rolled | str:
+    """A preference, a rollout, or why it is neither."""
+    if "reply" in record:
+        return _parse_rollout(record)
+    parsed = list[tuple[tuple[Message, ...], Reply]]()
+    for name in ("completion",) if "label" in record else ("chosen", "rejected"):
+        if name not in record:
+            known = ", ".join(record) or "nothing"
+            return f"expected prompt, chosen and rejected, or prompt, completion and label, got {known}"
+        asked, said = record.get("prompt") or [], record[name]
+        asked = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
+        said = [{"role": "assistant", "content": said}] if isinstance(said, str) else said
+        if isinstance(each := _parse_exchange(asked, said, unused), str):
+            return f"{name}: {each}"
+        parsed.append(each)
+    prompt, reply = parsed[0]
+    if "label" not in record:
+        other, rejected = parsed[1]
+        return (
+            Preference(prompt, reply, rejected) if prompt == other else "chosen and rejected answer different prompts"
+        )
+    if not isinstance(record["label"], bool):
+        return f"label must be true or false, got {record['label']!r}"
+    return Preference(prompt, chosen=reply) if record["label"] else Preference(prompt, rejected=reply)
+
+
+def _parse_exchange(asked: Any, said: Any, unused: Counter[str]) -> tuple[tuple[Message, ...], Reply] | str:
+    """The messages of a prompt and the reply to them, or what is wrong."""
+    for given in (asked, said):
+        if not isinstance(given, list) or not all(isinstance(message, dict) for message in given):
+            return f"expected text or a list of messages with role and content, got {given!r}"
+    *before, last = [*asked, *said] or [{}]
+    parsed = list[Message]()
+    is_empty = isinstance(said := last.get("content"), str) and not said.strip()  # for the caller to count
+    for number, message in enumerate([*before, last | {"content": "-"} if is_empty else last], start=1):
+        if isinstance(each := _parse_message(message, unused), str):
+            return f"message {number}: {each}"
+        parsed.append(replace(each, is_trained=False))
+    try:
+        Conversation(tuple(parsed))
+    except ValueError as error:
+        return str(error)
+    if parsed[-1].role != "assistant":
+        return "the last message must be the assistant's"
+    return tuple(parsed[:-1]), Reply("" if is_empty else parsed[-1].content)
+
+
+def _parse_rollout(record: dict[str, Any]) -> Rolled | str:
+    """A line that nanollm grpo wrote, or what is wrong."""
+    question, reply, reward = (record.get(name) for name in ("question", "reply", "reward"))
+    if reason := problem([question], ["question"]):
+        return reason
+    if not isinstance(reply, str) or not isinstance(reward, int | float | None):
+        return f"expected a reply of text and a reward, got {reply!r} and {reward!r}"
+    if record.get("turns"):
+        return "a conversation with an environment has no single reply to prefer"
+    return str(question), float("-inf") if reward is None else reward, Reply(reply, record.get("stop") != "length")
 
 
 def rows_of(

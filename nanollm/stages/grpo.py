@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nanollm.bundle import WEIGHTS, Bundle, build_model, load_bundle
+from nanollm.bundle import WEIGHTS, Bundle, build_model, load_bundle, load_reference
 from nanollm.config import check_at_least
 from nanollm.evals.problems import accuracy
 from nanollm.export.dense_to_moe import STORED
@@ -286,14 +286,5 @@ def _connect(c: Config, bundle: Bundle, task: Task, state: TrainState, world: Wo
 
 
 def _open_reference(c: Config, bundle: Bundle, world: World) -> Bundle | None:
-    """The reference model, which must speak with the same ids; none without objective.beta."""
-    if not c.objective.beta:
-        return None
-    folder = c.reference or c.bundle
-    reference = load_bundle(folder, world.dtype, world.device)
-    if reference.tokenizer.fingerprint != bundle.tokenizer.fingerprint:
-        raise ValueError(
-            f"the reference {folder} has tokenizer {reference.tokenizer.fingerprint[:6]}, {c.bundle} has "
-            f"{bundle.tokenizer.fingerprint[:6]}; a reference must have the same one"
-        )
-    return reference
+    """The reference model; none without objective.beta."""
+    return load_reference(c.reference or c.bundle, bundle, world.dtype, world.device) if c.objective.beta else None

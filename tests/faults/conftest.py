@@ -1,4 +1,4 @@
-"""Four jobs of a second, each as its user starts it, and what they leave behind."""
+"""Five jobs of a second, each as its user starts it, and what they leave behind."""
 
 import dataclasses
 import hashlib
@@ -17,7 +17,7 @@ from tests.conftest import STORY
 from tests.faults.processes import Nursery, nursery
 from tests.stages.conftest import MODEL, untrained
 
-SAVE_EVERY = {"preprocess": 1500, "pretrain": 3, "sft": 3, "grpo": 2}
+SAVE_EVERY = {"preprocess": 1500, "pretrain": 3, "sft": 3, "grpo": 2, "prefer": 3}
 """Steps; tokens for preprocess."""
 
 
@@ -80,6 +80,8 @@ def materials(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) ->
         for n in range(80)
     ]
     (home / "chats.jsonl").write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
+    pairs = [{"prompt": f"What comes after {n}?", "chosen": f"{n + 1}.", "rejected": f"{n}?"} for n in range(20)]
+    (home / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     for kind, file in (("text", "texts"), ("chat", "chats")):
         preprocess.run(
             preprocess.Config(
@@ -126,6 +128,10 @@ def job_of(materials: dict[str, Path], tmp_path: Path):
                 *("--validation_problems", 4, "--train.micro_batch_size", 1),
                 *("--rollout.prompts", 2, "--rollout.group_size", 4, "--rollout.max_tokens", 6),
                 *("--optim.name", "adamw", "--optim.lr", 1e-3),
+            ],
+            "prefer": [
+                *("--bundle", materials["bundle"], "--data", materials["pairs"], "--objective.loss", "kto", *training),
+                *("--train.batch_size", 4, "--train.micro_batch_size", 1),
             ],
         }
         return Job(verb, list(map(str, [verb, *words[verb], *options])), out)

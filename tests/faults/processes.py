@@ -125,6 +125,7 @@ def serve() -> None:
 
     import nanollm.config
     import nanollm.stages.grpo
+    import nanollm.stages.prefer
     import nanollm.stages.preprocess
     import nanollm.stages.pretrain
     import nanollm.stages.sft  # noqa: F401

@@ -12,10 +12,10 @@ from nanollm.train.checkpoint import checkpoints, verify
 from tests.faults.conftest import SAVE_EVERY
 from tests.faults.processes import Fault
 
-VERBS = ("preprocess", "pretrain", "sft", "grpo")
+VERBS = ("preprocess", "pretrain", "sft", "grpo", "prefer")
 TRAINING = VERBS[1:]
 FEW = [*VERBS[:2], *(pytest.param(verb, marks=pytest.mark.long) for verb in VERBS[2:])]
-"""All of them; what is tested of SFT and GRPO takes long, and breaks with pretraining."""
+"""All of them; what is tested of the others takes long, and breaks with pretraining."""
 WITHIN_S = 10.0
 MAX_LOST = SAVE_EVERY | {"preprocess": 3 * SAVE_EVERY["preprocess"]}
 """One interval; preprocess writes whole chunks, of at most four bytes of text for each token of it."""

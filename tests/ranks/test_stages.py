@@ -1,6 +1,7 @@
 """The whole journey, from token files to a model that learned from its replies, by two processes as by one."""
 
 import dataclasses
+import json
 import subprocess
 import sys
 
@@ -44,7 +45,7 @@ def numbers(folder):
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_sft_and_grpo_of_two_processes_give_what_one_gives(tokenizer, tokenizer_path, tmp_path, parallel):
+def test_sft_grpo_and_prefer_of_two_processes_give_what_one_gives(tokenizer, tokenizer_path, tmp_path, parallel):
     bundle = untrained(tmp_path / "untrained", dataclasses.replace(MODEL, context_length=256), tokenizer)
     words = ["--words.count", 200, "--words.largest", 5, "--val_fraction", 0.1]
     alone(["preprocess", "words", *words, "--tokenizer_path", tokenizer_path, "--save_dir", tmp_path / "words"])
@@ -52,8 +53,14 @@ def test_sft_and_grpo_of_two_processes_give_what_one_gives(tokenizer, tokenizer_
         "sft": ["--bundle", bundle, "--data", tmp_path / "words", "--train.batch_size", 8],
         "grpo": ["--bundle", tmp_path / "sft-alone" / "bundle", *GRPO, "--validation_problems", 5],
     }
-    for stage, options in stages.items():
-        one, two = (tmp_path / f"{stage}-{which}" for which in ("alone", "two"))
+    pairs = [{"prompt": f"Say {n}!", "chosen": "1" * n, "rejected": "No."} for n in range(1, 12)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    pairs = ["--bundle", bundle, "--data", tmp_path / "pairs.jsonl", "--val_data", tmp_path / "pairs.jsonl"]
+    pairs += ["--train.batch_size", 5, "--train.micro_batch_size", 1, "--optim.lr", 3e-3]
+    stages |= {f"prefer {loss}": [*pairs, "--objective.loss", loss] for loss in ("dpo", "kto")}
+    for name, options in stages.items():
+        stage, *_ = name.split()
+        one, two = (tmp_path / f"{name}-{which}" for which in ("alone", "two"))
         alone([stage, *SHORT, *options, "--out", one])
         by_two([stage, *SHORT, *options, "--out", two], tmp_path / "log", parallel)
         for own, other in zip(numbers(one), numbers(two), strict=True):
