@@ -15,12 +15,12 @@ from nanollm.config import SWITCHES, kinds_of
 from tests.test_floor_plan import PACKAGE, Imports, read_imports
 
 LIMITS = {
-    "package, lines of Python": 21_150,
-    "package, files": 133,
-    "options of all verbs": 340,
+    "package, lines of Python": 21_350,
+    "package, files": 135,
+    "options of all verbs": 350,
     "modules behind pretrain": 48,
-    "modules behind rl.grpo": 49,
-    "modules behind serve": 30,
+    "modules behind rl.grpo": 50,
+    "modules behind serve": 31,
 }
 """What was reached, plus 3 %."""
 

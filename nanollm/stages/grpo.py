@@ -19,6 +19,7 @@ from nanollm.export.dense_to_moe import STORED
 from nanollm.extras import require
 from nanollm.generate.tools import tool_caller, with_tools
 from nanollm.kernels import attention as fused
+from nanollm.model.lora import LoraConfig, add_lora
 from nanollm.progress import say
 from nanollm.report.page import write_report
 from nanollm.rl.grpo import Collector, SignalWatch, make_micro_batches, open_sampler, split_groups, update_policy
@@ -38,7 +39,7 @@ FINGERPRINTED = 100
 
 # What decides which numbers come out at which step; the rest (intervals, length, rates) may change on the way.
 FIXED = (
-    *("seed", "task", "reward.weights", "reward.soft_tokens", "objective", "optim.name", "inputs"),
+    *("seed", "task", "reward.weights", "reward.soft_tokens", "objective", "optim.name", "lora", "inputs"),
     *(f"rollout.{name}" for name in ("prompts", "group_size", "max_tokens", "temperature", "resample", "tools")),
 )
 IMPORTANCE_CAP = 2.0
@@ -81,6 +82,8 @@ class Config(RunConfig):
         default_factory=lambda: OptimConfig(lr=3e-4, warmup_steps=5, weight_decay=0.0, balance_rate=0.0)
     )
     """Optimizer and schedule. The routers' balancing is off: it would change the model without being asked."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """A low-rank adapter is trained instead of the model."""
     reference: Path | None = None
     """Reference model of the KL term, for objective.beta; null: the bundle the run starts from."""
     validation_problems: int = 200
@@ -206,7 +209,7 @@ def run(c: Config) -> Path:
                 run.log(validate(c, state, bundle, task, validation, world))
         replies = state.step * min(c.rollout.prompts, len(problems)) * c.rollout.group_size
         facts = {"replies_seen": replies, "parent": bundle.provenance, "tools": bundle.tools}
-        folder = run.save_bundle("grpo", model, bundle.tokenizer, **facts)
+        folder = run.save_bundle("grpo", model, bundle.tokenizer, (c.lora, c.bundle), **facts)
         write_report(c.out, world)
         return folder
 
@@ -233,6 +236,7 @@ def fingerprint(problems: Sequence[Problem]) -> str:
 def _open(c: Config) -> tuple[Bundle, Task, Sequence[Problem], Sequence[Problem]]:
     """The bundle, the task, its problems to train on and those to validate on."""
     bundle, task = with_tools(load_bundle(c.bundle), c.rollout.tools), open_task(c.task)
+    add_lora(bundle.model, c.lora, c.seed)
     room = bundle.model.config.context_length - c.rollout.max_tokens
     if room < 1:
         raise ValueError(
@@ -283,8 +287,11 @@ def _connect(c: Config, bundle: Bundle, task: Task, state: TrainState, world: Wo
 
 
 def _open_reference(c: Config, bundle: Bundle, world: World) -> Bundle | None:
-    """The reference model, which must speak with the same ids; none without objective.beta."""
-    if not c.objective.beta:
+    """The reference model, which must speak with the same ids; none without objective.beta.
+
+    Nor where it is the model under an adapter, which is there already.
+    """
+    if not c.objective.beta or (c.reference is None and c.lora.rank is not None):
         return None
     folder = c.reference or c.bundle
     reference = load_bundle(folder, world.dtype, world.device)
