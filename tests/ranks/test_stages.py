@@ -21,6 +21,8 @@ GRPO = [
     *("--task.name", "words", "--task.largest", "5"),
     *("--rollout.prompts", "3", "--rollout.group_size", "3", "--rollout.max_tokens", "8"),
 ]
+LORA = ["--lora.rank", "3", "--optim.name", "adamw", "--optim.lr", "1e-3"]
+EVEN = ["--task.name", "tests.faults.even:Even", "--objective.beta", "0.1"]  # an untrained model earns both rewards
 
 
 def alone(arguments):
@@ -51,12 +53,17 @@ def test_sft_and_grpo_of_two_processes_give_what_one_gives(tokenizer, tokenizer_
     stages = {
         "sft": ["--bundle", bundle, "--data", tmp_path / "words", "--train.batch_size", 8],
         "grpo": ["--bundle", tmp_path / "sft-alone" / "bundle", *GRPO, "--validation_problems", 5],
+        "sft-lora": ["--bundle", bundle, "--data", tmp_path / "words", "--train.batch_size", 8, *LORA],
+        "grpo-lora": ["--bundle", bundle, *EVEN, *GRPO[4:], *LORA, "--validation_problems", 5],
     }
-    for stage, options in stages.items():
-        one, two = (tmp_path / f"{stage}-{which}" for which in ("alone", "two"))
+    for name, options in stages.items():
+        stage, (one, two) = name.partition("-")[0], (tmp_path / f"{name}-{which}" for which in ("alone", "two"))
         alone([stage, *SHORT, *options, "--out", one])
         by_two([stage, *SHORT, *options, "--out", two], tmp_path / "log", parallel)
         for own, other in zip(numbers(one), numbers(two), strict=True):
             assert other == pytest.approx(own, abs=1e-4)
         weights = [load_file(folder / "bundle" / "model.safetensors") for folder in (one, two)]
+        if LORA[0] in options:
+            adapter = load_file(two / "adapter" / "adapter.safetensors")
+            assert all(tensor.abs().max() > 0 for tensor in adapter.values())
         assert all((weights[0][key] - weights[1][key]).abs().max() < 1e-4 for key in weights[0])
