@@ -79,23 +79,34 @@ def save_adapter(folder: Path, c: LoraConfig, weights: Mapping[str, Tensor], pro
     return folder
 
 
-def save_merged(folder: Path, base: Path, adapter: Path) -> Path:
-    """Write the bundle of a base with an adapter in its weights, in float32: W + alpha / rank * B A."""
-    recover(adapter)
-    if not (adapter / ADAPTER).is_file():
-        raise FileNotFoundError(f"{adapter} holds no {ADAPTER}; training with --lora.rank writes it to adapter/")
-    facts = read_sealed_json(adapter / ADAPTER, FORMAT, "copy the adapter again", MAX_JSON_BYTES)
-    _check_format(adapter / ADAPTER, facts)
-    bundle, path = load_bundle(base), adapter / ADAPTER_WEIGHTS
-    if (own := bundle.provenance["files"][WEIGHTS]) != facts["base"]:
+def load_adapter(folder: Path, base: Bundle) -> tuple[LoraConfig, dict[str, Tensor], dict[str, Any]]:
+    """An adapter of this base and of no other: its settings, weights and provenance."""
+    recover(folder)
+    if not (folder / ADAPTER).is_file():
+        raise FileNotFoundError(f"{folder} holds no {ADAPTER}; training with --lora.rank writes it to adapter/")
+    facts, path = (
+        read_sealed_json(folder / ADAPTER, FORMAT, "copy the adapter again", MAX_JSON_BYTES),
+        folder / ADAPTER_WEIGHTS,
+    )
+    _check_format(folder / ADAPTER, facts)
+    if (own := base.provenance["files"][WEIGHTS]) != facts["base"]:
         raise ValueError(
-            f"{adapter} was trained on weights {facts['base'][:6]}, {base} has {own[:6]}; give its own base"
+            f"{folder} was trained on weights {facts['base'][:6]}, this bundle has {own[:6]}; give the bundle it was "
+            f"trained on"
         )
     check_header(path)
     if sha256_of(path) != facts["files"][ADAPTER_WEIGHTS]:
         raise ValueError(f"{path} was changed after it was written; copy the adapter again")
-    weights = merged(bundle.model.state_dict() | load_file(path), facts["alpha"] / facts["rank"])
-    return save_bundle(folder, bundle.model.config, weights, bundle.tokenizer, facts["provenance"])
+    c = LoraConfig(**{field.name: facts[field.name] for field in dataclasses.fields(LoraConfig)})
+    return c, load_file(path), facts["provenance"]
+
+
+def save_merged(folder: Path, base: Path, adapter: Path) -> Path:
+    """Write the bundle of a base with an adapter in its weights, in float32: W + alpha / rank * B A."""
+    bundle = load_bundle(base)
+    c, weights, provenance = load_adapter(adapter, bundle)
+    both = merged(bundle.model.state_dict() | weights, c.scale)
+    return save_bundle(folder, bundle.model.config, both, bundle.tokenizer, provenance)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

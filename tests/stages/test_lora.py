@@ -144,7 +144,7 @@ def test_a_run_is_not_continued_with_another_adapter_or_base(run_config, tokeniz
     ]:
         with pytest.raises(ValueError, match=said):
             sft.run(dataclasses.replace(c, **change))
-    with pytest.raises(ValueError, match=r"was trained on weights \w{6}, .*other has \w{6}; give its own base"):
+    with pytest.raises(ValueError, match=r"was trained on weights \w{6}, this bundle has \w{6}; give the bundle"):
         merge.run(merge.Config(bundle=other, adapter=c.out / "adapter", out=tmp_path / "merged"))
     assert not (tmp_path / "merged").exists()
 
@@ -174,6 +174,23 @@ def test_a_target_that_is_not_there_is_refused_before_anything_is_made(run_confi
     words = ["--bundle", "b", "--data", "d", "--out", "o", "--train.steps", "1"]
     assert cli.main(["sft", *words, "--lora.rank", "0"]) == 2
     assert "lora.rank must be at least 1, or null to train every weight, got 0" in capsys.readouterr().err
+
+
+def test_an_export_takes_the_adapter_along_for_peft_and_can_be_replaced(
+    run_config, bundle, tokenizer, tmp_path, capsys
+):
+    sft.run(c := run_config(steps=1, lora=LORA))
+    words = ["--adapter", str(c.out / "adapter"), "--out", str(tmp_path / "export")]
+    assert cli.main(["export", str(bundle), *words]) == 0
+    assert cli.main(["export", str(bundle), *words, "--force"]) == 0
+    files = {file.name for file in (tmp_path / "export" / "adapter").iterdir()}
+    assert files == {"adapter_config.json", "adapter_model.safetensors"}
+    assert cli.main(["export", str(bundle), *words, "--format", "gguf"]) == 2
+    other = untrained(tmp_path / "other", SHAPE, tokenizer, seed=1)
+    assert cli.main(["export", str(other), *words, "--force"]) == 2
+    said = capsys.readouterr().err
+    assert "--adapter needs --format compact, got gguf" in said
+    assert "give the bundle it was trained on" in said
 
 
 # GRPO: what samples, and what the policy is held to.
