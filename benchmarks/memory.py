@@ -26,6 +26,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sequences", type=int, help="per step, for all of them (default: by preset)")
     parser.add_argument("--length", type=int, help="tokens of a sequence (default: the preset's context)")
     parser.add_argument("--optimizer", choices=["adamw", "muon"], default="adamw")
+    parser.add_argument("--lora", type=int, metavar="RANK", help="train an adapter, with Muon (only ours)")
     parser.add_argument("--recompute", action="store_true", help="keep what enters each block only (ours)")
     parser.set_defaults(repeats=1)  # the same work takes the same memory
 
@@ -44,9 +45,13 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 def _facts(name: str, dtype: str, options: argparse.Namespace) -> dict[str, Any]:
     sequences = options.sequences or PRESETS[name]
     case = {"preset": name, "sequences": sequences, "length": options.length, "optimizer": options.optimizer}
-    case |= {"dtype": dtype, "recompute": options.recompute}
+    case |= {"dtype": dtype, "recompute": options.recompute, "lora": options.lora}
+    case |= {"optimizer": "muon"} if options.lora else {}
     losses: dict[str, float] = {}
-    sides = {side: partial(_peak_mb, side, case, losses) for side in ("naive", "nanollm")}
+    sides = {
+        side: partial(_peak_mb, side, case | {"lora": None} if side == "naive" else case, losses)
+        for side in ("naive", "nanollm")
+    }
     facts = in_turns(sides, options.repeats)
     predicted = _predicted_mb(case)
     return facts | {
@@ -61,15 +66,18 @@ def _predicted_mb(case: dict[str, Any]) -> float:
     import torch
 
     from nanollm.kernels import attention as fused
-    from nanollm.train.memory import training_memory
+    from nanollm.model.lora import LoraConfig
+    from nanollm.train.memory import lora_memory, training_memory
 
     c = _config(case)
+    predict = partial(training_memory, optimizer=case["optimizer"])
+    if case["lora"]:
+        predict = partial(lora_memory, lora=LoraConfig(rank=case["lora"]))
     return (
-        training_memory(
+        predict(
             c,
             sequences=case["sequences"],
             compute_bytes=4 if case["dtype"] == "float32" else 2,
-            optimizer=case["optimizer"],
             recompute=case["recompute"],
             is_fused=fused.fits(*c.head_widths, getattr(torch, case["dtype"]), torch.device("cpu")),
         ).total
@@ -102,6 +110,7 @@ def _steps(case: dict[str, Any]) -> float:
     from torch.nn import functional as F
 
     from nanollm.data.batches import IGNORE, Batch
+    from nanollm.model.lora import LoraConfig, add_lora
     from nanollm.model.transformer import Transformer
     from nanollm.train.loss import next_token_loss
     from nanollm.train.optim import OptimConfig
@@ -116,6 +125,7 @@ def _steps(case: dict[str, Any]) -> float:
 
     c, optim = _config(case), OptimConfig(name=case["optimizer"])
     model = Transformer(c).init(0)
+    add_lora(model, LoraConfig(rank=case["lora"]), seed=0)
     state = TrainState.start(model, optim, World(dtype=getattr(torch, case["dtype"])))
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(c.vocab_size, (case["sequences"], c.context_length + 1), generator=generator)

@@ -19,11 +19,13 @@ from torch import Tensor
 
 from nanollm.durable import new_folder, read_json, read_sealed_json, recover, sha256_of, write_file, write_sealed_json
 from nanollm.model.config import ModelConfig
+from nanollm.model.lora import LoraConfig, merged
 from nanollm.model.transformer import Transformer
 from nanollm.text.tokenizer import Tokenizer
 
 CONFIG, WEIGHTS, TOKENIZER, PROVENANCE = "config.json", "model.safetensors", "tokenizer.model", "provenance.json"
 FILES = (CONFIG, WEIGHTS, TOKENIZER, PROVENANCE)
+ADAPTER, ADAPTER_WEIGHTS = "adapter.json", "adapter.safetensors"
 FORMAT = 2
 MAX_TENSORS = 200_000  # a file that names more is no model: each takes memory before it is looked at,
 MAX_HEADER_BYTES = 2**24  # and so does the header of a safetensors file,
@@ -73,6 +75,49 @@ def save_bundle(
         files = {name: sha256_of(draft / name) for name in (CONFIG, WEIGHTS, TOKENIZER)}
         write_sealed_json(draft / PROVENANCE, {**provenance, "format": FORMAT, "files": files})
     return folder
+
+
+def save_adapter(folder: Path, c: LoraConfig, weights: Mapping[str, Tensor], provenance: Mapping[str, Any]) -> Path:
+    """Write an adapter (model/lora.py) in one moment; provenance is that of a model whose parent is its base.
+
+    adapter.json names the sha256 of the base's weights; no other base is taken for it.
+    """
+    with new_folder(folder) as draft:
+        write_tensors(draft / ADAPTER_WEIGHTS, weights)
+        facts = {"format": FORMAT, **dataclasses.asdict(c), "base": provenance["parent"]["files"][WEIGHTS]}
+        facts |= {"files": {ADAPTER_WEIGHTS: sha256_of(draft / ADAPTER_WEIGHTS)}, "provenance": provenance}
+        write_sealed_json(draft / ADAPTER, facts)
+    return folder
+
+
+def load_adapter(folder: Path, base: Bundle) -> tuple[LoraConfig, dict[str, Tensor], dict[str, Any]]:
+    """An adapter of this base and of no other: its settings, weights and provenance."""
+    recover(folder)
+    if not (folder / ADAPTER).is_file():
+        raise FileNotFoundError(f"{folder} holds no {ADAPTER}; training with --lora.rank writes it to adapter/")
+    facts, path = (
+        read_sealed_json(folder / ADAPTER, FORMAT, "copy the adapter again", MAX_JSON_BYTES),
+        folder / ADAPTER_WEIGHTS,
+    )
+    _check_format(folder / ADAPTER, facts)
+    if (own := base.provenance["files"][WEIGHTS]) != facts["base"]:
+        raise ValueError(
+            f"{folder} was trained on weights {facts['base'][:6]}, this bundle has {own[:6]}; give the bundle it was "
+            f"trained on"
+        )
+    check_header(path)
+    if sha256_of(path) != facts["files"][ADAPTER_WEIGHTS]:
+        raise ValueError(f"{path} was changed after it was written; copy the adapter again")
+    c = LoraConfig(**{field.name: facts[field.name] for field in dataclasses.fields(LoraConfig)})
+    return c, load_file(path), facts["provenance"]
+
+
+def save_merged(folder: Path, base: Path, adapter: Path) -> Path:
+    """Write the bundle of a base with an adapter in its weights, in float32: W + alpha / rank * B A."""
+    bundle = load_bundle(base)
+    c, weights, provenance = load_adapter(adapter, bundle)
+    both = merged(bundle.model.state_dict() | weights, c.scale)
+    return save_bundle(folder, bundle.model.config, both, bundle.tokenizer, provenance)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -46,6 +46,7 @@ VERBS = {
     "Exchange": {
         "export": "export a model for transformers, vLLM, llama.cpp or Ollama, and verify it",
         "import": "make a bundle from an exported model",
+        "merge": "make a bundle from a bundle and a LoRA adapter of it",
     },
 }
 

@@ -15,12 +15,12 @@ from nanollm.config import SWITCHES, kinds_of
 from tests.test_floor_plan import PACKAGE, Imports, read_imports
 
 LIMITS = {
-    "package, lines of Python": 22_150,
-    "package, files": 137,
-    "options of all verbs": 425,
+    "package, lines of Python": 22_650,
+    "package, files": 140,
+    "options of all verbs": 445,
     "modules behind pretrain": 48,
-    "modules behind rl.grpo": 49,
-    "modules behind serve": 30,
+    "modules behind rl.grpo": 50,
+    "modules behind serve": 31,
 }
 """What was reached, plus 3 %."""
 

@@ -25,7 +25,7 @@ EARLIER = {  # names of metrics in earlier versions
 }
 
 Line = Mapping[str, Any]
-Stage = Literal["pretrain", "sft", "grpo", "prefer"]
+Stage = Literal["pretrain", "sft", "grpo", "prefer", "distill"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +56,8 @@ class RunFolder:
     def stage(self) -> Stage:
         if "objective" in self.settings:
             return "grpo" if "rollout" in self.settings else "prefer"
+        if "teacher" in self.settings:
+            return "distill"
         return "sft" if "bundle" in self.settings else "pretrain"
 
     @property

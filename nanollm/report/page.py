@@ -75,7 +75,7 @@ QUANTITIES = {
         Quantity("sampling/sampling_logp_difference/mean", "Engine against trainer", LOGPROBS, smooth=True),
     ],
     "Learning from preferences": [
-        Quantity("loss", "Loss", "mean per example", smooth=True, not_of=("pretrain", "sft", "grpo")),
+        Quantity("loss", "Loss", "mean per example", smooth=True, not_of=("pretrain", "sft", "grpo", "distill")),
         Quantity("rewards/accuracies", "Chosen above rejected", "share of pairs", smooth=True),
         Quantity("val_rewards/accuracies", "Chosen above rejected, held out", "share of pairs"),
         Quantity("rewards/margins", "Margin", "reward of chosen minus rejected", smooth=True),

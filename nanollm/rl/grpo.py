@@ -19,6 +19,7 @@ from nanollm.data.order import epoch_seed, sample_indices
 from nanollm.data.packing import PackedLayout, best_width, even_rows, pack, rows_cost
 from nanollm.generate.request import MakeTool
 from nanollm.generate.turns import said
+from nanollm.model.lora import without_lora
 from nanollm.model.transformer import Transformer
 from nanollm.progress import say
 from nanollm.rl.loss import (
@@ -195,6 +196,8 @@ def update_policy(
         here = batch.to(device)
         if reference is not None:
             batch = replace(batch, reference_logprobs=frozen_logprobs(reference, here, temperature))
+        elif c.beta:
+            batch = replace(batch, reference_logprobs=state.run(base_logprobs, here, temperature))
         if c.updates * len(mini_batches) > 1:
             batch = replace(batch, old_logprobs=state.run(frozen_logprobs, here, temperature))
         return batch
@@ -329,6 +332,12 @@ def frozen_logprobs(model: Transformer, batch: RolloutBatch, temperature: float)
     """Log-probabilities (M,) of a model that is not trained by them."""
     with model.evaluating():
         return policy_logprobs(model, batch, temperature)[0]
+
+
+def base_logprobs(model: Transformer, batch: RolloutBatch, temperature: float) -> Tensor:
+    """Those of the model under an adapter: where nothing else is, the reference."""
+    with without_lora(model):
+        return frozen_logprobs(model, batch, temperature)
 
 
 def reply_seed(seed: int, step: int, attempt: int) -> int:

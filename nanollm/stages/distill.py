@@ -18,6 +18,7 @@ from nanollm.data.order import Mixture
 from nanollm.data.shards import Shards
 from nanollm.generate.tools import tool_caller
 from nanollm.kernels import attention as fused
+from nanollm.model.lora import LoraConfig, add_lora
 from nanollm.report.page import write_report
 from nanollm.rl.distill import CreditName, logits_loss, on_policy_loss
 from nanollm.rl.grpo import Collector, make_micro_batches, open_sampler
@@ -36,7 +37,7 @@ from nanollm.train.step import train_step
 from nanollm.world import World
 
 FIXED = (
-    *("seed", "mode", "data", "credit", "ce_weight", "task", "train.batch_size", "optim.name", "inputs"),
+    *("seed", "mode", "data", "credit", "ce_weight", "task", "train.batch_size", "optim.name", "lora", "inputs"),
     *(f"rollout.{name}" for name in ("prompts", "group_size", "max_tokens", "temperature", "tools")),
 )
 
@@ -88,6 +89,8 @@ class Config(RunConfig):
         default_factory=lambda: OptimConfig(lr=3e-4, warmup_steps=5, weight_decay=0.0, balance_rate=0.0)
     )
     """Optimizer and schedule."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """A low-rank adapter is trained instead of the model."""
     validation_problems: int = 200
     """Problems of the task that are solved greedily at each validation, from the end of the test split (0: none)."""
     speed: SpeedConfig = field(default_factory=lambda: SpeedConfig(compile="off"))
@@ -119,6 +122,7 @@ def run(c: Config) -> Path:
     """Train, and return the folder of the bundle."""
     with World.join(c.device, c.dtype, c.parallel) as world, ExitStack() as stack:
         bundle, task, problems, validation = open_problems(c.bundle, c.task, c.rollout, c.validation_problems)
+        add_lora(bundle.model, c.lora, c.seed)
         teacher, shards = open_teacher(c, bundle, world), open_texts(c, bundle)
         inputs = {
             "bundle": bundle.provenance["files"][WEIGHTS],
@@ -158,8 +162,8 @@ def run(c: Config) -> Path:
             run.record(stats, names, metrics=metrics)
             if run.due(c.train.validate_every):
                 run.log(validate(state, bundle, task, validation, limit, world))
-        facts = {"parent": bundle.provenance, "teacher": teacher.provenance, "tools": bundle.tools}
-        folder = run.save_bundle("distill", bundle.model.config, bundle.tokenizer, **facts)
+        facts: dict[str, Any] = {"parent": bundle.provenance, "teacher": teacher.provenance, "tools": bundle.tools}
+        folder = run.save_bundle("distill", bundle.model.config, bundle.tokenizer, (c.lora, c.bundle), **facts)
         write_report(c.out, world)
         return folder
 

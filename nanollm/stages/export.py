@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from nanollm.bundle import Bundle, load_bundle, read_config, stored_dtype
+from nanollm.bundle import Bundle, load_adapter, load_bundle, read_config, stored_dtype
 from nanollm.config import check_at_least
 from nanollm.durable import check_replaceable, new_folder, write_file
 from nanollm.export.dense_to_moe import STORED, Dtype, Format, exported_shape
@@ -28,6 +28,8 @@ class Config:
     format: Format = "compact"
     """compact: for transformers, with no added parameters; deepseek-v3: also for vLLM and SGLang; gguf: for llama.cpp
     and Ollama."""
+    adapter: Path | None = None
+    """A LoRA adapter of the bundle, which PEFT then finds in the folder adapter of the export; compact only."""
     dtype: Literal["auto", "f32", "bf16", "f16", "q8_0"] = "auto"
     """Type of the weights; auto: as the bundle keeps them. q8_0 (8.5 bits per weight) is for gguf only."""
     out: Path | None = None
@@ -51,6 +53,8 @@ class Config:
     """Number of prompts that both engines continue by 64 tokens, for --verify."""
 
     def __post_init__(self) -> None:
+        if self.adapter is not None and self.format != "compact":
+            raise ValueError(f"--adapter needs --format compact, got {self.format}; export the merged bundle instead")
         if self.dtype == "q8_0" and self.format != "gguf":
             raise ValueError(f"--dtype q8_0 needs --format gguf; {self.format} takes f32, bf16 or f16")
         check_at_least(1, self, "verify_prompts", prefix="--")
@@ -76,6 +80,7 @@ def run(c: Config) -> Path:
     """The folder of the export."""
     check(c)
     from nanollm.export import card, folder
+    from nanollm.export.peft import write_peft
 
     bundle, dtype = load_bundle(c.bundle), dtype_of(c)
     name = c.name or c.push or f"nanollm-{bundle.model.config.total_parameters / 1e6:.0f}M"
@@ -84,6 +89,9 @@ def run(c: Config) -> Path:
         prove(c, c.folder / next((file for file in made if file.endswith(".gguf")), ""), bundle)
         return c.folder
     with new_folder(c.folder) as draft:
+        if c.adapter is not None:
+            lora, weights, _ = load_adapter(c.adapter, bundle)
+            write_peft(draft / "adapter", bundle.model.config, lora, weights)
         model_file = folder.write_export(draft, bundle, c.format, dtype, name)
         text = card.card(
             bundle,
@@ -127,7 +135,7 @@ def only_verifies(c: Config) -> list[str]:
 
     made = folder.read_made(c.folder)
     is_same = (made.get("format"), made.get("dtype")) == (c.format, dtype_of(c))
-    return made["files"] if c.verify and is_same and not (c.force or c.push) else []
+    return made["files"] if c.verify and is_same and not (c.force or c.push or c.adapter) else []
 
 
 def dtype_of(c: Config) -> Dtype:

@@ -19,6 +19,7 @@ from nanollm.export.dense_to_moe import STORED
 from nanollm.extras import require
 from nanollm.generate.tools import tool_caller, with_tools
 from nanollm.kernels import attention as fused
+from nanollm.model.lora import LoraConfig, add_lora
 from nanollm.progress import say
 from nanollm.report.page import write_report
 from nanollm.rl.grpo import Collector, SignalWatch, make_micro_batches, open_sampler, split_groups, update_policy
@@ -38,7 +39,7 @@ FINGERPRINTED = 100
 
 # What decides which numbers come out at which step; the rest (intervals, length, rates) may change on the way.
 FIXED = (
-    *("seed", "task", "reward.weights", "reward.soft_tokens", "objective", "optim.name", "inputs"),
+    *("seed", "task", "reward.weights", "reward.soft_tokens", "objective", "optim.name", "lora", "inputs"),
     *(f"rollout.{name}" for name in ("prompts", "group_size", "max_tokens", "temperature", "resample", "tools")),
 )
 IMPORTANCE_CAP = 2.0
@@ -81,6 +82,8 @@ class Config(RunConfig):
         default_factory=lambda: OptimConfig(lr=3e-4, warmup_steps=5, weight_decay=0.0, balance_rate=0.0)
     )
     """Optimizer and schedule. The routers' balancing is off: it would change the model without being asked."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """A low-rank adapter is trained instead of the model."""
     reference: Path | None = None
     """Reference model of the KL term, for objective.beta; null: the bundle the run starts from."""
     validation_problems: int = 200
@@ -113,6 +116,7 @@ def plan(c: Config) -> str:
     """What a run would do."""
     world = World.start(c.device, c.dtype)
     bundle, task, problems, validation = open_problems(c.bundle, c.task, c.rollout, c.validation_problems)
+    add_lora(bundle.model, c.lora, c.seed)
     _open_reference(c, bundle, world)
     Rewards(c.reward, task, c.rollout.max_tokens)  # finds a path that leads nowhere
     prompts = min(c.rollout.prompts, len(problems))
@@ -129,6 +133,7 @@ def run(c: Config) -> Path:
     """Train, and return the folder of the bundle."""
     with World.join(c.device, c.dtype, c.parallel) as world, ExitStack() as stack:
         bundle, task, problems, validation = open_problems(c.bundle, c.task, c.rollout, c.validation_problems)
+        add_lora(bundle.model, c.lora, c.seed)
         reference = _open_reference(c, bundle, world)
         rewards = stack.enter_context(Rewards(c.reward, task, c.rollout.max_tokens))
         inputs = {
@@ -206,7 +211,7 @@ def run(c: Config) -> Path:
                 run.log(validate(state, bundle, task, validation, c.rollout.max_tokens, world))
         replies = state.step * min(c.rollout.prompts, len(problems)) * c.rollout.group_size
         facts = {"replies_seen": replies, "parent": bundle.provenance, "tools": bundle.tools}
-        folder = run.save_bundle("grpo", model, bundle.tokenizer, **facts)
+        folder = run.save_bundle("grpo", model, bundle.tokenizer, (c.lora, c.bundle), **facts)
         write_report(c.out, world)
         return folder
 
@@ -286,5 +291,7 @@ def _connect(c: Config, bundle: Bundle, task: Task, state: TrainState, world: Wo
 
 
 def _open_reference(c: Config, bundle: Bundle, world: World) -> Bundle | None:
-    """The reference model; none without objective.beta."""
-    return load_reference(c.reference or c.bundle, bundle, world.dtype, world.device) if c.objective.beta else None
+    """The reference model; none without objective.beta, nor where it is the model under an adapter."""
+    if not c.objective.beta or (c.reference is None and c.lora.rank is not None):
+        return None
+    return load_reference(c.reference or c.bundle, bundle, world.dtype, world.device)

@@ -1,7 +1,8 @@
 """Says what a model costs: parameters, cache, arithmetic, memory."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -10,7 +11,8 @@ from rich.filesize import decimal as size
 from nanollm.config import check_at_least, load_config
 from nanollm.kernels import attention as fused
 from nanollm.model.config import ModelConfig
-from nanollm.train.memory import training_memory
+from nanollm.model.lora import LoraConfig
+from nanollm.train.memory import lora_memory, training_memory
 from nanollm.world import World
 
 POSITIONAL = ("model",)
@@ -28,6 +30,8 @@ class Config:
     """Sequences per forward pass of the training step whose memory is estimated."""
     recompute: bool = False
     """Activation checkpointing, as in training with --speed.recompute."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """The adapter that is trained, as in training with --lora.rank."""
     json: bool = False
     """Print JSON instead of a table."""
 
@@ -44,11 +48,11 @@ def describe(c: Config) -> dict[str, Any]:
     """All facts, as plain numbers with their units in the names."""
     m: ModelConfig = load_config("model", c.model, ModelConfig)
     width: Literal[2, 4] = 4 if c.dtype == "float32" else 2
-    memory = training_memory(
+    predict = partial(training_memory, optimizer="muon") if c.lora.rank is None else partial(lora_memory, lora=c.lora)
+    memory = predict(
         m,
         sequences=c.micro_batch_size,
         compute_bytes=width,
-        optimizer="muon",
         recompute=c.recompute,
         is_fused=fused.fits(*m.head_widths, getattr(torch, c.dtype), World.start().device),
     )
@@ -77,6 +81,7 @@ def describe(c: Config) -> dict[str, Any]:
             "tokens": c.micro_batch_size * m.context_length,
             "dtype": c.dtype,
             "recompute": c.recompute,
+            "lora_rank": c.lora.rank,
             "bytes": asdict(memory) | {"total": memory.total},
         },
     }
@@ -87,6 +92,7 @@ def table(facts: dict[str, Any]) -> str:
     parameters, cache, flops = facts["parameters"], facts["cache"], facts["flops_per_token"]
     step, model = facts["training_step"], facts["model"]
     parts = ", ".join(f"{name} {size(count)}" for name, count in step["bytes"].items() if count and name != "total")
+    adapter = f", LoRA of rank {step['lora_rank']}" if step["lora_rank"] else ""
     saving = cache["bytes_per_token_if_keys_and_values_were_kept"] / cache["bytes_per_token"]
     rows = {
         "parameters": f"{parameters['total']:,} in all, {parameters['active']:,} active per token",
@@ -98,6 +104,6 @@ def table(facts: dict[str, Any]) -> str:
         "arithmetic": f"{flops['training_at_full_context'] / 1e9:.3f} GFLOP per trained token, "
         f"{flops['decode_at_full_context'] / 1e9:.3f} GFLOP per decoded token, both at full context",
         "training step": f"about {size(step['bytes']['total'])} for {step['micro_batch_size']} sequences in "
-        f"{step['dtype']} with Muon ({parts}; gradients come while activations go)",
+        f"{step['dtype']} with Muon{adapter} ({parts}; gradients come while activations go)",
     }
     return "\n".join(f"{name:<15}{text}" for name, text in rows.items())

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from nanollm.bundle import WEIGHTS, Bundle, load_bundle, load_reference
 from nanollm.data.order import sample_indices
 from nanollm.generate.tools import check_tools, with_tools
 from nanollm.kernels import attention as fused
+from nanollm.model.lora import LoraConfig, add_lora
 from nanollm.model.transformer import Transformer
 from nanollm.progress import say
 from nanollm.report.page import write_report
@@ -40,7 +42,7 @@ from nanollm.world import World
 LogprobsOf = Callable[[Transformer, PreferenceSet], Tensor]
 
 # What decides which numbers come out at which step; the rest (intervals, length, rates) may change on the way.
-FIXED = ("seed", "objective", "train.batch_size", "optim.name", "inputs")
+FIXED = ("seed", "objective", "train.batch_size", "optim.name", "lora", "inputs")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +86,8 @@ class Config(RunConfig):
         default_factory=lambda: OptimConfig(lr=1e-4, warmup_steps=5, weight_decay=0.0, balance_rate=0.0)
     )
     """Optimizer and schedule. The routers' balancing is off: it would change the model without being asked."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """A low-rank adapter is trained instead of the model."""
     speed: SpeedConfig = field(default_factory=lambda: SpeedConfig(compile="off"))
     """What makes training fast, or small. Compiling is off: the shape of a step follows its replies, and every new
     shape would be compiled anew."""
@@ -153,8 +157,9 @@ def run(c: Config) -> Path:
                 run.record(stats, {f"examples of {c.data}": chosen}, metrics=metrics, tokens=tokens)
                 if run.due(c.train.validate_every):
                     run.log(validate(c, state, validation, logprobs_of))
-            facts = {"examples_seen": state.step * c.train.batch_size, "parent": bundle.provenance}
-            folder = run.save_bundle("prefer", model, bundle.tokenizer, **facts, tools=bundle.tools)
+            facts: dict[str, Any] = {"examples_seen": state.step * c.train.batch_size, "parent": bundle.provenance}
+            facts |= {"tools": bundle.tools}
+            folder = run.save_bundle("prefer", model, bundle.tokenizer, (c.lora, c.bundle), **facts)
             write_report(c.out, world)
             return folder
 
@@ -188,6 +193,7 @@ def describe(data: Path, known: PreferenceSet) -> str:
 def _open(c: Config) -> tuple[Bundle, PreferenceSet, PreferenceSet | None]:
     """The bundle, and what is trained on and what is held out, as its ids."""
     bundle = with_tools(load_bundle(c.bundle), c.tools)
+    add_lora(bundle.model, c.lora, c.seed)
     tools, context_length = check_tools(bundle.tools, bundle.tokenizer), bundle.model.config.context_length
 
     def refuse(bad: BadRecord) -> None:

@@ -15,6 +15,7 @@ from nanollm.data.shards import Shards, Verification, read_manifest
 from nanollm.generate.engine import generate
 from nanollm.generate.sampling import SamplingConfig
 from nanollm.generate.tools import tool_caller
+from nanollm.model.lora import LoraConfig, add_lora
 from nanollm.progress import say
 from nanollm.report.page import write_report
 from nanollm.text.chat import Conversation, Marks, encode_prompt, reply_ends, reply_text
@@ -32,7 +33,7 @@ SAMPLE_TOKENS = 96
 CUTS_COUNTED = 1000  # of the conversations that are too long
 
 # What decides which numbers come out at which step; the rest (intervals, length, rates) may change on the way.
-FIXED = ("seed", "data", "train.batch_size", "optim.name", "inputs")
+FIXED = ("seed", "data", "train.batch_size", "optim.name", "lora", "inputs")
 
 Splits = Mapping[str, ChatShards]  # by folder
 
@@ -66,6 +67,8 @@ class Config(RunConfig):
     """Length, batches and intervals."""
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=3e-4, warmup_steps=20, spike_sigmas=SIGMAS))
     """Optimizer and schedule."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """A low-rank adapter is trained instead of the model."""
     validation_conversations: int = 256
     """Conversations from each folder's validation split on which the loss is measured, spread evenly (0: all)."""
     sample_prompts: list[str] = field(default_factory=AUTO.copy)
@@ -159,7 +162,7 @@ def run(c: Config) -> Path:
                 "parent": bundle.provenance,
                 "tools": bundle.tools,
             }
-            folder = run.save_bundle("sft", bundle.model.config, bundle.tokenizer, **seen)
+            folder = run.save_bundle("sft", bundle.model.config, bundle.tokenizer, (c.lora, c.bundle), **seen)
             write_report(c.out, world)
             return folder
 
@@ -247,6 +250,7 @@ def describe(c: Config, splits: Splits) -> list[str]:
 def _open(c: Config, world: World) -> tuple[Bundle, Splits, Splits]:
     """The bundle, the training splits and those validation splits that hold something, held to each other."""
     bundle, tools = load_bundle(c.bundle), set[str]()
+    add_lora(bundle.model, c.lora, c.seed)
     context, fingerprint = bundle.model.config.context_length, bundle.tokenizer.fingerprint
     for prompt in c.sample_prompts:
         if len(encode_prompt(Conversation.of(prompt), bundle.tokenizer)) >= context:

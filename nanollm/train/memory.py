@@ -6,6 +6,7 @@ whole to what a process really takes.
 """
 
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,6 +14,8 @@ from typing import Literal
 import torch
 
 from nanollm.model.config import ModelConfig
+from nanollm.model.lora import LoraConfig, targeted
+from nanollm.model.transformer import Transformer
 from nanollm.train.loss import chunk_rows
 from nanollm.train.optim import MAX_STACK
 
@@ -35,11 +38,12 @@ class TrainingMemory:
     gradients: int
     idle: int
     kept_gradients: int = 0  # those of the micro-batches before, which stay while this one's activations come
+    sums: int = 0  # of weights and their adapters, from the forward to the backward pass
 
     @property
     def total(self) -> int:
         """The peak: each block's gradients come while its activations go, so both are never there at once."""
-        passing = max(self.activations + self.logits + self.kept_gradients, self.gradients)
+        passing = max(self.activations + self.sums + self.logits + self.kept_gradients, self.gradients)
         return self.weights + self.optimizer + passing + self.idle
 
 
@@ -83,6 +87,43 @@ def training_memory(
         gradients=4 * parameters // (1 if accumulates else parts) + stack,
         idle=0 if on_gpu else idle,
         kept_gradients=4 * parameters if accumulates else 0,  # FSDP2 adds them up before it cuts them
+    )
+
+
+def lora_memory(
+    c: ModelConfig,
+    lora: LoraConfig,
+    *,
+    sequences: int,
+    compute_bytes: Literal[2, 4],
+    recompute: bool = False,
+    is_fused: bool = False,
+) -> TrainingMemory:
+    """The same where an adapter is trained, in one process on a CPU: the model is there once, in the compute type."""
+    assert lora.rank is not None
+    with torch.device("meta"):
+        model = Transformer(c)
+    shapes = {name: model.get_parameter(name).shape for name in targeted(model, lora.targets)}
+    adapter = sum(lora.rank * (shape.numel() // shape[-1] + shape.numel() // shape[-2]) for shape in shapes.values())
+    sums = Counter[str]()
+    for name, shape in shapes.items():
+        sums[name.partition("blocks.")[2].partition(".")[0]] += shape.numel()  # block by block
+    full = training_memory(
+        c,
+        sequences=sequences,
+        compute_bytes=compute_bytes,
+        optimizer="muon",
+        recompute=recompute,
+        is_fused=is_fused,
+    )
+    return TrainingMemory(
+        weights=compute_bytes * c.total_parameters + (4 + compute_bytes * (compute_bytes == 2)) * adapter,
+        optimizer=4 * adapter,
+        activations=full.activations,
+        sums=compute_bytes * (max(sums.values()) if recompute else sums.total()),
+        logits=min(sequences * c.context_length, chunk_rows(c.vocab_size, "cpu")) * c.vocab_size * compute_bytes,
+        gradients=4 * adapter,
+        idle=full.idle,
     )
 
 

@@ -26,10 +26,11 @@ from types import FrameType
 import torch
 
 from nanollm import __version__
-from nanollm.bundle import save_bundle
+from nanollm.bundle import save_adapter, save_bundle, save_merged
 from nanollm.config import check_seed, plain, read_mapping, to_yaml
 from nanollm.durable import check_writable, lock_folder, read_json, write_file, write_json
 from nanollm.model.config import ModelConfig
+from nanollm.model.lora import LoraConfig
 from nanollm.origin import commit, hardware
 from nanollm.progress import Progress, say
 from nanollm.text.tokenizer import Tokenizer
@@ -263,10 +264,19 @@ class Run:
         """Add values to the line of the newest finished step."""
         self._line |= values
 
-    def save_bundle(self, verb: str, config: ModelConfig, tokenizer: Tokenizer, **seen: object) -> Path:
+    def save_bundle(
+        self,
+        verb: str,
+        config: ModelConfig,
+        tokenizer: Tokenizer,
+        adapter_of: tuple[LoraConfig, Path] | None = None,
+        **seen: object,
+    ) -> Path:
         """Write what the run made as its bundle and return the folder. All ranks must call it.
 
-        seen: what else provenance.json says, such as `tokens_seen`; it says what was measured last, in any case.
+        adapter_of: the bundle that an adapter was trained on, if one was: it is written to adapter/, and merged into
+        the weights of that bundle as they are on the disk. seen: what else provenance.json says, such as `tokens_seen`;
+        it says what was measured last, in any case.
         """
         provenance = {
             "made_by": f"nanollm {__version__} {verb}, torch {torch.__version__}",
@@ -278,9 +288,16 @@ class Run:
             provenance["metrics"] = {
                 name: value for line in read_metrics(self._c.out) for name, value in line.items() if name[:4] == "val_"
             }
-        weights, folder = self.state.bundle_weights(keep=self._world.is_main), self._c.out / "bundle"
+        folder, adapter = self._c.out / "bundle", self._c.out / "adapter"
+        if adapter_of is None or not self.state.has_adapter:
+            weights = self.state.bundle_weights(keep=self._world.is_main)
+            if self._world.is_main:
+                save_bundle(folder, config, weights, tokenizer, provenance)
+            return folder
+        (lora, base), weights = adapter_of, self.state.adapter_weights()
         if self._world.is_main:
-            save_bundle(folder, config, weights, tokenizer, provenance)
+            save_adapter(adapter, lora, weights, provenance)
+            save_merged(folder, base, adapter)
         return folder
 
     def _rates(self) -> dict[str, object]:

@@ -4,14 +4,14 @@ The model computes in its compute type; the float32 masters are what the optimiz
 
 In one process the masters are tensors beside the model's parameters, and each gradient goes to its master as soon as
 the backward pass has made it, so the model's gradients are never there all at once. In float32 they are the parameters
-themselves, but for matrices whose rows the model sees divided.
+themselves, but for matrices whose rows the model sees divided. Frozen parameters (model/lora.py) have no masters.
 
 In several processes the masters are the parameters, each rank holding its part (DTensors, made by FSDP2): they are
 whole, in the compute type, only while a function is called through `run`.
 """
 
 import weakref
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nanollm.bundle import build_model
+from nanollm.model.lora import adapters, merged, plain_name
 from nanollm.model.transformer import Transformer
 from nanollm.train.dtensor import full_tensor, is_dtensor, to_local
 from nanollm.train.optim import OptimConfig, build_optimizers
@@ -77,13 +78,15 @@ class TrainState:
             for name in unit_rows:
                 model.get_submodule(name.rpartition(".")[0]).register_forward_hook(_divide_rows)
             world.fully_shard(state.wrapped, model.trunk.blocks)
-            state.masters = dict(model.named_parameters())
+            state.masters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
             state.optimizers = build_optimizers(state.masters, optim, dtype)
             return state
         for name, parameter in model.named_parameters():
             is_own = dtype == parameter.dtype and name not in unit_rows
-            master = state.masters[name] = parameter if is_own else parameter.detach().clone()
+            master = parameter if is_own or not parameter.requires_grad else parameter.detach().clone()
             parameter.data = parameter.data.to(dtype)  # not a new parameter: the model's modules hold this one
+            if parameter.requires_grad:
+                state.masters[name] = master
             if master is not parameter:
                 hook = _moving(master, weakref.ref(state), has_unit_rows=name in unit_rows)
                 parameter.register_post_accumulate_grad_hook(hook)
@@ -124,6 +127,11 @@ class TrainState:
         return is_dtensor(next(iter(self.masters.values())))
 
     @property
+    def has_adapter(self) -> bool:
+        """Whether an adapter is trained, and the model under it stays as it is."""
+        return bool(adapters(self.model))
+
+    @property
     def scales_loss(self) -> bool:
         """Whether the loss is scaled so that its gradients are not too small for float16."""
         return self.dtype == torch.float16
@@ -131,7 +139,9 @@ class TrainState:
     @torch.no_grad()
     def copy_to_model(self) -> None:
         """Round the masters into the model's parameters."""
-        pairs = [(p, self._seen(name)) for name, p in self.model.named_parameters() if p is not self.masters[name]]
+        pairs = [
+            (p, self._seen(name)) for name, p in self.model.named_parameters() if p is not self.masters.get(name, p)
+        ]
         if pairs:
             parameters, masters = zip(*pairs, strict=True)
             torch._foreach_copy_(list(parameters), list(masters))
@@ -141,36 +151,51 @@ class TrainState:
             master.grad = None
 
     def weights(self) -> dict[str, Tensor]:
-        """The float32 masters and the persistent buffers, by the model's names: what a checkpoint holds."""
+        """The float32 masters and the persistent buffers, by the model's names: what a checkpoint holds.
+
+        Of a model with an adapter that alone: the rest is the base's.
+        """
+        if self.has_adapter:
+            return dict(self.masters)
         return {name: self.masters.get(name, value) for name, value in self.model.state_dict().items()}
 
     @torch.no_grad()
     def bundle_weights(self, *, keep: bool = True) -> dict[str, Tensor]:
-        """The same in float32 as the model sees them, whole: what a bundle holds.
+        """All weights as the model sees them, whole, from the float32 masters, an adapter merged: what a bundle holds.
 
         All ranks must call it; those that write nothing need not keep them. In several processes they are on the CPU.
         """
         weights = dict[str, Tensor]()
-        for name, value in self.weights().items():
-            seen = self._seen(name) if name in self.masters else value
+        for name, value in self._whole_weights():
             if keep:
-                weights[name] = seen.cpu() if self.is_sharded else seen
-        return weights
+                weights[name] = value.cpu() if self.is_sharded else value
+        return self._merged(weights)
+
+    def adapter_weights(self) -> dict[str, Tensor]:
+        """The adapter's masters, whole, by plain names. All ranks must call it."""
+        return {plain_name(name): full_tensor(master) for name, master in self.masters.items()}
 
     @torch.inference_mode(False)  # DTensors cannot be looked at in it
     @torch.no_grad()
     def whole_model(self) -> Transformer:
         """A model with the weights as they stand, to look at and to sample from: in one process the trained one itself.
 
-        In several it is made anew, in the compute type, and all must call it.
+        In several, and with an adapter, which is merged, it is made anew, in the compute type; all must call it.
         """
-        if not self.is_sharded:
+        if not self.is_sharded and not self.has_adapter:
             return self.model
-        model = build_model(self.model.config)
-        weights = self.model.state_dict()
-        weights |= {name: self._seen(name).to(self.dtype) for name in self.masters}
-        model.load_state_dict(weights, assign=True)
+        model, buffers = build_model(self.model.config), dict(self.model.named_buffers())
+        weights = {n: value if n in buffers else value.to(self.dtype) for n, value in self._whole_weights()}
+        model.load_state_dict(self._merged(weights), assign=True)
         return model.to(self.model.head.weight.device).eval()
+
+    def _whole_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Weights and buffers as the model sees them, whole, by plain names; an adapter's by themselves."""
+        for name, value in self.model.state_dict().items():
+            yield plain_name(name), self._seen(name) if name in self.masters else full_tensor(value)
+
+    def _merged(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        return merged(weights, adapters(self.model)[0].scale) if self.has_adapter else weights
 
     def _seen(self, name: str) -> Tensor:
         """A master as the model sees it, whole and in float32."""

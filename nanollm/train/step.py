@@ -136,7 +136,7 @@ def train_step(
     state.zero_grad()
     _adjust_loss_scale(state, finite)
     for layer in state.model.moe_layers():
-        layer.balance(c.balance_rate if moves else 0.0)
+        layer.balance(c.balance_rate if moves and not state.has_adapter else 0.0)
     return StepStats(
         loss=reported,
         grad_norm=grad_norm,

@@ -22,6 +22,8 @@ GRPO = [
     *("--task.name", "words", "--task.largest", "5"),
     *("--rollout.prompts", "3", "--rollout.group_size", "3", "--rollout.max_tokens", "8"),
 ]
+LORA = ["--lora.rank", "3", "--optim.name", "adamw", "--optim.lr", "1e-3"]
+EVEN = ["--task.name", "tests.faults.even:Even", "--objective.beta", "0.1"]  # an untrained model earns both rewards
 
 
 def alone(arguments):
@@ -52,6 +54,8 @@ def test_sft_grpo_and_prefer_of_two_processes_give_what_one_gives(tokenizer, tok
     stages = {
         "sft": ["--bundle", bundle, "--data", tmp_path / "words", "--train.batch_size", 8],
         "grpo": ["--bundle", tmp_path / "sft-alone" / "bundle", *GRPO, "--validation_problems", 5],
+        "sft-lora": ["--bundle", bundle, "--data", tmp_path / "words", "--train.batch_size", 8, *LORA],
+        "grpo-lora": ["--bundle", bundle, *EVEN, *GRPO[4:], *LORA, "--validation_problems", 5],
     }
     pairs = [{"prompt": f"Say {n}!", "chosen": "1" * n, "rejected": "No."} for n in range(1, 12)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
@@ -59,11 +63,14 @@ def test_sft_grpo_and_prefer_of_two_processes_give_what_one_gives(tokenizer, tok
     pairs += ["--train.batch_size", 5, "--train.micro_batch_size", 1, "--optim.lr", 3e-3]
     stages |= {f"prefer {loss}": [*pairs, "--objective.loss", loss] for loss in ("dpo", "kto")}
     for name, options in stages.items():
-        stage, *_ = name.split()
+        stage, *_ = name.replace("-", " ").split()
         one, two = (tmp_path / f"{name}-{which}" for which in ("alone", "two"))
         alone([stage, *SHORT, *options, "--out", one])
         by_two([stage, *SHORT, *options, "--out", two], tmp_path / "log", parallel)
         for own, other in zip(numbers(one), numbers(two), strict=True):
             assert other == pytest.approx(own, abs=1e-4)
         weights = [load_file(folder / "bundle" / "model.safetensors") for folder in (one, two)]
+        if LORA[0] in options:
+            adapter = load_file(two / "adapter" / "adapter.safetensors")
+            assert all(tensor.abs().max() > 0 for tensor in adapter.values())
         assert all((weights[0][key] - weights[1][key]).abs().max() < 1e-4 for key in weights[0])

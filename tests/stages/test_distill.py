@@ -1,11 +1,13 @@
 """The verb distill trains, goes on where it stopped, and refuses what cannot work."""
 
 import dataclasses
+from statistics import fmean
 
 import pytest
 
 from nanollm.bundle import load_bundle, save_bundle
 from nanollm.cli import main
+from nanollm.model.lora import LoraConfig
 from nanollm.model.transformer import Transformer
 from nanollm.rl.rollout import RolloutConfig
 from nanollm.sources.tasks import TaskConfig
@@ -64,6 +66,7 @@ def test_the_student_moves_to_its_teacher(run_config, folders, data):
     assert all(loss > 0 for loss in losses)
     assert losses[-1] < 0.9 * losses[0]
     assert "distill" in load_bundle(folder).provenance["made_by"]
+    assert "Distillation on " in (c.out / "report.html").read_text()
     assert ("reward" in told(c.out)[1]) == (data is None)
 
 
@@ -116,3 +119,13 @@ def test_a_teacher_that_reads_less_is_refused(run_config, tokenizer, tmp_path):
 def test_what_has_no_effect_is_said(words, told, capsys):
     assert main(["distill", "--bundle=a", "--teacher=b", "--out=c", "--train.steps=1", *words]) == 2
     assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("data", [None, "lessons"])
+def test_an_adapter_learns_from_a_teacher(run_config, folders, data):
+    changes = {} if data is None else {"mode": "logits", "data": folders / data}
+    c = run_config(steps=24, lora=LoraConfig(rank=8), **changes)
+    distill.run(c)
+    losses = [line["loss"] for line in told(c.out)[1:]]
+    assert fmean(losses[-5:]) < fmean(losses[:5])
+    assert (c.out / "adapter" / "adapter.safetensors").exists()

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from nanollm.model.lora import LoraConfig
 from nanollm.stages.info import Config, run
 
 
@@ -34,6 +35,14 @@ def test_recomputation_keeps_a_fraction_of_the_activations_and_nothing_else_chan
     assert {name: small[name] for name in ("weights", "optimizer", "logits")} == {
         name: plain[name] for name in ("weights", "optimizer", "logits")
     }
+
+
+def test_an_adapter_takes_a_fraction_of_what_training_takes():
+    full, lora = facts("nano-327m"), facts("nano-327m", lora=LoraConfig(rank=16))
+    parts = lora["training_step"]["bytes"]
+    assert parts["activations"] == full["training_step"]["bytes"]["activations"]
+    assert sum(parts[name] for name in ("weights", "optimizer", "gradients", "sums")) < 6 * 327_007_232
+    assert "with Muon, LoRA of rank 16 (weights" in run(Config(model="nano-327m", lora=LoraConfig(rank=16)))
 
 
 def test_a_mistake_in_the_file_of_a_model_is_told_in_the_words_of_an_option(tmp_path):

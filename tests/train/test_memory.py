@@ -9,9 +9,10 @@ import torch
 from nanollm.config import load_preset
 from nanollm.kernels import attention as fused
 from nanollm.model.config import ModelConfig
+from nanollm.model.lora import LoraConfig, add_lora
 from nanollm.model.transformer import Transformer
 from nanollm.train.loss import next_token_loss
-from nanollm.train.memory import kept_bytes_per_token, training_memory
+from nanollm.train.memory import kept_bytes_per_token, lora_memory, training_memory
 from nanollm.train.optim import OptimConfig
 from nanollm.train.state import TrainState
 from nanollm.world import World
@@ -44,6 +45,23 @@ def test_kept_bytes_are_predicted_within_5_percent(batch_at, preset, dtype):
     of_head = (batch.tokens.numel() + config.vocab_size) * config.d_model  # gradients of hidden and of the head
     predicted = batch.tokens.numel() * bytes_per_token + of_head * (4 if dtype == torch.float32 else 2)
     assert predicted == pytest.approx(measured, rel=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kept_bytes_under_an_adapter_are_predicted_within_5_percent(batch_at, dtype):
+    c, width = ModelConfig(**load_preset("model", "nano-1m")), 4 if dtype == torch.float32 else 2
+    model, lora = Transformer(c).init(0), LoraConfig(rank=8)
+    add_lora(model, lora, seed=0)
+    state = TrainState.start(model, OptimConfig(), World(dtype=dtype))
+    batch = batch_at(0, rows=2, length=c.context_length)
+    measured = kept_bytes(model, lambda: next_token_loss(model, batch))
+    is_fused = fused.serves(*c.head_widths, dtype, torch.device("cpu"))
+    predicted = lora_memory(c, lora, sequences=2, compute_bytes=width, is_fused=is_fused)
+    of_tokens = batch.tokens.numel() * (kept_bytes_per_token(c, width, is_fused=is_fused) + c.d_model * width)
+    assert of_tokens + predicted.sums == pytest.approx(measured, rel=0.05)
+    adapter = sum(master.numel() for master in state.masters.values())
+    assert (predicted.gradients, predicted.optimizer) == (4 * adapter, 4 * adapter)
+    assert predicted.weights == width * c.total_parameters + (4 if width == 4 else 6) * adapter
 
 
 def test_states_are_counted_per_parameter():
