@@ -13,8 +13,11 @@ from nanollm.train.run import flat
 Figures = Mapping[str, Any]
 
 STAGES = {
-    **{"pretrain": "Pretraining", "sft": "Instruction tuning", "grpo": "GRPO"},
-    **{"prefer": "Learning from preferences", "distill": "Distillation"},
+    "pretrain": "Pretraining",
+    "sft": "Instruction tuning",
+    "grpo": "GRPO",
+    "prefer": "Learning from preferences",
+    "distill": "Distillation",
 }
 TASKS = {"words": "word problems", "gsm8k": "GSM8K"}
 
