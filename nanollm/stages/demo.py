@@ -54,9 +54,9 @@ class Config:
     """Preset of the model."""
     steps: int = 350
     """Optimizer steps of pretraining, 4,096 tokens each."""
-    sft_steps: int = 360
+    sft_steps: int = 400
     """Optimizer steps of instruction tuning, 13 conversations with 16 worked solutions each."""
-    grpo_steps: int = 75
+    grpo_steps: int = 70
     """Steps of reinforcement learning, 256 replies each."""
     exam: int = 500
     """Number of problems in each part of the final exam."""
