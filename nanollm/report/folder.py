@@ -54,11 +54,8 @@ class RunFolder:
 
     @property
     def stage(self) -> Stage:
-        if "objective" in self.settings:
-            return "grpo" if "rollout" in self.settings else "prefer"
-        if "teacher" in self.settings:
-            return "distill"
-        return "sft" if "bundle" in self.settings else "pretrain"
+        marks: dict[str, Stage] = {"teacher": "distill", "rollout": "grpo", "objective": "prefer", "bundle": "sft"}
+        return next((stage for setting, stage in marks.items() if setting in self.settings), "pretrain")
 
     @property
     def steps(self) -> int:
