@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from statistics import fmean
 from types import SimpleNamespace
 
 import numpy as np
@@ -24,7 +25,7 @@ from nanollm.sources.calculator import calculator
 from nanollm.sources.datasets import Preference, Reply
 from nanollm.stages import prefer
 from nanollm.text.chat import Conversation, Message, encode_prompt
-from nanollm.text.tokenizer import END
+from nanollm.text.tokenizer import ASSISTANT, END
 from nanollm.world import World
 from tests.model.conftest import TINY, randomised
 from tests.rl.promises import grads_of
@@ -111,7 +112,7 @@ def logprob_of(model, tokenizer, asked, said):
 
 
 def written_plainly(policy, reference, tokenizer, c):
-    """Loss and gradient from the papers: no packing, no batches."""
+    """Loss, gradient and mean log-probability of chosen replies, from the papers: no packing, no batches."""
     policy.zero_grad()
 
     def of(asked, said):
@@ -120,7 +121,7 @@ def written_plainly(policy, reference, tokenizer, c):
         new, tokens = logprob_of(policy, tokenizer, asked, said)
         return new, known, tokens
 
-    terms, beta = [], c.beta
+    terms, chosen, beta = [], [], c.beta
     if c.loss == "kto":
         said = [(asked, (yes, no)[n % 2], n % 2 == 0) for n, (asked, yes, no) in enumerate(TALK)]
         other = [of(asked, said[n - 1][1]) for n, (asked, _, _) in enumerate(said)]
@@ -128,11 +129,13 @@ def written_plainly(policy, reference, tokenizer, c):
         for asked, reply, is_wanted in said:
             new, known, _ = of(asked, reply)
             if is_wanted:
+                chosen.append(new.item())
                 terms.append(c.desirable_weight * (1 - torch.sigmoid(beta * (new - known - kl))))
             else:
                 terms.append(c.undesirable_weight * (1 - torch.sigmoid(beta * (kl - (new - known)))))
     for asked, yes, no in TALK if c.is_paired else ():
         (w, ref_w, n_w), (r, ref_r, n_r) = of(asked, yes), of(asked, no)
+        chosen.append(w.item())
         if c.loss == "dpo":
             margin, smoothing = beta * ((w - ref_w) - (r - ref_r)), c.label_smoothing
             terms.append(-(1 - smoothing) * logsigmoid(margin) - smoothing * logsigmoid(-margin))
@@ -142,17 +145,18 @@ def written_plainly(policy, reference, tokenizer, c):
             terms.append(-logsigmoid(beta * w / n_w - beta * r / n_r - c.gamma))
     loss = torch.stack(terms).mean()
     loss.backward()
-    return loss.item(), grads_of(policy)
+    return loss.item(), grads_of(policy), fmean(chosen)
 
 
 def the_gradient_is_exact(tokenizer, c):
     policy = model_of(tokenizer, 0)
     reference = near(policy, 1, -0.3)  # so that KTO's reference point is above 0
-    loss, gradient, _ = by_our_batches(policy, known_of(tokenizer, c, reference), c)
-    expected_loss, expected = written_plainly(policy, reference, tokenizer, c)
+    loss, gradient, metrics = by_our_batches(policy, known_of(tokenizer, c, reference), c)
+    expected_loss, expected, chosen = written_plainly(policy, reference, tokenizer, c)
     assert expected.abs().max() > 1e-3
     assert loss == pytest.approx(expected_loss, abs=1e-6)
     torch.testing.assert_close(gradient, expected, atol=1e-6, rtol=1e-6)
+    assert metrics["logps/chosen"] == pytest.approx(chosen, rel=1e-6)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -182,14 +186,15 @@ def test_kto_measures_by_the_mean_of_all_micro_batches_and_never_below_zero(toke
 # Mistakes, put back one at a time.
 
 
-@pytest.mark.parametrize("loss", ["dpo", "kto"])
+@pytest.mark.parametrize("loss", ["dpo", "ipo", "simpo", "kto"])
 def test_the_prompts_tokens_in_the_sum(tokenizer, monkeypatch, loss):
-    """Where the mask of the prompt is forgotten: two prompts are one, so DPO hardly shows it, but rewards are off."""
+    """In DPO's margin they cancel, for both replies have one prompt: only rewards and log-probabilities show it."""
     right = preference.encode_conversation
 
     def unmasked(*given):
         encoded = right(*given)
-        return dataclasses.replace(encoded, trained=[True] * len(encoded.ids))
+        prompt = encoded.ids.index(tokenizer.mark_id(ASSISTANT)) + 1
+        return dataclasses.replace(encoded, trained=[True] * prompt + encoded.trained[prompt:])
 
     monkeypatch.setattr(preference, "encode_conversation", unmasked)
     with pytest.raises(AssertionError):
@@ -212,7 +217,7 @@ def test_pairs_shuffled_apart(tokenizer, monkeypatch, loss):
 
 @pytest.mark.parametrize("loss", ["dpo", "ipo", "kto"])
 def test_a_reference_that_is_the_trained_policy_itself(tokenizer, monkeypatch, loss):
-    """huggingface/trl #6043 mends one: a trained adapter was taken for its own reference."""
+    """Rewards stay 0 wherever the policy goes: the loss falls and nothing keeps it near its start."""
     right = prefer.with_reference
     monkeypatch.setattr(prefer, "with_reference", lambda known, model, of: right(known, model_of(tokenizer, 0), of))
     with pytest.raises(AssertionError):
