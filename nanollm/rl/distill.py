@@ -17,6 +17,8 @@ from nanollm.model.transformer import Transformer
 from nanollm.rl.loss import RolloutBatch
 from nanollm.train.loss import chunk_rows
 
+FLOAT_COPIES = 8  # of a chunk's logits that exist at once, in float32, where the plain loss has one
+
 DirectionName = Literal["forward", "reverse"]
 CreditName = Literal["token", "reply"]
 
@@ -43,7 +45,8 @@ def divergences(
     """KL between both models' next-token distributions, and the student's log-probabilities of the targets: (M,) each.
 
     forward: KL(teacher, student); reverse: KL(student, teacher). Both models' logits are divided by the temperature.
-    They exist for a chunk of tokens at a time, and are made again for the gradient.
+    They exist for a chunk of tokens at a time, and are made again for the gradient; the head's gradients of the chunks
+    are added up in the compute type.
     """
     of_student = _hidden(student, place, recompute=recompute)
     with torch.no_grad():
@@ -56,7 +59,7 @@ def divergences(
         kl = theirs.exp() * (theirs - ours) if direction == "forward" else ours.exp() * (ours - theirs)
         return kl.sum(-1), ours.gather(-1, targets[:, None])[:, 0]
 
-    rows = chunk_rows(student.config.vocab_size, place.tokens.device.type)
+    rows = max(1, chunk_rows(student.config.vocab_size, place.tokens.device.type) // FLOAT_COPIES)
     parts = [
         checkpoint(of_chunk, *chunk, use_reentrant=False, preserve_rng_state=False)
         for chunk in zip(*(each.split(rows) for each in (of_student, of_teacher, place.targets)), strict=True)
@@ -124,6 +127,6 @@ def on_policy_loss(
 def behind(values: Tensor, reply: Tensor) -> Tensor:
     """The sum of the values (M,) of all later tokens of the same reply (M,), whose tokens stand together."""
     sums = values.flip(0).cumsum(0).flip(0) - values  # all later ones, of later replies too
-    totals = values.new_zeros(int(reply.max()) + 1).index_add(0, reply, values)
-    later = totals.flip(0).cumsum(0).flip(0) - totals  # (R,): what the replies behind this one have
+    totals = values.new_zeros(len(reply.bincount())).index_add(0, reply, values)  # (R,)
+    later = totals.flip(0).cumsum(0).flip(0) - totals  # what the replies behind this one have
     return sums - later[reply]

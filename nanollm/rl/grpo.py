@@ -273,15 +273,14 @@ def share_prompts(
     cheapest is taken.
     """
     options = dict[float, tuple[int, list[Sequence[Weighed]]]]()
-    most, replies = max(map(len, groups)), 1
-    while replies <= most:
+    most = max(map(len, groups))
+    for replies in (*(2**power for power in range(most.bit_length()) if 2**power < most), most):
         texts = [group[first : first + replies] for group in groups for first in range(0, len(group), replies)]
         places = places_of(texts)
         if replies > 1 and max(places) > max_places:
             break
         width = best_width(places, max_places, is_masked=is_masked)
         options.setdefault(rows_cost(places, width, is_masked=is_masked), (width, texts))
-        replies *= 2
     return options[min(options)]
 
 

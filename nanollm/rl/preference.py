@@ -65,7 +65,10 @@ class PreferenceConfig:
             raise ValueError(f"objective.label_smoothing must be from 0 to below 0.5, got {self.label_smoothing}")
         if not 0 <= self.gamma < float("inf"):
             raise ValueError(f"objective.gamma must be at least 0, got {self.gamma}")
-        for loss, name, nothing in (("dpo", "label_smoothing", 0.0), ("simpo", "gamma", 0.5)):
+        for loss, name, nothing in (
+            *(("dpo", "label_smoothing", 0.0), ("simpo", "gamma", 0.5)),
+            *(("kto", "desirable_weight", 1.0), ("kto", "undesirable_weight", 1.0)),
+        ):
             if self.loss != loss and getattr(self, name) != nothing:
                 raise ValueError(f"objective.{name} is for {loss}; {self.loss} has no use for it")
 

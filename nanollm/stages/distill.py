@@ -15,7 +15,7 @@ from nanollm.bundle import WEIGHTS, Bundle, load_bundle
 from nanollm.config import check_at_least
 from nanollm.data.batches import ChatShards, Conversations, Windows
 from nanollm.data.order import Mixture
-from nanollm.data.shards import Shards
+from nanollm.data.shards import Shards, Verification, read_manifest
 from nanollm.generate.tools import tool_caller
 from nanollm.kernels import attention as fused
 from nanollm.model.lora import LoraConfig, add_lora
@@ -37,7 +37,7 @@ from nanollm.train.step import train_step
 from nanollm.world import World
 
 FIXED = (
-    *("seed", "mode", "data", "credit", "ce_weight", "task", "train.batch_size", "optim.name", "lora", "inputs"),
+    *("seed", "mode", "credit", "ce_weight", "task", "train.batch_size", "optim.name", "lora", "inputs"),
     *(f"rollout.{name}" for name in ("prompts", "group_size", "max_tokens", "temperature", "tools")),
 )
 
@@ -51,7 +51,8 @@ class DistillTrainConfig(LoopConfig):
     batch_size: int = 32
     """logits: conversations, or windows of documents, per optimizer step."""
     micro_batch_size: int = 4
-    """Rows per forward pass, each as long as the model's context. Smaller takes less memory and gives the same step."""
+    """Rows per forward pass, counted as if each were as long as the model's context. Smaller takes less memory and
+    gives the same step."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -77,7 +78,7 @@ class Config(RunConfig):
     """logits: folder of token files, as nanollm preprocess makes it: conversations, of which the replies are learned,
     or documents."""
     ce_weight: float = 0.0
-    """logits: share of the plain next-token loss in the mixture with the divergence."""
+    """logits: share of the next-token loss in the mixture with the divergence; both at rollout.temperature."""
     credit: CreditName = "token"
     """on_policy: token: each token answers for the divergence where it was drawn; reply: also for that of all later
     tokens, which is the gradient of KL between whole replies and varies more (MiniLLM, arXiv:2306.08543)."""
@@ -110,8 +111,27 @@ class Config(RunConfig):
             raise ValueError(f"ce_weight has no effect in mode on_policy, got {self.ce_weight}; leave it at 0")
         if self.mode == "logits" and self.credit != "token":
             raise ValueError(f"credit has no effect in mode logits, got {self.credit}; leave it out")
+        if self.optim.balance_weight:
+            raise ValueError(
+                f"optim.balance_weight has no effect on a divergence, got {self.optim.balance_weight}; leave it at 0"
+            )
         if self.rollout.server:
             raise ValueError(f"distill samples by its own engine, got rollout.engine {self.rollout.engine}")
+
+
+def plan(c: Config) -> str:
+    """What a run would do."""
+    world = World.start(c.device, c.dtype)
+    bundle, _, problems, validation = open_problems(c.bundle, c.task, c.rollout, c.validation_problems)
+    teacher, shards = open_teacher(c, bundle, world), open_texts(c, bundle, world)
+    prompts = min(c.rollout.prompts, len(problems))
+    of = f"{prompts} of {len(problems):,} problems x {c.rollout.group_size} replies"
+    return (
+        f"{bundle.model.config.total_parameters:,} parameters of {c.bundle} learn from the "
+        f"{teacher.model.config.total_parameters:,} of {c.teacher} on {world.device} in {world.names['dtype']}, "
+        f"{c.train.steps:,} steps x {of if shards is None else f'{c.train.batch_size} texts of {c.data}'}; "
+        f"{len(validation):,} problems for validation"
+    )
 
 
 Draw = Callable[[int], tuple[Sequence[Any], dict[str, object], dict[str, object]]]
@@ -123,12 +143,14 @@ def run(c: Config) -> Path:
     with World.join(c.device, c.dtype, c.parallel) as world, ExitStack() as stack:
         bundle, task, problems, validation = open_problems(c.bundle, c.task, c.rollout, c.validation_problems)
         add_lora(bundle.model, c.lora, c.seed)
-        teacher, shards = open_teacher(c, bundle, world), open_texts(c, bundle)
+        teacher, shards = open_teacher(c, bundle, world), open_texts(c, bundle, world)
+        if shards is not None and c.rollout.tools is None:
+            bundle = replace(bundle, tools=read_manifest(shards.folder)[0].get("tools", bundle.tools))
         inputs = {
             "bundle": bundle.provenance["files"][WEIGHTS],
             "teacher": teacher.provenance["files"][WEIGHTS],
             "tokenizer": bundle.tokenizer.fingerprint,
-            "learned": fingerprint(problems) if shards is None else shards.fingerprint,
+            **({"problems": fingerprint(problems)} if shards is None else {"data": shards.fingerprint}),
         }
 
         def make_state() -> TrainState:
@@ -176,6 +198,7 @@ def from_texts(c: Config, bundle: Bundle, shards: Shards, world: World) -> Draw:
         source = Conversations([ChatShards(shards, context, Marks.of(bundle.tokenizer))], Mixture([1.0]), c.seed)
     else:
         source = Windows(shards, context, c.seed)
+        source.check(c.train.batch_size, c.train.micro_batch_size, world.size)
     size, rows = c.train.batch_size, c.train.micro_batch_size
     return lambda step: (
         source.micro_batches(step, size, rows, rank=world.rank, world=world.size),
@@ -197,9 +220,10 @@ def from_replies(
         graded, counts = collector.collect(step, sample)
         metrics: dict[str, object] = {"reward": fmean(total for group in graded for total in group.totals)}
         metrics |= rollout_metrics(graded) | counts | {"rollout_s": time.perf_counter() - started}
+        metrics["faults"] = collector.take_faults().total()
         batches = make_micro_batches(
             graded,
-            torch.ones(len(graded), c.rollout.group_size),
+            torch.ones(len(graded), c.rollout.group_size),  # every reply teaches
             ObjectiveConfig(),
             c.rollout.max_tokens,
             c.train.micro_batch_size * model.context_length,
@@ -220,6 +244,8 @@ def open_teacher(c: Config, bundle: Bundle, world: World) -> Bundle:
             f"{bundle.tokenizer.fingerprint[:6]}; distributions over different tokens cannot be compared: take a "
             f"teacher with the student's tokenizer"
         )
+    if (own := bundle.model.config.vocab_size) != (other := teacher.model.config.vocab_size):
+        raise ValueError(f"the teacher predicts {other:,} tokens, the student {own:,}; take one of the same vocab_size")
     own, other = bundle.model.config.context_length, teacher.model.config.context_length
     if other < own:
         raise ValueError(f"the teacher's context of {other:,} tokens is shorter than the student's, {own:,}")
@@ -227,8 +253,9 @@ def open_teacher(c: Config, bundle: Bundle, world: World) -> Bundle:
     return teacher
 
 
-def open_texts(c: Config, bundle: Bundle) -> Shards | None:
+def open_texts(c: Config, bundle: Bundle, world: World) -> Shards | None:
     """The token files of mode logits; None: the student's replies are learned from."""
     if c.data is None:
         return None
-    return Shards.open(c.data, "train", tokenizer_fingerprint=bundle.tokenizer.fingerprint)
+    verify: Verification = "sha256" if world.is_main else "size"  # all ranks read the same files
+    return Shards.open(c.data, "train", tokenizer_fingerprint=bundle.tokenizer.fingerprint, verify=verify)

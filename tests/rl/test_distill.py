@@ -137,3 +137,5 @@ def test_known_bugs(monkeypatch, promise, bug):
 def test_what_lies_behind_a_token_ends_with_its_reply():
     values, reply = torch.tensor([1.0, 2.0, 3.0, 10.0, 20.0, 5.0]), torch.tensor([0, 0, 0, 1, 1, 2])
     assert distill.behind(values, reply).tolist() == [5.0, 3.0, 0.0, 20.0, 0.0, 0.0]
+    nothing = torch.zeros(0)  # of a rank for which no reply was left
+    assert distill.behind(nothing, nothing.long()).tolist() == []

@@ -100,6 +100,28 @@ def test_a_teacher_of_another_vocabulary_is_refused(run_config, tmp_path):
         distill.run(run_config(teacher=teacher))
 
 
+def test_a_teacher_that_predicts_more_ids_is_refused(run_config, tokenizer, tmp_path):
+    teacher = untrained(tmp_path / "wide", dataclasses.replace(SHAPE, vocab_size=640), tokenizer)
+    with pytest.raises(ValueError, match="the teacher predicts 640 tokens, the student 600"):
+        distill.run(run_config(teacher=teacher))
+
+
+def test_the_tools_of_the_texts_are_the_students(run_config, tokenizer, tokenizer_path, tmp_path):
+    words = WordsConfig(levels=[1], largest=5, count=40)
+    lessons = preprocess.Config(
+        kind="words", words=words, tools=["calculator"], tokenizer_path=tokenizer_path, save_dir=tmp_path / "lessons"
+    )
+    preprocess.run(lessons)
+    c = run_config(steps=1, mode="logits", data=tmp_path / "lessons")
+    assert load_bundle(distill.run(c)).tools == ["calculator"]
+
+
+def test_a_dry_run_says_what_would_be_done(run_config, folders):
+    assert "4 steps x 3 of" in distill.plan(run_config())
+    told = distill.plan(run_config(mode="logits", data=folders / "lessons"))
+    assert f"4 texts of {folders / 'lessons'}" in told
+
+
 def test_a_teacher_that_reads_less_is_refused(run_config, tokenizer, tmp_path):
     teacher = untrained(tmp_path / "short", dataclasses.replace(SHAPE, context_length=32), tokenizer)
     with pytest.raises(ValueError, match="the teacher's context of 32 tokens is shorter than the student's, 64"):
