@@ -54,6 +54,7 @@ def with_tools(bundle: "Bundle", names: Sequence[str] | None) -> "Bundle":
     if names is None and (left_out := [name for name in chosen if name in ON_REQUEST]):
         say(f"this model was trained with {', '.join(left_out)}, which runs what it writes: ask for it with --tools")
         chosen = [name for name in chosen if name not in ON_REQUEST]
+    check_tools(chosen, bundle.tokenizer)
     return replace(bundle, tools=chosen)
 
 

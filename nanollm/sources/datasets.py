@@ -4,6 +4,7 @@ The `datasets` library streams the rows one by one and keeps nothing. A dataset'
 Parquet files, which the same library reads in the same way.
 """
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -209,8 +210,9 @@ def _parse_rollout(record: dict[str, Any]) -> Rolled | str:
     question, reply, reward = (record.get(name) for name in ("question", "reply", "reward"))
     if reason := problem([question], ["question"]):
         return reason
-    if not isinstance(reply, str) or not isinstance(reward, int | float | None):
-        return f"expected a reply of text and a reward, got {reply!r} and {reward!r}"
+    is_number = reward is None or (isinstance(reward, int | float) and not math.isnan(reward))
+    if not isinstance(reply, str) or "reward" not in record or not is_number:
+        return f"expected a reply of text and a reward, a number or null, got {reply!r} and {reward!r}"
     if record.get("turns"):
         return "a conversation with an environment has no single reply to prefer"
     return str(question), float("-inf") if reward is None else reward, Reply(reply, record.get("stop") != "length")

@@ -84,7 +84,7 @@ class Config(RunConfig):
     tokens, which is the gradient of KL between whole replies and varies more (MiniLLM, arXiv:2306.08543)."""
     task: TaskConfig = field(default_factory=TaskConfig)
     """Problems for replies, and for validation."""
-    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    rollout: RolloutConfig = field(default_factory=lambda: RolloutConfig(resample=0))
     """on_policy: how replies are sampled. Its temperature divides the logits of student and teacher in both modes."""
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(lr=3e-4, warmup_steps=5, weight_decay=0.0, balance_rate=0.0)
@@ -115,6 +115,8 @@ class Config(RunConfig):
             raise ValueError(
                 f"optim.balance_weight has no effect on a divergence, got {self.optim.balance_weight}; leave it at 0"
             )
+        if self.rollout.resample:
+            raise ValueError(f"distill replaces no groups, got rollout.resample {self.rollout.resample}; leave it at 0")
         if self.rollout.server:
             raise ValueError(f"distill samples by its own engine, got rollout.engine {self.rollout.engine}")
 
@@ -166,7 +168,7 @@ def run(c: Config) -> Path:
                 problems=problems,
                 tokenizer=bundle.tokenizer,
                 rewards=rewards,
-                c=replace(c.rollout, resample=0),  # replies are not compared: a group that is all right teaches, too
+                c=c.rollout,
                 context_length=bundle.model.config.context_length,
                 seed=c.seed,
                 world=world,

@@ -47,7 +47,7 @@ def run_config(folders, tmp_path):
             "out": tmp_path / out,
             "task": TaskConfig(name="tests.faults.even:Even"),
             "train": distill.DistillTrainConfig(steps=steps, batch_size=4, micro_batch_size=2, save_every=2),
-            "rollout": RolloutConfig(prompts=3, group_size=4, max_tokens=10),
+            "rollout": RolloutConfig(prompts=3, group_size=4, max_tokens=10, resample=0),
             "optim": OptimConfig(name="adamw", lr=1e-2, warmup_steps=1, balance_rate=0.0),
             "validation_problems": 4,
             "dtype": "float32",
@@ -131,6 +131,8 @@ def test_a_teacher_that_reads_less_is_refused(run_config, tokenizer, tmp_path):
 @pytest.mark.parametrize(
     ("words", "told"),
     [
+        (["--rollout.resample=2"], "distill replaces no groups"),
+        (["--optim.balance_weight=0.1"], "optim.balance_weight has no effect"),
         (["--mode=logits"], "mode logits needs --data"),
         (["--data=lessons"], "mode on_policy learns from replies alone"),
         (["--ce_weight=0.5"], "ce_weight has no effect in mode on_policy"),

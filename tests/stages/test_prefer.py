@@ -229,7 +229,7 @@ def test_what_cannot_be_used_is_left_out_and_said(run_config, tmp_path):
             r"chosen: the last message must be the assistant's",
         ),
         ({"prompt": "a", "completion": "b", "label": 1}, r"label must be true or false, got 1"),
-        ({"question": "a", "reply": 5, "reward": 1}, r"expected a reply of text and a reward, got 5 and 1"),
+        ({"question": "a", "reply": 5, "reward": 1}, r"expected a reply of text and a reward, a number or null, got 5 and 1"),
         ({"question": "a", "reply": "5", "reward": 1, "turns": True}, r"a conversation with an environment has no"),
     ],
 )
@@ -267,6 +267,13 @@ def test_kto_takes_pairs_apart_and_pairs_are_not_made_of_labels(run_config, tmp_
     assert "8 examples" in plan_of(run_config, tmp_path / "both.jsonl", [*labels, pair(0), pair(1)], loss="kto")
     with pytest.raises(ValueError, match=r"dpo compares pairs, .* --objective\.loss kto"):
         plan_of(run_config, tmp_path / "labels.jsonl", labels)
+
+
+@pytest.mark.parametrize("reward", ["", ', "reward": NaN', ', "reward": "1"'])
+def test_rollouts_without_a_number_as_reward_are_refused(run_config, tmp_path, reward):
+    (tmp_path / "step-00000001.jsonl").write_text(f'{{"question": "q", "reply": "r"{reward}}}\n')
+    with pytest.raises(ValueError, match="expected a reply of text and a reward, a number or null"):
+        prefer.plan(run_config(data=tmp_path / "step-00000001.jsonl"))
 
 
 def test_rollouts_become_pairs_of_right_and_wrong_replies_to_one_problem(run_config, tmp_path):
