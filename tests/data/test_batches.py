@@ -49,16 +49,35 @@ def test_inputs_and_targets_are_one_window_shifted_by_one(shards):
     assert batch.count == 4 * T
 
 
-@pytest.mark.parametrize(("world", "micros"), [(1, 2), (1, 12), (2, 1), (2, 3), (3, 4), (12, 1)])
-def test_ranks_and_micro_batches_share_the_one_rank_batch_in_its_order(shards, world, micros):
-    windows = windows_of(shards, T, seed=5)
+@pytest.mark.parametrize("layout", ["across", "apart"])
+@pytest.mark.parametrize(("world", "micros"), [(1, 2), (1, 12), (2, 1), (2, 3), (3, 4), (4, 1), (12, 1)])
+def test_ranks_and_micro_batches_share_the_one_rank_batch_in_its_order(shards, world, micros, layout):
+    splits = [TextShards(shards, T, layout)] * 2
+    windows = Windows(splits, Mixture([1, 3], after=Mixture([1, 0]), begins=24), seed=5)
     for step in range(4):
         (whole,) = windows.micro_batches(step, 12, 12)
         size = 12 // (micros * world)
         by_rank = [windows.micro_batches(step, 12, size, rank=rank, world=world) for rank in range(world)]
-        pieces = [by_rank[rank][micro] for micro, rank in product(range(micros), range(world))]
-        assert torch.cat([piece.tokens for piece in pieces]).equal(whole.tokens)
-        assert torch.cat([piece.targets for piece in pieces]).equal(whole.targets)
+        together = Batch.join(by_rank[rank][micro] for micro, rank in product(range(micros), range(world)))
+        assert together.tokens.equal(whole.tokens)
+        assert together.targets.equal(whole.targets)
+        if layout == "across":
+            assert together.positions is whole.positions is None
+        else:
+            assert together.positions.equal(whole.positions)
+
+
+def test_over_a_long_run_every_split_is_read_by_its_weight_and_whole(shards):
+    split = TextShards(shards, T)
+    windows = Windows([split, split, split], Mixture([6, 3, 1]), seed=2)
+    rows = Batch.join(batch for step in range(400) for batch in windows.micro_batches(step, 5, 5)).tokens
+    everything = sorted(split[number].tokens[0].tolist() for number in range(len(split)))
+    sources, _ = windows.mixture.draws(0, 2000)
+    for source, share in enumerate((0.6, 0.3, 0.1)):
+        seen = rows[torch.from_numpy(sources == source)].tolist()
+        assert len(seen) == share * 2000
+        for epoch in range(len(seen) // len(split)):
+            assert sorted(seen[epoch * len(split) :][: len(split)]) == everything
 
 
 def test_an_epoch_reads_every_window_exactly_once(shards):
@@ -120,6 +139,63 @@ def test_a_corpus_smaller_than_one_window_is_refused(shards):
 def test_a_batch_that_does_not_divide_is_refused(shards, batch_size, micro, world):
     with pytest.raises(ValueError, match=r"must divide evenly into .* take a multiple of \d+ as train.batch_size"):
         windows_of(shards, T, seed=0).micro_batches(0, batch_size, micro, world=world)
+
+
+# Documents apart.
+
+
+@pytest.mark.parametrize("width", [2, 7, T, 64, 256])
+def test_apart_an_epoch_predicts_every_token_of_every_document_once_from_its_own_document(shards, width):
+    split = TextShards(shards, width, "apart")
+    rows = Batch.join(split[number] for number in range(len(split)))
+    starts = [*shards.document_offsets().tolist(), shards.tokens_total]
+    expected = Counter[tuple[tuple[int, ...], tuple[int, ...]]]()
+    for start, end in pairwise(starts):
+        ids = tuple(shards.read(start, end - start).tolist())
+        for first in range(0, len(ids) - 2, width):  # a piece that predicts </s> alone is none
+            piece = ids[first : first + width + 1]
+            expected[piece[:-1], piece[1:]] += 1
+    found = Counter[tuple[tuple[int, ...], tuple[int, ...]]]()
+    for tokens, targets, positions in zip(rows.tokens, rows.targets, rows.positions, strict=True):
+        for start, end in pairwise([*(positions == 0).nonzero().flatten().tolist(), width]):
+            assert positions[start:end].tolist() == [*range(end - start)]
+            if targets[start] != IGNORE:
+                found[tuple(tokens[start:end].tolist()), tuple(targets[start:end].tolist())] += 1
+    assert found == expected
+    assert split.fill == pytest.approx(float((rows.targets != IGNORE).float().mean()))
+    assert split.fill > 0.9
+
+
+def test_apart_rows_are_known_by_seed_and_step_and_read_once_an_epoch(shards):
+    windows = windows_of(shards, 64, seed=1, documents="apart")
+    again = windows_of(shards, 64, seed=1, documents="apart")
+    (count,) = map(len, windows.splits)
+    order = [windows.names(step, 1).popitem()[1][0] for step in range(2 * count)]
+    assert sorted(order[:count]) == sorted(order[count:]) == [*range(count)]
+    assert order[:count] != order[count:]
+    assert windows.micro_batches(99, 2, 2)[0].tokens.equal(again.micro_batches(99, 2, 2)[0].tokens)
+
+
+def test_validation_of_documents_apart_reads_each_row_once(shards):
+    split = TextShards(shards, 64, "apart")
+    batches = list(split.batches(rows=4))
+    assert sum(len(batch.tokens) for batch in batches) == len(split)
+    assert sum(len(batch.tokens) for batch in split.batches(rows=4, limit=5)) == 5
+
+
+def test_a_document_in_a_row_with_others_gives_the_logits_it_gives_alone(shards, tokenizer):
+    config = dataclasses.replace(TINY, vocab_size=tokenizer.vocab_size, context_length=64)
+    model = randomised(Transformer(config).init(0)).double().eval()
+    split = TextShards(shards, 64, "apart")
+    shared = 0
+    for row in map(split.__getitem__, range(len(split))):
+        logits = model(row.tokens, positions=row.positions)[0]
+        for start, end in pairwise([*(row.positions[0] == 0).nonzero().flatten().tolist(), 64]):
+            if row.targets[0, start] == IGNORE:
+                continue
+            torch.testing.assert_close(logits[start:end], model(row.tokens[:, start:end])[0], atol=1e-10, rtol=0)
+            shared += end - start < 64
+    assert shared > 20
 
 
 # Conversations.
