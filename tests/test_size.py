@@ -15,7 +15,7 @@ from nanollm.config import SWITCHES, kinds_of
 from tests.test_floor_plan import PACKAGE, Imports, read_imports
 
 LIMITS = {
-    "package, lines of Python": 21_400,
+    "package, lines of Python": 21_500,
     "package, files": 135,
     "options of all verbs": 385,
     "modules behind pretrain": 48,

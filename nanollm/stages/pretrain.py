@@ -35,7 +35,7 @@ PROMPTS, PROMPT_WORDS, PROMPT_CHARS, PROMPT_TOKENS = 3, 4, 40, 4096
 UNIT_ROWS: dict[StartName, list[str]] = {"gpt2": [], "fast": ["trunk.embed.weight"]}
 
 # What decides which numbers come out at which step; the rest (intervals, length, rates) may change on the way.
-FIXED = ("model", "start", "seed", "documents", "train.batch_size", "optim.name", "inputs")
+FIXED = ("model", "start", "seed", "train.batch_size", "optim.name", "inputs")
 
 Splits = Mapping[str, TextShards]  # by folder
 
@@ -126,10 +126,12 @@ def run(c: Config) -> Path:
 
         fingerprints = {folder: split.shards.fingerprint for folder, split in splits.items()}
         is_mixed = len(splits) > 1
-        inputs = {
+        inputs: dict[str, object] = {
             "data": fingerprints if is_mixed else fingerprints[c.folders[0]],
             "tokenizer": tokenizer.fingerprint,
         }
+        if c.documents == "apart":  # not "across", so that runs from before there was a choice resume
+            inputs["documents"] = c.documents
         # The only folder may move; the fractions of `anneal` are those of this many steps.
         fixed = (*FIXED, *(["data", "anneal"] if is_mixed else []), *(["train.steps"] if c.anneal else []))
         with Run.open(c, c.train, world, inputs=inputs, fixed=fixed, make_state=make_state) as run:

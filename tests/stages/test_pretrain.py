@@ -254,11 +254,23 @@ def test_weights_and_stages_are_fixed_and_the_length_of_a_run_with_stages_too(ru
         ({"anneal": {0.6: {sums: 1}}}, "anneal.0.5"),
         ({"anneal": {}}, "anneal"),
         ({"steps": 4}, "train.steps = 2, this run has 4"),
-        ({"documents": "apart"}, "documents = across, this run has apart"),
+        ({"documents": "apart"}, "inputs.documents = None, this run has apart"),
     ]:
         with pytest.raises(ValueError, match=key) as error:
             pretrain.run(run_config(**{"steps": 2} | mixed | change))
         assert "choose another --out" in str(error.value)
+
+
+def test_a_run_of_one_folder_from_before_there_were_mixtures_resumes(run_config, token_files, tmp_path):
+    c = run_config(steps=2)
+    pretrain.run(c)
+    settings = read_mapping(c.out / "config.yaml")
+    assert settings.pop("anneal") == {} and settings.pop("documents") == "across"
+    (c.out / "config.yaml").write_text(to_yaml(settings))
+    moved = shutil.copytree(token_files, tmp_path / "moved")
+    pretrain.run(run_config(steps=4, data=moved))
+    with pytest.raises(ValueError, match=r"inputs\.documents = None, this run has apart"):
+        pretrain.run(run_config(steps=4, documents="apart"))
 
 
 @pytest.mark.parametrize("fraction", ["0", "1", "1.5", "-0.5", "soon", "nan"])
