@@ -83,12 +83,14 @@ class Run:
     @classmethod
     def start(cls, v: "Variant", config: "ModelConfig", seed: int, text: Text, world: "World") -> "Run":
         from benchmarks.variants import build_optimizers
-        from nanollm.data.batches import Windows
+        from nanollm.data.batches import TextShards, Windows
+        from nanollm.data.order import Mixture
         from nanollm.train.state import TrainState
 
         state = TrainState.start(v.build(config, seed), v.optim, world)
         state.optimizers = build_optimizers(state.masters, v.optim, v.tuning, world.dtype)
-        return cls(v, state, text, Windows(text.train, config.context_length, seed), world)
+        windows = Windows([TextShards(text.train, config.context_length)], Mixture([1.0]), seed)
+        return cls(v, state, text, windows, world)
 
     def step(self, step: int, steps: int) -> "StepStats":
         """Optimizer step number `step` of a run of `steps`."""
@@ -110,7 +112,7 @@ class Run:
         from nanollm.data.batches import sequential_batches
         from nanollm.evals.bits_per_byte import bits_per_byte
 
-        batches = sequential_batches(self.text.val, self.windows.context_length, 8, windows)
+        batches = sequential_batches(self.text.val, self.windows.splits[0].context_length, 8, windows)
         with loss_through_head(self.variant):
             return bits_per_byte(self.state.model, batches, self.text.tokenizer.token_bytes)
 

@@ -15,7 +15,7 @@ from nanollm.config import SWITCHES, kinds_of
 from tests.test_floor_plan import PACKAGE, Imports, read_imports
 
 LIMITS = {
-    "package, lines of Python": 22_650,
+    "package, lines of Python": 22_800,
     "package, files": 140,
     "options of all verbs": 445,
     "modules behind pretrain": 48,

@@ -2,24 +2,28 @@
 
 A batch is a pure function of (seed, step, rank layout): there is no iterator to save, and a run continued on another
 number of ranks sees the same windows, or conversations, in the same global order.
-Letters: B rows, T context length. Window i is tokens [i*T, i*T + T + 1): the first T are read, the last T predicted.
+Letters: B rows, T context length.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from nanollm.data.order import Indices, Mixture, epoch_seed, permute, sample_indices
-from nanollm.data.packing import PackedLayout
+from nanollm.data.order import Indices, Mixture, mixed_indices
+from nanollm.data.packing import PackedLayout, pack
 from nanollm.data.shards import Shards
 from nanollm.text.chat import Cut, Marks, Shortened, shorten
 
 IGNORE = -100  # a target that is not trained
 PACKED_TOGETHER = 512  # conversations, for validation
+PIECES_TOGETHER = 4096  # of documents: more fill rows hardly better
+
+Documents = Literal["across", "apart"]
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,7 @@ class Batch:
 
     tokens: Tensor  # (B, T) int64
     targets: Tensor  # (B, T) int64, IGNORE = not trained
-    positions: Tensor | None = None  # (B, T) int64, 0 where a conversation begins; None: one text per row
+    positions: Tensor | None = None  # (B, T) int64, 0 where a text begins; None: one text per row
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device."""
@@ -54,41 +58,104 @@ class Batch:
             positions=layout.place([torch.arange(length) for length in layout.lengths]),
         )
 
+    @classmethod
+    def join(cls, batches: Iterable["Batch"]) -> "Batch":
+        """The rows of all of them, one below the other."""
+        return cls(*map(torch.cat, zip(*(batch._known for batch in batches), strict=True)))
+
     def split_micro_batches(self, rows: int) -> list["Batch"]:
         """The same rows in batches of that many."""
-        known = [tensor for tensor in (self.tokens, self.targets, self.positions) if tensor is not None]
-        return [Batch(*parts) for parts in zip(*(tensor.split(rows) for tensor in known), strict=True)]
+        return [Batch(*parts) for parts in zip(*(tensor.split(rows) for tensor in self._known), strict=True)]
+
+    @property
+    def _known(self) -> list[Tensor]:
+        return [tensor for tensor in (self.tokens, self.targets, self.positions) if tensor is not None]
 
 
-class Windows:
-    """The windows of a split, in a fresh random order each epoch."""
+class TextShards:
+    """The rows of a split of documents, by their numbers.
 
-    def __init__(self, shards: Shards, context_length: int, seed: int) -> None:
-        if shards.tokens_total < context_length + 1:
+    across: windows of the running text: row i is tokens [i*T, i*T + T + 1), the first T read, the last T predicted.
+    apart: pieces of documents, packed by best fit (arXiv:2404.10830), none of which sees another. A document that is
+    longer than T + 1 tokens makes several pieces; a last one that would predict </s> alone is left out.
+    """
+
+    def __init__(self, shards: Shards, context_length: int, documents: Documents = "across") -> None:
+        self.shards, self.context_length, self.is_packed = shards, context_length, documents == "apart"
+        if self.is_packed:
+            self._pack()
+        elif shards.tokens_total < context_length + 1:
             raise ValueError(
                 f"one window needs context_length + 1 = {context_length + 1:,} tokens, the split {shards.split!r} of "
                 f"{shards.folder} has {shards.tokens_total:,}; prepare more text or take a smaller context_length"
             )
-        self.shards, self.context_length, self.seed = shards, context_length, seed
-        self.windows = (shards.tokens_total - 1) // context_length
+
+    def __len__(self) -> int:
+        return len(self._borders) - 1 if self.is_packed else (self.shards.tokens_total - 1) // self.context_length
+
+    def __getitem__(self, number: int) -> Batch:
+        """One row."""
+        if not self.is_packed:
+            return _gather(self.shards, [number], self.context_length)
+        pieces = self._pieces[self._borders[number] : self._borders[number + 1]]
+        places = zip(self._starts[pieces].tolist(), self._lengths[pieces].tolist(), strict=True)
+        ids = [self.shards.read(start, length + 1) for start, length in places]
+        layout = PackedLayout(self._lengths[pieces].tolist(), [range(len(ids))], self.context_length)
+        return Batch.of([Shortened(each, np.ones(len(each), bool)) for each in ids], layout)
+
+    @property
+    def fill(self) -> float:
+        """Share of the places that hold a token."""
+        return float(self._lengths.sum()) / (len(self) * self.context_length) if self.is_packed else 1.0
+
+    def batches(self, rows: int, limit: int | None = None) -> Iterator[Batch]:
+        """The split for validation, in batches of that many rows; with a limit, that many rows, spread evenly."""
+        if not self.is_packed:
+            return sequential_batches(self.shards, self.context_length, rows, limit)
+        chosen = _spread(len(self), limit)
+        parts = (chosen[first : first + rows] for first in range(0, len(chosen), rows))
+        return (Batch.join(self[number] for number in part) for part in parts)
+
+    def _pack(self) -> None:
+        """Where each piece begins, how many places it takes, and which pieces share a row."""
+        starts, width = self.shards.document_offsets(), self.context_length
+        places = np.diff(starts, append=self.shards.tokens_total) - 1  # a document's last token is only predicted
+        counts = (places - 2) // width + 1
+        earlier = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)  # pieces of the same document
+        self._starts = np.repeat(starts, counts) + earlier * width
+        self._lengths = np.minimum(np.repeat(places, counts) - earlier * width, width)
+        pieces, counts_by_row = [np.empty(0, np.int64)], [0]
+        for first in range(0, len(self._lengths), PIECES_TOGETHER):
+            rows = pack(self._lengths[first : first + PIECES_TOGETHER].tolist(), width)
+            pieces.append(first + np.concatenate(rows))
+            counts_by_row += map(len, rows)
+        self._pieces, self._borders = np.concatenate(pieces), np.cumsum(counts_by_row)
+
+
+class Windows:
+    """The rows of one or several splits in a mixture, each split in a fresh random order each epoch."""
+
+    def __init__(self, splits: Sequence[TextShards], mixture: Mixture, seed: int) -> None:
+        self.splits, self.mixture, self.seed = splits, mixture, seed
 
     def micro_batches(
         self, step: int, batch_size: int, micro_batch_size: int, *, rank: int = 0, world: int = 1
     ) -> list[Batch]:
-        """What one rank reads at a step, in batches; `batch_size` counts the windows of the step over all ranks.
+        """What one rank reads at a step, in batches; `batch_size` counts the rows of the step over all ranks.
 
-        Micro-batch m of rank r is slice m * world + r of the step's windows, so that all slices in that order are the
+        Micro-batch m of rank r is slice m * world + r of the step's rows, so that all slices in that order are the
         batch that one rank would read at once.
         """
         self.check(batch_size, micro_batch_size, world)
         assert 0 <= rank < world
-        windows = sample_indices(step, batch_size, self.windows, self.seed).reshape(-1, world, micro_batch_size)
-        return [_gather(self.shards, portion.tolist(), self.context_length) for portion in windows[:, rank]]
+        drawn = _numbers(self, step, batch_size)
+        firsts = range(rank * micro_batch_size, batch_size, world * micro_batch_size)
+        portions = (drawn[first : first + micro_batch_size] for first in firsts)
+        return [Batch.join(self.splits[source][number] for source, number in portion) for portion in portions]
 
     def names(self, step: int, batch_size: int) -> dict[str, object]:
-        """The numbers of the windows of a step: window i begins at token i * context_length of the split."""
-        chosen = sample_indices(step, batch_size, self.windows, self.seed).tolist()
-        return {f"windows of {self.shards.folder} {self.shards.split}": chosen}
+        """The numbers of the rows of a step, by the folder they lie in."""
+        return _names("windows", [split.shards for split in self.splits], _numbers(self, step, batch_size))
 
     def check(self, batch_size: int, micro_batch_size: int, world: int) -> None:
         """Raises ValueError unless a step's windows divide evenly over ranks and micro-batches."""
@@ -191,31 +258,11 @@ class Conversations:
 
     def draw(self, step: int, batch_size: int) -> list[Shortened]:
         """The conversations of one step in their global order, whatever the number of ranks."""
-        return [self.splits[source][number] for source, number in self._numbers(step, batch_size)]
+        return [self.splits[source][number] for source, number in _numbers(self, step, batch_size)]
 
     def names(self, step: int, batch_size: int) -> dict[str, object]:
         """The numbers of the conversations of a step, by the folder they lie in."""
-        drawn = self._numbers(step, batch_size)
-        return {
-            f"conversations of {split.shards.folder} {split.shards.split}": [
-                number for source, number in drawn if source == place
-            ]
-            for place, split in enumerate(self.splits)
-        }
-
-    def _numbers(self, step: int, batch_size: int) -> list[tuple[int, int]]:
-        """Split and number of each conversation of a step.
-
-        Draw d of a split belongs to epoch d // n of its n conversations; each epoch is a fresh permutation of all n.
-        """
-        sources, draws = self.mixture.draws(step * batch_size, batch_size)
-        epochs, places = np.divmod(draws, np.array(list(map(len, self.splits)))[sources])
-        numbers = np.empty_like(draws)
-        for source, epoch in {*zip(sources.tolist(), epochs.tolist(), strict=True)}:
-            chosen = (sources == source) & (epochs == epoch)
-            seed = epoch_seed(self.seed + (source << 32), epoch)  # each source in an order of its own
-            numbers[chosen] = permute(places[chosen], len(self.splits[source]), seed)
-        return list(zip(sources.tolist(), numbers.tolist(), strict=True))
+        return _names("conversations", [split.shards for split in self.splits], _numbers(self, step, batch_size))
 
     def micro_batches(
         self, step: int, batch_size: int, micro_batch_size: int, *, rank: int = 0, world: int = 1
@@ -231,3 +278,17 @@ class Conversations:
         conversations = self.draw(step, batch_size)
         layout = layout_of(conversations, self.context_length, micro_batch_size * world)
         return Batch.of(conversations, layout).split_micro_batches(micro_batch_size)[rank::world]
+
+
+def _numbers(drawn: Windows | Conversations, step: int, batch_size: int) -> list[tuple[int, int]]:
+    """Split and number of each sample of a step, in their global order."""
+    sizes = [*map(len, drawn.splits)]
+    sources, numbers = mixed_indices(step, batch_size, sizes, drawn.mixture, drawn.seed)
+    return list(zip(sources.tolist(), numbers.tolist(), strict=True))
+
+
+def _names(what: str, splits: Sequence[Shards], drawn: Sequence[tuple[int, int]]) -> dict[str, object]:
+    return {
+        f"{what} of {shards.folder} {shards.split}": [number for source, number in drawn if source == place]
+        for place, shards in enumerate(splits)
+    }

@@ -6,13 +6,15 @@ the number is below n (Black and Rogaway, "Ciphers with Arbitrary Finite Domains
 
 Among sources: the quota method (Balinski and Young, The American Mathematical Monthly 82 (1975), 701-730). The next
 sample goes to the source that has waited longest, among those that would not run ahead of their share: after g samples
-a source of share p has given g * p, rounded down or up. The shares are whole parts of a period.
+a source of share p has given g * p, rounded down or up. The shares are whole parts of a period. A later mixture may
+take over at some sample; every source then goes on where it was.
 """
 
 import math
 from collections.abc import Sequence
 from fractions import Fraction
 from hashlib import blake2b
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -43,13 +45,24 @@ def sample_indices(step: int, global_batch: int, n: int, seed: int) -> Indices:
 
     Sample g = step * global_batch + j belongs to epoch g // n; each epoch is a fresh permutation of all n windows.
     """
-    samples = step * global_batch + np.arange(global_batch, dtype=np.int64)
-    epochs, places = np.divmod(samples, n)
-    windows = np.empty_like(samples)
-    for epoch in np.unique(epochs):
-        chosen = epochs == epoch
-        windows[chosen] = permute(places[chosen], n, epoch_seed(seed, int(epoch)))
-    return windows
+    return mixed_indices(step, global_batch, [n], Mixture([1]), seed)[1]
+
+
+def mixed_indices(
+    step: int, global_batch: int, sizes: Sequence[int], mixture: "Mixture", seed: int
+) -> tuple[Indices, Indices]:
+    """The same of several sources of these sizes: the source of each sample and its number there, both (global_batch,).
+
+    Draw d of a source belongs to epoch d // n of its n samples; each epoch is a fresh permutation of all n.
+    """
+    sources, draws = mixture.draws(step * global_batch, global_batch)
+    epochs, places = np.divmod(draws, np.array(sizes)[sources])
+    numbers = np.empty_like(draws)
+    for source, epoch in {*zip(sources.tolist(), epochs.tolist(), strict=True)}:
+        chosen = (sources == source) & (epochs == epoch)
+        of_source = seed + (source << 32)  # each source in an order of its own
+        numbers[chosen] = permute(places[chosen], sizes[source], epoch_seed(of_source, epoch))
+    return sources, numbers
 
 
 def epoch_seed(seed: int, epoch: int) -> int:
@@ -74,36 +87,49 @@ def mix(word: Uint64s, key: np.uint64 | Uint64s) -> Uint64s:
 
 
 class Mixture:
-    """An endless row of sources 0, 1, ... in the proportion of their weights."""
+    """An endless row of sources 0, 1, ... in the proportion of their weights, perhaps after another mixture of them."""
 
-    def __init__(self, weights: Sequence[float]) -> None:
-        self.parts = parts_of(weights)
+    def __init__(self, weights: Sequence[float], *, after: "Mixture | None" = None, begins: int = 0) -> None:
+        """after: the mixture that holds before sample `begins`."""
+        self.parts, self._after, self._begins = parts_of(weights), after, begins
         self._sources = np.array(interleave(self.parts))  # (period,)
         is_source = self._sources[:, None] == np.arange(len(self.parts))  # (period, sources)
         earlier = is_source.cumsum(0) - is_source
         self._earlier = earlier[np.arange(len(earlier)), self._sources]  # (period,) draws of the same source before
+        self._drawn_before = after.drawn(begins) if after else np.zeros(len(self.parts), dtype=np.int64)
 
     def draws(self, first: int, count: int) -> tuple[Indices, Indices]:
         """For samples first, first + 1, ...: the source of each, and how often that source was drawn before.
 
-        Both (count,) int64.
+        Both (count,) int64. All of them must lie in one mixture.
         """
-        periods, places = np.divmod(np.arange(first, first + count), len(self._sources))
+        if self._after and first < self._begins:
+            assert first + count <= self._begins
+            return self._after.draws(first, count)
+        periods, places = np.divmod(np.arange(first, first + count) - self._begins, len(self._sources))
         sources = self._sources[places]
-        return sources, periods * np.array(self.parts)[sources] + self._earlier[places]
+        within = periods * np.array(self.parts)[sources] + self._earlier[places]
+        return sources, self._drawn_before[sources] + within
+
+    def drawn(self, count: int) -> Indices:
+        """How many of the first samples come from each source, (sources,) int64."""
+        if self._after and count < self._begins:
+            return self._after.drawn(count)
+        periods, rest = divmod(count - self._begins, len(self._sources))
+        of_rest = np.bincount(self._sources[:rest], minlength=len(self.parts))
+        return self._drawn_before + periods * np.array(self.parts) + of_rest
 
 
 def parts_of(weights: Sequence[float]) -> list[int]:
-    """Weights as whole parts: 0.7 and 0.3 are 7 and 3. ValueError for a weight that is not above 0."""
-    for weight in weights:
-        if not (math.isfinite(weight) and weight > 0):
-            raise ValueError(f"a weight of a mixture must be above 0, got {weight}; leave out what is not to be read")
+    """Weights as whole parts: 0.7 and 0.3 are 7 and 3. ValueError for one below 0, or if none is above."""
+    if not (all(0 <= weight < math.inf for weight in weights) and any(weights)):
+        raise ValueError(f"the weights of a mixture must be 0 or more, and one above 0, got {[*weights]}")
     fractions = [Fraction(str(weight)) for weight in weights]
     whole = [fraction * math.lcm(*(each.denominator for each in fractions)) for fraction in fractions]
     parts = [int(number) // math.gcd(*map(int, whole)) for number in whole]
     if (total := sum(parts)) <= PERIOD:
         return parts
-    return [max(1, round(PERIOD * part / total)) for part in parts]
+    return [part and max(1, round(PERIOD * part / total)) for part in parts]
 
 
 def interleave(parts: Sequence[int]) -> list[int]:
@@ -116,3 +142,20 @@ def interleave(parts: Sequence[int]) -> list[int]:
         given[chosen] += 1
         order.append(chosen)
     return order
+
+
+def sources_of(given: dict[str, float] | Path, option: str = "data") -> dict[str, float]:
+    """One folder, or several with weights, as folder to weight; sorted, so that no order of writing changes a run."""
+    if not isinstance(given, dict):
+        if str(given).startswith("{"):  # what was meant as a mapping and is none reads as a path
+            raise ValueError(f"{option}: expected a folder or {{folder: weight, ...}}, got {given}")
+        given = {str(given): 1.0}
+    weights = {Path(folder).as_posix(): float(weight) for folder, weight in sorted(given.items())}
+    if not weights or len(weights) < len(given):
+        raise ValueError(f"{option} must name at least one folder, and each once, got {', '.join(given) or 'none'}")
+    for folder, weight in weights.items():
+        if not 0 < weight < float("inf"):
+            raise ValueError(
+                f"{option}: the weight of {folder} must be above 0, got {weight}; leave the folder out instead"
+            )
+    return weights

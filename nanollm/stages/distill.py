@@ -13,7 +13,7 @@ import torch
 
 from nanollm.bundle import WEIGHTS, Bundle, load_bundle
 from nanollm.config import check_at_least
-from nanollm.data.batches import ChatShards, Conversations, Windows
+from nanollm.data.batches import ChatShards, Conversations, TextShards, Windows
 from nanollm.data.order import Mixture
 from nanollm.data.shards import Shards, Verification, read_manifest
 from nanollm.generate.tools import tool_caller
@@ -199,7 +199,7 @@ def from_texts(c: Config, bundle: Bundle, shards: Shards, world: World) -> Draw:
     if shards.has_flags:
         source = Conversations([ChatShards(shards, context, Marks.of(bundle.tokenizer))], Mixture([1.0]), c.seed)
     else:
-        source = Windows(shards, context, c.seed)
+        source = Windows([TextShards(shards, context)], Mixture([1.0]), c.seed)
         source.check(c.train.batch_size, c.train.micro_batch_size, world.size)
     size, rows = c.train.batch_size, c.train.micro_batch_size
     return lambda step: (

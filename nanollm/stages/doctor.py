@@ -228,7 +228,7 @@ def prepare(c: pretrain.Config) -> None:
     tokenizer.run(learn)  # refuses to make one that loses text
     preprocess.run(
         preprocess.Config(
-            kind="text", input=[corpus], tokenizer_path=learn.model_path, save_dir=c.data, val_fraction=0.1
+            kind="text", input=[corpus], tokenizer_path=learn.model_path, save_dir=Path(c.folders[0]), val_fraction=0.1
         )
     )
 

@@ -1,6 +1,8 @@
 """Token files become a base model."""
 
 import dataclasses
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -8,9 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from nanollm.config import check_at_least
-from nanollm.data.batches import Windows, sequential_batches
+from nanollm.data.batches import Documents, TextShards, Windows
+from nanollm.data.order import Mixture, sources_of
 from nanollm.data.shards import Shards, Verification, read_manifest
-from nanollm.evals.bits_per_byte import bits_per_byte
+from nanollm.evals.bits_per_byte import BitsPerByte, bits_per_byte
 from nanollm.generate.engine import generate
 from nanollm.generate.sampling import SamplingConfig
 from nanollm.model.config import ModelConfig
@@ -34,6 +37,8 @@ UNIT_ROWS: dict[StartName, list[str]] = {"gpt2": [], "fast": ["trunk.embed.weigh
 # What decides which numbers come out at which step; the rest (intervals, length, rates) may change on the way.
 FIXED = ("model", "start", "seed", "train.batch_size", "optim.name", "inputs")
 
+Splits = Mapping[str, TextShards]  # by folder
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config(RunConfig):
@@ -43,10 +48,17 @@ class Config(RunConfig):
     """The model's shape: a preset's name, a YAML file, or single values."""
     tokenizer_path: Path
     """The tokenizer the token files were written with: a .model file or its folder."""
-    data: Path
-    """Folder of token files, as nanollm preprocess makes it."""
+    data: dict[str, float] | Path
+    """Folder of token files, as nanollm preprocess makes it, or several with their weights, {folder: weight, ...}: a
+    weight is a share of the tokens seen, whatever the sizes of the folders."""
     train: TrainConfig
     """Length, batches and intervals."""
+    anneal: dict[float, dict[str, float]] = field(default_factory=dict)
+    """Other mixtures from a fraction of the run on, {fraction: {folder: weight, ...}, ...}: {0.8: {data/books: 1}}
+    reads books alone in the last fifth."""
+    documents: Documents = "across"
+    """across: rows are windows of the running text. apart: documents are packed into rows by best fit, those longer
+    than the context in pieces, and none sees another."""
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(spike_sigmas=SIGMAS))
     """Optimizer and schedule."""
     start: StartName = "gpt2"
@@ -60,39 +72,72 @@ class Config(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, "anneal", anneal_of(self.anneal))
+        sources_of(self.data)
         if self.sample_prompts == ["none"]:
             object.__setattr__(self, "sample_prompts", [])
         check_at_least(0, self, "validation_windows")
+
+    @property
+    def weights(self) -> dict[float, dict[str, float]]:
+        """Folder to weight, by the fraction of the run from which they hold, in order."""
+        return {0.0: sources_of(self.data)} | self.anneal
+
+    @property
+    def folders(self) -> list[str]:
+        return sorted({folder for weights in self.weights.values() for folder in weights})
+
+
+def anneal_of(given: Mapping[float, dict[str, float]]) -> dict[float, dict[str, float]]:
+    """The same in the order of the fractions, which the command line gives as text."""
+    for fraction in given:
+        if not re.fullmatch(r"0?\.\d+", str(fraction)) or not float(fraction):
+            raise ValueError(f"anneal: expected fractions of the run above 0 and below 1, got {fraction}")
+    ordered = sorted((float(fraction), weights) for fraction, weights in given.items())
+    return {fraction: sources_of(weights, f"anneal.{fraction}") for fraction, weights in ordered}
 
 
 def plan(c: Config) -> str:
     """What a run would do."""
     world = World.start(c.device, c.dtype)
-    tokenizer, shards, validation = _open(c, world)
-    sample_prompts(c, tokenizer, validation or shards)  # finds one that does not fit
+    tokenizer, splits, validation = _open(c, world)
+    sample_prompts(c, tokenizer, validation or splits)  # finds one that does not fit
     tokens = c.train.steps * c.train.batch_size * c.model.context_length
-    return (
+    lines = [
         f"{c.model.total_parameters:,} parameters on {world.device} in {world.names['dtype']}, "
         f"tokenizer {tokenizer.fingerprint[:6]}, {c.train.steps:,} steps x {c.train.batch_size} x "
-        f"{c.model.context_length} = {tokens:,} tokens, {tokens / shards.tokens_total:.2f} epochs of {c.data}"
-    )
+        f"{c.model.context_length} = {tokens:,} tokens",
+        *describe(c, splits),
+    ]
+    return "\n".join(lines)
 
 
 def run(c: Config) -> Path:
     """Train, and return the folder of the bundle."""
     with World.join(c.device, c.dtype, c.parallel) as world:
-        tokenizer, shards, validation = _open(c, world)
-        c = dataclasses.replace(c, sample_prompts=sample_prompts(c, tokenizer, validation or shards))
-        windows = Windows(shards, c.model.context_length, c.seed)
+        tokenizer, splits, validation = _open(c, world)
+        c = dataclasses.replace(c, sample_prompts=sample_prompts(c, tokenizer, validation or splits))
+        windows = Windows([*splits.values()], mixture_of(c), c.seed)
         windows.check(c.train.batch_size, c.train.micro_batch_size, world.size)
 
         def make_state() -> TrainState:
             model = Transformer(c.model).init(c.seed, c.start).to(world.device)
             return TrainState.start(model, c.optim, world, UNIT_ROWS[c.start])
 
-        inputs = {"data": shards.fingerprint, "tokenizer": tokenizer.fingerprint}
-        with Run.open(c, c.train, world, inputs=inputs, fixed=FIXED, make_state=make_state) as run:
+        fingerprints = {folder: split.shards.fingerprint for folder, split in splits.items()}
+        is_mixed = len(splits) > 1
+        inputs: dict[str, object] = {
+            "data": fingerprints if is_mixed else fingerprints[c.folders[0]],
+            "tokenizer": tokenizer.fingerprint,
+        }
+        if c.documents == "apart":  # not "across", so that runs from before there was a choice resume
+            inputs["documents"] = c.documents
+        # The only folder may move; the fractions of `anneal` are those of this many steps.
+        fixed = (*FIXED, *(["data", "anneal"] if is_mixed else []), *(["train.steps"] if c.anneal else []))
+        with Run.open(c, c.train, world, inputs=inputs, fixed=fixed, make_state=make_state) as run:
             state = run.state
+            for line in describe(c, splits):
+                say(line)
             loss_of = partial(
                 next_token_loss,
                 balance_weight=c.optim.balance_weight,
@@ -112,27 +157,51 @@ def run(c: Config) -> Path:
                     run.log(validate(c, state, tokenizer, validation, world))
                 if run.due(c.train.sample_every):
                     run.log(sample(c, state, tokenizer, world))
-            tokens_seen = state.step * c.train.batch_size * c.model.context_length
+            rows = windows.mixture.drawn(state.step * c.train.batch_size).tolist()  # of each split
+            filled = sum(count * split.fill for count, split in zip(rows, windows.splits, strict=True))
+            tokens_seen = round(filled * c.model.context_length)
             folder = run.save_bundle("pretrain", c.model, tokenizer, tokens_seen=tokens_seen)
             write_report(c.out, world)
             return folder
 
 
-def validate(
-    c: Config, state: TrainState, tokenizer: Tokenizer, shards: Shards | None, world: World
-) -> dict[str, object]:
-    """Bits per byte, and loss per token, of some windows of a split; nothing if there is none."""
-    if shards is None:
+def mixture_of(c: Config) -> Mixture:
+    """Of the folders in the order of their names; the weights of `anneal` come into force between two steps."""
+    mixture = None
+    for fraction, weights in c.weights.items():
+        begins = round(fraction * c.train.steps) * c.train.batch_size
+        mixture = Mixture([weights.get(folder, 0.0) for folder in c.folders], after=mixture, begins=begins)
+    assert mixture is not None
+    return mixture
+
+
+def describe(c: Config, splits: Splits) -> list[str]:
+    """What will be seen of each folder."""
+    rows = c.train.steps * c.train.batch_size
+    lines = []
+    for (folder, split), drawn in zip(splits.items(), mixture_of(c).drawn(rows).tolist(), strict=True):
+        line = f"{folder}: {drawn / rows:.1%} of the rows seen, {drawn / len(split):.2f} epochs of its {len(split):,}"
+        lines.append(line + (f", which are {split.fill:.1%} full" if split.is_packed else ""))
+    return lines
+
+
+def validate(c: Config, state: TrainState, tokenizer: Tokenizer, splits: Splits, world: World) -> dict[str, object]:
+    """Bits per byte, and loss per token, of some rows of each validation split, and of all of them together."""
+    if not splits:
         return {}
-    windows = c.validation_windows or None
-    batches = sequential_batches(shards, c.model.context_length, c.train.micro_batch_size, windows)
-    score = bits_per_byte(state.whole_model(), batches, tokenizer.token_bytes, world)
+    scores, model = dict[str, BitsPerByte](), state.whole_model()
+    for folder, split in splits.items():
+        batches = split.batches(c.train.micro_batch_size, c.validation_windows or None)
+        scores[folder] = bits_per_byte(model, batches, tokenizer.token_bytes, world)
+    nats, n_bytes, tokens = (sum(column) for column in zip(*map(dataclasses.astuple, scores.values()), strict=True))
+    score = BitsPerByte(nats, n_bytes, tokens)
     say(f"step {state.step:,}: validation {score.value:.4f} bits per byte")
-    return {"val_bpb": score.value, "val_loss": score.nats / score.tokens}
+    by_folder = {f"val_bpb/{folder}": each.value for folder, each in scores.items()} if len(scores) > 1 else {}
+    return {"val_bpb": score.value, "val_loss": score.nats / score.tokens, **by_folder}
 
 
-def sample_prompts(c: Config, tokenizer: Tokenizer, shards: Shards) -> list[str]:
-    """The prompts that were given, or those that the text itself gives; each leaves room in the context."""
+def sample_prompts(c: Config, tokenizer: Tokenizer, splits: Splits) -> list[str]:
+    """The prompts that were given, or those that the first folder's text gives; each leaves room in the context."""
 
     def fits(prompt: str) -> bool:
         return len(tokenizer.encode(prompt)) + 1 < c.model.context_length
@@ -143,6 +212,7 @@ def sample_prompts(c: Config, tokenizer: Tokenizer, shards: Shards) -> list[str]
                 f"sample prompt {too_long[0][:40]!r} does not fit the context of {c.model.context_length} tokens"
             )
         return c.sample_prompts
+    shards = next(iter(splits.values())).shards
     ids = shards.read(0, min(PROMPT_TOKENS, shards.tokens_total))
     documents = np.split(ids, np.flatnonzero(tokenizer.token_bytes[ids] == 0))  # at their marks
     lines = [line.split() for document in documents for line in tokenizer.decode(document).splitlines()]
@@ -171,27 +241,32 @@ def sample(c: Config, state: TrainState, tokenizer: Tokenizer, world: World) -> 
     return {"samples": texts}
 
 
-def _open(c: Config, world: World) -> tuple[Tokenizer, Shards, Shards | None]:
-    """Tokenizer, training split, and validation split if it has any text, each held to the others."""
+def _open(c: Config, world: World) -> tuple[Tokenizer, Splits, Splits]:
+    """Tokenizer, training splits, and those validation splits that have any text, each held to the others."""
     tokenizer = Tokenizer.load(c.tokenizer_path)
     if tokenizer.vocab_size > c.model.vocab_size:
         raise ValueError(
             f"the tokenizer has {tokenizer.vocab_size:,} pieces, model.vocab_size is {c.model.vocab_size:,}; "
             f"set --model.vocab_size {tokenizer.vocab_size} or train a smaller tokenizer"
         )
-    train = _open_split(c, tokenizer, "train", world)
-    if read_manifest(c.data)[0]["splits"].get("val", {}).get("tokens"):
-        return tokenizer, train, _open_split(c, tokenizer, "val", world)
-    say(f"{c.data} has no validation text: nothing will be measured on it (nanollm preprocess --val_input FILE)")
-    return tokenizer, train, None
+    train, validation = dict[str, TextShards](), dict[str, TextShards]()
+    for folder in c.folders:
+        train[folder] = _open_split(c, folder, tokenizer, "train", world)
+        if read_manifest(Path(folder))[0]["splits"].get("val", {}).get("tokens"):
+            validation[folder] = _open_split(c, folder, tokenizer, "val", world)
+        else:
+            say(
+                f"{folder} has no validation text: nothing will be measured on it (nanollm preprocess --val_input FILE)"
+            )
+    return tokenizer, train, validation
 
 
-def _open_split(c: Config, tokenizer: Tokenizer, split: str, world: World) -> Shards:
+def _open_split(c: Config, folder: str, tokenizer: Tokenizer, split: str, world: World) -> TextShards:
     verify: Verification = "sha256" if world.is_main else "size"  # all ranks read the same files
-    shards = Shards.open(c.data, split, tokenizer_fingerprint=tokenizer.fingerprint, verify=verify)
+    shards = Shards.open(Path(folder), split, tokenizer_fingerprint=tokenizer.fingerprint, verify=verify)
     if shards.kind != "text":
         raise ValueError(
-            f"{c.data} holds conversations, of which only the replies are trained; pretraining reads documents "
+            f"{folder} holds conversations, of which only the replies are trained; pretraining reads documents "
             f"(nanollm preprocess owt or text)"
         )
-    return shards
+    return TextShards(shards, c.model.context_length, c.documents)

@@ -10,7 +10,7 @@ import torch
 from nanollm.bundle import TOKENIZER, WEIGHTS, Bundle, load_bundle
 from nanollm.config import check_at_least
 from nanollm.data.batches import ChatShards, Conversations, layout_of
-from nanollm.data.order import Mixture
+from nanollm.data.order import Mixture, sources_of
 from nanollm.data.shards import Shards, Verification, read_manifest
 from nanollm.generate.engine import generate
 from nanollm.generate.sampling import SamplingConfig
@@ -87,23 +87,6 @@ class Config(RunConfig):
         """Folder to weight, in the order of the folders' names."""
         assert isinstance(self.data, dict)
         return self.data
-
-
-def sources_of(given: dict[str, float] | Path) -> dict[str, float]:
-    """One folder, or several with weights, as folder to weight; sorted, so that no order of writing changes a run."""
-    if not isinstance(given, dict):
-        if str(given).startswith("{"):  # what was meant as a mapping and is none reads as a path
-            raise ValueError(f"data: expected a folder or {{folder: weight, ...}}, got {given}")
-        given = {str(given): 1.0}
-    weights = {Path(folder).as_posix(): float(weight) for folder, weight in sorted(given.items())}
-    if not weights or len(weights) < len(given):
-        raise ValueError(f"data must name at least one folder, and each once, got {', '.join(given) or 'none'}")
-    for folder, weight in weights.items():
-        if not 0 < weight < float("inf"):
-            raise ValueError(
-                f"data: the weight of {folder} must be above 0, got {weight}; leave the folder out instead"
-            )
-    return weights
 
 
 def plan(c: Config) -> str:

@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 import torch
 
-from nanollm.data.batches import IGNORE, Batch, ChatShards, Conversations, Windows, layout_of, sequential_batches
+from nanollm.data.batches import (
+    IGNORE,
+    Batch,
+    ChatShards,
+    Conversations,
+    Documents,
+    TextShards,
+    Windows,
+    layout_of,
+    sequential_batches,
+)
 from nanollm.data.order import Mixture
 from nanollm.data.packing import PackedLayout
 from nanollm.data.prepare import PrepareConfig, SourceSplit, prepare
@@ -19,6 +29,10 @@ from tests.model.conftest import TINY, randomised
 T = 16
 
 
+def windows_of(shards: Shards, context_length: int, seed: int, documents: Documents = "across") -> Windows:
+    return Windows([TextShards(shards, context_length, documents)], Mixture([1]), seed)
+
+
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory, documents, tokenizer):
     folder = tmp_path_factory.mktemp("shards")
@@ -28,31 +42,50 @@ def shards(tmp_path_factory, documents, tokenizer):
 
 
 def test_inputs_and_targets_are_one_window_shifted_by_one(shards):
-    (batch,) = Windows(shards, T, seed=0).micro_batches(3, 4, 4)
+    (batch,) = windows_of(shards, T, seed=0).micro_batches(3, 4, 4)
     assert batch.tokens.shape == batch.targets.shape == (4, T)
     assert batch.tokens.dtype == batch.targets.dtype == torch.int64
     assert batch.tokens[:, 1:].equal(batch.targets[:, :-1])
     assert batch.count == 4 * T
 
 
-@pytest.mark.parametrize(("world", "micros"), [(1, 2), (1, 12), (2, 1), (2, 3), (3, 4), (12, 1)])
-def test_ranks_and_micro_batches_share_the_one_rank_batch_in_its_order(shards, world, micros):
-    windows = Windows(shards, T, seed=5)
+@pytest.mark.parametrize("layout", ["across", "apart"])
+@pytest.mark.parametrize(("world", "micros"), [(1, 2), (1, 12), (2, 1), (2, 3), (3, 4), (4, 1), (12, 1)])
+def test_ranks_and_micro_batches_share_the_one_rank_batch_in_its_order(shards, world, micros, layout):
+    splits = [TextShards(shards, T, layout)] * 2
+    windows = Windows(splits, Mixture([1, 3], after=Mixture([1, 0]), begins=24), seed=5)
     for step in range(4):
         (whole,) = windows.micro_batches(step, 12, 12)
         size = 12 // (micros * world)
         by_rank = [windows.micro_batches(step, 12, size, rank=rank, world=world) for rank in range(world)]
-        pieces = [by_rank[rank][micro] for micro, rank in product(range(micros), range(world))]
-        assert torch.cat([piece.tokens for piece in pieces]).equal(whole.tokens)
-        assert torch.cat([piece.targets for piece in pieces]).equal(whole.targets)
+        together = Batch.join(by_rank[rank][micro] for micro, rank in product(range(micros), range(world)))
+        assert together.tokens.equal(whole.tokens)
+        assert together.targets.equal(whole.targets)
+        if layout == "across":
+            assert together.positions is whole.positions is None
+        else:
+            assert together.positions.equal(whole.positions)
+
+
+def test_over_a_long_run_every_split_is_read_by_its_weight_and_whole(shards):
+    split = TextShards(shards, T)
+    windows = Windows([split, split, split], Mixture([6, 3, 1]), seed=2)
+    rows = Batch.join(batch for step in range(400) for batch in windows.micro_batches(step, 5, 5)).tokens
+    everything = sorted(split[number].tokens[0].tolist() for number in range(len(split)))
+    sources, _ = windows.mixture.draws(0, 2000)
+    for source, share in enumerate((0.6, 0.3, 0.1)):
+        seen = rows[torch.from_numpy(sources == source)].tolist()
+        assert len(seen) == share * 2000
+        for epoch in range(len(seen) // len(split)):
+            assert sorted(seen[epoch * len(split) :][: len(split)]) == everything
 
 
 def test_an_epoch_reads_every_window_exactly_once(shards):
-    windows = Windows(shards, T, seed=1)
-    whole = torch.from_numpy(shards.read(0, windows.windows * T + 1).astype(np.int64))
+    windows = windows_of(shards, T, seed=1)
+    whole = torch.from_numpy(shards.read(0, len(windows.splits[0]) * T + 1).astype(np.int64))
     expected = sorted(whole[:-1].view(-1, T).tolist())
     for epoch in (0, 1):
-        steps = range(epoch * windows.windows, (epoch + 1) * windows.windows)
+        steps = range(epoch * len(windows.splits[0]), (epoch + 1) * len(windows.splits[0]))
         assert sorted(windows.micro_batches(step, 1, 1)[0].tokens[0].tolist() for step in steps) == expected
 
 
@@ -60,10 +93,10 @@ def test_a_batch_depends_on_seed_and_step_alone(shards):
     def tokens(windows, step):
         return windows.micro_batches(step, 4, 4)[0].tokens
 
-    windows = Windows(shards, T, seed=1)
+    windows = windows_of(shards, T, seed=1)
     for step in (9, 2, 700):  # in any order
-        assert tokens(windows, step).equal(tokens(Windows(shards, T, seed=1), step))
-    assert not tokens(windows, 9).equal(tokens(Windows(shards, T, seed=2), 9))
+        assert tokens(windows, step).equal(tokens(windows_of(shards, T, seed=1), step))
+    assert not tokens(windows, 9).equal(tokens(windows_of(shards, T, seed=2), 9))
 
 
 def test_only_the_assistants_words_are_targets_of_conversations(tmp_path, conversations, prepared, tokenizer):
@@ -97,15 +130,72 @@ def test_a_limit_takes_that_many_windows_spread_over_the_split(shards):
 
 def test_a_corpus_smaller_than_one_window_is_refused(shards):
     total = shards.tokens_total
-    assert Windows(shards, total - 1, seed=0).windows == 1
+    assert len(TextShards(shards, total - 1)) == 1
     with pytest.raises(ValueError, match=rf"needs context_length \+ 1 = {total + 1:,} tokens, .* has {total:,};"):
-        Windows(shards, total, seed=0)
+        windows_of(shards, total, seed=0)
 
 
 @pytest.mark.parametrize(("batch_size", "micro", "world"), [(6, 4, 1), (4, 1, 3), (0, 1, 1), (4, 0, 1)])
 def test_a_batch_that_does_not_divide_is_refused(shards, batch_size, micro, world):
     with pytest.raises(ValueError, match=r"must divide evenly into .* take a multiple of \d+ as train.batch_size"):
-        Windows(shards, T, seed=0).micro_batches(0, batch_size, micro, world=world)
+        windows_of(shards, T, seed=0).micro_batches(0, batch_size, micro, world=world)
+
+
+# Documents apart.
+
+
+@pytest.mark.parametrize("width", [2, 7, T, 64, 256])
+def test_apart_an_epoch_predicts_every_token_of_every_document_once_from_its_own_document(shards, width):
+    split = TextShards(shards, width, "apart")
+    rows = Batch.join(split[number] for number in range(len(split)))
+    starts = [*shards.document_offsets().tolist(), shards.tokens_total]
+    expected = Counter[tuple[tuple[int, ...], tuple[int, ...]]]()
+    for start, end in pairwise(starts):
+        ids = tuple(shards.read(start, end - start).tolist())
+        for first in range(0, len(ids) - 2, width):  # a piece that predicts </s> alone is none
+            piece = ids[first : first + width + 1]
+            expected[piece[:-1], piece[1:]] += 1
+    found = Counter[tuple[tuple[int, ...], tuple[int, ...]]]()
+    for tokens, targets, positions in zip(rows.tokens, rows.targets, rows.positions, strict=True):
+        for start, end in pairwise([*(positions == 0).nonzero().flatten().tolist(), width]):
+            assert positions[start:end].tolist() == [*range(end - start)]
+            if targets[start] != IGNORE:
+                found[tuple(tokens[start:end].tolist()), tuple(targets[start:end].tolist())] += 1
+    assert found == expected
+    assert split.fill == pytest.approx(float((rows.targets != IGNORE).float().mean()))
+    assert split.fill > 0.9
+
+
+def test_apart_rows_are_known_by_seed_and_step_and_read_once_an_epoch(shards):
+    windows = windows_of(shards, 64, seed=1, documents="apart")
+    again = windows_of(shards, 64, seed=1, documents="apart")
+    (count,) = map(len, windows.splits)
+    order = [windows.names(step, 1).popitem()[1][0] for step in range(2 * count)]
+    assert sorted(order[:count]) == sorted(order[count:]) == [*range(count)]
+    assert order[:count] != order[count:]
+    assert windows.micro_batches(99, 2, 2)[0].tokens.equal(again.micro_batches(99, 2, 2)[0].tokens)
+
+
+def test_validation_of_documents_apart_reads_each_row_once(shards):
+    split = TextShards(shards, 64, "apart")
+    batches = list(split.batches(rows=4))
+    assert sum(len(batch.tokens) for batch in batches) == len(split)
+    assert sum(len(batch.tokens) for batch in split.batches(rows=4, limit=5)) == 5
+
+
+def test_a_document_in_a_row_with_others_gives_the_logits_it_gives_alone(shards, tokenizer):
+    config = dataclasses.replace(TINY, vocab_size=tokenizer.vocab_size, context_length=64)
+    model = randomised(Transformer(config).init(0)).double().eval()
+    split = TextShards(shards, 64, "apart")
+    shared = 0
+    for row in map(split.__getitem__, range(len(split))):
+        logits = model(row.tokens, positions=row.positions)[0]
+        for start, end in pairwise([*(row.positions[0] == 0).nonzero().flatten().tolist(), 64]):
+            if row.targets[0, start] == IGNORE:
+                continue
+            torch.testing.assert_close(logits[start:end], model(row.tokens[:, start:end])[0], atol=1e-10, rtol=0)
+            shared += end - start < 64
+    assert shared > 20
 
 
 # Conversations.
@@ -145,15 +235,9 @@ def texts(batch: Batch) -> list[tuple[int, ...]]:
     return sorted(found)
 
 
-def joined(batches: list[Batch]) -> Batch:
-    return Batch(
-        *(torch.cat(parts) for parts in zip(*((b.tokens, b.targets, b.positions) for b in batches), strict=True))
-    )
-
-
 def test_a_step_holds_its_conversations_whole_and_trains_only_the_assistants_words(splits, conversations, tokenizer):
     (sixty, _) = splits()
-    batch = joined(Conversations([sixty], Mixture([1]), seed=0).micro_batches(0, 60, 4))
+    batch = Batch.join(Conversations([sixty], Mixture([1]), seed=0).micro_batches(0, 60, 4))
     encoded = [encode_conversation(each, tokenizer) for each in conversations]
     assert texts(batch) == sorted(tuple(each.ids[:-1]) for each in encoded)
     said = Counter(token for each in conversations for token in tokenizer.encode(each.messages[1].content))
@@ -168,10 +252,10 @@ def test_a_step_holds_its_conversations_whole_and_trains_only_the_assistants_wor
 def test_ranks_and_micro_batches_share_the_rows_of_one_batch(splits, world, micro):
     mixed = Conversations(splits(), Mixture([0.7, 0.3]), seed=5)
     for step in (0, 9):
-        whole = joined(mixed.micro_batches(step, 24, 1))
+        whole = Batch.join(mixed.micro_batches(step, 24, 1))
         by_rank = [mixed.micro_batches(step, 24, micro, rank=rank, world=world) for rank in range(world)]
         assert len({len(batches) for batches in by_rank}) == 1
-        together = joined([batches[m] for m in range(len(by_rank[0])) for batches in by_rank])
+        together = Batch.join([batches[m] for m in range(len(by_rank[0])) for batches in by_rank])
         assert all(len(batch.tokens) == micro for batches in by_rank for batch in batches)
         rows = len(whole.tokens)
         assert together.tokens[:rows].equal(whole.tokens)
@@ -183,7 +267,7 @@ def test_ranks_and_micro_batches_share_the_rows_of_one_batch(splits, world, micr
 
 def test_conversations_of_a_step_depend_on_seed_and_step_alone(splits):
     def tokens(seed, step):
-        return joined(Conversations(splits(), Mixture([0.7, 0.3]), seed).micro_batches(step, 16, 2)).tokens
+        return Batch.join(Conversations(splits(), Mixture([0.7, 0.3]), seed).micro_batches(step, 16, 2)).tokens
 
     for step in (9, 2, 70_000):  # in any order
         assert tokens(1, step).equal(tokens(1, step))
@@ -207,8 +291,8 @@ def test_validation_reads_each_conversation_once_in_equal_batches(splits):
     sixty, _ = splits()
     whole = list(sixty.batches(rows=4))
     assert {batch.tokens.shape for batch in whole} == {(4, LONG)}
-    assert texts(joined(whole)) == sorted(tuple(sixty[number].ids[:-1].tolist()) for number in range(60))
-    ten = joined(list(sixty.batches(rows=4, limit=10)))
+    assert texts(Batch.join(whole)) == sorted(tuple(sixty[number].ids[:-1].tolist()) for number in range(60))
+    ten = Batch.join(list(sixty.batches(rows=4, limit=10)))
     assert texts(ten) == sorted(tuple(sixty[number].ids[:-1].tolist()) for number in range(0, 60, 6))
 
 
@@ -220,7 +304,7 @@ def test_what_does_not_fit_is_shortened_and_counted(splits, conversations, token
     assert sixty.cuts(limit=3) == {"cut reply": 3}
     batches = Conversations([sixty], Mixture([1]), seed=0).micro_batches(0, 60, 2)
     assert {batch.tokens.shape for batch in batches} == {(2, 24)}
-    assert len(texts(joined(batches))) == 60
+    assert len(texts(Batch.join(batches))) == 60
 
 
 def test_documents_are_not_taken_for_conversations(shards, tokenizer):
@@ -267,7 +351,7 @@ def test_packed_rows_equal_separate_rows(splits, model):
 
 def test_micro_batches_of_conversations_equal_the_whole(splits, model):
     mixed = Conversations(splits(), Mixture([0.7, 0.3]), seed=0)
-    expected_loss, expected_grads = gradients(model, [joined(mixed.micro_batches(0, 24, 1))])
+    expected_loss, expected_grads = gradients(model, [Batch.join(mixed.micro_batches(0, 24, 1))])
     scale = max(float(grad.abs().max()) for grad in expected_grads)
     for micro in (1, 2, 5):
         loss, grads = gradients(model, mixed.micro_batches(0, 24, micro))

@@ -125,7 +125,29 @@ def test_very_uneven_weights_are_rounded_and_no_source_is_lost():
     assert parts[2] == 1
 
 
-@pytest.mark.parametrize("weight", [0.0, -0.5, float("nan"), float("inf")])
-def test_a_weight_that_is_not_above_zero_is_refused(weight):
-    with pytest.raises(ValueError, match=r"a weight of a mixture must be above 0, got .*; leave out"):
-        Mixture([0.5, weight])
+@pytest.mark.parametrize("weights", [[0.5, -0.5], [0.5, float("nan")], [0.5, float("inf")], [0.0, 0.0]])
+def test_weights_below_zero_and_none_above_it_are_refused(weights):
+    with pytest.raises(ValueError, match="the weights of a mixture must be 0 or more, and one above 0, got"):
+        Mixture(weights)
+
+
+def test_after_another_mixture_every_source_goes_on_where_it_was_left():
+    first = Mixture([3, 1, 0])
+    second = Mixture([0, 1, 1], after=first, begins=6)
+    third = Mixture([1, 0, 0], after=second, begins=13)
+    sources, draws = (
+        np.concatenate(parts)
+        for parts in zip(third.draws(0, 6), third.draws(6, 5), third.draws(11, 2), third.draws(13, 9), strict=True)
+    )
+    assert sources[:6].tolist() == first.draws(0, 6)[0].tolist()
+
+    assert set(sources[6:13].tolist()) == {1, 2}
+    assert set(sources[13:].tolist()) == {0}
+    for source in range(3):
+        assert draws[sources == source].tolist() == list(range((sources == source).sum()))
+    for count in range(22):
+        assert third.drawn(count).tolist() == np.bincount(sources[:count], minlength=3).tolist()
+
+
+def test_very_uneven_weights_beside_none_are_rounded_and_none_stays_none():
+    assert parts_of([2_000_000, 7_384, 0])[2] == 0

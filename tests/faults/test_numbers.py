@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from nanollm.cli import main
-from nanollm.data.batches import Windows
+from nanollm.data.batches import TextShards, Windows
+from nanollm.data.order import Mixture
 from nanollm.data.shards import Shards
 from nanollm.stages import pretrain, sft
 from nanollm.train.checkpoint import Checkpoints, checkpoints, load_newest, save_checkpoint
@@ -114,7 +115,8 @@ def test_of_a_run_that_meets_nothing_finite_the_weights_stay_and_its_batches_are
         patch.setattr(pretrain, "next_token_loss", spoiled)
         assert main(job.words) == 2
     (told,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("nanollm pretrain: ")]
-    windows = Windows(Shards.open(materials["text"], tokenizer_fingerprint=None), 32, seed=0)
+    shards = Shards.open(materials["text"], tokenizer_fingerprint=None)
+    windows = Windows([TextShards(shards, 32)], Mixture([1]), seed=0)
     assert f"the updates of steps 6 to {5 + MAX_SKIPPED_IN_A_ROW} were all skipped" in told
     assert f"the last windows of {materials['text']} train {windows.names(14, 4).popitem()[1]}" in told
     skipped = [line for line in read_metrics(job.out) if line.get("skipped")]

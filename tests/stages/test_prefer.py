@@ -229,7 +229,10 @@ def test_what_cannot_be_used_is_left_out_and_said(run_config, tmp_path):
             r"chosen: the last message must be the assistant's",
         ),
         ({"prompt": "a", "completion": "b", "label": 1}, r"label must be true or false, got 1"),
-        ({"question": "a", "reply": 5, "reward": 1}, r"expected a reply of text and a reward, a number or null, got 5 and 1"),
+        (
+            {"question": "a", "reply": 5, "reward": 1},
+            r"expected a reply of text and a reward, a number or null, got 5 and 1",
+        ),
         ({"question": "a", "reply": "5", "reward": 1, "turns": True}, r"a conversation with an environment has no"),
     ],
 )

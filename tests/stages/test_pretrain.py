@@ -1,6 +1,7 @@
 """A run is the same run however often it was stopped, and refuses to become another one."""
 
 import dataclasses
+import json
 import os
 import shutil
 import signal
@@ -14,14 +15,16 @@ import torch
 from safetensors.torch import load_file
 
 from nanollm.bundle import load_bundle
-from nanollm.config import read_mapping, to_yaml
+from nanollm.config import parse_options, read_mapping, to_yaml
+from nanollm.data.batches import TextShards
 from nanollm.data.shards import Shards
 from nanollm.durable import lock_folder
-from nanollm.stages import pretrain
+from nanollm.stages import preprocess, pretrain
 from nanollm.stages.pretrain import Config
 from nanollm.train.checkpoint import checkpoints
 from nanollm.train.metrics import read_metrics
 from nanollm.train.optim import OptimConfig
+from nanollm.train.step import train_step
 from tests.stages.conftest import FILES_OF_A_RUN, told, weights_of
 
 
@@ -195,6 +198,115 @@ def test_sample_prompts_come_from_the_validation_text_and_are_saved_as_settings(
     assert [len(line["samples"]) for line in read_metrics(c.out) if "samples" in line] == [3, 3]
 
 
+@pytest.fixture
+def two_folders(token_files, prepared, tmp_path):
+    """The story's folder, and another of a hundred short documents about numbers, a tenth of them held out."""
+    lines = [json.dumps({"text": " ".join(f"{n} and {k} is {n + k}." for k in range(9))}) for n in range(100)]
+    (tmp_path / "sums.jsonl").write_text("\n".join(lines))
+    return str(token_files), str(prepared("text", tmp_path / "sums.jsonl", val_fraction=0.1))
+
+
+@pytest.mark.parametrize("documents", ["across", "apart"])
+def test_a_mixture_stopped_before_and_within_its_last_stage_ends_with_the_same_bits(run_config, two_folders, documents):
+    story, sums = two_folders
+    mixed = {"data": {story: 0.75, sums: 0.25}, "anneal": {0.5: {sums: 1.0}}, "documents": documents}
+    mixed["optim"] = OptimConfig(warmup_steps=2, final_lr_fraction=1.0)
+    whole = pretrain.run(run_config(out="whole", **mixed)).parent
+    c = run_config(out="parts", **mixed)
+    for stop in (4, 8):  # the last stage begins with step 6
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(pretrain, "train_step", stopping_at(stop))
+            with pytest.raises(KeyboardInterrupt):
+                pretrain.run(c)
+    pretrain.run(c)
+    assert weights_of(c.out) == weights_of(whole)
+    assert told(c.out)[-1] == told(whole)[-1]
+    assert read_mapping(c.out / "config.yaml")["anneal"] == {"0.5": {sums: 1.0}}
+
+
+def stopping_at(stop: int):
+    def step(state, *others):
+        if state.step == stop:
+            raise KeyboardInterrupt
+        return train_step(state, *others)
+
+    return step
+
+
+def test_of_a_mixture_each_folder_is_measured_and_all_together(run_config, two_folders):
+    story, sums = two_folders
+    c = run_config(steps=2, data={story: 1.0}, anneal={0.5: {sums: 2.0}}, validation_windows=0)
+    for folder, line in zip(c.folders, pretrain.plan(c).splitlines()[1:], strict=True):
+        rows = len(TextShards(Shards.open(Path(folder), tokenizer_fingerprint=None), 32))
+        assert line == f"{folder}: 50.0% of the rows seen, {4 / rows:.2f} epochs of its {rows:,}"
+    pretrain.run(c)
+    last = read_metrics(c.out)[-1]
+    own = [last[f"val_bpb/{folder}"] for folder in two_folders]
+    assert min(own) < last["val_bpb"] < max(own)
+
+
+def test_weights_and_stages_are_fixed_and_the_length_of_a_run_with_stages_too(run_config, two_folders):
+    story, sums = two_folders
+    mixed = {"data": {story: 0.75, sums: 0.25}, "anneal": {0.5: {sums: 1}}}
+    pretrain.run(run_config(steps=2, **mixed))
+    for change, key in [
+        ({"data": {story: 0.5, sums: 0.5}}, "data"),
+        ({"anneal": {0.6: {sums: 1}}}, "anneal.0.5"),
+        ({"anneal": {}}, "anneal"),
+        ({"steps": 4}, "train.steps = 2, this run has 4"),
+        ({"documents": "apart"}, "inputs.documents = None, this run has apart"),
+    ]:
+        with pytest.raises(ValueError, match=key) as error:
+            pretrain.run(run_config(**{"steps": 2} | mixed | change))
+        assert "choose another --out" in str(error.value)
+
+
+def test_a_run_of_one_folder_from_before_there_were_mixtures_resumes(run_config, token_files, tmp_path):
+    c = run_config(steps=2)
+    pretrain.run(c)
+    settings = read_mapping(c.out / "config.yaml")
+    assert settings.pop("anneal") == {} and settings.pop("documents") == "across"
+    (c.out / "config.yaml").write_text(to_yaml(settings))
+    moved = shutil.copytree(token_files, tmp_path / "moved")
+    pretrain.run(run_config(steps=4, data=moved))
+    with pytest.raises(ValueError, match=r"inputs\.documents = None, this run has apart"):
+        pretrain.run(run_config(steps=4, documents="apart"))
+
+
+@pytest.mark.parametrize("fraction", ["0", "1", "1.5", "-0.5", "soon", "nan"])
+def test_stages_begin_within_the_run(run_config, fraction):
+    with pytest.raises(ValueError, match=f"anneal: expected fractions of the run above 0 and below 1, got {fraction}"):
+        run_config(anneal={fraction: {"a": 1}})
+
+
+def test_a_mixture_of_no_weight_or_of_another_tokenizer_is_refused(run_config, two_folders, tmp_path):
+    for weight in (0, -1):
+        with pytest.raises(ValueError, match=rf"anneal\.0\.8: the weight of a must be above 0, got {weight}"):
+            run_config(anneal={0.8: {"a": weight}})
+        with pytest.raises(ValueError, match=f"data: the weight of a must be above 0, got {weight}"):
+            run_config(data={"a": weight})
+    from nanollm.text.train_tokenizer import train
+
+    train(["some other text entirely, with other words " * 50], tmp_path / "other.model", vocab_size=300)
+    (tmp_path / "mine.txt").write_text("some other words entirely " * 50)
+    other = preprocess.Config(
+        kind="text", input=[tmp_path / "mine.txt"], tokenizer_path=tmp_path / "other.model", save_dir=tmp_path / "other"
+    )
+    foreign = preprocess.run(other)
+    with pytest.raises(ValueError, match=f"{foreign} was written with tokenizer"):
+        pretrain.run(run_config(data={two_folders[0]: 1, str(foreign): 1}))
+
+
+def test_the_words_of_a_mixture_are_read_as_they_are_meant(run_config, tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(to_yaml(run_config()))
+    words = ["--config", str(file), "--data", "{a: 0.7, b: 3e-1}", "--anneal", "{0.9: {b: 1}, 0.5: {a: 1, b: 4}}"]
+    c, _ = parse_options("pretrain", pretrain, words)
+    assert c.weights == {0.0: {"a": 0.7, "b": 0.3}, 0.5: {"a": 1.0, "b": 4.0}, 0.9: {"b": 1.0}}
+    file.write_text(to_yaml(c))
+    assert parse_options("pretrain", pretrain, words[:2])[0] == c
+
+
 def test_a_fast_start_and_the_prompts_of_its_samples_are_the_same_after_a_stop(run_config):
     constant = OptimConfig(warmup_steps=2, final_lr_fraction=1.0)
     same = {"start": "fast", "optim": constant, "sample_prompts": ["auto"]}
@@ -218,9 +330,10 @@ def test_a_context_without_room_for_a_prompt_of_the_text_gives_fewer(run_config,
     c = run_config(sample_prompts=["auto"])
     shards = Shards.open(token_files, "val", tokenizer_fingerprint=None)
     narrow = dataclasses.replace(c, model=dataclasses.replace(c.model, context_length=2))
-    assert pretrain.sample_prompts(narrow, tokenizer, shards) == []
+    splits = {"here": TextShards(shards, 2)}
+    assert pretrain.sample_prompts(narrow, tokenizer, splits) == []
     with pytest.raises(ValueError, match="sample prompt 'Once upon a time' does not fit the context of 2 tokens"):
-        pretrain.sample_prompts(dataclasses.replace(narrow, sample_prompts=["Once upon a time"]), tokenizer, shards)
+        pretrain.sample_prompts(dataclasses.replace(narrow, sample_prompts=["Once upon a time"]), tokenizer, splits)
 
 
 def test_a_run_cannot_be_written_below_a_file(run_config, tmp_path):

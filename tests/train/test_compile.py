@@ -47,9 +47,12 @@ def compiling(tmp_path, monkeypatch):
     torch.compiler.reset()
 
 
-def check_that_compiled_equals_eager(rng: torch.Generator) -> None:
+def check_that_compiled_equals_eager(rng: torch.Generator, *, is_packed: bool = False) -> None:
     eager = randomised(Transformer(SMALL).init(0)).train()
     model, batch = copy.deepcopy(eager), some_batch(rng)
+    if is_packed:
+        positions = torch.tensor([[*range(9), *range(7)], [*range(3), *range(12), 0]])
+        batch = dataclasses.replace(batch, positions=positions)
     compile_blocks(model, SpeedConfig(compile="on"), CPU)
     for got, expected in zip(gradients(model, batch), gradients(eager, batch), strict=True):
         assert (got - expected).norm() <= 1e-5 * expected.norm()
@@ -64,7 +67,8 @@ def check_that_compiled_equals_eager(rng: torch.Generator) -> None:
 @pytest.mark.long
 @pytest.mark.filterwarnings("default")  # of torch's own compiler
 @pytest.mark.usefixtures("compiling")
-def test_a_compiled_model_equals_an_eager_one_and_blocks_of_a_kind_are_compiled_once(rng, monkeypatch):
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_a_compiled_model_equals_an_eager_one_and_blocks_of_a_kind_are_compiled_once(rng, monkeypatch, is_packed):
     compile_block = torch.nn.Module.compile
     # Everything but the last step, which takes a minute: graphs, their gradients, decompositions.
     monkeypatch.setattr(
@@ -72,7 +76,7 @@ def test_a_compiled_model_equals_an_eager_one_and_blocks_of_a_kind_are_compiled_
         "compile",
         lambda block, **how: compile_block(block, backend="aot_eager_decomp_partition", **how),
     )
-    check_that_compiled_equals_eager(rng)
+    check_that_compiled_equals_eager(rng, is_packed=is_packed)
 
 
 @pytest.mark.slow
