@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanollm.data.order import PERIOD, Mixture, parts_of, permute, sample_indices
+from nanollm.data.order import PERIOD, Mixture, mixed_indices, parts_of, permute, sample_indices
 
 WEIGHTS = st.lists(st.integers(1, 40), min_size=1, max_size=6)
 
@@ -151,3 +151,11 @@ def test_after_another_mixture_every_source_goes_on_where_it_was_left():
 
 def test_very_uneven_weights_beside_none_are_rounded_and_none_stays_none():
     assert parts_of([2_000_000, 7_384, 0])[2] == 0
+
+
+def test_every_source_has_an_order_of_its_own_and_the_first_that_of_a_source_alone():
+    sources, numbers = mixed_indices(0, 200, [100, 100], Mixture([1, 1]), seed=3)
+    first, second = numbers[sources == 0], numbers[sources == 1]
+    assert sorted(first) == sorted(second) == list(range(100))
+    assert (first == second).mean() < 0.1
+    assert first.tolist() == sample_indices(0, 100, 100, seed=3).tolist()
