@@ -11,7 +11,9 @@ import keyword
 import os
 import sys
 import traceback
+import typing
 from collections.abc import Sequence
+from pathlib import Path
 
 from nanollm import __version__
 from nanollm.extras import require
@@ -159,6 +161,7 @@ def completion(words: Sequence[str]) -> str:
     if len(words) != 1 or words[0] not in SHELLS:
         raise ValueError(f"--completion expects one of {', '.join(SHELLS)}, got {' '.join(words) or 'none'}")
     require("--completion", ["shtab"], "completion")
+    import shtab
     from jsonargparse import ArgumentParser
 
     from nanollm.config import kinds_of, parser_of
@@ -169,7 +172,12 @@ def completion(words: Sequence[str]) -> str:
     below = parser.add_subcommands(required=False)
     for verb in all_verbs():
         stage = importlib.import_module(module_of(verb))
-        below.add_subcommand(verb, parser_of(verb, stage, kinds_of(stage)))
+        kinds = kinds_of(stage)
+        words_of_verb = parser_of(verb, stage, kinds)
+        for action in words_of_verb._actions:  # a path or something else: shtab asks for a hint
+            if Path in typing.get_args(kinds[action.dest]):
+                vars(action)["complete"] = shtab.FILE
+        below.add_subcommand(verb, words_of_verb)
     return parser.get_completion_script(f"shtab-{words[0]}")
 
 

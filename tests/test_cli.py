@@ -198,7 +198,7 @@ COMPLETED = {
     "nanollm pretrain --optim.lr": ["--optim.lr"],
     "nanollm pretrain --model nano-5m --parallel ": ["ddp", "fsdp", "hsdp"],
     "nanollm generate runs/a --quant": ["--quantize"],
-    "nanollm grpo --bundle my_b": ["my_bundle"],
+    "nanollm pretrain --data my_b": ["my_bundle"],
     "nanollm pretrain --config my_c": ["my_config.yaml"],
     "nanollm generate --chat ": ["true", "false"],
     "nanollm --vers": ["--version"],
