@@ -49,13 +49,14 @@ def text_spans(positions: Tensor) -> Tensor:
     others, and from where its own part begins. positions (B, T) to (B, T, 3) int64.
 
     A text begins at position 0. Where a position does not follow the one before it, a continuation of the text's first
-    tokens begins, up to that position: so the replies to a prompt stand behind it, and none sees another.
+    tokens begins, up to that position: so the replies to a prompt stand behind it, and none sees another. Whatever the
+    positions, 0 <= text <= shared <= own <= the token itself: attention.cpp trusts them.
     """
     index = torch.arange(positions.shape[1], device=positions.device).expand_as(positions)
-    follows = positions == F.pad(positions[:, :-1] + 1, (1, 0), value=-1)
+    follows = (positions == F.pad(positions[:, :-1] + 1, (1, 0), value=-1)) & (positions != 0)
     text = torch.where(positions == 0, index, 0).cummax(1).values
     own = torch.where(follows, 0, index).cummax(1).values
-    shared = torch.minimum(text + positions.gather(1, own), own)
+    shared = torch.minimum(text + positions.gather(1, own).clamp(min=0), own)
     return torch.stack((text, shared, own), dim=-1)
 
 

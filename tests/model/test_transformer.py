@@ -9,7 +9,7 @@ import torch
 from nanollm.config import load_preset, preset_names
 from nanollm.model.config import ModelConfig
 from nanollm.model.layers import rotary_table, rotate
-from nanollm.model.transformer import Transformer, packed_mask
+from nanollm.model.transformer import Transformer, packed_mask, text_spans
 from tests.model.conftest import TINY
 
 SIZES = {
@@ -45,6 +45,13 @@ def test_a_continuation_sees_what_it_continues_and_itself():
     positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 2, 0]])
     seen = [[0], [0, 1], [0, 1, 2], [3], [3, 4], [3, 4, 5], [3, 4, 5, 6], [3, 4, 7], [8]]
     assert [row.nonzero().flatten().tolist() for row in packed_mask(positions)[0]] == seen
+
+
+def test_whatever_the_positions_no_token_looks_before_its_row_or_behind_itself(rng):
+    positions = torch.randint(-3, 6, (200, 24), generator=rng)
+    text, shared, own = text_spans(positions).unbind(-1)
+    for earlier, later in ((torch.zeros_like(text), text), (text, shared), (shared, own), (own, torch.arange(24))):
+        assert bool((earlier <= later).all())
 
 
 @torch.no_grad()
