@@ -84,7 +84,7 @@ QUANTITIES = {
         Quantity("rewards/rejected", "Reward of rejected replies", "beta times log-ratio", smooth=True),
         Quantity("logps/chosen", "Log-probability of chosen replies", "nats per reply", smooth=True),
         Quantity("logps/rejected", "Log-probability of rejected replies", "nats per reply", smooth=True),
-        Quantity("kl", "Reference point", "nats per reply", smooth=True, not_of=("grpo",)),
+        Quantity("kl", "Reference point", "nats per reply", smooth=True, not_of=("grpo", "distill")),
     ],
     "Speed and memory": [
         Quantity("tokens_per_s", "Speed", "tokens/s", from_zero=True),
@@ -179,7 +179,8 @@ def charts(runs: Sequence[RunFolder], quantities: Sequence[Quantity]) -> Iterato
 
 def is_unmoved(runs: Sequence[RunFolder], quantity: Quantity) -> bool:
     """Whether it was measured, and was 0 throughout."""
-    values = [y for run in runs for _, y in run.numbers.get(quantity.name, [])]
+    seen = [run for run in runs if run.stage not in quantity.not_of]
+    values = [y for run in seen for _, y in run.numbers.get(quantity.name, [])]
     return bool(values) and not any(values)
 
 

@@ -89,6 +89,12 @@ def test_what_was_0_throughout_is_said_and_not_drawn(grpo_run):
     assert "0 throughout, and not drawn: Clipped." in text and "Clipped share of tokens" not in text
 
 
+def test_what_another_stage_calls_so_is_not_said_of_it(grpo_run):
+    lines = [json.loads(line) | {"kl": 0.0} for line in (grpo_run / "metrics.jsonl").read_text("utf-8").splitlines()]
+    (grpo_run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    assert "0 throughout, and not drawn: Distance to the reference, Clipped." in words_of(page_of(grpo_run))
+
+
 def test_the_runs_before_it_are_linked_from_wherever_the_page_lies(write_run, tmp_path):
     base = write_run("base")
     tuned = write_run("tuned & so", bundle=str(base / "bundle"))
