@@ -93,6 +93,8 @@ def anneal_of(given: Mapping[float, dict[str, float]]) -> dict[float, dict[str, 
     for fraction in given:
         if not re.fullmatch(r"0?\.\d+", str(fraction)) or not float(fraction):
             raise ValueError(f"anneal: expected fractions of the run above 0 and below 1, got {fraction}")
+    if len({float(fraction) for fraction in given}) < len(given):
+        raise ValueError(f"anneal: expected each fraction once, got {', '.join(map(str, given))}")
     ordered = sorted((float(fraction), weights) for fraction, weights in given.items())
     return {fraction: sources_of(weights, f"anneal.{fraction}") for fraction, weights in ordered}
 

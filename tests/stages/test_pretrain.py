@@ -279,6 +279,11 @@ def test_stages_begin_within_the_run(run_config, fraction):
         run_config(anneal={fraction: {"a": 1}})
 
 
+def test_each_stage_begins_once(run_config):
+    with pytest.raises(ValueError, match=r"anneal: expected each fraction once, got 0\.8, 0\.80"):
+        run_config(anneal={"0.8": {"a": 1}, "0.80": {"b": 1}})
+
+
 def test_a_mixture_of_no_weight_or_of_another_tokenizer_is_refused(run_config, two_folders, tmp_path):
     for weight in (0, -1):
         with pytest.raises(ValueError, match=rf"anneal\.0\.8: the weight of a must be above 0, got {weight}"):
