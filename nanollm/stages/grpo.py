@@ -56,10 +56,6 @@ class GrpoTrainConfig(LoopConfig):
     """Rows per forward pass of training, counted as if each were as long as the model's context; with short replies,
     rows are narrower and a pass takes more of them."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.at_least("micro_batch_size", 1)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Config(RunConfig):

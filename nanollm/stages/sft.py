@@ -47,11 +47,8 @@ class ChatTrainConfig(LoopConfig):
     micro_batch_size: int = 4
     """Rows per forward pass, each as long as the model's context and shared by the conversations that fit into it.
     Smaller takes less memory and gives the same step."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.at_least("batch_size", 1)
-        self.at_least("micro_batch_size", 1)
+    sample_every: int = 0
+    """Steps between two samples (0: only at the start and the end)."""
 
 
 @dataclass(frozen=True, kw_only=True)

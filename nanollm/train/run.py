@@ -27,7 +27,7 @@ import torch
 
 from nanollm import __version__
 from nanollm.bundle import save_adapter, save_bundle, save_merged
-from nanollm.config import check_seed, plain, read_mapping, to_yaml
+from nanollm.config import check_at_least, check_seed, plain, read_mapping, to_yaml
 from nanollm.durable import check_writable, lock_folder, read_json, write_file, write_json
 from nanollm.model.config import ModelConfig
 from nanollm.model.lora import LoraConfig
@@ -56,23 +56,16 @@ class LoopConfig:
     """Steps between two lines of metrics.jsonl."""
     validate_every: int = 100
     """Steps between two validations (0: only at the start and the end)."""
-    sample_every: int = 0
-    """Steps between two samples (0: only at the start and the end)."""
     save_every: int = 200
     """Steps between two checkpoints (0: only at the end and when interrupted)."""
     keep_last: int = 2
     """Checkpoints kept; older ones are deleted."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "log_every", "keep_last"):
-            self.at_least(name, 1)
-        for name in ("validate_every", "sample_every", "save_every"):
-            self.at_least(name, 0)
-
-    def at_least(self, name: str, least: int) -> None:
-        """Raises ValueError for an option below its least value."""
-        if getattr(self, name) < least:
-            raise ValueError(f"train.{name} must be at least {least}, got {getattr(self, name)}")
+        own = [option.name for option in dataclasses.fields(self)]
+        least = dict.fromkeys(("validate_every", "sample_every", "save_every"), 0)
+        for name in own:
+            check_at_least(least.get(name, 1), self, name, prefix="train.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,11 +76,11 @@ class TrainConfig(LoopConfig):
     """Sequences per optimizer step."""
     micro_batch_size: int = 8
     """Sequences per forward pass; must divide batch_size. Smaller takes less memory and gives the same step."""
+    sample_every: int = 0
+    """Steps between two samples (0: only at the start and the end)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.at_least("batch_size", 1)
-        self.at_least("micro_batch_size", 1)
         if self.batch_size % self.micro_batch_size:
             raise ValueError(
                 f"train.batch_size must be a multiple of train.micro_batch_size ({self.micro_batch_size}), "
@@ -286,7 +279,10 @@ class Run:
         }
         if self._world.is_main:
             provenance["metrics"] = {
-                name: value for line in read_metrics(self._c.out) for name, value in line.items() if name[:4] == "val_"
+                name: value
+                for line in read_metrics(self._c.out)
+                for name, value in line.items()
+                if name.startswith("val_")
             }
         folder, adapter = self._c.out / "bundle", self._c.out / "adapter"
         if adapter_of is None or not self.state.has_adapter:
