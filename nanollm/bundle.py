@@ -95,16 +95,14 @@ def load_adapter(folder: Path, base: Bundle) -> tuple[LoraConfig, dict[str, Tens
     recover(folder)
     if not (folder / ADAPTER).is_file():
         raise FileNotFoundError(f"{folder} holds no {ADAPTER}; training with --lora.rank writes it to adapter/")
-    facts, path = (
-        read_sealed_json(folder / ADAPTER, FORMAT, "copy the adapter again", MAX_JSON_BYTES),
-        folder / ADAPTER_WEIGHTS,
-    )
+    facts = read_sealed_json(folder / ADAPTER, FORMAT, "copy the adapter again", MAX_JSON_BYTES)
     _check_format(folder / ADAPTER, facts)
     if (own := base.provenance["files"][WEIGHTS]) != facts["base"]:
         raise ValueError(
             f"{folder} was trained on weights {facts['base'][:6]}, this bundle has {own[:6]}; give the bundle it was "
             f"trained on"
         )
+    path = folder / ADAPTER_WEIGHTS
     check_header(path)
     if sha256_of(path) != facts["files"][ADAPTER_WEIGHTS]:
         raise ValueError(f"{path} was changed after it was written; copy the adapter again")
@@ -159,13 +157,15 @@ def load_bundle(folder: Path | str, dtype: torch.dtype = torch.float32, device: 
     return Bundle(model.to(device).eval(), Tokenizer.load(folder / TOKENIZER), provenance, tools)
 
 
-def load_reference(folder: Path, bundle: Bundle, dtype: torch.dtype, device: torch.device) -> Bundle:
+def load_reference(
+    folder: Path, bundle: Bundle, dtype: torch.dtype, device: torch.device, called: str = "reference"
+) -> Bundle:
     """Another bundle, with which one is compared in training: it must speak with the same ids."""
     reference = load_bundle(folder, dtype, device)
     own, other = bundle.tokenizer.fingerprint, reference.tokenizer.fingerprint
     if own != other:
         raise ValueError(
-            f"the reference {folder} has tokenizer {other[:6]}, the model {own[:6]}; a reference must have the same one"
+            f"the {called} {folder} has tokenizer {other[:6]}, the model {own[:6]}; a {called} must have the same one"
         )
     return reference
 

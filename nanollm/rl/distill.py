@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nanollm.data.batches import IGNORE, Batch
 from nanollm.model.transformer import Transformer
-from nanollm.rl.loss import RolloutBatch
+from nanollm.rl.loss import RolloutBatch, hidden_at
 from nanollm.train.loss import chunk_rows
 
 FLOAT_COPIES = 8  # of a chunk's logits that exist at once, in float32, where the plain loss has one
@@ -48,9 +48,10 @@ def divergences(
     They exist for a chunk of tokens at a time, and are made again for the gradient; the head's gradients of the chunks
     are added up in the compute type.
     """
-    of_student = _hidden(student, place, recompute=recompute)
+    where = place.tokens, place.positions, place.indices
+    of_student = hidden_at(student, *where, recompute=recompute)
     with torch.no_grad():
-        of_teacher = _hidden(teacher, place)
+        of_teacher = hidden_at(teacher, *where)
 
     def of_chunk(own: Tensor, other: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         ours = _log_softmax(student, own, temperature)
@@ -66,12 +67,6 @@ def divergences(
     ]
     kl, logprobs = (torch.cat(each) for each in zip(*parts, strict=True))
     return kl, logprobs
-
-
-def _hidden(model: Transformer, place: Place, *, recompute: bool = False) -> Tensor:
-    """Hidden states (M, D) where the model is scored."""
-    hidden, _ = model.trunk.routed(place.tokens, positions=place.positions, recompute=recompute)
-    return hidden.flatten(0, 1).index_select(0, place.indices)
 
 
 def _log_softmax(model: Transformer, hidden: Tensor, temperature: float) -> Tensor:

@@ -172,9 +172,16 @@ def policy_logprobs(
 
     The temperature is the one of sampling, so that the distribution that is trained is the one that was sampled.
     """
-    hidden, _ = model.trunk.routed(batch.tokens, positions=batch.positions, recompute=recompute)
-    hidden = hidden.flatten(0, 1)  # (B*T, D)
-    return token_logprobs(model.head, hidden.index_select(0, batch.token_indices), batch.targets, temperature)
+    hidden = hidden_at(model, batch.tokens, batch.positions, batch.token_indices, recompute=recompute)
+    return token_logprobs(model.head, hidden, batch.targets, temperature)
+
+
+def hidden_at(
+    model: Transformer, tokens: Tensor, positions: Tensor | None, indices: Tensor, *, recompute: bool = False
+) -> Tensor:
+    """Hidden states (M, D) at `indices` (M,) of the flattened rows (B, T)."""
+    hidden, _ = model.trunk.routed(tokens, positions=positions, recompute=recompute)
+    return hidden.flatten(0, 1).index_select(0, indices)
 
 
 def grpo_loss(

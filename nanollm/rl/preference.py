@@ -6,7 +6,7 @@ Letters: S replies (of pairs chosen, rejected, chosen, ...), E examples, B rows,
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from itertools import accumulate, pairwise
@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from nanollm.data.batches import IGNORE, Batch
 from nanollm.data.packing import PackedLayout, best_width, even_rows, pack
 from nanollm.model.transformer import Transformer
+from nanollm.rl.loss import hidden_at
 from nanollm.sources.datasets import Preference, Reply
 from nanollm.text.chat import Conversation, Message, Shortened, Tool, encode_conversation
 from nanollm.text.tokenizer import Tokenizer
@@ -32,6 +33,9 @@ TOGETHER = 512  # examples whose log-probabilities are computed at once, outside
 Example = tuple[Shortened, ...]
 """What is compared: a chosen and a rejected reply, each behind its prompt, or with KTO one reply."""
 
+
+Asked = tuple[tuple[Message, ...], Reply]
+"""A prompt and a reply."""
 
 Seen = tuple[Tensor, Tensor, Tensor]
 """Rewards, log-probabilities and sides of the replies of a micro-batch, (S,) each."""
@@ -104,7 +108,7 @@ def encode_preferences(
     With kto, pairs are taken apart, as TRL does. The mismatched reply of an example is the nearest before it, in the
     order of the file, that answers another prompt.
     """
-    examples, asked, sides = list[Example](), list[tuple[tuple[Message, ...], Reply]](), list[bool]()
+    examples, asked, sides = list[Example](), list[Asked](), list[bool]()
     notes = Counter[str]()
 
     def encode(prompt: tuple[Message, ...], reply: Reply) -> Shortened:
@@ -144,13 +148,16 @@ def encode_preferences(
         raise ValueError(
             f"kto needs labels of both kinds, got {len(sides):,} replies with {str(sides[0]).lower()} alone"
         )
-    mismatched = list[Example]()
+    return replace(known, mismatched=replace(known, examples=[(encode(*each),) for each in mismatched(asked)]))
+
+
+def mismatched(asked: Sequence[Asked]) -> Iterator[Asked]:
+    """Each prompt with the nearest reply before its own, from the end again at the first, that answers another one."""
     for number, (prompt, _) in enumerate(asked):
         others = (asked[place][1] for place in range(number - 1, number - len(asked), -1) if asked[place][0] != prompt)
         if (other := next(others, None)) is None:
             raise ValueError("kto needs replies to at least two prompts, got one")
-        mismatched.append((encode(prompt, other),))
-    return replace(known, mismatched=replace(known, examples=mismatched))
+        yield prompt, other
 
 
 def trained_tokens(reply: Shortened) -> int:
@@ -208,10 +215,10 @@ def make_preference_batches(
 def reply_logprobs(model: Transformer, batch: PreferenceBatch, *, recompute: bool = False) -> Tensor:
     """Log-probability of each reply, the sum over its trained tokens: (S,) float32."""
     rows = batch.rows
-    hidden, _ = model.trunk.routed(rows.tokens, positions=rows.positions, recompute=recompute)  # (B, T, D)
     targets = rows.targets.flatten()
     places = (targets != IGNORE).nonzero()[:, 0]  # (M,)
-    of_tokens, _ = token_logprobs(model.head, hidden.flatten(0, 1).index_select(0, places), targets[places], 1.0)
+    hidden = hidden_at(model, rows.tokens, rows.positions, places, recompute=recompute)
+    of_tokens, _ = token_logprobs(model.head, hidden, targets[places], 1.0)
     reply = torch.arange(len(batch.tokens), device=places.device).repeat_interleave(batch.tokens)  # (M,)
     return of_tokens.new_zeros(len(batch.tokens)).index_add(0, reply, of_tokens)
 

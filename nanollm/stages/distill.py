@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 
-from nanollm.bundle import WEIGHTS, Bundle, load_bundle
+from nanollm.bundle import WEIGHTS, Bundle, load_reference
 from nanollm.config import check_at_least
 from nanollm.data.batches import ChatShards, Conversations, TextShards, Windows
 from nanollm.data.order import Mixture
@@ -53,11 +53,6 @@ class DistillTrainConfig(LoopConfig):
     micro_batch_size: int = 4
     """Rows per forward pass, counted as if each were as long as the model's context. Smaller takes less memory and
     gives the same step."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.at_least("batch_size", 1)
-        self.at_least("micro_batch_size", 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,13 +234,7 @@ def from_replies(
 
 def open_teacher(c: Config, bundle: Bundle, world: World) -> Bundle:
     """The teacher, which must read and predict the student's own ids, over as long a context."""
-    teacher = load_bundle(c.teacher, world.dtype, world.device)
-    if teacher.tokenizer.fingerprint != bundle.tokenizer.fingerprint:
-        raise ValueError(
-            f"the teacher {c.teacher} has tokenizer {teacher.tokenizer.fingerprint[:6]}, the student {c.bundle} has "
-            f"{bundle.tokenizer.fingerprint[:6]}; distributions over different tokens cannot be compared: take a "
-            f"teacher with the student's tokenizer"
-        )
+    teacher = load_reference(c.teacher, bundle, world.dtype, world.device, "teacher")
     if (own := bundle.model.config.vocab_size) != (other := teacher.model.config.vocab_size):
         raise ValueError(f"the teacher predicts {other:,} tokens, the student {own:,}; take one of the same vocab_size")
     own, other = bundle.model.config.context_length, teacher.model.config.context_length

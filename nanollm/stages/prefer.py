@@ -55,11 +55,6 @@ class PreferTrainConfig(LoopConfig):
     """Rows per forward pass, counted as if each were as long as the model's context and shared by the replies that fit.
     Smaller takes less memory and gives the same step."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.at_least("batch_size", 1)
-        self.at_least("micro_batch_size", 1)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Config(RunConfig):

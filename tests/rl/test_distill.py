@@ -47,7 +47,7 @@ def the_gradient_is_that_of_kl_between_replies():
     torch.testing.assert_close(expected_over_replies("reply"), grads_of(student), atol=1e-6, rtol=1e-6)
 
 
-def test_the_expected_gradient_is_that_of_kl_between_replies(monkeypatch):
+def test_the_expected_gradient_is_that_of_kl_between_replies():
     the_gradient_is_that_of_kl_between_replies()
 
 
@@ -108,12 +108,10 @@ def test_recomputing_changes_nothing():
 @pytest.mark.parametrize("bug", ["teacher one place late", "teacher dropped", "teacher is the student"])
 def test_known_bugs(monkeypatch, promise, bug):
     """A teacher read at the wrong places, or whose word counts for nothing."""
-    right, log_softmax = distill._hidden, distill._log_softmax
+    right, log_softmax = distill.hidden_at, distill._log_softmax
 
-    def late(model, place, *, recompute=False):
-        if torch.is_grad_enabled():
-            return right(model, place, recompute=recompute)
-        return right(model, distill.Place(place.tokens, place.positions, place.indices - 1, place.targets))
+    def late(model, tokens, positions, indices, *, recompute=False):
+        return right(model, tokens, positions, indices - int(not torch.is_grad_enabled()), recompute=recompute)
 
     def flat(model, hidden, temperature):
         logprobs = log_softmax(model, hidden, temperature)
@@ -127,7 +125,7 @@ def test_known_bugs(monkeypatch, promise, bug):
 
     promise()
     if bug == "teacher one place late":
-        monkeypatch.setattr(distill, "_hidden", late)
+        monkeypatch.setattr(distill, "hidden_at", late)
     else:
         monkeypatch.setattr(distill, "_log_softmax", flat if bug == "teacher dropped" else same)
     with pytest.raises(AssertionError, match=r"not close|Scalars"):

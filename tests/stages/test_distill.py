@@ -96,7 +96,9 @@ def test_resumed_is_uninterrupted(run_config, folders, mode, monkeypatch):
 def test_a_teacher_of_another_vocabulary_is_refused(run_config, tmp_path):
     other = train([STORY.read_text(encoding="utf-8")[::-1]], tmp_path / "other.model", vocab_size=600)
     teacher = untrained(tmp_path / "other", SHAPE, other)
-    with pytest.raises(ValueError, match=r"the teacher .* has tokenizer \w{6}, the student .* has"):
+    with pytest.raises(
+        ValueError, match=r"the teacher .* has tokenizer \w{6}, the model \w{6}; a teacher must have the same one"
+    ):
         distill.run(run_config(teacher=teacher))
 
 
