@@ -1,6 +1,8 @@
 """A prepared corpus of a few thousand tokens, the smallest sensible run on it, and what a run leaves."""
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -45,6 +47,22 @@ FILES_OF_A_RUN = {
     *("config.yaml", "inputs.json", "starts.jsonl", ".lock"),
     *("metrics.jsonl", "report.html", "checkpoints", "bundle"),
 }
+
+
+@contextmanager
+def interrupted(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, *, after: int) -> Iterator[None]:
+    """Ctrl-C at the call of a function that comes after so many others; the block must end with it."""
+    right, calls = getattr(owner, name), []
+
+    def stops(*given, **options):
+        calls.append(1)
+        if len(calls) > after:
+            raise KeyboardInterrupt
+        return right(*given, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(owner, name, stops)
+        yield
 
 
 def weights_of(run: Path) -> str:

@@ -17,7 +17,7 @@ from nanollm.text.train_tokenizer import train
 from nanollm.train.checkpoint import checkpoints
 from nanollm.train.optim import OptimConfig
 from tests.conftest import STORY
-from tests.stages.conftest import MODEL, told, untrained, weights_of
+from tests.stages.conftest import MODEL, interrupted, told, untrained, weights_of
 
 SHAPE = dataclasses.replace(MODEL, context_length=64)
 LARGER = dataclasses.replace(SHAPE, d_model=48)
@@ -75,18 +75,8 @@ def test_resumed_is_uninterrupted(run_config, folders, mode, monkeypatch):
     changes = {"mode": mode} | ({"data": folders / "lessons"} if mode == "logits" else {"credit": "reply"})
     whole, parts = run_config("whole", **changes), run_config("parts", **changes)
     distill.run(whole)
-    right, taken = distill.train_step, []
-
-    def stops_at_three(*given):
-        taken.append(1)
-        if len(taken) == 4:
-            raise KeyboardInterrupt
-        return right(*given)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(distill, "train_step", stops_at_three)
-        with pytest.raises(KeyboardInterrupt):
-            distill.run(parts)
+    with interrupted(monkeypatch, distill, "train_step", after=3):
+        distill.run(parts)
     assert checkpoints(parts.out / "checkpoints")[0].name == "step-00000002"
     distill.run(parts)
     assert weights_of(parts.out) == weights_of(whole.out)

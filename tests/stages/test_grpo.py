@@ -16,7 +16,7 @@ from nanollm.text.train_tokenizer import train
 from nanollm.train.checkpoint import checkpoints
 from nanollm.train.optim import OptimConfig
 from tests.conftest import STORY
-from tests.stages.conftest import MODEL, told, untrained, weights_of
+from tests.stages.conftest import MODEL, interrupted, told, untrained, weights_of
 
 SHAPE = dataclasses.replace(MODEL, context_length=64)
 
@@ -81,17 +81,8 @@ def test_resumed_is_uninterrupted(run_config, changes, monkeypatch):
     whole = run_config("whole", **changes)
     grpo.run(whole)
     parts = run_config("parts", **changes)
-    collect = grpo.Collector.collect
-
-    def stops_at_three(self, step, sample):
-        if step == 3:
-            raise KeyboardInterrupt
-        return collect(self, step, sample)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(grpo.Collector, "collect", stops_at_three)
-        with pytest.raises(KeyboardInterrupt):
-            grpo.run(parts)
+    with interrupted(monkeypatch, grpo.Collector, "collect", after=3):
+        grpo.run(parts)
     assert checkpoints(parts.out / "checkpoints")[0].name == "step-00000002"
     grpo.run(parts)
     assert weights_of(parts.out) == weights_of(whole.out)

@@ -22,7 +22,7 @@ from nanollm.train import state as train_state
 from nanollm.train.checkpoint import checkpoints
 from nanollm.train.metrics import read_metrics
 from nanollm.train.optim import OptimConfig
-from tests.stages.conftest import FILES_OF_A_RUN, told, untrained, weights_of
+from tests.stages.conftest import FILES_OF_A_RUN, interrupted, told, untrained, weights_of
 from tests.stages.test_sft import SHAPE, bundle, folders, run_config
 
 __all__ = ["bundle", "folders", "run_config"]
@@ -105,18 +105,8 @@ def test_bug_the_base_saved_instead_of_the_sum(run_config, monkeypatch):
 def killed_at_a_step_it_ends_with_the_same_bits(run_config, monkeypatch) -> None:
     expected, killed = (run_config(steps=8, out=out, lora=LORA) for out in ("expected", "killed"))
     sft.run(expected)
-    real, left = sft.train_step, [5]
-
-    def dies(*args):
-        left[0] -= 1
-        if left[0] < 0:
-            raise KeyboardInterrupt
-        return real(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(sft, "train_step", dies)
-        with pytest.raises(KeyboardInterrupt):
-            sft.run(killed)
+    with interrupted(monkeypatch, sft, "train_step", after=5):
+        sft.run(killed)
     sft.run(killed)
     assert weights_of(killed.out) == weights_of(expected.out)
     assert told(killed.out) == told(expected.out)
@@ -240,17 +230,8 @@ def test_bug_the_reference_is_the_policy(grpo_config, bundle, monkeypatch):
 def test_grpo_resumed_is_uninterrupted(grpo_config, monkeypatch):
     whole, parts = grpo_config("whole"), grpo_config("parts")
     grpo.run(whole)
-    collect = grpo.Collector.collect
-
-    def stops_at_three(self, step, sample):
-        if step == 3:
-            raise KeyboardInterrupt
-        return collect(self, step, sample)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(grpo.Collector, "collect", stops_at_three)
-        with pytest.raises(KeyboardInterrupt):
-            grpo.run(parts)
+    with interrupted(monkeypatch, grpo.Collector, "collect", after=3):
+        grpo.run(parts)
     grpo.run(parts)
     assert weights_of(parts.out) == weights_of(whole.out)
     assert told(parts.out) == told(whole.out)
