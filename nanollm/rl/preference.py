@@ -54,6 +54,9 @@ class PreferenceConfig:
     """Factor of the rewards: the higher, the closer to the reference; of ipo, its tau. simpo needs about 2."""
     label_smoothing: float = 0.0
     """dpo: the share of the pairs that are believed to be the wrong way round (https://ericmitchell.ai/cdpo.pdf)."""
+    sft_weight: float = 0.0
+    """dpo: weight of the loss of plain training, the chosen reply's mean negative log-probability of a token, which is
+    added (arXiv:2404.19733, equation 1). Without it chosen replies may become unlikely, too: only the margin counts."""
     gamma: float = 0.5
     """simpo: the margin to be reached."""
     desirable_weight: float = 1.0
@@ -67,10 +70,11 @@ class PreferenceConfig:
                 raise ValueError(f"objective.{name} must be above 0, got {getattr(self, name)}")
         if not 0 <= self.label_smoothing < 0.5:
             raise ValueError(f"objective.label_smoothing must be from 0 to below 0.5, got {self.label_smoothing}")
-        if not 0 <= self.gamma < float("inf"):
-            raise ValueError(f"objective.gamma must be at least 0, got {self.gamma}")
+        for name in ("sft_weight", "gamma"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"objective.{name} must be at least 0, got {getattr(self, name)}")
         for loss, name, nothing in (
-            *(("dpo", "label_smoothing", 0.0), ("simpo", "gamma", 0.5)),
+            *(("dpo", "label_smoothing", 0.0), ("dpo", "sft_weight", 0.0), ("simpo", "gamma", 0.5)),
             *(("kto", "desirable_weight", 1.0), ("kto", "undesirable_weight", 1.0)),
         ):
             if self.loss != loss and getattr(self, name) != nothing:
@@ -281,6 +285,8 @@ def preference_loss(
     logprobs = reply_logprobs(model, batch, recompute=recompute)
     rewards = rewards_of(logprobs, batch.reference, batch.tokens, c)
     loss = preference_losses(rewards, batch.tokens, batch.is_chosen, c, kl).sum()
+    if c.sft_weight:
+        loss = loss - c.sft_weight * (logprobs / batch.tokens)[batch.is_chosen].sum()
     seen.append((rewards.detach(), logprobs.detach(), batch.is_chosen))
     return loss, loss.detach()
 

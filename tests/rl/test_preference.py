@@ -40,6 +40,7 @@ TALK = [
 OPTIONS = [
     {"loss": "dpo"},
     {"loss": "dpo", "beta": 0.7, "label_smoothing": 0.2},
+    {"loss": "dpo", "beta": 0.4, "sft_weight": 0.8},
     {"loss": "ipo", "beta": 0.3},
     {"loss": "simpo", "beta": 2.0, "gamma": 1.1},
     {"loss": "kto", "beta": 0.4, "desirable_weight": 1.5, "undesirable_weight": 0.6},
@@ -138,7 +139,8 @@ def written_plainly(policy, reference, tokenizer, c):
         chosen.append(w.item())
         if c.loss == "dpo":
             margin, smoothing = beta * ((w - ref_w) - (r - ref_r)), c.label_smoothing
-            terms.append(-(1 - smoothing) * logsigmoid(margin) - smoothing * logsigmoid(-margin))
+            preferred = -(1 - smoothing) * logsigmoid(margin) - smoothing * logsigmoid(-margin)
+            terms.append(preferred - c.sft_weight * w / n_w)
         elif c.loss == "ipo":
             terms.append(((w - ref_w) / n_w - (r - ref_r) / n_r - 1 / (2 * beta)) ** 2)
         else:
@@ -294,9 +296,11 @@ def test_loss_gradient_and_metrics_are_trls(tokenizer, tmp_path, options):
             inputs |= {f"{side}_input_ids": ids, f"{side}_attention_mask": is_text}
             inputs |= {f"{side}_labels": ids.masked_fill(trained == 0, -100)}
     else:
-        # What other trainers call label smoothing is TRL's loss aot, for a pair alone.
+        # What other trainers call label smoothing is TRL's loss aot, for a pair alone; its sft is a mean over all tokens.
         kind = "ipo" if c.loss == "ipo" else "aot" if c.label_smoothing else "sigmoid"
-        args = DPOConfig(**common, loss_type=kind, label_smoothing=c.label_smoothing)
+        kinds = [kind, "sft"] if c.sft_weight else [kind]
+        weights = [1.0, c.sft_weight][: len(kinds)]
+        args = DPOConfig(**common, loss_type=kinds, loss_weights=weights, label_smoothing=c.label_smoothing)
         trainer = DPOTrainer(
             **of, ref_model=transformers_twin(policy), args=args, train_dataset=Dataset.from_dict(dummy)
         )
@@ -306,7 +310,7 @@ def test_loss_gradient_and_metrics_are_trls(tokenizer, tmp_path, options):
     model = trainer.model.train()
     model.zero_grad()
     parts = [inputs]
-    if c.label_smoothing:
+    if c.label_smoothing or c.sft_weight:
         pairs = range(len(chosen))
         parts = [
             {k: v[[n, n + len(chosen)]] if len(v) > len(chosen) else v[[n]] for k, v in inputs.items()} for n in pairs
@@ -330,7 +334,7 @@ def test_loss_gradient_and_metrics_are_trls(tokenizer, tmp_path, options):
     length = torch.stack([grad.norm() for grad in theirs.values()]).norm()
     assert length > 0.01
     assert torch.stack([(own[name] - theirs[name]).norm() for name in theirs]).norm() < 1e-5 * length
-    if not c.label_smoothing:
+    if len(parts) == 1:
         names = [name for name in metrics if name.startswith("rewards/")] + ["kl"] * (c.loss == "kto")
         names += ["logps/chosen", "logps/rejected"] * (c.loss != "simpo")  # there it is the mean of a token
         assert {name: metrics[name] for name in names} == pytest.approx({name: shown[name] for name in names}, rel=1e-4)

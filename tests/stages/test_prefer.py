@@ -310,6 +310,8 @@ def test_rollouts_become_pairs_of_right_and_wrong_replies_to_one_problem(run_con
         (["--objective.beta", "0"], "objective.beta must be above 0"),
         (["--objective.label_smoothing", "0.5"], "objective.label_smoothing must be from 0 to below 0.5"),
         (["--objective.loss", "ipo", "--objective.label_smoothing", "0.1"], "objective.label_smoothing is for dpo"),
+        (["--objective.loss", "ipo", "--objective.sft_weight", "1"], "objective.sft_weight is for dpo"),
+        (["--objective.sft_weight", "-1"], "objective.sft_weight must be at least 0, got -1"),
         (["--objective.gamma", "1"], "objective.gamma is for simpo"),
         (["--objective.loss", "simpo", "--reference", "x"], "simpo has no reference"),
         (["--optim.balance_weight", "0.1"], "optim.balance_weight has no effect on preferences"),
