@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 choose_waiting()  # before torch is imported
 
 _HOMES = {
+    "load": "nanollm.generate.model",
     "Tokenizer": "nanollm.text.tokenizer",
     "ModelConfig": "nanollm.model.config",
     "Transformer": "nanollm.model.transformer",

@@ -1,20 +1,15 @@
 """A prompt becomes a continuation, or a question a reply."""
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nanollm.bundle import load_bundle
 from nanollm.config import check_at_least
-from nanollm.generate.engine import generate
+from nanollm.generate.model import load
 from nanollm.generate.request import Quantize
 from nanollm.generate.sampling import SamplingConfig
-from nanollm.generate.tools import tool_caller, with_tools
-from nanollm.text.chat import Conversation, encode_prompt, reply_borders, reply_ends
-from nanollm.text.stream import TextStream, check_stops
-from nanollm.text.tokenizer import Tokenizer
-from nanollm.world import DeviceName, DtypeName, World
+from nanollm.text.stream import check_stops
+from nanollm.world import DeviceName, DtypeName
 
 POSITIONAL = ("bundle",)
 BETWEEN = "-" * 40  # two continuations, which may hold blank lines themselves
@@ -58,38 +53,11 @@ class Config(SamplingConfig):
 
 def run(c: Config) -> str:
     """The prompts with their continuations, in order."""
-    world = World.start(c.device, c.dtype)
-    bundle = with_tools(load_bundle(c.bundle, world.dtype, world.device), c.tools)
-    tokenizer = bundle.tokenizer
-
-    completions = generate(
-        bundle.model,
-        [encode(prompt, tokenizer, c.chat) for prompt in c.prompt],
-        c,
-        max_tokens=c.max_tokens,
-        stop_token_ids=reply_borders(tokenizer) if c.chat else reply_ends(tokenizer),
-        seed=c.seed,
-        stop=(lambda: TextStream(tokenizer, c.stop).stops_at) if c.stop else None,
-        tool=tool_caller(bundle),
-        quantize=c.quantize,
-    )
+    model = load(c.bundle, tools=c.tools, quantize=c.quantize, device=c.device, dtype=c.dtype)
+    replies = model.complete(c.prompt, c, is_chat=c.chat, max_tokens=c.max_tokens, stop=c.stop, seed=c.seed)
     lines = []
-    for prompt, completion in zip(c.prompt, completions, strict=True):
-        text = text_of(completion.ids, tokenizer, c.stop)
+    for prompt, (text, completion) in zip(c.prompt, replies, strict=True):
         record = {"prompt": prompt, "text": text, "tokens": len(completion.ids), "finish": completion.finish}
         plain = text if c.chat else prompt + text
         lines.append(json.dumps(record, ensure_ascii=False) if c.json else plain)
     return ("\n" if c.json else f"\n{BETWEEN}\n").join(lines)
-
-
-def encode(prompt: str, tokenizer: Tokenizer, is_chat: bool) -> list[int]:
-    """The ids that are continued: of a text that has just begun, or up to where the assistant replies."""
-    if is_chat:
-        return encode_prompt(Conversation.of(prompt), tokenizer)
-    return [tokenizer.bos_id, *tokenizer.encode(prompt)]
-
-
-def text_of(ids: Sequence[int], tokenizer: Tokenizer, stops: Sequence[str]) -> str:
-    """The text of the ids, up to the first stop text in it."""
-    stream = TextStream(tokenizer, stops)
-    return "".join(map(stream.push, ids)) + stream.close()

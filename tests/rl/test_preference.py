@@ -296,7 +296,7 @@ def test_loss_gradient_and_metrics_are_trls(tokenizer, tmp_path, options):
             inputs |= {f"{side}_input_ids": ids, f"{side}_attention_mask": is_text}
             inputs |= {f"{side}_labels": ids.masked_fill(trained == 0, -100)}
     else:
-        # What other trainers call label smoothing is TRL's loss aot, for a pair alone; its sft is a mean over all tokens.
+        # What other trainers call label smoothing is TRL's aot, for a pair alone; its sft is a mean over all tokens.
         kind = "ipo" if c.loss == "ipo" else "aot" if c.label_smoothing else "sigmoid"
         kinds = [kind, "sft"] if c.sft_weight else [kind]
         weights = [1.0, c.sft_weight][: len(kinds)]

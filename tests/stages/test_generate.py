@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from nanollm.stages.generate import BETWEEN, Config, run, text_of
+from nanollm.generate.model import text_of
+from nanollm.stages.generate import BETWEEN, Config, run
 
 
 def records(**settings):

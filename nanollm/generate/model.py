@@ -1,0 +1,159 @@
+"""A bundle in two lines of Python: `model = nanollm.load(folder)`, `model.chat("How far are the rocks?")`."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nanollm.bundle import Bundle, load_bundle
+from nanollm.generate.engine import Engine, generate
+from nanollm.generate.request import Completion, Quantize, Request
+from nanollm.generate.sampling import SamplingConfig
+from nanollm.generate.tools import tool_caller, with_tools
+from nanollm.text.chat import Conversation, Message, encode_prompt, reply_borders, reply_ends
+from nanollm.text.stream import TextStream
+from nanollm.text.tokenizer import Tokenizer
+from nanollm.world import DeviceName, DtypeName, World
+
+Messages = Sequence[Mapping[str, Any]]
+"""A conversation as the server takes it: [{"role": "user", "content": "..."}, ...]."""
+
+
+class LanguageModel:
+    """Continues texts and replies to messages. Same settings and seed, same bits as every verb and the server.
+
+    Settings of all three: max_tokens, stop (texts at which it ends, left out), seed (text i of a batch draws from
+    seed + i), and those of SamplingConfig: temperature, top_k, top_p, min_p, repetition_penalty, logit_bias.
+    """
+
+    def __init__(self, bundle: Bundle, quantize: Quantize = "none") -> None:
+        self.bundle, self.quantize = bundle, quantize
+
+    def generate(self, prompts: str | Sequence[str], **settings: Any) -> Any:
+        """What follows a text: str; of a list of texts, which are continued in one batch, a list."""
+        return self._texts(prompts, isinstance(prompts, str), is_chat=False, **settings)
+
+    def chat(self, messages: str | Messages | Sequence[str | Messages], **settings: Any) -> Any:
+        """The reply to a question or to messages: str; to a list of these, in one batch, a list."""
+        is_one = isinstance(messages, str) or isinstance(messages[0], Mapping)
+        return self._texts(messages, is_one, is_chat=True, **settings)
+
+    def stream(
+        self,
+        asked: str | Messages,
+        *,
+        is_chat: bool = True,
+        max_tokens: int = 128,
+        stop: Sequence[str] = (),
+        seed: int = 0,
+        **sampling: Any,
+    ) -> Iterator[str]:
+        """The same reply, or with is_chat=False the same continuation, piece by piece; never half a character."""
+        text, engine = TextStream(self.tokenizer, stop), Engine(self.bundle.model, rows=1, quantize=self.quantize)
+        pieces = list[str]()
+
+        def is_over(token: int) -> bool:
+            pieces.append(text.push(token))
+            return text.is_stopped
+
+        make_tool = tool_caller(self.bundle)
+        engine.submit(
+            Request(
+                prompt=self._encode(asked, is_chat),
+                max_tokens=max_tokens,
+                sampling=SamplingConfig(**sampling),
+                stop_token_ids=self._ends(is_chat),
+                stop=is_over,
+                tool=None if make_tool is None else make_tool(),
+                seed=seed,
+            )
+        )
+        while engine.has_work:
+            engine.step()
+            yield from filter(None, pieces)
+            pieces.clear()
+        yield text.close()
+
+    def logprobs(self, text: str) -> list[tuple[str, float]]:
+        """Each token of a document that begins with this text, and its log-probability in nats behind those before."""
+        ids, model = [self.tokenizer.bos_id, *self.tokenizer.encode(text)], self.bundle.model
+        if len(ids) > (limit := model.config.context_length):
+            raise ValueError(f"the text has {len(ids):,} tokens with <s>, the model's context is {limit:,}; shorten it")
+        with torch.inference_mode(), model.evaluating():
+            logits = model(torch.tensor([ids], device=model.head.weight.device))[0, :-1]  # (T, V)
+        likely = logits.float().log_softmax(-1).cpu()[range(len(ids) - 1), ids[1:]].tolist()
+        return [(self.tokenizer.pieces[token].text, each) for token, each in zip(ids[1:], likely, strict=True)]
+
+    def complete(
+        self,
+        asked: Sequence[str | Messages],
+        sampling: SamplingConfig,
+        *,
+        is_chat: bool,
+        max_tokens: int,
+        stop: Sequence[str] = (),
+        seed: int = 0,
+    ) -> list[tuple[str, Completion]]:
+        """Text and completion of each, in one batch."""
+        completions = generate(
+            self.bundle.model,
+            [self._encode(each, is_chat) for each in asked],
+            sampling,
+            max_tokens=max_tokens,
+            stop_token_ids=self._ends(is_chat),
+            seed=seed,
+            stop=(lambda: TextStream(self.tokenizer, stop).stops_at) if stop else None,
+            tool=tool_caller(self.bundle),
+            quantize=self.quantize,
+        )
+        return [(text_of(each.ids, self.tokenizer, stop), each) for each in completions]
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.bundle.tokenizer
+
+    def _texts(
+        self,
+        asked: Any,
+        is_one: bool,
+        is_chat: bool,
+        max_tokens: int = 128,
+        stop: Sequence[str] = (),
+        seed: int = 0,
+        **sampling: Any,
+    ) -> Any:
+        complete = partial(self.complete, is_chat=is_chat, max_tokens=max_tokens, stop=stop, seed=seed)
+        texts = [text for text, _ in complete([asked] if is_one else asked, SamplingConfig(**sampling))]
+        return texts[0] if is_one else texts
+
+    def _ends(self, is_chat: bool) -> frozenset[int]:
+        return reply_borders(self.tokenizer) if is_chat else reply_ends(self.tokenizer)
+
+    def _encode(self, asked: str | Messages, is_chat: bool) -> list[int]:
+        if not is_chat:
+            assert isinstance(asked, str), "only a text can be continued"
+            return [self.tokenizer.bos_id, *self.tokenizer.encode(asked)]
+        if isinstance(asked, str):
+            return encode_prompt(Conversation.of(asked), self.tokenizer)
+        return encode_prompt(Conversation(tuple(Message(**each) for each in asked)), self.tokenizer)
+
+
+def load(
+    folder: str | Path,
+    *,
+    tools: Sequence[str] | None = None,
+    quantize: Quantize = "none",
+    device: DeviceName = "auto",
+    dtype: DtypeName = "auto",
+) -> LanguageModel:
+    """The model of a bundle; options as those of `nanollm generate`."""
+    world = World.start(device, dtype)
+    return LanguageModel(with_tools(load_bundle(Path(folder), world.dtype, world.device), tools), quantize)
+
+
+def text_of(ids: Sequence[int], tokenizer: Tokenizer, stops: Sequence[str]) -> str:
+    """The text of the ids, up to the first stop text in it."""
+    stream = TextStream(tokenizer, stops)
+    return "".join(map(stream.push, ids)) + stream.close()
