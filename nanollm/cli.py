@@ -49,6 +49,7 @@ VERBS = {
         "export": "export a model for transformers, vLLM, llama.cpp or Ollama, and verify it",
         "import": "make a bundle from an exported model",
         "merge": "make a bundle from a bundle and a LoRA adapter of it",
+        "average": "make a bundle from the mean of a run's newest checkpoints",
     },
 }
 

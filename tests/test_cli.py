@@ -537,7 +537,7 @@ def test_notebooks_find_the_names_that_the_package_offers_and_no_others():
     assert all(getattr(nanollm, name) is not None for name in dir(nanollm))
     modules = {path.stem for path in Path(nanollm.__file__).parent.iterdir()} - {"__init__"}
     assert modules & set(dir(nanollm)) == set()  # a module would take the place of the name
-    with pytest.raises(AttributeError, match="it offers Tokenizer"):
+    with pytest.raises(AttributeError, match="it offers load"):
         nanollm.__getattr__("Trainer")
 
 

@@ -192,15 +192,7 @@ def verify(path: Path) -> dict[str, Any]:
 
 def _load(path: Path, counters: dict[str, Any], state: TrainState) -> None:
     """Each rank reads what it holds, from whichever files it lies in."""
-    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
-    from torch.distributed.checkpoint.state_dict_loader import load
-
-    for file in path.glob("*.safetensors"):
-        check_header(file)
-    try:
-        kept: dict[str, Any] = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
-    except (SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} holds no tensors that can be read ({error!r}); choose another --out") from error
+    kept = _entries(path)
     weights = state.weights()
     shapes = {name: tuple(entry.size) for name, entry in kept.items() if ":" not in name}
     expected = {name: tuple(tensor.shape) for name, tensor in weights.items()}
@@ -218,13 +210,43 @@ def _load(path: Path, counters: dict[str, Any], state: TrainState) -> None:
         kinds = {key.rpartition(":")[2]: entry for key, entry in kept.items() if key.rpartition(":")[0] == name}
         optimizer.state[parameter] = {kind: _room(entry, parameter) for kind, entry in kinds.items()}
         slots |= {f"{name}:{kind}": room for kind, room in optimizer.state[parameter].items()}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is")  # every rank reads for itself
-        load({**weights, **slots}, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=True)
+    _read(path, {**weights, **slots})
     state.step, state.losses = counters["step"], counters.get("losses", [])  # older checkpoints have none
     if state.scales_loss and counters["loss_scale"] > 1:  # not so if the run began in another type
         state.loss_scale, state.scale_age = counters["loss_scale"], counters["scale_age"]
     state.copy_to_model()
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The float32 masters and buffers of a checkpoint, whole, by the names of the model's state_dict."""
+    kept = _entries(path)
+    weights = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in kept.items() if ":" not in name
+    }
+    _read(path, weights)
+    return weights
+
+
+def _entries(path: Path) -> dict[str, Any]:
+    """What is in the files of a checkpoint, by name."""
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+
+    for file in path.glob("*.safetensors"):
+        check_header(file)
+    try:
+        return dict(HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata)
+    except (SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} holds no tensors that can be read ({error!r}); choose another --out") from error
+
+
+def _read(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Fill these tensors, or the parts of them that this rank holds, from whichever files they lie in."""
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is")  # every rank reads for itself
+        load({**tensors}, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=True)
 
 
 def _room(entry: Any, parameter: Tensor) -> Tensor:
