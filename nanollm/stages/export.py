@@ -179,6 +179,7 @@ def prove(c: Config, model: Path, bundle: Bundle, adapter: Adapter | None) -> No
         say(verify.line(check))
         holds &= check.holds
     if not holds:
+        what = f"{c.bundle} says" if adapter is None else f"{c.bundle} says with {c.adapter}"
         raise SystemExit(
-            f"nanollm export: {model} does not say what {c.bundle} says" + ("; it was not pushed" if c.push else "")
+            f"nanollm export: {model} does not say what {what}" + ("; it was not pushed" if c.push else "")
         )
