@@ -82,20 +82,46 @@ def answer_weight(c: ModelConfig) -> float:
 def dense_to_moe(weights: Weights, p: Placement) -> dict[str, Tensor]:
     """The weights of p.before as those of p.after: what they compute is the same, up to the order of sums."""
     placed = dict(weights)
-    shared = p.after.n_shared_experts * p.after.d_expert
     for prefix, was_moe in p.blocks():
-        for name, dim in CHANNELS.items():
+        for name in CHANNELS:
             matrix = placed.pop(f"{prefix}shared.{name}.weight" if was_moe else f"{prefix}{name}.weight")
-            kept, rest = matrix.tensor_split([shared], dim)
-            placed[f"{prefix}shared.{name}.weight"] = padded(kept, shared, dim)
+            shared, experts = split(matrix, p, name)
+            placed[f"{prefix}shared.{name}.weight"] = shared
             if not was_moe:
-                placed[f"{prefix}experts.{name}"] = as_experts(rest, p, name)
+                placed[f"{prefix}experts.{name}"] = experts
         if not was_moe:
             placed[f"{prefix}centroids"] = matrix.new_zeros(p.after.n_routed_experts, p.after.d_model)
             bias = torch.zeros(p.after.n_routed_experts)
             bias[: p.after.experts_per_token] = CHOSEN if p.splits else 0.0
             placed[f"{prefix}balance_bias"] = bias
     return placed
+
+
+def pairs_to_moe(pairs: Mapping[str, tuple[Tensor, Tensor]], p: Placement) -> dict[str, tuple[Tensor, Tensor]]:
+    """Low-rank pairs, A (R, N) and B (M, R) of the matrix called so in p.before, as those of the matrices of p.after.
+
+    Of gate_proj and up_proj the channels lie in B, of down_proj in A: they are placed as those of the matrix are, and
+    the other half of the pair serves the shared expert and each routed one. Experts of zeros get no pair.
+    """
+    placed = dict(pairs)
+    for prefix, was_moe in p.blocks():
+        for name, dim in CHANNELS.items():
+            a, b = placed.pop(f"{prefix}shared.{name}.weight" if was_moe else f"{prefix}{name}.weight", (None, None))
+            if a is None or b is None:
+                continue
+            shared, experts = split((b, a)[dim], p, name)
+            placed[f"{prefix}shared.{name}.weight"] = (a, shared) if dim == 0 else (shared, b)
+            if p.splits and not was_moe:
+                every = (a, b)[dim].expand(len(experts), -1, -1)
+                placed[f"{prefix}experts.{name}"] = (every, experts) if dim == 0 else (experts, every)
+    return placed
+
+
+def split(matrix: Tensor, p: Placement, name: str) -> tuple[Tensor, Tensor]:
+    """Channels of a SwiGLU's matrix: those of the shared expert, (S, D) or (D, S), and those of routed ones."""
+    dim, width = CHANNELS[name], p.after.n_shared_experts * p.after.d_expert
+    kept, rest = matrix.tensor_split([width], dim)
+    return padded(kept, width, dim), as_experts(rest, p, name)
 
 
 def as_experts(rest: Tensor, p: Placement, name: str) -> Tensor:

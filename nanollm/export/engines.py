@@ -1,6 +1,7 @@
 """Compares exported models in their engines with the bundle: transformers in this process, llama.cpp in Node.js.
 
-Each asks an engine for ids, scores and greedy replies, and yields the table of export/verify.py line by line.
+Each asks an engine for ids, scores and greedy replies, and yields the table of export/verify.py line by line. With an
+adapter, the engine puts its file on the export, and the bundle has it merged into its weights.
 llama.cpp comes ready built for every system with the package node-llama-cpp.
 """
 
@@ -18,9 +19,10 @@ import torch
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from nanollm.bundle import Bundle
-from nanollm.export import verify
+from nanollm.export import gguf, peft, verify
 from nanollm.export.hf import DTYPES, cast
 from nanollm.export.verify import Check, Ids, Samples, TokenScores
+from nanollm.model.lora import Adapter, merged
 from nanollm.progress import Progress, say
 from nanollm.text.chat import Conversation, template_for
 from nanollm.text.tokenizer import SPACE_MARK
@@ -31,20 +33,32 @@ PACKAGE = Path("node_modules", "node-llama-cpp")
 INSTALL = "npm install node-llama-cpp"
 
 
+def merge(bundle: Bundle, adapter: Adapter | None) -> None:
+    """Put an adapter into the weights of a bundle."""
+    if adapter is not None:
+        lora, weights = adapter
+        bundle.model.load_state_dict(merged(bundle.model.state_dict() | weights, lora.scale))
+
+
 # --- transformers ---
 
 
-def compare_in_transformers(folder: Path, bundle: Bundle, dtype: str, prompts: int) -> Iterator[Check]:
-    """The table for transformers, line by line. It computes in float32, as the bundle must, whose weights are rounded
-    to `dtype`."""
+def compare_in_transformers(
+    folder: Path, bundle: Bundle, dtype: str, prompts: int, adapter: Adapter | None = None
+) -> Iterator[Check]:
+    """The table for transformers, with PEFT if there is an adapter, line by line. It computes in float32, as the bundle
+    must, whose weights are rounded to `dtype`."""
     logging: Any = import_module("transformers.utils.logging")  # without annotations
     bundle.model.load_state_dict(cast(bundle.model.state_dict(), DTYPES[dtype]))  # back into its float32
+    merge(bundle, adapter)  # which is kept as it is
     samples = Samples.of(bundle, prompts)
     logging.set_verbosity_error()  # the table says what matters
     logging.disable_progress_bar()
     with warnings.catch_warnings(action="ignore"):
         model, tokenizer, complaints = load(folder)
         yield Check("tensors of the class", "all, and no more", complaints or "all, and no more", not complaints)
+        if adapter is not None:
+            model = import_module("peft").PeftModel.from_pretrained(model, folder / peft.ADAPTER).eval()
         read = tokenizer(samples.texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         spoken = [
             tokenizer.apply_chat_template(
@@ -119,6 +133,7 @@ def package_folder() -> Path:
 def ask_llama_cpp(
     model: Path,
     *,
+    lora: Path | None = None,
     texts: Sequence[str] = (),
     texts_with_marks: Sequence[str] = (),
     scored: Sequence[Ids] = (),
@@ -133,6 +148,7 @@ def ask_llama_cpp(
     """
     question = {
         "model": str(model.resolve()),
+        "lora": lora and str(lora.resolve()),
         "threads": threads,
         "texts": list(texts),
         "texts_with_marks": list(texts_with_marks),
@@ -152,8 +168,12 @@ def ask_llama_cpp(
     return answer
 
 
-def compare_in_llama_cpp(model: Path, bundle: Bundle, dtype: str, prompts: int) -> Iterator[Check]:
+def compare_in_llama_cpp(
+    model: Path, bundle: Bundle, dtype: str, prompts: int, adapter: Adapter | None = None
+) -> Iterator[Check]:
     """The table for llama.cpp, line by line; with f32 it computes in float32 as the bundle must."""
+    merge(bundle, adapter)
+    lora = None if adapter is None else model.with_name(gguf.ADAPTER)
     samples, is_exact, threads = Samples.of(bundle, prompts), dtype == "f32", torch.get_num_threads()
     spoken = [rendered(conversation, bundle) for conversation in samples.conversations]
     answer = ask_llama_cpp(model, texts=samples.texts, texts_with_marks=spoken)
@@ -161,10 +181,10 @@ def compare_in_llama_cpp(model: Path, bundle: Bundle, dtype: str, prompts: int) 
     with_bos = [[bundle.tokenizer.bos_id, *ids] for ids in answer["ids_with_marks"]]
     yield from verify.check_all_ids(bundle, texts, answer["ids"], samples.conversations, with_bos)
     say(f"llama.cpp reads {len(samples.windows)} texts and replies to {len(samples.prompts)} prompts")
-    answer = ask_llama_cpp(model, scored=samples.windows, threads=threads)
+    answer = ask_llama_cpp(model, lora=lora, scored=samples.windows, threads=threads)
     yield from compare_scores(answer["scores"], bundle, samples, is_exact=is_exact)
     ours = verify.our_replies(bundle, samples)
-    answer = ask_llama_cpp(model, prompts=samples.prompts, count=samples.reply_tokens, threads=threads)
+    answer = ask_llama_cpp(model, lora=lora, prompts=samples.prompts, count=samples.reply_tokens, threads=threads)
     yield verify.check_replies(bundle, samples, ours, answer["replies"], must_equal=is_exact)
 
 

@@ -6,13 +6,16 @@ before the Mixtures of Experts: see export/dense_to_moe.py. Ollama renders TEMPL
 .Messages (each with .Role and .Content, the system's among them); <s> is not in it: llama.cpp puts it in front
 (tokenizer.ggml.add_bos_token).
 
-Sources: llama.cpp, src/llama-model.cpp and gguf-py (loader and names of deepseek2); ollama/ollama, docs/modelfile.mdx,
-template/template.go, parser/parser.go.
+An adapter is a second file. llama.cpp adds it where it multiplies with build_lora_mm, build_lora_mm_id or looks up the
+embedding; elsewhere it ignores an adapter without a word, so check_adapter refuses that.
+
+Sources: llama.cpp, src/llama-model.cpp and gguf-py (loader and names of deepseek2), src/models/deepseek2.cpp,
+src/llama-adapter.cpp; ollama/ollama, docs/modelfile.mdx, template/template.go, parser/parser.go.
 Letters: H heads, C key-value latent, N width without position, V width of values.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +23,12 @@ import torch
 from torch import Tensor
 
 from nanollm.bundle import Bundle
-from nanollm.export.dense_to_moe import Dtype, Placement, dense_to_moe
+from nanollm.export.dense_to_moe import Dtype, Placement, dense_to_moe, pairs_to_moe
 from nanollm.export.hf import check_finite
 from nanollm.export.names import names
 from nanollm.generate.sampling import SamplingConfig
 from nanollm.model.config import ModelConfig
+from nanollm.model.lora import LoraConfig
 from nanollm.text.chat import template_for
 from nanollm.text.tokenizer import END, Tokenizer
 
@@ -35,6 +39,9 @@ F16_IN_Q8_0 = ("attn_q_a.weight", "attn_kv_a_mqa.weight", "attn_k_b.weight", "at
 BLOCK = 32  # numbers that share a scale in q8_0
 LITE = (26, 27)
 """With these numbers of blocks llama.cpp takes a model for DeepSeek-V2-Lite and does not read q_a_proj."""
+ADAPTER = "adapter.gguf"
+WITHOUT_ADAPTER = ("q_a_proj", "q_b_proj", "kv_a_proj", "kv_b_proj", "head")
+"""Matrices that llama.cpp's deepseek2 multiplies with plain ggml_mul_mat."""
 
 
 def file_name(name: str, dtype: Dtype) -> str:
@@ -72,6 +79,43 @@ def write_gguf(path: Path, bundle: Bundle, dtype: Dtype, name: str = "nanollm") 
     add_tokenizer(writer, bundle.tokenizer, placement.after.vocab_size)
     for tensor_name, tensor in tensors(dense_to_moe(bundle.model.state_dict(), placement), placement.after):
         add_tensor(writer, tensor_name, tensor, dtype)
+    finish(writer, path)
+
+
+def check_adapter(names: Iterable[str]) -> None:
+    """ValueError if llama.cpp would ignore some of an adapter's tensors, called as in adapter.safetensors."""
+    found = {name.split(".")[-3] for name in names}  # ... q_a_proj.weight.lora_A
+    if ignored := [target for target in WITHOUT_ADAPTER if target in found]:
+        raise ValueError(
+            f"gguf: llama.cpp ignores the adapter of {', '.join(ignored)}; train one with --lora.targets o_proj "
+            f"gate_proj up_proj down_proj, or export the merged bundle"
+        )
+
+
+def write_adapter(path: Path, config: ModelConfig, lora: LoraConfig, weights: Mapping[str, Tensor]) -> None:
+    """A LoRA adapter of the GGUF of its base, in float32; weights as in adapter.safetensors."""
+    from gguf import GGUFType, GGUFWriter, Keys
+
+    check_adapter(weights)
+    placement, ends = Placement.of(config), (".lora_A", ".lora_B")
+    adapted = {name.removesuffix(ends[0]) for name in weights if name.endswith(ends[0])}
+    pairs = pairs_to_moe({name: (weights[name + ends[0]], weights[name + ends[1]]) for name in adapted}, placement)
+    writer = GGUFWriter(path, "deepseek2")
+    writer.add_type(GGUFType.ADAPTER)
+    writer.add_string(Keys.Adapter.TYPE, "lora")
+    writer.add_float32(Keys.Adapter.LORA_ALPHA, lora.alpha)
+    for ours, theirs in their_names(placement.after):
+        if ours in pairs:
+            a, b = pairs[ours]
+            if theirs == "token_embd.weight":  # its rows are looked up, not multiplied with
+                a, b = b, a.T
+            add_tensor(writer, f"{theirs}.lora_a", a, "f32")
+            add_tensor(writer, f"{theirs}.lora_b", b, "f32")
+    finish(writer, path)
+
+
+def finish(writer: Any, path: Path) -> None:
+    """Write the file."""
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -133,20 +177,26 @@ def add_tokenizer(writer: Any, tokenizer: Tokenizer, vocab_size: int) -> None:
     writer.add_chat_template(template_for(tokenizer.symbols.values()))
 
 
-def tensors(weights: Mapping[str, Tensor], c: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """(llama.cpp's name, tensor) of every tensor; the package gguf knows its names by those of transformers."""
+def their_names(c: ModelConfig) -> Iterator[tuple[str, str]]:
+    """(our name, llama.cpp's) of every tensor; the package gguf knows its names by those of transformers."""
     from gguf import MODEL_ARCH, get_tensor_name_map
 
     known = get_tensor_name_map(MODEL_ARCH.DEEPSEEK2, c.n_blocks)
     for ours, theirs in names(c):
         name = theirs if isinstance(theirs, str) else theirs[0].replace(".experts.0.", ".experts.")
-        found = {name.replace("_correction_bias", "_correction.bias"): weights[ours]}
-        if "kv_b_proj" in name:
+        yield ours, str(known.get_name(name.replace("_correction_bias", "_correction.bias"), (".weight", ".bias")))
+
+
+def tensors(weights: Mapping[str, Tensor], c: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    """(llama.cpp's name, tensor) of every tensor."""
+    for ours, theirs in their_names(c):
+        if "kv_b" in theirs:
             up = weights[ours].unflatten(0, (c.n_heads, -1))  # (H, N + V, C)
             w_uk, w_uv = up.split([c.qk_nope_head_dim, c.v_head_dim], dim=1)
-            found = {name.replace("kv_b", "k_b"): w_uk.transpose(1, 2), name.replace("kv_b", "v_b"): w_uv}  # (H, C, N)
-        for their, tensor in found.items():
-            yield str(known.get_name(their, (".weight", ".bias"))), tensor
+            yield theirs.replace("kv_b", "k_b"), w_uk.transpose(1, 2)  # (H, C, N)
+            yield theirs.replace("kv_b", "v_b"), w_uv
+        else:
+            yield theirs, weights[ours]
 
 
 def add_tensor(writer: Any, name: str, tensor: Tensor, dtype: Dtype) -> None:

@@ -1,4 +1,4 @@
-// Asks llama.cpp about one GGUF file. stdin: {model, threads, texts, texts_with_marks, scored, prompts, count}; stdout: the answers.
+// Asks llama.cpp about one GGUF file. stdin: {model, lora, threads, texts, texts_with_marks, scored, prompts, count}; stdout: the answers.
 // Run as `node llama.mjs FOLDER` with the folder of the package node-llama-cpp.
 import {readFileSync} from "node:fs";
 import {text} from "node:stream/consumers";
@@ -51,7 +51,8 @@ async function reply(sequence, prompt) {
 // `sequences` questions at a time, each in a sequence of its own.
 async function inTurn(questions, sequences, answerOne) {
     const length = Math.max(...questions.map((ids) => ids.length)) + asked.count;
-    const context = await model.createContext({contextSize: length, sequences, threads: asked.threads, ...EXACT});
+    const {threads, lora} = asked;
+    const context = await model.createContext({contextSize: length, sequences, threads, lora, ...EXACT});
     const answers = [];
     let next = 0;
     await Promise.all(Array.from({length: sequences}, async () => {

@@ -17,6 +17,7 @@ from nanollm.export.names import names
 from nanollm.model.config import ModelConfig
 from nanollm.model.lora import LoraConfig
 
+ADAPTER = "adapter"  # the folder, within that of the export
 GATE_UP, DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
 INNER = "base_layer."  # what PEFT puts around gate and up lies within what it puts around down
 

@@ -51,6 +51,10 @@ class LoraConfig:
         return self.alpha / self.rank
 
 
+Adapter = tuple[LoraConfig, dict[str, Tensor]]
+"""Settings and weights of an adapter, these by plain names of the base's and .lora_A or .lora_B behind them."""
+
+
 class Lora(nn.Module):
     """The adapter of a matrix (M, N), or of each of a stack (E, M, N)."""
 

@@ -60,12 +60,12 @@ QUANTITIES = {
         Quantity("loss", "Training loss", "nats per trained token", log=True, smooth=True, not_of=("grpo", "prefer")),
         Quantity("val_bpb", "Validation", "bits per byte", about=BPB, log=True),
         Quantity("val_loss", "Validation loss", "nats per token", log=True),
+        Quantity("val_accuracy", "Problems solved", "share of test problems, greedily", SOLVED, SOLVED_INTERVAL),
         Quantity("lr", "Learning rate", "step size"),
         Quantity("grad_norm", "Gradient norm", "L2 norm before clipping", log=True, smooth=True),
     ],
     "Learning from its own replies": [
         Quantity("reward", "Reward", "mean per reply", smooth=True),
-        Quantity("val_accuracy", "Problems solved", "share of test problems, greedily", SOLVED, SOLVED_INTERVAL),
         Quantity("completions/mean_length", "Length of replies", "tokens", smooth=True),
         Quantity("completions/clipped_ratio", "Replies cut at the limit", "share of all replies", smooth=True),
         Quantity("entropy", "Entropy", "nats per token", smooth=True),

@@ -39,7 +39,7 @@ class RolloutConfig:
     prompts: int = 32
     """Problems per step."""
     group_size: int = 8
-    """Replies per problem, which are compared with each other."""
+    """Replies per problem, which grpo compares with each other."""
     max_tokens: int = 128
     """Maximum length of a reply in tokens, its end token included."""
     temperature: float = 1.0
@@ -56,12 +56,7 @@ class RolloutConfig:
     before each step (docs/post-training.md), for models that outgrow one device."""
 
     def __post_init__(self) -> None:
-        if self.group_size < 2:
-            raise ValueError(
-                f"rollout.group_size must be at least 2 (a reply is compared with others of its problem), "
-                f"got {self.group_size}"
-            )
-        for name in ("prompts", "max_tokens"):
+        for name in ("prompts", "group_size", "max_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"rollout.{name} must be at least 1, got {getattr(self, name)}")
         if self.resample < 0:

@@ -170,6 +170,9 @@ def _parse_preference(record: dict[str, Any], unused: Counter[str]) -> Preferenc
         asked, said = record.get("prompt") or [], record[name]
         asked = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
         said = [{"role": "assistant", "content": said}] if isinstance(said, str) else said
+        for field, given in (("prompt", asked), (name, said)):
+            if not isinstance(given, list) or not all(isinstance(message, dict) for message in given):
+                return f"{field}: expected text or a list of messages with role and content, got {given!r}"
         if isinstance(each := _parse_exchange(asked, said, unused), str):
             return f"{name}: {each}"
         parsed.append(each)
@@ -184,11 +187,10 @@ def _parse_preference(record: dict[str, Any], unused: Counter[str]) -> Preferenc
     return Preference(prompt, chosen=reply) if record["label"] else Preference(prompt, rejected=reply)
 
 
-def _parse_exchange(asked: Any, said: Any, unused: Counter[str]) -> tuple[tuple[Message, ...], Reply] | str:
+def _parse_exchange(
+    asked: list[dict[str, Any]], said: list[dict[str, Any]], unused: Counter[str]
+) -> tuple[tuple[Message, ...], Reply] | str:
     """The messages of a prompt and the reply to them, or what is wrong."""
-    for given in (asked, said):
-        if not isinstance(given, list) or not all(isinstance(message, dict) for message in given):
-            return f"expected text or a list of messages with role and content, got {given!r}"
     *before, last = [*asked, *said] or [{}]
     parsed = list[Message]()
     is_empty = isinstance(said := last.get("content"), str) and not said.strip()  # for the caller to count

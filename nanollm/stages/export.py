@@ -13,6 +13,7 @@ from nanollm.durable import check_replaceable, new_folder, write_file
 from nanollm.export.dense_to_moe import STORED, Dtype, Format, exported_shape
 from nanollm.export.hub import check_metadata, check_push, push
 from nanollm.extras import require
+from nanollm.model.lora import Adapter
 from nanollm.progress import say
 
 POSITIONAL = ("bundle",)
@@ -29,7 +30,8 @@ class Config:
     """compact: for transformers, with no added parameters; deepseek-v3: also for vLLM and SGLang; gguf: for llama.cpp
     and Ollama."""
     adapter: Path | None = None
-    """A LoRA adapter of the bundle, which PEFT then finds in the folder adapter of the export; compact only."""
+    """A LoRA adapter of the bundle, to be written beside its weights: compact: the folder adapter, for PEFT; gguf:
+    adapter.gguf, for llama.cpp. --verify then compares both together with ours."""
     dtype: Literal["auto", "f32", "bf16", "f16", "q8_0"] = "auto"
     """Type of the weights; auto: as the bundle keeps them. q8_0 (8.5 bits per weight) is for gguf only."""
     out: Path | None = None
@@ -53,8 +55,10 @@ class Config:
     """Number of prompts that both engines continue by 64 tokens, for --verify."""
 
     def __post_init__(self) -> None:
-        if self.adapter is not None and self.format != "compact":
-            raise ValueError(f"--adapter needs --format compact, got {self.format}; export the merged bundle instead")
+        if self.adapter is not None and self.format == "deepseek-v3":
+            raise ValueError(
+                "--adapter needs --format compact or gguf, got deepseek-v3; export the merged bundle instead"
+            )
         if self.dtype == "q8_0" and self.format != "gguf":
             raise ValueError(f"--dtype q8_0 needs --format gguf; {self.format} takes f32, bf16 or f16")
         check_at_least(1, self, "verify_prompts", prefix="--")
@@ -71,6 +75,7 @@ def plan(c: Config) -> str:
     check(c)
     from nanollm.export.folder import BYTES
 
+    open_adapter(c, load_bundle(c.bundle))
     parameters, dtype = exported_shape(read_config(c.bundle), c.format).total_parameters, dtype_of(c)
     size = f"about {parameters * BYTES[dtype] / 1e6:,.1f} MB"
     return f"{c.format}, {dtype}, {parameters:,} parameters ({size}), into {c.folder}"
@@ -79,19 +84,21 @@ def plan(c: Config) -> str:
 def run(c: Config) -> Path:
     """The folder of the export."""
     check(c)
-    from nanollm.export import card, folder
-    from nanollm.export.peft import write_peft
+    from nanollm.export import card, folder, gguf, peft
 
     bundle, dtype = load_bundle(c.bundle), dtype_of(c)
+    adapter = open_adapter(c, bundle)
     name = c.name or c.push or f"nanollm-{bundle.model.config.total_parameters / 1e6:.0f}M"
     if made := only_verifies(c):
         say(f"{c.folder} is an export already: it is compared as it stands")
-        prove(c, c.folder / next((file for file in made if file.endswith(".gguf")), ""), bundle)
+        model_file = next((file for file in made if file.endswith(".gguf") and file != gguf.ADAPTER), "")
+        prove(c, c.folder / model_file, bundle, adapter)
         return c.folder
     with new_folder(c.folder) as draft:
-        if c.adapter is not None:
-            lora, weights, _ = load_adapter(c.adapter, bundle)
-            write_peft(draft / "adapter", bundle.model.config, lora, weights)
+        if adapter is not None and c.format == "gguf":
+            gguf.write_adapter(draft / gguf.ADAPTER, bundle.model.config, *adapter)
+        elif adapter is not None:
+            peft.write_peft(draft / peft.ADAPTER, bundle.model.config, *adapter)
         model_file = folder.write_export(draft, bundle, c.format, dtype, name)
         text = card.card(
             bundle,
@@ -107,7 +114,7 @@ def run(c: Config) -> Path:
     parameters = exported_shape(bundle.model.config, c.format).total_parameters
     say(f"{c.format}, {dtype}, {parameters:,} parameters, written to {c.folder}")
     if c.verify:
-        prove(c, c.folder / model_file, bundle)
+        prove(c, c.folder / model_file, bundle, adapter)
     if c.push:
         say(f"pushed to {push(c.folder, c.push, private=c.private)}")
     return c.folder
@@ -127,15 +134,31 @@ def check(c: Config) -> None:
         check_push(c.push)
     if c.verify and c.format == "gguf":
         engines.package_folder()
+    elif c.verify and c.adapter is not None:
+        require("export --adapter --verify", ("peft",), "export")
+
+
+def open_adapter(c: Config, bundle: Bundle) -> Adapter | None:
+    """The adapter to export, if any; ValueError for one of another bundle, or that its engine would not use in full."""
+    if c.adapter is None:
+        return None
+    from nanollm.export import gguf
+
+    lora, weights, _ = load_adapter(c.adapter, bundle)
+    if c.format == "gguf":
+        gguf.check_adapter(weights)
+    return lora, weights
 
 
 def only_verifies(c: Config) -> list[str]:
     """The files of an export of this format and type that is there already and is to be compared; else none."""
-    from nanollm.export import folder
+    from nanollm.export import folder, gguf, peft
 
     made = folder.read_made(c.folder)
     is_same = (made.get("format"), made.get("dtype")) == (c.format, dtype_of(c))
-    return made["files"] if c.verify and is_same and not (c.force or c.push or c.adapter) else []
+    if c.adapter is not None and is_same:
+        is_same = (gguf.ADAPTER if c.format == "gguf" else peft.ADAPTER) in made["files"]
+    return made["files"] if c.verify and is_same and not (c.force or c.push) else []
 
 
 def dtype_of(c: Config) -> Dtype:
@@ -143,19 +166,20 @@ def dtype_of(c: Config) -> Dtype:
     return STORED[stored_dtype(c.bundle)] if c.dtype == "auto" else c.dtype
 
 
-def prove(c: Config, model: Path, bundle: Bundle) -> None:
+def prove(c: Config, model: Path, bundle: Bundle, adapter: Adapter | None) -> None:
     """Print the table of --verify; SystemExit, which is exit code 1, if a line of it does not hold."""
     from nanollm.export import engines, verify
 
     if c.format == "gguf":
-        checks = engines.compare_in_llama_cpp(model, bundle, dtype_of(c), c.verify_prompts)
+        checks = engines.compare_in_llama_cpp(model, bundle, dtype_of(c), c.verify_prompts, adapter)
     else:
-        checks = engines.compare_in_transformers(c.folder, bundle, dtype_of(c), c.verify_prompts)
+        checks = engines.compare_in_transformers(c.folder, bundle, dtype_of(c), c.verify_prompts, adapter)
     holds = True
     for check in checks:
         say(verify.line(check))
         holds &= check.holds
     if not holds:
+        what = f"{c.bundle} says" if adapter is None else f"{c.bundle} says with {c.adapter}"
         raise SystemExit(
-            f"nanollm export: {model} does not say what {c.bundle} says" + ("; it was not pushed" if c.push else "")
+            f"nanollm export: {model} does not say what {what}" + ("; it was not pushed" if c.push else "")
         )

@@ -97,6 +97,8 @@ class Config(RunConfig):
                 f"got {self.reward.soft_tokens}"
             )
         check_at_least(0, self, "validation_problems")
+        if (size := self.rollout.group_size) < 2:
+            raise ValueError(f"rollout.group_size must be at least 2, as grpo compares a problem's replies, got {size}")
         if self.optim.balance_weight:
             raise ValueError(
                 f"optim.balance_weight has no effect on replies, got {self.optim.balance_weight}; leave it at 0"

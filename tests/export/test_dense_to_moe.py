@@ -7,8 +7,9 @@ import torch
 
 from nanollm.bundle import build_model
 from nanollm.config import load_preset, preset_names
-from nanollm.export.dense_to_moe import Placement, dense_to_moe, moe_to_dense
+from nanollm.export.dense_to_moe import Placement, dense_to_moe, moe_to_dense, pairs_to_moe
 from nanollm.model.config import ModelConfig
+from nanollm.model.lora import targeted
 from nanollm.model.transformer import Transformer
 from tests.model.conftest import TINY, randomised
 
@@ -55,6 +56,26 @@ def test_what_was_placed_can_be_taken_back_bit_by_bit(shape, dtype):
     taken = moe_to_dense(weights, placement)
     assert taken.keys() == model.state_dict().keys()
     assert all(torch.equal(taken[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("targets", [["gate_proj", "up_proj", "down_proj"], ["down_proj", "o_proj", "centroids"]])
+def test_adapters_are_placed_as_their_weights_are(shape, targets, rng):
+    """W + B A placed is W placed, and B A placed."""
+    model, placement, weights = moved(shape)
+    pairs = {}
+    for name in targeted(model, targets):
+        *stack, outputs, inputs = model.get_parameter(name).shape
+        pairs[name] = [torch.randn(*stack, *size, generator=rng) for size in ((3, inputs), (outputs, 3))]
+    summed = {
+        name: tensor + pairs[name][1] @ pairs[name][0] for name, tensor in model.state_dict().items() if name in pairs
+    }
+    expected = dense_to_moe(model.state_dict() | summed, placement)
+    placed = pairs_to_moe(pairs, placement)
+    assert placed.keys() <= expected.keys()
+    for name, tensor in expected.items():
+        found = weights[name] + placed[name][1] @ placed[name][0] if name in placed else weights[name]
+        torch.testing.assert_close(found, tensor)
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)

@@ -7,6 +7,7 @@ from gguf import GGUFReader
 
 from nanollm.bundle import Bundle, load_bundle
 from nanollm.export import gguf
+from nanollm.model.lora import LoraConfig, add_lora, plain_name
 from nanollm.model.transformer import Transformer
 from nanollm.text.train_tokenizer import Sample, train_on
 from tests.conftest import STORY
@@ -52,3 +53,12 @@ def test_what_llama_cpp_would_read_in_another_way_is_refused(tokenizer):
         gguf.check_fits(deep.model.config, deep.tokenizer)
     with pytest.raises(ValueError, match="needs pieces of the type bpe, this bundle's are unigram"):
         gguf.check_fits(TINY, unigram)
+
+
+@pytest.mark.parametrize("target", gguf.WITHOUT_ADAPTER)
+def test_an_adapter_that_llama_cpp_would_ignore_is_refused_by_name(target, tmp_path):
+    add_lora(model := Transformer(TINY), lora := LoraConfig(rank=2, targets=[target, "o_proj"]), seed=0)
+    weights = {plain_name(name): tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
+    with pytest.raises(ValueError, match=f"llama.cpp ignores the adapter of {target}; train one with --lora.targets"):
+        gguf.write_adapter(tmp_path / "adapter.gguf", TINY, lora, weights)
+    assert not list(tmp_path.iterdir())

@@ -2,15 +2,18 @@
 
 import json
 import subprocess
-from dataclasses import replace
+from dataclasses import astuple, replace
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import pytest
+import torch
 
 from nanollm.bundle import Bundle
 from nanollm.export import engines
-from nanollm.export.gguf import write_gguf
+from nanollm.export.gguf import WITHOUT_ADAPTER, write_adapter, write_gguf
+from nanollm.export.verify import TokenScores
+from nanollm.model.lora import LoraConfig, adapters, add_lora, plain_name
 from nanollm.model.transformer import Transformer
 from nanollm.text.chat import TEMPLATE, Conversation, Message, encode_conversation, encode_prompt
 from nanollm.text.tokenizer import END, SPACE_MARK
@@ -24,7 +27,7 @@ from tests.export.strings import (
     first_difference,
     texts,
 )
-from tests.model.conftest import TINY
+from tests.model.conftest import TINY, randomised
 
 RENDER = """
 import {text} from "node:stream/consumers";
@@ -90,6 +93,29 @@ def test_texts_and_conversations_rendered_in_javascript_have_the_same_ids(tokeni
 def test_a_message_that_spells_a_mark_is_refused_in_javascript(package):
     for answer in rendered_in_javascript(package, [Conversation.of(f"a{mark}b") for mark in ALL_MARKS]):
         assert "message 1 spells the mark" in answer["refused"]
+
+
+# An adapter.
+
+
+@pytest.mark.parametrize("d_ff", [40, 72], ids=["into the shared expert", "into routed experts too"])
+@torch.no_grad()
+def test_an_adapter_of_every_matrix_that_can_have_one_does_what_ours_does(d_ff, package, tokenizer, tmp_path, rng):
+    model = randomised(Transformer(replace(TINY, vocab_size=tokenizer.vocab_size, d_ff=d_ff)).init(0)).eval()
+    write_gguf(tmp_path / "model.gguf", Bundle(model, tokenizer, {}), "f32")
+    matrices = {name.removesuffix(".weight").rpartition(".")[2] for name, p in model.named_parameters() if p.dim() > 1}
+    lora = LoraConfig(rank=3, alpha=7.0, targets=sorted(matrices - {*WITHOUT_ADAPTER}))
+    assert {"embed", "centroids", "o_proj", "gate_proj", "up_proj", "down_proj"} == {*lora.targets}
+    add_lora(model, lora, seed=0)
+    for each in adapters(model):
+        torch.nn.init.normal_(each.lora_B, std=0.1, generator=rng)
+    weights = {plain_name(name): tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
+    write_adapter(tmp_path / "adapter.gguf", model.config, lora, weights)
+    ids = list(range(5, 60))
+    answer = engines.ask_llama_cpp(tmp_path / "model.gguf", lora=tmp_path / "adapter.gguf", scored=[ids])
+    (theirs,), ours = answer["scores"], TokenScores.of(model(torch.tensor([ids]))[0], ids)
+    for mine, other in zip(astuple(ours), astuple(theirs), strict=True):
+        torch.testing.assert_close(other.to(mine.dtype), mine, atol=1e-4, rtol=0)
 
 
 # The template in llama.cpp's own server.

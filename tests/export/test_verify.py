@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nanollm.bundle import load_bundle, save_bundle
+from nanollm.bundle import load_bundle, save_adapter, save_bundle
 from nanollm.export import engines, verify
+from nanollm.model.lora import LoraConfig, add_lora, plain_name
 from nanollm.stages.export import Config, run
 from nanollm.text.chat import encode_prompt
 from nanollm.text.train_tokenizer import Sample, train_on
@@ -73,6 +74,39 @@ def test_another_models_export_is_told_apart(form, dtype, trained, tmp_path, req
     assert "most likely token" in failed
     assert ("perplexity" if dtype == "q8_0" else "greatest difference of a logit") in failed
     assert "ids of texts" not in failed
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning")  # they are parameters
+@pytest.mark.parametrize(
+    ("form", "dtype"),
+    [("compact", "bf16"), *(pytest.param("gguf", dtype, marks=pytest.mark.long) for dtype in ("f32", "q8_0"))],
+)
+def test_an_adapter_is_verified_with_its_export_and_one_that_says_other_things_is_told(
+    form, dtype, trained, tmp_path, request, capsys, monkeypatch
+):
+    monkeypatch.setattr(verify, "POSITIONS", 150)  # fewer, as it is about the adapter
+    if form == "gguf":
+        request.getfixturevalue("with_llama")
+    base, lora = load_bundle(trained), LoraConfig(rank=3, targets=["o_proj", "gate_proj", "up_proj", "down_proj"])
+    add_lora(base.model, lora, seed=0)
+    rng = torch.Generator().manual_seed(0)
+    weights = {plain_name(n): p.detach().clone() for n, p in base.model.named_parameters() if p.requires_grad}
+    for name in weights:
+        if name.endswith(".lora_B"):
+            weights[name].normal_(std=0.02, generator=rng)
+    adapter = save_adapter(tmp_path / "adapter", lora, weights, {"parent": base.provenance})
+    c = Config(
+        bundle=trained, adapter=adapter, format=form, dtype=dtype, out=tmp_path / "out", verify=True, verify_prompts=2
+    )
+    if form == "gguf" and dtype == "q8_0" and torch.cpu._is_amx_tile_supported():
+        pytest.skip("llama.cpp's kernels for AMX fail on matrices this small (GGML_ASSERT in ggml-backend.cpp)")
+    run(c)
+    assert "FAIL" not in capsys.readouterr().err
+    other = save_adapter(tmp_path / "other", replace(lora, alpha=64.0), weights, {"parent": base.provenance})
+    with pytest.raises(SystemExit, match=r"does not say what .* says with"):
+        run(replace(c, adapter=other))  # the export stays as it is, with the adapter of before
+    assert "is an export already: it is compared as it stands" in capsys.readouterr().err
 
 
 def test_a_tensor_that_is_missing_is_told(trained, tmp_path):

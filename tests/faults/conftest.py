@@ -1,4 +1,4 @@
-"""Five jobs of a second, each as its user starts it, and what they leave behind."""
+"""Six jobs of a second, each as its user starts it, and what they leave behind."""
 
 import dataclasses
 import hashlib
@@ -17,7 +17,7 @@ from tests.conftest import STORY
 from tests.faults.processes import Nursery, nursery
 from tests.stages.conftest import MODEL, untrained
 
-SAVE_EVERY = {"preprocess": 1500, "pretrain": 3, "sft": 3, "grpo": 2, "prefer": 3}
+SAVE_EVERY = {"preprocess": 1500, "pretrain": 3, "sft": 3, "grpo": 2, "prefer": 3, "distill": 2}
 """Steps; tokens for preprocess."""
 
 
@@ -92,7 +92,8 @@ def materials(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) ->
                 val_fraction=0.1,
             )
         )
-    untrained(home / "bundle", dataclasses.replace(MODEL, context_length=192), tokenizer)
+    for name, seed in (("bundle", 0), ("teacher", 1)):
+        untrained(home / name, dataclasses.replace(MODEL, context_length=192), tokenizer, seed=seed)
     (home / "model.yaml").write_text(json.dumps(dataclasses.asdict(MODEL)))  # JSON is YAML
     return {path.name.partition(".")[0]: path for path in home.iterdir()}
 
@@ -132,6 +133,12 @@ def job_of(materials: dict[str, Path], tmp_path: Path):
             "prefer": [
                 *("--bundle", materials["bundle"], "--data", materials["pairs"], "--objective.loss", "kto", *training),
                 *("--train.batch_size", 4, "--train.micro_batch_size", 1),
+            ],
+            "distill": [
+                *("--bundle", materials["bundle"], "--teacher", materials["teacher"], *training),
+                *("--task.name", "tests.faults.even:Even", "--validation_problems", 4, "--train.micro_batch_size", 1),
+                *("--rollout.prompts", 2, "--rollout.group_size", 2, "--rollout.max_tokens", 6),
+                *("--optim.name", "adamw", "--optim.lr", 1e-3),
             ],
         }
         return Job(verb, list(map(str, [verb, *words[verb], *options])), out)

@@ -124,6 +124,7 @@ def serve() -> None:
     import torch.profiler  # noqa: F401
 
     import nanollm.config
+    import nanollm.stages.distill
     import nanollm.stages.grpo
     import nanollm.stages.prefer
     import nanollm.stages.preprocess

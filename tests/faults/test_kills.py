@@ -12,7 +12,7 @@ from nanollm.train.checkpoint import checkpoints, verify
 from tests.faults.conftest import SAVE_EVERY
 from tests.faults.processes import Fault
 
-VERBS = ("preprocess", "pretrain", "sft", "grpo", "prefer")
+VERBS = ("preprocess", "pretrain", "sft", "grpo", "prefer", "distill")
 TRAINING = VERBS[1:]
 FEW = [*VERBS[:2], *(pytest.param(verb, marks=pytest.mark.long) for verb in VERBS[2:])]
 """All of them; what is tested of the others takes long, and breaks with pretraining."""

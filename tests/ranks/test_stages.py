@@ -47,7 +47,9 @@ def numbers(folder):
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_sft_grpo_and_prefer_of_two_processes_give_what_one_gives(tokenizer, tokenizer_path, tmp_path, parallel):
+def test_sft_grpo_prefer_and_distill_of_two_processes_give_what_one_gives(
+    tokenizer, tokenizer_path, tmp_path, parallel
+):
     bundle = untrained(tmp_path / "untrained", dataclasses.replace(MODEL, context_length=256), tokenizer)
     words = ["--words.count", 200, "--words.largest", 5, "--val_fraction", 0.1]
     alone(["preprocess", "words", *words, "--tokenizer_path", tokenizer_path, "--save_dir", tmp_path / "words"])
@@ -62,6 +64,12 @@ def test_sft_grpo_and_prefer_of_two_processes_give_what_one_gives(tokenizer, tok
     pairs = ["--bundle", bundle, "--data", tmp_path / "pairs.jsonl", "--val_data", tmp_path / "pairs.jsonl"]
     pairs += ["--train.batch_size", 5, "--train.micro_batch_size", 1, "--optim.lr", 3e-3]
     stages |= {f"prefer {loss}": [*pairs, "--objective.loss", loss] for loss in ("dpo", "kto")}
+    stages["prefer dpo-lora"] = [*stages["prefer dpo"], *LORA]
+    teacher = untrained(tmp_path / "teacher", dataclasses.replace(MODEL, context_length=256), tokenizer, seed=1)
+    taught = ["--bundle", bundle, "--teacher", teacher, *GRPO[:4], "--validation_problems", 5]
+    texts = ["--mode", "logits", "--data", tmp_path / "words", "--train.batch_size", 8]
+    stages |= {"distill": [*taught, *GRPO[4:]], "distill logits": [*taught, *texts]}
+    stages |= {"distill-lora": [*stages["distill"], *LORA]}
     for name, options in stages.items():
         stage, *_ = name.replace("-", " ").split()
         one, two = (tmp_path / f"{name}-{which}" for which in ("alone", "two"))

@@ -66,7 +66,9 @@ def test_the_student_moves_to_its_teacher(run_config, folders, data):
     assert all(loss > 0 for loss in losses)
     assert losses[-1] < 0.9 * losses[0]
     assert "distill" in load_bundle(folder).provenance["made_by"]
-    assert "Distillation on " in (c.out / "report.html").read_text()
+    page = (c.out / "report.html").read_text()
+    assert "Distillation on " in page
+    assert ("Learning from its own replies" in page) == (data is None)
     assert ("reward" in told(c.out)[1]) == (data is None)
 
 
@@ -106,6 +108,12 @@ def test_the_tools_of_the_texts_are_the_students(run_config, tokenizer, tokenize
     preprocess.run(lessons)
     c = run_config(steps=1, mode="logits", data=tmp_path / "lessons")
     assert load_bundle(distill.run(c)).tools == ["calculator"]
+
+
+def test_one_reply_to_each_problem_is_enough(run_config):
+    c = run_config(steps=1, rollout=RolloutConfig(prompts=3, group_size=1, max_tokens=10, resample=0))
+    distill.run(c)
+    assert told(c.out)[1]["loss"] > 0
 
 
 def test_a_dry_run_says_what_would_be_done(run_config, folders):

@@ -175,12 +175,16 @@ def test_an_export_takes_the_adapter_along_for_peft_and_can_be_replaced(
     assert cli.main(["export", str(bundle), *words, "--force"]) == 0
     files = {file.name for file in (tmp_path / "export" / "adapter").iterdir()}
     assert files == {"adapter_config.json", "adapter_model.safetensors"}
-    assert cli.main(["export", str(bundle), *words, "--format", "gguf"]) == 2
+    assert cli.main(["export", str(bundle), *words, "--force", "--format", "deepseek-v3"]) == 2
+    assert "--adapter needs --format compact or gguf, got deepseek-v3; export the merged" in capsys.readouterr().err
+    for dry in ([], ["--dry_run"]):
+        assert cli.main(["export", str(bundle), *words, "--force", "--format", "gguf", *dry]) == 2
+        said = capsys.readouterr().err
+        assert "llama.cpp ignores the adapter of q_a_proj, q_b_proj, kv_a_proj, kv_b_proj; train one with" in said
+    assert (tmp_path / "export" / "adapter").exists()  # nothing is lost
     other = untrained(tmp_path / "other", SHAPE, tokenizer, seed=1)
     assert cli.main(["export", str(other), *words, "--force"]) == 2
-    said = capsys.readouterr().err
-    assert "--adapter needs --format compact, got gguf" in said
-    assert "give the bundle it was trained on" in said
+    assert "give the bundle it was trained on" in capsys.readouterr().err
 
 
 # GRPO: what samples, and what the policy is held to.

@@ -217,7 +217,8 @@ def test_what_cannot_be_used_is_left_out_and_said(run_config, tmp_path):
         ("[1]\n", r"expected a JSON object, got list"),
         ({"prompt": "a", "text": "b"}, r"expected prompt, chosen and rejected, .*, got prompt, text"),
         (pair(1, chosen=5), r"chosen: expected text or a list of messages with role and content, got 5"),
-        (pair(1, prompt={"a": 1}), r"chosen: expected text or a list of messages .*, got \{'a': 1\}"),
+        (pair(1, prompt={"a": 1}), r"prompt: expected text or a list of messages .*, got \{'a': 1\}"),
+        (pair(1, prompt=5), r"prompt: expected text or a list of messages .*, got 5"),
         (pair(1, prompt=""), r"chosen: a conversation is an optional system message.*; got assistant"),
         (pair(1, rejected=[{"role": "user", "content": "b"}]), r"rejected: a conversation is .*; got user, user"),
         (
