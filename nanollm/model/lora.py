@@ -18,6 +18,8 @@ from torch.nn.utils.parametrize import register_parametrization
 
 from nanollm.model.transformer import Transformer
 
+Pairs = Mapping[str, tuple[Tensor, Tensor]]
+"""An adapter in use, by the plain names of its weights: A (R, N) and B (M, R), or stacks, with the scale within B."""
 TARGETS = (
     *("q_a_proj", "q_b_proj", "kv_a_proj", "kv_b_proj", "o_proj"),
     *("gate_proj", "up_proj", "down_proj"),
@@ -119,6 +121,37 @@ def without_lora(model: nn.Module) -> Iterator[None]:
 def plain_name(name: str) -> str:
     """A tensor of a model with adapters by the name of the base's, and behind it .lora_A or .lora_B of its adapter."""
     return re.sub(r"\.parametrizations\.(\w+)\.(?:original|0)", r".\1", name)
+
+
+def pairs_of(model: nn.Module, weights: Mapping[str, Tensor], scale: float) -> Pairs:
+    """A trained adapter in use beside others, in float32; ValueError if this model has no place for it."""
+    own, pairs = dict(model.named_parameters()), dict[str, tuple[Tensor, Tensor]]()
+    for name in {name.rpartition(".")[0] for name in weights}:
+        if name.endswith(("centroids", "embed.weight")):
+            raise ValueError(f"it adapts {name}, which only a merged model can; make one with nanollm merge")
+        weight, a, b = own.get(name), weights.get(f"{name}.lora_A"), weights.get(f"{name}.lora_B")
+        if weight is None or a is None or b is None or weight.dim() < 2 or a.dim() < 2:
+            raise ValueError(f"it has no whole pair for a matrix {name} of the model; copy the adapter again")
+        *stack, outputs, inputs = weight.shape
+        if a.shape != (*stack, rank := a.shape[-2], inputs) or b.shape != (*stack, outputs, rank):
+            shapes = ", ".join(str(tuple(each.shape)) for each in (a, b, weight))
+            raise ValueError(f"A and B do not fit {name}: {shapes}; copy the adapter again")
+        pairs[name] = a.float(), b.float() * scale
+    return pairs
+
+
+@contextmanager
+def with_pairs(model: nn.Module, pairs: Pairs) -> Iterator[None]:
+    """W + B A in place of each W, while the block runs."""
+    own = dict(model.named_parameters())
+    kept = {name: own[name].data for name in pairs}
+    for name, (a, b) in pairs.items():
+        own[name].data = adapted(kept[name], a.to(kept[name]), b.to(kept[name]), 1.0)
+    try:
+        yield
+    finally:
+        for name, weight in kept.items():
+            own[name].data = weight
 
 
 def merged(weights: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
