@@ -22,19 +22,16 @@ from nanollm.generate.request import ModelOutput, Quantize, ScheduledBatch
 from nanollm.kernels import build
 from nanollm.kernels.build import OPTIONS
 from nanollm.model.attention import LatentAttention
-from nanollm.model.config import ModelConfig
 from nanollm.model.layers import rotary_table
-from nanollm.model.lora import Pairs
+from nanollm.model.lora import Pair, Pairs, per_head, stacked
 from nanollm.model.moe import MoE
 from nanollm.model.transformer import Transformer
 
 SOURCE = Path(build.__file__).with_name("decoding.cpp")
 PANEL = 32
-MaybePair = tuple[Tensor, Tensor] | None
-"""A (R, N) and B (M, R) of an adapter, or stacks of heads of which one may be for all; None: it has none."""
 
 
-class Pair(ctypes.Structure):
+class PairWeights(ctypes.Structure):
     _fields_ = (("a", c_void_p), ("b", c_void_p), ("rank", c_int64), ("a_step", c_int64), ("b_step", c_int64))
 
 
@@ -188,7 +185,9 @@ class NativeRunner:
             q_norm=self._numbers(attention.q_a_norm.weight),
             kv_norm=self._numbers(attention.kv_a_norm.weight),
             ffn_norm=self._numbers(block.ffn_norm.weight),
-            low=self._matrix(torch.cat(lows), [stacked(pairs, lows) for pairs in zip(*map(self._pairs, lows))]),
+            low=self._matrix(
+                torch.cat(lows), [stacked(pairs, lows) for pairs in zip(*map(self._pairs, lows), strict=True)]
+            ),
             q_up=self._matrix(attention.q_b_proj.weight),
             **self._per_head(attention),
             out=self._matrix(attention.o_proj.weight),
@@ -199,7 +198,7 @@ class NativeRunner:
         if isinstance(ffn, MoE):
             stacks = ffn.experts.gate_proj, ffn.experts.up_proj, ffn.experts.down_proj
             matrices = [  # gate, up, down of each expert
-                self._matrix(stack[expert], [pair and (pair[0][expert], pair[1][expert]) for pair in self._pairs(stack)])
+                self._matrix(stack[expert], self._pairs(stack, expert))
                 for expert in range(self.config.n_routed_experts)
                 for stack in stacks
             ]
@@ -222,15 +221,17 @@ class NativeRunner:
             for name, part in heads.items()
         }
 
-    def _pairs(self, weight: Tensor) -> list[MaybePair]:
-        """What each adapter has for this parameter."""
-        return [each.get(id(weight)) for each in self.adapters]
+    def _pairs(self, weight: Tensor, expert: int | None = None) -> list[Pair | None]:
+        """What each adapter has for this parameter, or for one expert of it."""
+        own = [each.get(id(weight)) for each in self.adapters]
+        return own if expert is None else [pair and (pair[0][expert], pair[1][expert]) for pair in own]
 
-    def _matrix(self, weight: Tensor, pairs: Sequence[MaybePair] | None = None) -> Matrix:
+    def _matrix(self, weight: Tensor, pairs: Sequence[Pair | None] | None = None) -> Matrix:
         """A weight (outputs, inputs) in panels, with these pairs (None: those of this parameter)."""
         outputs, inputs = weight.shape
         pairs = self._pairs(weight) if pairs is None else pairs
-        beside = self._array(Pair, [self._pair(*pair) if pair else Pair() for pair in pairs]) if any(pairs) else None
+        records = [self._pair(*pair) if pair else PairWeights() for pair in pairs] if any(pairs) else None
+        beside = records and self._array(PairWeights, records)
         padded = F.pad(weight.detach(), (0, 0, 0, -outputs % PANEL))
         if self.quantize == "int8":
             scales = padded.float().abs().amax(1).clamp(min=1e-12) / 127
@@ -238,14 +239,14 @@ class NativeRunner:
             return Matrix(self._at(panels(padded, 2)), self._at(scales), outputs, inputs, beside)
         return Matrix(self._at(panels(padded.to(self.dtype), self.together)), None, outputs, inputs, beside)
 
-    def _pair(self, a: Tensor, b: Tensor) -> Pair:
+    def _pair(self, a: Tensor, b: Tensor) -> PairWeights:
         """A and B in panels, of one matrix or of heads."""
         a, b = (each if each.dim() == 3 else each[None] for each in (a, b))
         b = F.pad(b, (0, a.shape[1] % 2, 0, -b.shape[1] % PANEL))
         a = F.pad(a, (0, 0, 0, -a.shape[1] % PANEL))
         self.rank = max(self.rank, a.shape[1])
         places = [self._at(panels(each.to(self.dtype).flatten(0, 1), self.together)) for each in (a, b)]
-        return Pair(*places, b.shape[2], *(each[0].numel() if len(each) > 1 else 0 for each in (a, b)))
+        return PairWeights(*places, b.shape[2], *(each[0].numel() if len(each) > 1 else 0 for each in (a, b)))
 
     def _array(self, kind: type[ctypes.Structure], records: Sequence[ctypes.Structure]) -> int:
         self.kept.append((kind * len(records))(*records))
@@ -258,23 +259,6 @@ class NativeRunner:
         """The address of a tensor that lives as long as this runner."""
         self.kept.append(tensor.clone() if tensor.data_ptr() % 64 else tensor)
         return int(self.kept[-1].data_ptr())
-
-
-def stacked(pairs: Sequence[MaybePair], weights: Sequence[Tensor]) -> MaybePair:
-    """The pair of matrices that stand on one another: their A on one another, their B along the diagonal."""
-    if not any(pairs):
-        return None
-    found = [pair or (weight[:0], weight[:, :0]) for pair, weight in zip(pairs, weights, strict=True)]
-    return torch.cat([a for a, _ in found]), torch.block_diag(*(b for _, b in found))
-
-
-def per_head(pair: MaybePair, c: ModelConfig) -> dict[str, tuple[Tensor, Tensor]]:
-    """A pair of kv_b_proj as those of its parts: W_uk + B_uk A both ways, and W_uv + B_uv A."""
-    if pair is None:
-        return {}
-    a, b = pair  # (R, C) and (H * (N + V), R)
-    b_uk, b_uv = b.unflatten(0, (c.n_heads, -1)).split([c.qk_nope_head_dim, c.v_head_dim], dim=1)
-    return {"key_up": (b_uk.mT, a.T), "key_down": (a, b_uk), "value_up": (a, b_uv)}
 
 
 def panels(weight: Tensor, together: int) -> Tensor:
