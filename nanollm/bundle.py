@@ -151,10 +151,16 @@ def load_bundle(folder: Path | str, dtype: torch.dtype = torch.float32, device: 
         raise ValueError(f"{folder / WEIGHTS} does not fit {CONFIG}: {' '.join(str(error).split())[:300]}") from error
     for parameter in model.parameters():  # not the buffers: the balance bias stays float32
         parameter.data = parameter.data.to(dtype)
+    tools = tools_of(provenance, folder / PROVENANCE)
+    return Bundle(model.to(device).eval(), Tokenizer.load(folder / TOKENIZER), provenance, tools)
+
+
+def tools_of(provenance: Mapping[str, Any], path: Path) -> list[str]:
+    """Names of the tools that a model was trained with; `path` is where its provenance was read."""
     tools = provenance.get("tools", [])
     if not (isinstance(tools, list) and all(isinstance(name, str) for name in tools)):
-        raise ValueError(f"{folder / PROVENANCE}: tools must be a list of names, got {tools!r:.80}")
-    return Bundle(model.to(device).eval(), Tokenizer.load(folder / TOKENIZER), provenance, tools)
+        raise ValueError(f"{path}: tools must be a list of names, got {tools!r:.80}")
+    return tools
 
 
 def load_reference(

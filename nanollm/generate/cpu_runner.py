@@ -1,10 +1,12 @@
 """A runner for CPUs: binds kernels/decoding.cpp, the forward pass in C++, and packs the weights for it.
 
 The file is compiled on this machine when it is needed for the first time. Weights are copied into the panels that it
-reads from the first byte to the last; with int8 every output of a matrix has its own scale.
+reads from the first byte to the last; with int8 every output of a matrix has its own scale. Adapters lie beside them,
+as pairs of thin matrices that are never int8.
 """
 
 import ctypes
+from collections.abc import Sequence
 from ctypes import POINTER, byref, c_float, c_int64, c_void_p
 from dataclasses import asdict
 from functools import cache
@@ -21,6 +23,7 @@ from nanollm.kernels import build
 from nanollm.kernels.build import OPTIONS
 from nanollm.model.attention import LatentAttention
 from nanollm.model.layers import rotary_table
+from nanollm.model.lora import Pair, Pairs, per_head, stacked
 from nanollm.model.moe import MoE
 from nanollm.model.transformer import Transformer
 
@@ -28,8 +31,15 @@ SOURCE = Path(build.__file__).with_name("decoding.cpp")
 PANEL = 32
 
 
+class PairWeights(ctypes.Structure):
+    _fields_ = (("a", c_void_p), ("b", c_void_p), ("rank", c_int64), ("a_step", c_int64), ("b_step", c_int64))
+
+
 class Matrix(ctypes.Structure):
-    _fields_ = (("panels", c_void_p), ("scales", c_void_p), ("outputs", c_int64), ("inputs", c_int64))
+    _fields_ = (
+        *(("panels", c_void_p), ("scales", c_void_p), ("outputs", c_int64), ("inputs", c_int64)),
+        ("pairs", c_void_p),
+    )
 
 
 class BlockWeights(ctypes.Structure):
@@ -50,7 +60,7 @@ class Model(ctypes.Structure):
             for name in (
                 *("d_model", "n_blocks", "n_heads", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim"),
                 *("qk_rope_head_dim", "v_head_dim", "widest", "n_routed_experts", "experts_per_token", "vocab_size"),
-                *("rows", "slots", "max_tokens", "norm_topk_prob"),
+                *("rows", "slots", "max_tokens", "rank", "norm_topk_prob"),
             )
         ),
         *((name, c_float) for name in ("rms_norm_eps", "scale", "routed_scaling_factor")),
@@ -64,7 +74,7 @@ class Model(ctypes.Structure):
 class Pass(ctypes.Structure):
     _fields_ = (
         ("count", c_int64),
-        *((name, c_void_p) for name in ("tokens", "rows", "positions")),
+        *((name, c_void_p) for name in ("tokens", "rows", "positions", "adapters")),
         ("pieces", c_int64),
         ("lengths", c_void_p),
         ("wanted", c_int64),
@@ -76,15 +86,26 @@ class Pass(ctypes.Structure):
 class NativeRunner:
     """Runs passes through decoding.cpp: float32 and bfloat16 weights, and int8 ones."""
 
-    def __init__(self, model: Transformer, rows: int, length: int, longest: int, quantize: Quantize = "none") -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        rows: int,
+        length: int,
+        longest: int,
+        quantize: Quantize = "none",
+        adapters: Sequence[Pairs] = (),
+    ) -> None:
         """`longest`: most tokens of a pass. NoCompilerError where the library cannot be made."""
         self.library = library()
         c = self.config = model.config
         dtype = model.head.weight.dtype
         assert dtype in (torch.float32, torch.bfloat16), dtype
         self.kept: list[Any] = []  # what the library points at
+        own = dict(model.named_parameters())
+        self.adapters = [{id(own[name]): pair for name, pair in each.items()} for each in adapters]
+        self.rank = 0  # the greatest of a pair, padded
         self.quantize, self.dtype = quantize, torch.bfloat16 if quantize == "int8" else dtype
-        self.kind = "float" if self.dtype == torch.float32 else "bf16"
+        self.kind, self.together = ("float", 1) if self.dtype == torch.float32 else ("bf16", 2)
         self.slots = torch.empty(c.n_blocks, rows, length, c.cache_width, dtype=self.dtype)
         self.cache_bytes, self.weight_bytes = self.slots.nbytes, 1 if quantize == "int8" else self.dtype.itemsize
         self.cache_bytes_per_token = self.slots[:, 0, 0].nbytes
@@ -103,16 +124,19 @@ class NativeRunner:
         rows = np.concatenate([np.repeat([chunk.row for chunk in chunks], lengths), batch.rows])
         ranges = [np.arange(chunk.start, chunk.start + len(chunk.ids)) for chunk in chunks]
         positions = np.concatenate([*ranges, batch.positions])
+        adapters = np.concatenate([np.repeat([chunk.adapter for chunk in chunks], lengths), batch.adapters])
         last = (lengths.cumsum() - 1)[[chunk.is_last for chunk in chunks]] if chunks else lengths
         wanted = np.concatenate([last, np.arange(lengths.sum(), len(tokens))])  # (W,) whose logits are asked for
         logits = torch.empty(len(wanted), c.vocab_size)
         experts = np.empty((len(tokens), c.n_moe_blocks, c.experts_per_token), dtype=np.int64)
-        tokens, rows, positions = (np.ascontiguousarray(each, dtype=np.int64) for each in (tokens, rows, positions))
+        each_token = (tokens, rows, positions, adapters)
+        tokens, rows, positions, adapters = (np.ascontiguousarray(each, dtype=np.int64) for each in each_token)
         call = Pass(
             count=len(tokens),
             tokens=tokens.ctypes.data,
             rows=rows.ctypes.data,
             positions=positions.ctypes.data,
+            adapters=adapters.ctypes.data if (adapters >= 0).any() else None,
             pieces=len(lengths),
             lengths=lengths.ctypes.data,
             wanted=len(wanted),
@@ -132,34 +156,38 @@ class NativeRunner:
     def _describe(self, model: Transformer, rows: int, length: int, longest: int) -> Model:
         c = self.config
         cosine, sine = rotary_table(torch.arange(length), c.qk_rope_head_dim, c.rope_theta)
-        blocks = (BlockWeights * c.n_blocks)(*(self._block(block) for block in model.trunk.blocks))
-        self.kept.append(blocks)
+        blocks = self._array(BlockWeights, [self._block(block) for block in model.trunk.blocks])
         embed = model.trunk.embed.weight.detach().to(self.dtype, copy=True)
+        head = self._matrix(model.head.weight)
         return Model(
             **{name: value for name, value in asdict(c).items() if hasattr(Model, name)},
             widest=max(c.d_ff, c.n_shared_experts * c.d_expert),
             rows=rows,
             slots=length,
             max_tokens=longest,
+            rank=self.rank,
             scale=c.qk_head_dim**-0.5,
             embed=self._at(embed),
             cosine=self._at(cosine),
             sine=self._at(sine),
             norm=self._numbers(model.trunk.norm.weight),
-            head=self._matrix(model.head.weight),
-            blocks=ctypes.addressof(blocks),
+            head=head,
+            blocks=blocks,
             cache=self.slots.data_ptr(),
         )
 
     def _block(self, block: Any) -> BlockWeights:
         attention, ffn = block.attention, block.ffn
+        lows = attention.q_a_proj.weight, attention.kv_a_proj.weight
         dense = ffn.shared if isinstance(ffn, MoE) else ffn
         record = BlockWeights(
             attention_norm=self._numbers(block.attention_norm.weight),
             q_norm=self._numbers(attention.q_a_norm.weight),
             kv_norm=self._numbers(attention.kv_a_norm.weight),
             ffn_norm=self._numbers(block.ffn_norm.weight),
-            low=self._matrix(torch.cat((attention.q_a_proj.weight, attention.kv_a_proj.weight))),
+            low=self._matrix(
+                torch.cat(lows), [stacked(pairs, lows) for pairs in zip(*map(self._pairs, lows), strict=True)]
+            ),
             q_up=self._matrix(attention.q_b_proj.weight),
             **self._per_head(attention),
             out=self._matrix(attention.o_proj.weight),
@@ -168,11 +196,13 @@ class NativeRunner:
             down=self._matrix(dense.down_proj.weight),
         )
         if isinstance(ffn, MoE):
-            each = zip(ffn.experts.gate_proj, ffn.experts.up_proj, ffn.experts.down_proj, strict=True)
-            matrices = [self._matrix(weight) for expert in each for weight in expert]  # gate, up, down of each expert
-            experts = (Matrix * len(matrices))(*matrices)
-            self.kept.append(experts)
-            record.is_moe, record.experts = 1, ctypes.addressof(experts)
+            stacks = ffn.experts.gate_proj, ffn.experts.up_proj, ffn.experts.down_proj
+            matrices = [  # gate, up, down of each expert
+                self._matrix(stack[expert], self._pairs(stack, expert))
+                for expert in range(self.config.n_routed_experts)
+                for stack in stacks
+            ]
+            record.is_moe, record.experts = 1, self._array(Matrix, matrices)
             record.centroids = self._numbers(ffn.centroids)
             record.balance_bias = self._numbers(ffn.balance_bias)
         return record
@@ -183,20 +213,44 @@ class NativeRunner:
         up = attention.kv_b_proj.weight.unflatten(0, (c.n_heads, -1))  # (H, N + V, C)
         w_uk, w_uv = up.split([c.qk_nope_head_dim, c.v_head_dim], dim=1)
         heads = {"key_up": w_uk.transpose(1, 2), "key_down": w_uk, "value_up": w_uv}  # (H, outputs, inputs)
+        pairs = [per_head(pair, c) for pair in self._pairs(attention.kv_b_proj.weight)]
         return {
-            name: self._matrix(F.pad(part, (0, 0, 0, -part.shape[1] % PANEL)).flatten(0, 1))
+            name: self._matrix(
+                F.pad(part, (0, 0, 0, -part.shape[1] % PANEL)).flatten(0, 1), [each.get(name) for each in pairs]
+            )
             for name, part in heads.items()
         }
 
-    def _matrix(self, weight: Tensor) -> Matrix:
-        """A weight (outputs, inputs) in panels."""
+    def _pairs(self, weight: Tensor, expert: int | None = None) -> list[Pair | None]:
+        """What each adapter has for this parameter, or for one expert of it."""
+        own = [each.get(id(weight)) for each in self.adapters]
+        return own if expert is None else [pair and (pair[0][expert], pair[1][expert]) for pair in own]
+
+    def _matrix(self, weight: Tensor, pairs: Sequence[Pair | None] | None = None) -> Matrix:
+        """A weight (outputs, inputs) in panels, with these pairs (None: those of this parameter)."""
         outputs, inputs = weight.shape
+        pairs = self._pairs(weight) if pairs is None else pairs
+        records = [self._pair(*pair) if pair else PairWeights() for pair in pairs] if any(pairs) else None
+        beside = records and self._array(PairWeights, records)
         padded = F.pad(weight.detach(), (0, 0, 0, -outputs % PANEL))
         if self.quantize == "int8":
             scales = padded.float().abs().amax(1).clamp(min=1e-12) / 127
             padded = (padded.float() / scales[:, None]).round().to(torch.int8)
-            return Matrix(self._at(panels(padded, 2)), self._at(scales), outputs, inputs)
-        return Matrix(self._at(panels(padded.to(self.dtype), 1 if self.kind == "float" else 2)), None, outputs, inputs)
+            return Matrix(self._at(panels(padded, 2)), self._at(scales), outputs, inputs, beside)
+        return Matrix(self._at(panels(padded.to(self.dtype), self.together)), None, outputs, inputs, beside)
+
+    def _pair(self, a: Tensor, b: Tensor) -> PairWeights:
+        """A and B in panels, of one matrix or of heads."""
+        a, b = (each if each.dim() == 3 else each[None] for each in (a, b))
+        b = F.pad(b, (0, a.shape[1] % 2, 0, -b.shape[1] % PANEL))
+        a = F.pad(a, (0, 0, 0, -a.shape[1] % PANEL))
+        self.rank = max(self.rank, a.shape[1])
+        places = [self._at(panels(each.to(self.dtype).flatten(0, 1), self.together)) for each in (a, b)]
+        return PairWeights(*places, b.shape[2], *(each[0].numel() if len(each) > 1 else 0 for each in (a, b)))
+
+    def _array(self, kind: type[ctypes.Structure], records: Sequence[ctypes.Structure]) -> int:
+        self.kept.append((kind * len(records))(*records))
+        return ctypes.addressof(self.kept[-1])
 
     def _numbers(self, values: Tensor) -> int:
         return self._at(values.detach().to(torch.float32, copy=True))

@@ -9,7 +9,7 @@ Source of continuous batching: Orca, OSDI 2022.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,6 +32,7 @@ from nanollm.generate.request import (
 )
 from nanollm.generate.runner import open_runner
 from nanollm.generate.sampling import SamplingConfig, sample, uniforms
+from nanollm.model.lora import Pairs
 from nanollm.model.transformer import Transformer
 from nanollm.threads import watch_cores
 
@@ -58,6 +59,7 @@ class Row:
     prompt_output: ModelOutput | None = None
     """The model's output after the whole prompt, for others with the same prompt."""
     last_token: int = 0  # the token sampled last, which the next pass reads
+    adapter: int = -1  # with which it was read; -1: none
 
 
 class Engine:
@@ -72,6 +74,7 @@ class Engine:
         chunk: int = CHUNK,
         quantize: Quantize = "none",
         kernels: Kernels = "auto",
+        adapters: Mapping[str, Pairs] | None = None,
     ) -> None:
         """Room for `rows` requests at once, of `length` tokens each (None: the model's context).
 
@@ -80,7 +83,9 @@ class Engine:
         self.vocab_size, self.chunk = model.config.vocab_size, chunk
         self.length = length or model.config.context_length
         watch_cores()
-        self.runner = open_runner(model, rows, self.length, chunk, quantize, kernels)
+        adapters = adapters or {}
+        self.runner = open_runner(model, rows, self.length, chunk, quantize, kernels, [*adapters.values()])
+        self.adapters = {name: number for number, name in enumerate(adapters)}
         self.rows = [Row(number) for number in range(rows)]
         self.prompts = np.full((rows, self.length), -1, dtype=np.int64)  # what each row has read or will read
         self.queue: deque[Completion] = deque()
@@ -113,6 +118,8 @@ class Engine:
         if any(token >= self.vocab_size for token in request.sampling.logit_bias):
             greatest = max(request.sampling.logit_bias)
             raise ValueError(f"logit_bias speaks of token {greatest}, the model has {self.vocab_size:,} tokens")
+        if request.adapter is not None and request.adapter not in self.adapters:
+            raise ValueError(f"there is no adapter {request.adapter!r}, only {', '.join(self.adapters) or 'the model'}")
         completion = Completion(request)
         self.queue.append(completion)
         return completion
@@ -133,7 +140,7 @@ class Engine:
         """Run one forward pass; the tokens sampled after it, at most one for each running request."""
         reused = self._schedule_waiting()
         chunks = list(self._schedule_chunks())
-        decoding = self.decoding.copy()
+        decoding = sorted(self.decoding, key=lambda row: row.adapter)  # what shares an adapter stands together
         outputs = [row.prompt_output for row in reused if row.prompt_output is not None]
         if chunks or decoding:
             outputs.append(self.runner.run(self._batch(chunks, decoding)))
@@ -162,6 +169,7 @@ class Engine:
             prompt = np.array(completion.request.prompt, dtype=np.int64)
             # Any row will do, also one in use: what it has read of its prompt does not change until it is given away.
             is_same = self.prompts[:, : len(prompt)] == prompt  # (rows, n)
+            is_same[[row.adapter != self._number_of(completion) for row in self.rows]] = False
             shared = np.where(is_same.all(1), len(prompt), is_same.argmin(1))
             ready = np.minimum(shared, [row.num_cached_prompt_tokens for row in self.rows])
             coming = max((int(shared[row.number]) for row in self.prefilling), default=0)
@@ -181,6 +189,9 @@ class Engine:
         self.queue.extendleft(reversed(held_back))
         return reused
 
+    def _number_of(self, completion: Completion) -> int:
+        return -1 if completion.request.adapter is None else self.adapters[completion.request.adapter]
+
     def _begin(self, row: Row, completion: Completion, prompt: Ints, source: Row, ready: int) -> bool:
         """Put a request into a row, with what `source` holds of its prompt; true if that is all of it."""
         is_whole = ready == len(prompt) == source.num_prompt_tokens
@@ -190,7 +201,7 @@ class Engine:
             self.runner.copy(source.number, row.number, reused)
         row.completion, row.prompt_output = completion, output
         row.num_tokens = row.num_prompt_tokens = len(prompt)
-        row.num_cached_prompt_tokens = reused
+        row.num_cached_prompt_tokens, row.adapter = reused, self._number_of(completion)
         self.prompts[row.number] = -1
         self.prompts[row.number, : len(prompt)] = prompt
         self.reused_tokens += reused
@@ -209,11 +220,12 @@ class Engine:
             end = min(row.num_prompt_tokens, start + share)
             room -= end - start
             if end > start:
-                yield PromptChunk(row.number, start, self.prompts[row.number, start:end], end == row.num_prompt_tokens)
+                ids, is_last = self.prompts[row.number, start:end], end == row.num_prompt_tokens
+                yield PromptChunk(row.number, start, ids, is_last, row.adapter)
 
     def _batch(self, chunks: list[PromptChunk], decoding: list[Row]) -> ScheduledBatch:
-        columns = [(row.number, row.last_token, row.num_tokens - 1) for row in decoding]
-        return ScheduledBatch(chunks, *np.array(columns, dtype=np.int64).reshape(-1, 3).T)
+        columns = [(row.number, row.last_token, row.num_tokens - 1, row.adapter) for row in decoding]
+        return ScheduledBatch(chunks, *np.array(columns, dtype=np.int64).reshape(-1, 4).T)
 
     def _finish_chunks(self, chunks: list[PromptChunk]) -> list[Row]:
         """Count what was computed; returns the rows whose prompt ended."""

@@ -31,6 +31,8 @@ class Request:
     tool: Callable[[int], Sequence[int]] | None = None
     """Told every sampled token in order; what it returns is appended behind that token, as far as there is room
     (generate/tools.py). A reply goes on where something follows its end token (generate/turns.py)."""
+    adapter: str | None = None
+    """One of the engine's, by its name; None: the model itself."""
     seed: int = 0
     """The only source of this request's random numbers."""
     top_logprobs: int | None = None
@@ -93,6 +95,7 @@ class PromptChunk:
     start: int  # position of the first
     ids: Ints
     is_last: bool  # the prompt ends here, so that its last token's logits are wanted
+    adapter: int = -1  # number of the engine's; -1: none
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,7 @@ class ScheduledBatch:
     rows: Ints  # (B,) rows that are decoding
     tokens: Ints  # (B,) their last tokens
     positions: Ints  # (B,) where these stand
+    adapters: Ints  # (B,) as in PromptChunk
 
 
 @dataclass(frozen=True)

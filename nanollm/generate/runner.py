@@ -3,7 +3,10 @@
 The engine says which tokens to read. On CPUs decoding.cpp runs them, elsewhere the model itself.
 """
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from functools import cache
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -12,12 +15,19 @@ from nanollm.generate.cpu_runner import NativeRunner
 from nanollm.generate.request import Ints, Kernels, ModelOutput, PromptChunk, Quantize, Runner, ScheduledBatch
 from nanollm.kernels.build import NoCompilerError
 from nanollm.model.cache import LatentCache
+from nanollm.model.lora import Pairs, with_pairs
 from nanollm.model.transformer import Transformer
 from nanollm.progress import say
 
 
 def open_runner(
-    model: Transformer, rows: int, length: int, chunk: int, quantize: Quantize = "none", kernels: Kernels = "auto"
+    model: Transformer,
+    rows: int,
+    length: int,
+    chunk: int,
+    quantize: Quantize = "none",
+    kernels: Kernels = "auto",
+    adapters: Sequence[Pairs] = (),
 ) -> Runner:
     """The fastest runner of this machine for the model as it is; ValueError for what it cannot do.
 
@@ -26,18 +36,18 @@ def open_runner(
     if kernels == "torch":
         if quantize != "none":
             raise ValueError(f"quantize {quantize} needs kernels native, got torch")
-        return TorchRunner(model, rows, length, chunk)
+        return TorchRunner(model, rows, length, chunk, adapters)
     reason = why_not_native(model)
     if reason is None:
         try:
-            return NativeRunner(model, rows, length, chunk + rows, quantize)
+            return NativeRunner(model, rows, length, chunk + rows, quantize, adapters)
         except NoCompilerError as error:
             reason = str(error)
     if kernels == "native" or quantize != "none":
         raise ValueError(f"quantize {quantize} and kernels native need the compiled forward pass: {reason}")
     if model.head.weight.device.type == "cpu":
         tell_once(f"decoding runs on PyTorch's operations, several times slower: {reason}")
-    return TorchRunner(model, rows, length, chunk)
+    return TorchRunner(model, rows, length, chunk, adapters)
 
 
 def why_not_native(model: Transformer) -> str | None:
@@ -56,10 +66,15 @@ tell_once = cache(say)
 
 
 class TorchRunner:
-    """The model's own forward pass, on any device. Rows that run together are rounded together."""
+    """The model's own forward pass, on any device. Rows that run together are rounded together.
 
-    def __init__(self, model: Transformer, rows: int, length: int, max_chunk: int) -> None:
-        self.model = model
+    Those of another adapter run apart, each time with weights that are merged anew.
+    """
+
+    def __init__(
+        self, model: Transformer, rows: int, length: int, max_chunk: int, adapters: Sequence[Pairs] = ()
+    ) -> None:
+        self.model, self.adapters = model, adapters
         weight = model.head.weight
         # Chunks of different lengths are padded to the longest: behind the last slot there is room for that.
         self.cache = LatentCache.empty(model.config, rows, length + max_chunk, weight.dtype, weight.device)
@@ -67,15 +82,23 @@ class TorchRunner:
         self.cache_bytes_per_token = self.cache.slots[:, 0, 0].nbytes
 
     def run(self, batch: ScheduledBatch) -> ModelOutput:
-        outputs = [self._prefill(batch.chunks)] if batch.chunks else []
-        if count := len(batch.rows):
-            at = np.arange(count), np.zeros(count, dtype=np.int64)
-            outputs.append(self._forward(batch.tokens[:, None], batch.rows, batch.positions, *at))
+        outputs = []
+        for number, chunks in groupby(batch.chunks, lambda chunk: chunk.adapter):
+            with self._adapted(number):
+                outputs.append(self._prefill([*chunks]))
+        for number, indices in groupby(range(len(batch.rows)), lambda index: int(batch.adapters[index])):
+            own = np.array([*indices])
+            at = np.arange(len(own)), np.zeros(len(own), dtype=np.int64)
+            with self._adapted(number):
+                outputs.append(self._forward(batch.tokens[own, None], batch.rows[own], batch.positions[own], *at))
         logits, experts = [output.logits for output in outputs], [output.experts for output in outputs]
         return ModelOutput(torch.cat(logits), np.concatenate(experts))
 
     def copy(self, source: int, target: int, count: int) -> None:
         self.cache.slots[:, target, :count] = self.cache.slots[:, source, :count]
+
+    def _adapted(self, number: int) -> AbstractContextManager[None]:
+        return with_pairs(self.model, self.adapters[number] if number >= 0 else {})
 
     def _prefill(self, chunks: list[PromptChunk]) -> ModelOutput:
         tokens = np.zeros((len(chunks), max(len(chunk.ids) for chunk in chunks)), dtype=np.int64)

@@ -7,6 +7,7 @@
 // A matrix lies in panels of 32 outputs: [panel][input / 2][32][2] for bfloat16 and int8, [panel][input][32] for
 // float32; a thread reads its panels from the first byte to the last. Activations between matrices are rounded to the
 // weights' type (bfloat16 for int8), sums and the residual stream stay float32.
+// A token may have an adapter (LoRA, arXiv:2106.09685): then y = W x + B (A x), with a B that has its scale within.
 // Letters as in the model: D width, H heads, Q query latent, C key-value latent, N width without position, R rotary
 // width, V value width, S slots. T is the type of activations and cache: float or bf16.
 
@@ -19,21 +20,31 @@ namespace {
 
 constexpr int QUERIES = 24;  // of one head and one prompt that attend together
 
+// An adapter's part of a matrix. Of a stack of heads, A or B may be one for all: its step is 0.
+struct Pair {
+    const void *a, *b;       // panels of (rank, inputs) and of (outputs, rank), in T; null: none
+    int64_t rank;            // even
+    int64_t a_step, b_step;  // numbers from a head's to the next one's
+};
+
 struct Matrix {
     const void* panels;
     const float* scales;  // of each output, for int8; null: none
     int64_t outputs, inputs;
+    const Pair* pairs;  // of each adapter; null: no adapter has one
     int count() const { return int((outputs + PANEL - 1) / PANEL); }
 };
 
 // What a thread needs for itself.
 template <class T> struct Scratch {
-    std::vector<T> panel;       // an unpacked panel
-    std::vector<float> out;     // (rows, 32)
-    std::vector<float> gate;    // the same for a second product
-    std::vector<float> scores;  // (heads of a group or queries of a tile, S)
-    std::vector<T> shares;      // the same, softened
-    std::vector<int> members;   // tokens of an expert
+    std::vector<T> panel;        // an unpacked panel
+    std::vector<float> out;      // (rows, 32)
+    std::vector<float> gate;     // the same for a second product
+    std::vector<float> scores;   // (heads of a group or queries of a tile, S)
+    std::vector<T> shares;       // the same, softened
+    std::vector<int> members;    // tokens of an expert
+    std::vector<float> added;    // (rows, 32) by an adapter
+    std::vector<int64_t> whose;  // adapters of rows
 };
 
 // out (rows, 32) = a times panel number `panel` of w.
@@ -74,7 +85,7 @@ struct Block {
 
 struct Model {
     int64_t d_model, n_blocks, n_heads, q_rank, kv_rank, nope, rope, value, widest, n_experts, top_k, vocab;
-    int64_t rows, slots, max_tokens, normalise;
+    int64_t rows, slots, max_tokens, rank, normalise;  // rank: the greatest of a pair, a multiple of 32
     float eps, scale, routed_scale;
     const void* embed;           // (vocab, D)
     const float *cosine, *sine;  // (slots, R / 2)
@@ -89,6 +100,7 @@ struct Model {
 struct Pass {
     int64_t count;                             // tokens
     const int64_t *tokens, *rows, *positions;  // (count,)
+    const int64_t* adapters;                   // (count,): -1: none; null: none of any token
     int64_t pieces;            // of prompts; they come first, then single tokens of rows that are replying
     const int64_t* lengths;    // (pieces,)
     int64_t wanted;            // logits
@@ -102,6 +114,7 @@ template <class T> struct Buffers {
     std::vector<float> x, low, q_float, weights;
     std::vector<T> h, q_latent, q, q_absorbed, mixed, values, act, gathered;
     std::vector<T> keys, expanded;  // of one piece: panels per head
+    std::vector<T> shrunk[2];       // A x, of two matrices in turn
     std::vector<int64_t> chosen;
 };
 
@@ -202,6 +215,7 @@ template <class T> class Runner {
         b.chosen.resize(n * m.top_k);
         b.keys.resize(heads * padded(m.slots) * m.head_dim());
         b.expanded.resize(heads * padded(m.slots) * padded(m.value));
+        for (auto& each : b.shrunk) each.resize(std::max({n, m.slots, m.rows * heads}) * m.rank);
     }
 
     void run(const Pass& pass) {
@@ -228,16 +242,66 @@ template <class T> class Runner {
         s.scores.resize(QUERIES * padded(m.slots));
         s.shares.resize(QUERIES * padded(m.slots));
         s.members.resize(m.max_tokens);
+        s.added.resize(m.rank ? s.out.size() : 0);
+        s.whose.resize(std::max(m.max_tokens, m.slots));
         return s;
+    }
+
+    // The adapters of rows whose tokens are token_of(row); null where no token of the pass has one.
+    template <class TokenOf> const int64_t* whose(int rows, TokenOf token_of, int t) {
+        if (!p->adapters) return nullptr;
+        for (int row = 0; row < rows; row++) own[t].whose[row] = p->adapters[token_of(row)];
+        return own[t].whose.data();
+    }
+
+    // f(pair, first row, count) for neighbours that share an adapter, where it has a part of w.
+    template <class F> static void each_run(const Matrix& w, const int64_t* whose, int begin, int end, F f) {
+        for (int first = begin, next; first < end; first = next) {
+            for (next = first + 1; next < end && whose[next] == whose[first];) next++;
+            if (whose[first] >= 0 && w.pairs[whose[first]].a) f(w.pairs[whose[first]], first, next - first);
+        }
+    }
+
+    // to (heads, rows, m.rank) = A times each head's part of a (rows, stride). The threads share the rows.
+    void shrink(const T* a, int64_t stride, int64_t per_head, int heads, int rows, const Matrix& w,
+                const int64_t* whose, std::vector<T>& to, int t, int n) {
+        if (!whose || !w.pairs || !rows) return;  // for every thread alike
+        Range mine = part(heads * rows, t, n);
+        float* out = own[t].out.data();
+        for (int head = mine.begin / rows; head * rows < mine.end; head++)
+            each_run(w, whose, std::max(mine.begin - head * rows, 0), std::min(mine.end - head * rows, rows),
+                     [&](const Pair& pair, int first, int count) {
+                         for (int from = 0; from < pair.rank; from += PANEL) {
+                             tiles(a + head * per_head + first * stride, stride, count,
+                                   (const T*)pair.a + head * pair.a_step + from * w.inputs, int(w.inputs), out);
+                             for (int i = 0; i < count * PANEL; i++)
+                                 narrow(out[i], to[(head * rows + first + i / PANEL) * m.rank + from + i % PANEL]);
+                         }
+                     });
+#pragma omp barrier
+    }
+
+    // out (rows, 32) += a panel of a head's B times what `shrink` made of the head's rows.
+    void expand(const T* shrunk, int rows, const Matrix& w, const int64_t* whose, int head, int panel, Scratch<T>& s,
+                float* out) {
+        if (!whose || !w.pairs) return;
+        each_run(w, whose, 0, rows, [&](const Pair& pair, int first, int count) {
+            tiles(shrunk + first * m.rank, m.rank, count,
+                  (const T*)pair.b + head * pair.b_step + panel * PANEL * pair.rank, int(pair.rank), s.added.data());
+            for (int i = 0; i < count * PANEL; i++) out[first * PANEL + i] += s.added[i];
+        });
     }
 
     // A product whose panels are divided among the threads; `take(row, first output, 32 sums)` gets the sums.
     template <class Take>
-    void multiply(const T* a, int64_t stride, int rows, const Matrix& w, int t, int n, Take take) {
+    void multiply(const T* a, int64_t stride, int rows, const Matrix& w, const int64_t* whose, int t, int n,
+                  Take take) {
+        shrink(a, stride, 0, 1, rows, w, whose, b.shrunk[0], t, n);
         Range mine = part(w.count(), t, n);
         float* out = own[t].out.data();
         for (int panel = mine.begin; panel < mine.end; panel++) {
             product(a, stride, rows, w, panel, own[t], out);
+            expand(b.shrunk[0].data(), rows, w, whose, 0, panel, own[t], out);
             int first = panel * PANEL, outputs = std::min<int>(PANEL, int(w.outputs) - first);
             for (int row = 0; row < rows; row++) take(row, first, outputs, out + row * PANEL);
         }
@@ -256,16 +320,18 @@ template <class T> class Runner {
                 rms_norm(&b.x[i * width], w.ffn_norm, width, m.eps, &b.h[i * width]);
             if (w.is_moe) route(w, moe++, mine);
 #pragma omp barrier
-            feed_forward(&b.h[0], count, w.gate, w.up, w.down, nullptr, nullptr, t, n);
+            feed_forward(&b.h[0], count, w.gate, w.up, w.down, nullptr, nullptr, p->adapters, t, n);
             if (w.is_moe) run_experts(w, t, n);
         }
         Range asked = part(int(p->wanted), t, n);
         for (int i = asked.begin; i < asked.end; i++)
             rms_norm(&b.x[p->wanted_at[i] * width], m.norm, width, m.eps, &b.h[i * width]);
 #pragma omp barrier
-        multiply(&b.h[0], width, int(p->wanted), m.head, t, n, [&](int row, int first, int outputs, const float* sums) {
-            std::memcpy(p->logits + row * m.vocab + first, sums, outputs * sizeof(float));
-        });
+        const int64_t* theirs = whose(int(p->wanted), [&](int row) { return p->wanted_at[row]; }, t);
+        multiply(&b.h[0], width, int(p->wanted), m.head, theirs, t, n,
+                 [&](int row, int first, int outputs, const float* sums) {
+                     std::memcpy(p->logits + row * m.vocab + first, sums, outputs * sizeof(float));
+                 });
     }
 
     void attention(const Block& w, int block, int t, int n) {
@@ -275,13 +341,14 @@ template <class T> class Runner {
         for (int i = mine.begin; i < mine.end; i++)
             rms_norm(&b.x[i * width], w.attention_norm, width, m.eps, &b.h[i * width]);
 #pragma omp barrier
-        multiply(&b.h[0], width, count, w.low, t, n, [&](int row, int first, int outputs, const float* sums) {
-            std::memcpy(&b.low[row * low + first], sums, outputs * sizeof(float));
-        });
+        multiply(&b.h[0], width, count, w.low, p->adapters, t, n,
+                 [&](int row, int first, int outputs, const float* sums) {
+                     std::memcpy(&b.low[row * low + first], sums, outputs * sizeof(float));
+                 });
 #pragma omp barrier
         for (int i = mine.begin; i < mine.end; i++) remember(w, block, i);
 #pragma omp barrier
-        multiply(&b.q_latent[0], m.q_rank, count, w.q_up, t, n,
+        multiply(&b.q_latent[0], m.q_rank, count, w.q_up, p->adapters, t, n,
                  [&](int row, int first, int outputs, const float* sums) {
                      std::memcpy(&b.q_float[row * heads * per_head + first], sums, outputs * sizeof(float));
                  });
@@ -292,7 +359,7 @@ template <class T> class Runner {
         for (int piece = 0; piece < p->pieces; first += int(p->lengths[piece++]))
             attend_to_prompt(w, block, first, int(p->lengths[piece]), t, n);
         if (first < count) attend_to_latents(w, block, first, count - first, t, n);
-        multiply(&b.values[0], heads * m.value, count, w.out, t, n,
+        multiply(&b.values[0], heads * m.value, count, w.out, p->adapters, t, n,
                  [&](int row, int first, int outputs, const float* sums) {
                      for (int j = 0; j < outputs; j++) b.x[row * width + first + j] += sums[j];
                  });
@@ -300,14 +367,18 @@ template <class T> class Runner {
     }
 
     // For every head: head's part of a (rows, stride) times its panels; `take(head, first output, sums (rows, 32))`.
+    // per_head 0: all heads have the same part. Two in turn without a barrier need two places for what is shrunk.
     template <class Take>
-    void multiply_heads(const T* a, int64_t stride, int64_t per_head, int rows, const Matrix& w, int t, int n,
-                        Take take) {
+    void multiply_heads(const T* a, int64_t stride, int64_t per_head, int rows, const Matrix& w, const int64_t* whose,
+                        std::vector<T>& shrunk, int t, int n, Take take) {
+        shrink(a, stride, per_head, per_head ? int(m.n_heads) : 1, rows, w, whose, shrunk, t, n);
         int per = w.count() / int(m.n_heads);
         Range mine = part(w.count(), t, n);
         for (int panel = mine.begin; panel < mine.end; panel++) {
             float* out = own[t].out.data();
             product(a + panel / per * per_head, stride, rows, w, panel, own[t], out);
+            const T* low = shrunk.data() + (per_head ? panel / per * rows * m.rank : 0);
+            expand(low, rows, w, whose, panel / per, panel % per, own[t], out);
             take(panel / per, panel % per * PANEL, out);
         }
     }
@@ -317,8 +388,9 @@ template <class T> class Runner {
         int heads = int(m.n_heads), latent = int(m.kv_rank), value = int(m.value);
         int64_t per_head = m.head_dim(), width = m.width();
         T* q = &b.q_absorbed[0];
-        multiply_heads(&b.q[first * heads * per_head], heads * per_head, per_head, count, w.key_up, t, n,
-                       [&](int head, int from, const float* sums) {
+        const int64_t* theirs = p->adapters ? p->adapters + first : nullptr;
+        multiply_heads(&b.q[first * heads * per_head], heads * per_head, per_head, count, w.key_up, theirs, b.shrunk[0],
+                       t, n, [&](int head, int from, const float* sums) {
                            for (int row = 0; row < count; row++)
                                for (int j = 0; j < PANEL && from + j < latent; j++)
                                    narrow(sums[row * PANEL + j], q[(row * heads + head) * width + from + j]);
@@ -334,12 +406,13 @@ template <class T> class Runner {
 #pragma omp for schedule(dynamic)
         for (int item = 0; item < count * groups; item++)
             look_back(block, first, item / groups, item % groups * group, group, own[t]);
-        multiply_heads(
-            &b.mixed[0], heads * latent, latent, count, w.value_up, t, n, [&](int head, int from, const float* sums) {
-                for (int row = 0; row < count; row++)
-                    for (int j = 0; j < PANEL && from + j < value; j++)
-                        narrow(sums[row * PANEL + j], b.values[((first + row) * heads + head) * value + from + j]);
-            });
+        multiply_heads(&b.mixed[0], heads * latent, latent, count, w.value_up, theirs, b.shrunk[0], t, n,
+                       [&](int head, int from, const float* sums) {
+                           for (int row = 0; row < count; row++)
+                               for (int j = 0; j < PANEL && from + j < value; j++)
+                                   narrow(sums[row * PANEL + j],
+                                          b.values[((first + row) * heads + head) * value + from + j]);
+                       });
 #pragma omp barrier
     }
 
@@ -349,17 +422,20 @@ template <class T> class Runner {
         int64_t per_head = m.head_dim(), key_size = room * per_head, value_size = room * padded(m.value);
         const T* slots = slots_of(block, p->rows[first]);
         auto keys_at = [&](int head, int s) { return &b.keys[head * key_size + s / PANEL * PANEL * per_head]; };
-        multiply_heads(slots, m.width(), 0, seen, w.key_down, t, n, [&](int head, int from, const float* sums) {
-            for (int s = 0; s < seen; s++, sums += PANEL)
-                for (int j = 0; j < PANEL && from + j < m.nope; j += 2)
-                    put(sums[j], sums[j + 1], keys_at(head, s) + place<T>(from + j, s % PANEL));
-        });
-        multiply_heads(slots, m.width(), 0, seen, w.value_up, t, n, [&](int head, int from, float* sums) {
-            T* values = &b.expanded[head * value_size + from * room];
-            std::fill(sums + seen * PANEL, sums + room * PANEL, 0.0f);
-            for (int s = 0; s < room; s += 2, sums += 2 * PANEL)
-                for (int j = 0; j < PANEL; j++) put(sums[j], sums[PANEL + j], values + place<T>(s, j));
-        });
+        const int64_t* theirs = whose(seen, [&](int) { return first; }, t);  // of what the row read earlier, too
+        multiply_heads(slots, m.width(), 0, seen, w.key_down, theirs, b.shrunk[0], t, n,
+                       [&](int head, int from, const float* sums) {
+                           for (int s = 0; s < seen; s++, sums += PANEL)
+                               for (int j = 0; j < PANEL && from + j < m.nope; j += 2)
+                                   put(sums[j], sums[j + 1], keys_at(head, s) + place<T>(from + j, s % PANEL));
+                       });
+        multiply_heads(slots, m.width(), 0, seen, w.value_up, theirs, b.shrunk[1], t, n,
+                       [&](int head, int from, float* sums) {
+                           T* values = &b.expanded[head * value_size + from * room];
+                           std::fill(sums + seen * PANEL, sums + room * PANEL, 0.0f);
+                           for (int s = 0; s < room; s += 2, sums += 2 * PANEL)
+                               for (int j = 0; j < PANEL; j++) put(sums[j], sums[PANEL + j], values + place<T>(s, j));
+                       });
         Range mine = part(heads, t, n);
         for (int head = mine.begin; head < mine.end; head++)
             for (int s = 0; s < seen; s++) {
@@ -450,13 +526,17 @@ template <class T> class Runner {
 
     // x += down(silu(gate a) * up a), for the tokens `members` with their weights; null: for all, weight 1.
     void feed_forward(const T* a, int rows, const Matrix& gate, const Matrix& up, const Matrix& down,
-                      const int* members, const float* weights, int t, int n) {
+                      const int* members, const float* weights, const int64_t* whose, int t, int n) {
         int64_t width = m.d_model, hidden = gate.outputs;
+        shrink(a, width, 0, 1, rows, gate, whose, b.shrunk[0], t, n);
+        shrink(a, width, 0, 1, rows, up, whose, b.shrunk[1], t, n);
         Range mine = part(gate.count(), t, n);
         for (int panel = mine.begin; panel < mine.end; panel++) {
             float *g = own[t].gate.data(), *u = own[t].out.data();
             product(a, width, rows, gate, panel, own[t], g);
+            expand(b.shrunk[0].data(), rows, gate, whose, 0, panel, own[t], g);
             product(a, width, rows, up, panel, own[t], u);
+            expand(b.shrunk[1].data(), rows, up, whose, 0, panel, own[t], u);
             int first = panel * PANEL, outputs = std::min<int>(PANEL, int(hidden) - first);
             for (int row = 0; row < rows; row++, g += PANEL, u += PANEL) {
                 for (int j = 0; j < PANEL; j += 16)
@@ -465,7 +545,7 @@ template <class T> class Runner {
             }
         }
 #pragma omp barrier
-        multiply(&b.act[0], hidden, rows, down, t, n, [&](int row, int first, int outputs, const float* sums) {
+        multiply(&b.act[0], hidden, rows, down, whose, t, n, [&](int row, int first, int outputs, const float* sums) {
             int token = members ? members[row] : row;
             float weight = members ? weights[row] : 1.0f;
             for (int j = 0; j < outputs; j++) b.x[token * width + first + j] += weight * sums[j];
@@ -516,8 +596,9 @@ template <class T> class Runner {
             for (int i = mine.begin; i < mine.end; i++)
                 std::copy_n(&b.h[members[i] * m.d_model], m.d_model, &b.gathered[i * m.d_model]);
 #pragma omp barrier
+            const int64_t* theirs = whose(rows, [&](int row) { return members[row]; }, t);
             feed_forward(&b.gathered[0], rows, w.experts[3 * e], w.experts[3 * e + 1], w.experts[3 * e + 2], members,
-                         weights.data(), t, n);
+                         weights.data(), theirs, t, n);
         }
     }
 };

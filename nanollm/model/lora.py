@@ -16,8 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
+from nanollm.model.config import ModelConfig
 from nanollm.model.transformer import Transformer
 
+Pair = tuple[Tensor, Tensor]
+"""A (R, N) and B (M, R), or stacks of them, of which one may be for all; the scale is within B."""
+Pairs = Mapping[str, Pair]
+"""An adapter in use, by the plain names of the weights."""
 TARGETS = (
     *("q_a_proj", "q_b_proj", "kv_a_proj", "kv_b_proj", "o_proj"),
     *("gate_proj", "up_proj", "down_proj"),
@@ -123,6 +128,54 @@ def without_lora(model: nn.Module) -> Iterator[None]:
 def plain_name(name: str) -> str:
     """A tensor of a model with adapters by the name of the base's, and behind it .lora_A or .lora_B of its adapter."""
     return re.sub(r"\.parametrizations\.(\w+)\.(?:original|0)", r".\1", name)
+
+
+def pairs_of(model: nn.Module, weights: Mapping[str, Tensor], scale: float) -> Pairs:
+    """A trained adapter in use beside others, in float32; ValueError if this model has no place for it."""
+    own, pairs = dict(model.named_parameters()), dict[str, Pair]()
+    for name in {name.rpartition(".")[0] for name in weights}:
+        if name.endswith(("centroids", "embed.weight")):
+            raise ValueError(f"it adapts {name}, which only a merged model can; make one with nanollm merge")
+        weight, a, b = own.get(name), weights.get(f"{name}.lora_A"), weights.get(f"{name}.lora_B")
+        if weight is None or a is None or b is None or weight.dim() < 2 or a.dim() < 2:
+            raise ValueError(f"it has no whole pair for a matrix {name} of the model; copy the adapter again")
+        *stack, outputs, inputs = weight.shape
+        if a.shape != (*stack, rank := a.shape[-2], inputs) or b.shape != (*stack, outputs, rank):
+            shapes = ", ".join(str(tuple(each.shape)) for each in (a, b, weight))
+            raise ValueError(f"A and B do not fit {name}: {shapes}; copy the adapter again")
+        pairs[name] = a.to(weight.device, torch.float32), b.to(weight.device, torch.float32) * scale
+    return pairs
+
+
+@contextmanager
+def with_pairs(model: nn.Module, pairs: Pairs) -> Iterator[None]:
+    """W + B A in place of each W, while the block runs."""
+    own = dict(model.named_parameters())
+    kept = {name: own[name].data for name in pairs}
+    for name, (a, b) in pairs.items():
+        own[name].data = adapted(kept[name], a.to(kept[name]), b.to(kept[name]), 1.0)
+    try:
+        yield
+    finally:
+        for name, weight in kept.items():
+            own[name].data = weight
+
+
+def stacked(pairs: Sequence[Pair | None], weights: Sequence[Tensor]) -> Pair | None:
+    """The pair of matrices that stand on one another: their A on one another, their B along the diagonal."""
+    if not any(pairs):
+        return None
+    found = [pair or (weight[:0], weight[:, :0]) for pair, weight in zip(pairs, weights, strict=True)]
+    return torch.cat([a for a, _ in found]), torch.block_diag(*(b for _, b in found))
+
+
+def per_head(pair: Pair | None, c: ModelConfig) -> dict[str, Pair]:
+    """A pair of kv_b_proj as those of its parts: W_uk + B_uk A both ways, and W_uv + B_uv A."""
+    if pair is None:
+        return {}
+    a, b = pair  # (R, C) and (H * (N + V), R)
+    b_uk, b_uv = b.unflatten(0, (c.n_heads, -1)).split([c.qk_nope_head_dim, c.v_head_dim], dim=1)
+    return {"key_up": (b_uk.mT, a.T), "key_down": (a, b_uk), "value_up": (a, b_uv)}
 
 
 def merged(weights: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:

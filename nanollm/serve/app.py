@@ -3,7 +3,7 @@
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -49,20 +49,20 @@ STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-strea
 
 
 def build_app(
-    bundle: Bundle,
+    models: Mapping[str, Bundle],
     make_engine: Callable[[], Engine],
     *,
-    model_name: str,
     api_key: str,
     capacity: int,
     deadline_s: float,
     cors_origins: Sequence[str],
 ) -> FastAPI:
-    """The server of a bundle; its engine starts and ends with it.
+    """The server of a bundle, whose engine starts and ends with it.
 
+    models: by their names in the API, first the bundle, then what it is with each of the engine's adapters;
     api_key: empty if none is asked for; capacity: how many replies are taken on at once, running and waiting.
     """
-    service = Service(bundle, EngineThread(make_engine, capacity), model_name, deadline_s)
+    service = Service(models, EngineThread(make_engine, capacity), deadline_s)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -134,21 +134,21 @@ def build_routes(service: "Service") -> APIRouter:
 
     @router.get("/v1/models")
     async def models() -> Response:
-        """The one model that is served."""
-        return JSONResponse({"object": "list", "data": [service.card]})
+        """The models that are served."""
+        return JSONResponse({"object": "list", "data": [service.card(name) for name in service.models]})
 
     @router.get("/v1/models/{model}")
     async def model(model: str) -> Response:
         """What there is to know of a model."""
         service.check_name(model)
-        return JSONResponse(service.card)
+        return JSONResponse(service.card(model))
 
     @router.post("/v1/chat/completions", responses=STREAMED)
     async def chat(body: ChatRequest, request: HttpRequest) -> Response:
         """Reply to a conversation."""
         generation = await service.chat(body)
         formatter = ChatFormatter(
-            service.name, service.detokenizer, has_logprobs=bool(body.logprobs), has_experts=bool(body.experts)
+            body.model, service.detokenizer, has_logprobs=bool(body.logprobs), has_experts=bool(body.experts)
         )
         return await answer(body, generation, formatter, request)
 
@@ -156,7 +156,7 @@ def build_routes(service: "Service") -> APIRouter:
     async def completions(body: CompletionRequest, request: HttpRequest) -> Response:
         """Continue texts."""
         generation = await service.complete(body)
-        formatter = TextFormatter(service.name, service.detokenizer, has_logprobs=body.logprobs is not None)
+        formatter = TextFormatter(body.model, service.detokenizer, has_logprobs=body.logprobs is not None)
         return await answer(body, generation, formatter, request)
 
     return router
@@ -187,35 +187,35 @@ async def answer(
 class Service:
     """A bundle at work: what all routes share."""
 
-    def __init__(self, bundle: Bundle, engine: EngineThread, name: str, deadline_s: float) -> None:
+    def __init__(self, models: Mapping[str, Bundle], engine: EngineThread, deadline_s: float) -> None:
+        self.models, (self.name, bundle) = models, next(iter(models.items()))
         self.config, self.tokenizer = bundle.model.config, bundle.tokenizer
-        self.make_tool = tool_caller(bundle)
-        self.engine, self.name, self.deadline_s = engine, name, deadline_s
+        self.make_tools = {name: tool_caller(each) for name, each in models.items()}
+        self.engine, self.deadline_s = engine, deadline_s
         self.metrics = Metrics(lambda: engine.stats)
         self.detokenizer = Detokenizer(bundle.tokenizer)
         self._max_token_bytes = int(bundle.tokenizer.token_bytes.max())
         self._created = int(time.time())
-        self._examples = bundle.examples
 
-    @property
-    def card(self) -> Json:
-        """The model's entry in /v1/models, and the shape of it that the page shows."""
+    def card(self, name: str) -> Json:
+        """A model's entry in /v1/models, and the shape of it that the page shows."""
         return {
-            "id": self.name,
+            "id": name,
             "object": "model",
             "created": self._created,
             "owned_by": "nanollm",
+            "parent": None if name == self.name else self.name,
             "context_length": self.config.context_length,
             "moe_blocks": [block + 1 for block in range(self.config.n_blocks) if self.config.is_moe(block)],
             "n_routed_experts": self.config.n_routed_experts,
-            "examples": self._examples,
+            "examples": self.models[name].examples,
         }
 
     def check_name(self, name: str) -> None:
-        if name != self.name:
-            raise ApiError(
-                404, f"there is no model {name[:100]!r} here, only {self.name!r}", param="model", code="model_not_found"
-            )
+        if name not in self.models:
+            known = ", ".join(map(repr, self.models))
+            message = f"there is no model {name[:100]!r} here, only {known}"
+            raise ApiError(404, message, param="model", code="model_not_found")
 
     async def chat(self, body: ChatRequest) -> Generation:
         """Begin to reply to a conversation."""
@@ -264,7 +264,7 @@ class Service:
     ) -> Generation:
         """Hand the requests of all replies to the engine: those to one prompt beside each other."""
         seed = secrets.randbits(62) if body.seed is None else body.seed
-        sampling = sampling_of(body)
+        sampling, make_tool = sampling_of(body), self.make_tools[body.model]
         requests = [
             Request(
                 prompt=prompt,
@@ -272,7 +272,8 @@ class Service:
                 sampling=sampling,
                 stop_token_ids=stop_token_ids,
                 stop=TextStream(self.tokenizer, body.stops).stops_at if body.stops else None,
-                tool=self.make_tool() if self.make_tool else None,
+                tool=make_tool() if make_tool else None,
+                adapter=None if body.model == self.name else body.model,
                 seed=(seed + number) % SEEDS,
                 top_logprobs=body.engine_top_logprobs,
             )

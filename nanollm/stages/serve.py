@@ -1,15 +1,16 @@
 """A bundle answers over HTTP: OpenAI's API, and a page to chat on."""
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from nanollm.bundle import load_bundle
+from nanollm.bundle import ADAPTER, load_adapter, load_bundle, tools_of
 from nanollm.config import check_at_least
 from nanollm.extras import require
 from nanollm.generate.engine import Engine
 from nanollm.generate.request import Quantize
 from nanollm.generate.tools import with_tools
+from nanollm.model.lora import Pairs, pairs_of
 from nanollm.progress import say
 from nanollm.world import DeviceName, DtypeName, World
 
@@ -33,6 +34,8 @@ class Config:
     """Key that clients must send. The variable NANOLLM_API_KEY is safer: other users can see command lines in `ps`."""
     model_name: str = "nanollm"
     """Model name in the API."""
+    adapter: dict[str, Path] = field(default_factory=dict)
+    """LoRA adapters of the bundle to serve beside it, by their model names in the API: {math: runs/math/adapter}."""
     device: DeviceName = "auto"
     """Where to compute."""
     dtype: DtypeName = "auto"
@@ -52,8 +55,12 @@ class Config:
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65_535:
             raise ValueError(f"port must be from 0 to 65,535, got {self.port}")
-        if not self.model_name or not self.model_name.isprintable() or "/" in self.model_name:
-            raise ValueError(f"model_name must be printable text without /, got {self.model_name!r}")
+        for name in (self.model_name, *self.adapter):
+            if not name or not name.isprintable() or "/" in name:
+                option = "names in adapter" if name in self.adapter else "model_name"
+                raise ValueError(f"{option} must be printable text without /, got {name!r}")
+        if self.model_name in self.adapter:
+            raise ValueError(f"adapter: {self.model_name!r} is the bundle's own name (model_name); choose another")
         check_at_least(1, self, "max_running")
         if not 0 < self.deadline_s < 1e6:
             raise ValueError(f"deadline_s must be above 0 seconds and below a million, got {self.deadline_s}")
@@ -71,15 +78,23 @@ def run(c: Config) -> None:
     key = checked_key(c.api_key or os.environ.get(KEY_VARIABLE, ""), c.host)
     world = World.start(c.device, c.dtype)
     bundle = with_tools(load_bundle(c.bundle, world.dtype, world.device), c.tools)
-    shape = bundle.model.config
+    shape, models, adapters = bundle.model.config, {c.model_name: bundle}, dict[str, Pairs]()
+    for name, folder in c.adapter.items():
+        lora, weights, provenance = load_adapter(folder, bundle)
+        try:
+            adapters[name] = pairs_of(bundle.model, weights, lora.scale)
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from None
+        adapted = replace(bundle, provenance=provenance, tools=tools_of(provenance, folder / ADAPTER))
+        models[name] = with_tools(adapted, c.tools)
     say(
         f"{c.bundle}: {shape.total_parameters:,} parameters in {world.names['dtype']}, "
+        f"{f'adapters {", ".join(adapters)}, ' if adapters else ''}"
         f"{c.max_running} replies at once, {'clients need the key' if key else 'no key'}; Ctrl-C stops"
     )
     app = build_app(
-        bundle,
-        lambda: Engine(bundle.model, rows=c.max_running, quantize=c.quantize),
-        model_name=c.model_name,
+        models,
+        lambda: Engine(bundle.model, rows=c.max_running, quantize=c.quantize, adapters=adapters),
         api_key=key,
         capacity=c.max_running + MAX_WAITING,
         deadline_s=c.deadline_s,

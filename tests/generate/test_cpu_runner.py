@@ -52,16 +52,14 @@ def model_of(shape, dtype=torch.float32):
 
 
 def prefill(*pieces):
-    """A batch of these (row, start, ids), each to its prompt's end."""
-    none = np.empty(0, dtype=np.int64)
-    return ScheduledBatch(
-        [PromptChunk(row, start, np.array(ids), True) for row, start, ids in pieces], none, none, none
-    )
+    """A batch of these (row, start, ids) or (row, start, ids, adapter), each to its prompt's end."""
+    chunks = [PromptChunk(row, start, np.array(ids), True, *adapter) for row, start, ids, *adapter in pieces]
+    return ScheduledBatch(chunks, *np.empty((4, 0), dtype=np.int64))
 
 
 def decode(*rows):
-    """A batch of the last token of rows (row, token, position)."""
-    return ScheduledBatch([], *np.array(rows, dtype=np.int64).T)
+    """A batch of the last token of rows (row, token, position) or (row, token, position, adapter)."""
+    return ScheduledBatch([], *np.array([(*row, -1)[:4] for row in rows], dtype=np.int64).T)
 
 
 def prompt(length, seed=0):
@@ -71,7 +69,7 @@ def prompt(length, seed=0):
 def talk(runner):
     """A little of everything: three prompts, one of them in two pieces, then replies; all answers."""
     first = PromptChunk(1, 0, np.array(prompt(30, 2)[:9]), False)
-    mixed = ScheduledBatch([first], np.array([0, 2]), np.array([5, 6]), np.array([37, 1]))
+    mixed = ScheduledBatch([first], np.array([0, 2]), np.array([5, 6]), np.array([37, 1]), np.array([-1, -1]))
     answers = [
         runner.run(prefill((0, 0, prompt(37)), (2, 0, prompt(1, 1)))),
         runner.run(mixed),

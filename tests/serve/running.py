@@ -50,9 +50,11 @@ def app_of(bundle, make_engine=None, **settings):
 
     max_running = settings.pop("max_running", 8)
     capacity = max_running + settings.pop("max_waiting", 64)
-    make_engine = make_engine or (lambda: Engine(bundle.model, rows=max_running))
+    adapters = settings.pop("adapters", {})
+    make_engine = make_engine or (lambda: Engine(bundle.model, rows=max_running, adapters=adapters))
     defaults = {"api_key": "", "deadline_s": 30.0, "cors_origins": []}
-    return build_app(bundle, make_engine, model_name=MODEL_NAME, capacity=capacity, **defaults | settings)
+    models = {MODEL_NAME: bundle} | dict.fromkeys(adapters, bundle)
+    return build_app(models, make_engine, capacity=capacity, **defaults | settings)
 
 
 @contextmanager

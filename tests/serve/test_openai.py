@@ -60,7 +60,7 @@ def test_a_stream_marks_what_a_tool_gave_and_is_the_same_reply(bundle, serve_ext
         return lambda token: bundle.tokenizer.encode(given) if next(tokens) == 3 else []
 
     with serving(bundle) as running, openai.OpenAI(base_url=f"{running.url}/v1", api_key="none") as client:
-        running.service.make_tool = make_tool
+        running.service.make_tools[MODEL_NAME] = make_tool
         at_once = chat(client).choices[0].message.content
         chunks = [chunk.choices[0] for chunk in chat(client, stream=True)]
     marked = [choice.delta.content for choice in chunks if getattr(choice, "given", False)]
