@@ -193,7 +193,7 @@ def _parse_exchange(
     """The messages of a prompt and the reply to them, or what is wrong."""
     *before, last = [*asked, *said] or [{}]
     parsed = list[Message]()
-    is_empty = isinstance(said := last.get("content"), str) and not said.strip()  # for the caller to count
+    is_empty = isinstance(text := last.get("content"), str) and not text.strip()  # for the caller to count
     for number, message in enumerate([*before, last | {"content": "-"} if is_empty else last], start=1):
         if isinstance(each := _parse_message(message, unused), str):
             return f"message {number}: {each}"

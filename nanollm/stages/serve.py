@@ -89,7 +89,7 @@ def run(c: Config) -> None:
         models[name] = with_tools(adapted, c.tools)
     say(
         f"{c.bundle}: {shape.total_parameters:,} parameters in {world.names['dtype']}, "
-        f"{f'adapters {", ".join(adapters)}, ' if adapters else ''}"
+        f"{''.join(f'adapter {name}, ' for name in adapters)}"
         f"{c.max_running} replies at once, {'clients need the key' if key else 'no key'}; Ctrl-C stops"
     )
     app = build_app(
