@@ -93,7 +93,7 @@ def test_adapters_are_options_and_what_cannot_be_served_is_refused(bundle, token
     c, _ = parse_options("serve", serve, [str(bundle), "--adapter", f"{{math: {good}, style: b}}"])
     assert c.adapter == {"math": good, "style": Path("b")}
     for base, folder, said in [
-        (bundle, routers, f"{routers}: it adapts trunk.blocks.1.ffn.centroids, which only a merged model can"),
+        (bundle, routers, "centroids, which only a merged model can; make one with nanollm merge"),
         (other, good, "this bundle has"),
         (bundle, tmp_path, "holds no adapter.json"),
         (bundle, "~/nothing", f"{Path.home()}/nothing holds no adapter.json"),
