@@ -15,9 +15,9 @@ from nanollm.config import SWITCHES, kinds_of
 from tests.test_floor_plan import PACKAGE, Imports, read_imports
 
 LIMITS = {
-    "package, lines of Python": 22_700,
+    "package, lines of Python": 22_850,
     "package, files": 140,
-    "options of all verbs": 441,
+    "options of all verbs": 442,
     "modules behind pretrain": 48,
     "modules behind rl.grpo": 50,
     "modules behind serve": 31,

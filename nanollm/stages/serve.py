@@ -35,7 +35,7 @@ class Config:
     model_name: str = "nanollm"
     """Model name in the API."""
     adapter: dict[str, Path] = field(default_factory=dict)
-    """LoRA adapters of the bundle to serve beside it, by their model names in the API: {math: runs/math/adapter}."""
+    """LoRA adapters of the bundle to serve as well, by their model names in the API: {math: runs/math/adapter}."""
     device: DeviceName = "auto"
     """Where to compute."""
     dtype: DtypeName = "auto"
