@@ -179,15 +179,14 @@ class NativeRunner:
     def _block(self, block: Any) -> BlockWeights:
         attention, ffn = block.attention, block.ffn
         lows = attention.q_a_proj.weight, attention.kv_a_proj.weight
+        low_pairs = [stacked(both, lows) for both in zip(*map(self._pairs, lows), strict=True)]
         dense = ffn.shared if isinstance(ffn, MoE) else ffn
         record = BlockWeights(
             attention_norm=self._numbers(block.attention_norm.weight),
             q_norm=self._numbers(attention.q_a_norm.weight),
             kv_norm=self._numbers(attention.kv_a_norm.weight),
             ffn_norm=self._numbers(block.ffn_norm.weight),
-            low=self._matrix(
-                torch.cat(lows), [stacked(pairs, lows) for pairs in zip(*map(self._pairs, lows), strict=True)]
-            ),
+            low=self._matrix(torch.cat(lows), low_pairs),
             q_up=self._matrix(attention.q_b_proj.weight),
             **self._per_head(attention),
             out=self._matrix(attention.o_proj.weight),

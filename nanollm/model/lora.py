@@ -133,7 +133,7 @@ def plain_name(name: str) -> str:
 def pairs_of(model: nn.Module, weights: Mapping[str, Tensor], scale: float) -> Pairs:
     """A trained adapter in use beside others, in float32; ValueError if this model has no place for it."""
     own, pairs = dict(model.named_parameters()), dict[str, Pair]()
-    for name in {name.rpartition(".")[0] for name in weights}:
+    for name in dict.fromkeys(name.rpartition(".")[0] for name in weights):
         if name.endswith(("centroids", "embed.weight")):
             raise ValueError(f"it adapts {name}, which only a merged model can; make one with nanollm merge")
         weight, a, b = own.get(name), weights.get(f"{name}.lora_A"), weights.get(f"{name}.lora_B")

@@ -35,7 +35,7 @@ class Config:
     model_name: str = "nanollm"
     """Model name in the API."""
     adapter: dict[str, Path] = field(default_factory=dict)
-    """LoRA adapters of the bundle to serve beside it, by their model names in the API: {math: runs/math/adapter}."""
+    """LoRA adapters of the bundle to serve as well, by their model names in the API: {math: runs/math/adapter}."""
     device: DeviceName = "auto"
     """Where to compute."""
     dtype: DtypeName = "auto"
@@ -80,16 +80,16 @@ def run(c: Config) -> None:
     bundle = with_tools(load_bundle(c.bundle, world.dtype, world.device), c.tools)
     shape, models, adapters = bundle.model.config, {c.model_name: bundle}, dict[str, Pairs]()
     for name, folder in c.adapter.items():
-        lora, weights, provenance = load_adapter(folder, bundle)
+        lora, weights, provenance = load_adapter(folder.expanduser(), bundle)  # within {...} no shell has done it
         try:
             adapters[name] = pairs_of(bundle.model, weights, lora.scale)
         except ValueError as error:
             raise ValueError(f"{folder}: {error}") from None
         adapted = replace(bundle, provenance=provenance, tools=tools_of(provenance, folder / ADAPTER))
         models[name] = with_tools(adapted, c.tools)
+    beside = f"adapters {', '.join(adapters)}, " if adapters else ""
     say(
-        f"{c.bundle}: {shape.total_parameters:,} parameters in {world.names['dtype']}, "
-        f"{''.join(f'adapter {name}, ' for name in adapters)}"
+        f"{c.bundle}: {shape.total_parameters:,} parameters in {world.names['dtype']}, {beside}"
         f"{c.max_running} replies at once, {'clients need the key' if key else 'no key'}; Ctrl-C stops"
     )
     app = build_app(

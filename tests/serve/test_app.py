@@ -8,7 +8,10 @@ import time
 
 import pytest
 
-from nanollm.generate.engine import Engine
+from nanollm.generate.engine import Engine, generate
+from nanollm.generate.sampling import SamplingConfig
+from nanollm.text.chat import reply_ends
+from tests.generate.test_adapters import adapters_of, merged_model, pairs
 from tests.serve.running import MODEL_NAME, wait_until
 
 httpx = pytest.importorskip("httpx", reason="httpx is not installed: pip install httpx")
@@ -240,6 +243,40 @@ def test_errors_have_one_form_whatever_the_path_and_method(client):
     assert error_of(client.delete("/v1/models"), 405)["code"] == "method_not_allowed"
     assert client.delete("/v1/models").headers["allow"] == "GET"
     assert error_of(client.get("/v1/models/other"), 404)["code"] == "model_not_found"
+
+
+# Adapters
+
+
+def test_a_client_chooses_an_adapter_by_the_name_of_a_model(bundle, serve):
+    adapters = dict(zip(("math", "style"), pairs(bundle.model), strict=False))
+    with serve(adapters=adapters) as running, httpx.Client(base_url=running.url) as client:
+        cards = client.get("/v1/models").json()["data"]
+        assert [(card["id"], card["parent"]) for card in cards] == [
+            (MODEL_NAME, None),
+            ("math", MODEL_NAME),
+            ("style", MODEL_NAME),
+        ]
+        assert client.get("/v1/models/math").json() == cards[1]
+        said = {}
+        for path, asked in (("chat/completions", {}), ("completions", {"prompt": "Once"})):
+            for name in (MODEL_NAME, "math", "style"):
+                settings = body(model=name, temperature=0, max_tokens=9, **asked)
+                answer = client.post(f"/v1/{path}", json=settings).json()
+                assert answer["model"] == name
+                with client.stream("POST", f"/v1/{path}", json=settings | {"stream": True}) as stream:
+                    first = next(stream.iter_lines())
+                assert json.loads(first.removeprefix("data: "))["model"] == name
+                said[path, name] = answer["choices"][0].get("text") or answer["choices"][0]["message"]["content"]
+        assert len(set(said.values())) == 6
+        prompt = [bundle.tokenizer.bos_id, *bundle.tokenizer.encode("Once")]
+        for name, weights in zip(("math", "style"), adapters_of(bundle.model), strict=False):
+            alone = merged_model(bundle.model, weights)
+            ends = reply_ends(bundle.tokenizer)
+            (reply,) = generate(alone, [prompt], SamplingConfig(temperature=0), max_tokens=9, stop_token_ids=ends)
+            assert said["completions", name] == bundle.tokenizer.decode(reply.ids)
+        message = error_of(client.post("/v1/completions", json=body(model="maths", prompt="a")), 404)["message"]
+        assert message == f"there is no model 'maths' here, only '{MODEL_NAME}', 'math', 'style'"
 
 
 # Sizes and times

@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 
 from nanollm import cli
 from nanollm.bundle import load_bundle
-from nanollm.generate.engine import generate
+from nanollm.generate.engine import Engine, generate
 from nanollm.generate.sampling import SamplingConfig
-from nanollm.model.lora import LoraConfig
+from nanollm.model.lora import LoraConfig, pairs_of
 from nanollm.rl import grpo as grpo_step
 from nanollm.rl.loss import ObjectiveConfig
 from nanollm.rl.rollout import RolloutConfig
@@ -64,6 +64,11 @@ def test_a_run_leaves_an_adapter_and_its_merged_bundle(run_config, bundle, tmp_p
     merged, before = load_bundle(made).model.state_dict(), base.model.state_dict()
     for name, tensor in before.items():  # what has no adapter, the routers' bias too, is the base's to the bit
         assert torch.equal(merged[name], tensor) == (f"{name}.lora_A" not in adapter)
+    beside = Engine(base.model, rows=20, adapters={"own": pairs_of(base.model, adapter, LORA.scale)})
+    replies = [beside.submit(dataclasses.replace(reply.request, adapter="own")) for reply in replies_of(base.model)]
+    while beside.has_work:
+        beside.step()
+    assert [reply.ids for reply in replies] == greedy(load_bundle(made).model)
     saved = load_file(checkpoints(c.out / "checkpoints")[0] / "weights.safetensors")
     assert sum(tensor.numel() for tensor in saved.values()) == sum(tensor.numel() for tensor in adapter.values())
     again = tmp_path / "merged"
@@ -71,10 +76,13 @@ def test_a_run_leaves_an_adapter_and_its_merged_bundle(run_config, bundle, tmp_p
     assert all((again / file.name).read_bytes() == file.read_bytes() for file in made.iterdir())
 
 
-def greedy(model):
+def replies_of(model):
     prompts = [[1, number, number + 1] for number in range(5, 25)]
-    replies = generate(model, prompts, SamplingConfig(temperature=0), max_tokens=16, stop_token_ids=())
-    return [reply.ids for reply in replies]
+    return generate(model, prompts, SamplingConfig(temperature=0), max_tokens=16, stop_token_ids=())
+
+
+def greedy(model):
+    return [reply.ids for reply in replies_of(model)]
 
 
 def the_bundle_says_what_was_trained(run_config, monkeypatch) -> None:

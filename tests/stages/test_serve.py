@@ -7,11 +7,18 @@ import socket
 import subprocess
 import sys
 import urllib.request
+from pathlib import Path
 
 import pytest
 
 from nanollm import cli
+from nanollm.bundle import load_bundle, save_adapter
+from nanollm.config import parse_options
+from nanollm.model.lora import LoraConfig
+from nanollm.stages import serve
 from nanollm.stages.serve import Config
+from tests.generate.test_adapters import trained
+from tests.stages.conftest import MODEL, untrained
 
 
 @pytest.mark.parametrize(
@@ -57,7 +64,9 @@ def test_the_key_of_the_environment_counts_and_is_not_shown(tmp_path, capsys, mo
     ("settings", "message"),
     [
         ({"port": 65_536}, "port must be from 0 to 65,535"),
-        ({"model_name": "a/b"}, "printable text without /"),
+        ({"model_name": "a/b"}, "model_name must be printable text without /, got 'a/b'"),
+        ({"adapter": {"a/b": "x"}}, "names in adapter must be printable text without /, got 'a/b'"),
+        ({"adapter": {"nanollm": "x"}}, "adapter: 'nanollm' is the bundle's own name"),
         ({"max_running": 0}, "max_running must be at least 1, got 0"),
         ({"deadline_s": 0.0}, "deadline_s must be above 0 seconds"),
         ({"deadline_s": float("nan")}, "deadline_s must be above 0 seconds"),
@@ -67,6 +76,44 @@ def test_the_key_of_the_environment_counts_and_is_not_shown(tmp_path, capsys, mo
 def test_senseless_settings_are_refused(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         Config(bundle=tmp_path, **settings)
+
+
+def adapter_in(folder, bundle, *targets):
+    base = load_bundle(bundle)
+    c = LoraConfig(rank=2, targets=[*targets])
+    facts = {"parent": base.provenance, "tools": ["calculator"]}
+    return save_adapter(folder, c, trained(base.model, 0, 2, *targets), facts)
+
+
+def test_adapters_are_options_and_what_cannot_be_served_is_refused(bundle, tokenizer, tmp_path, capsys):
+    pytest.importorskip("fastapi", reason='fastapi is not installed: pip install -e ".[serve]"')
+    other = untrained(tmp_path / "other", MODEL, tokenizer, seed=1)
+    routers = adapter_in(tmp_path / "routers", bundle, "centroids", "o_proj")
+    good = adapter_in(tmp_path / "good", bundle, "o_proj")
+    c, _ = parse_options("serve", serve, [str(bundle), "--adapter", f"{{math: {good}, style: b}}"])
+    assert c.adapter == {"math": good, "style": Path("b")}
+    for base, folder, said in [
+        (bundle, routers, "centroids, which only a merged model can; make one with nanollm merge"),
+        (other, good, "this bundle has"),
+        (bundle, tmp_path, "holds no adapter.json"),
+        (bundle, "~/nothing", f"{Path.home()}/nothing holds no adapter.json"),
+    ]:
+        assert cli.main(["serve", str(base), "--adapter", f"{{math: {folder}}}"]) == 2
+        captured = capsys.readouterr()
+        assert said in captured.err
+        assert (captured.out, captured.err.count("\n")) == ("", 1)
+
+
+def test_an_adapter_brings_its_tools_and_its_name(bundle, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("fastapi", reason='fastapi is not installed: pip install -e ".[serve]"')
+    good, apps = adapter_in(tmp_path / "good", bundle, "o_proj"), []
+    monkeypatch.setattr("nanollm.serve.server.run", lambda app, *_: apps.append(app))
+    assert cli.main(["serve", str(bundle), "--dtype", "float32", "--adapter", f"{{math: {good}}}"]) == 0
+    assert "in float32, adapters math, 16 replies at once" in capsys.readouterr().err
+    service = apps[0].state.service
+    assert {name: each.tools for name, each in service.models.items()} == {"nanollm": [], "math": ["calculator"]}
+    assert service.make_tools["nanollm"] is None
+    assert service.make_tools["math"] is not None
 
 
 def test_a_port_in_use_is_a_mistake_of_the_user(bundle, capsys):
