@@ -78,7 +78,7 @@ class Engine:
     ) -> None:
         """Room for `rows` requests at once, of `length` tokens each (None: the model's context).
 
-        The weights must not change while it lives. ValueError for what this machine cannot do.
+        adapters: by name. The weights must not change while it lives. ValueError for what this machine cannot do.
         """
         self.vocab_size, self.chunk = model.config.vocab_size, chunk
         self.length = length or model.config.context_length
