@@ -6,38 +6,29 @@ longer sees the oldest exchanges, though they stay in the conversation.
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from nanollm.bundle import Bundle
 from nanollm.generate.engine import Engine, check_prompt
+from nanollm.generate.model import GenerateConfig
 from nanollm.generate.request import Completion, Quantize, Request
-from nanollm.generate.sampling import SamplingConfig
 from nanollm.generate.tools import tool_caller
 from nanollm.progress import say
 from nanollm.text.chat import Conversation, Message, encode_prompt, reply_borders
-from nanollm.text.stream import TextStream, check_stops
+from nanollm.text.stream import TextStream
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChatConfig(SamplingConfig):
+class ChatConfig(GenerateConfig):
     """How the model replies."""
 
     system: str | None = None
     """The system message that the conversation begins with; null: none."""
     max_tokens: int = 512
     """Maximum length of a reply in tokens."""
-    seed: int = 0
-    """Reply i draws from seed + i."""
-    stop: list[str] = field(default_factory=list)
-    """Texts at which a reply ends; they are left out."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_stops(self.stop)
-        if self.max_tokens < 1:
-            raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")
-        if not 0 <= self.seed < 2**62:
-            raise ValueError(f"seed must be from 0 to 2**62 - 1, got {self.seed}")
         if self.system is not None and not self.system.strip():
             raise ValueError("the system message needs at least one character, got an empty one; leave it out")
 

@@ -167,9 +167,10 @@ class Engine:
         while self.queue and len(held_back) < len(self.free):
             completion = self.queue.popleft()
             prompt = np.array(completion.request.prompt, dtype=np.int64)
+            adapter = self._number_of(completion)
             # Any row will do, also one in use: what it has read of its prompt does not change until it is given away.
             is_same = self.prompts[:, : len(prompt)] == prompt  # (rows, n)
-            is_same[[row.adapter != self._number_of(completion) for row in self.rows]] = False
+            is_same[[row.adapter != adapter for row in self.rows]] = False
             shared = np.where(is_same.all(1), len(prompt), is_same.argmin(1))
             ready = np.minimum(shared, [row.num_cached_prompt_tokens for row in self.rows])
             coming = max((int(shared[row.number]) for row in self.prefilling), default=0)

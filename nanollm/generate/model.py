@@ -1,19 +1,20 @@
 """A bundle in two lines of Python: `model = nanollm.load(folder)`, `model.chat("How far are the rocks?")`."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from nanollm.bundle import Bundle, load_bundle
+from nanollm.config import check_at_least
 from nanollm.generate.engine import Engine, generate
 from nanollm.generate.request import Completion, Quantize, Request
 from nanollm.generate.sampling import SamplingConfig
 from nanollm.generate.tools import tool_caller, with_tools
 from nanollm.text.chat import Conversation, Message, encode_prompt, reply_borders, reply_ends
-from nanollm.text.stream import TextStream
+from nanollm.text.stream import TextStream, check_stops
 from nanollm.text.tokenizer import Tokenizer
 from nanollm.world import DeviceName, DtypeName, World
 
@@ -21,37 +22,49 @@ Messages = Sequence[Mapping[str, Any]]
 """A conversation as the server takes it: [{"role": "user", "content": "..."}, ...]."""
 
 
-class LanguageModel:
-    """Continues texts and replies to messages. Same settings and seed, same bits as every verb and the server.
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig(SamplingConfig):
+    """How texts are continued, and replies are written."""
 
-    Settings of all three: max_tokens, stop (texts at which it ends, left out), seed (text i of a batch draws from
-    seed + i), and those of SamplingConfig: temperature, top_k, top_p, min_p, repetition_penalty, logit_bias.
-    """
+    max_tokens: int = 128
+    """Maximum length of what is written, in tokens."""
+    seed: int = 0
+    """Text i draws from seed + i."""
+    stop: list[str] = field(default_factory=list)
+    """Texts at which it ends; they are left out."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_stops(self.stop)
+        check_at_least(1, self, "max_tokens")
+        if not 0 <= self.seed < 2**62:
+            raise ValueError(f"seed must be from 0 to 2**62 - 1, got {self.seed}")
+
+
+class LanguageModel:
+    """Continues texts and replies to messages. Equal settings, those of GenerateConfig, give the bits of every verb and
+    of the server."""
 
     def __init__(self, bundle: Bundle, quantize: Quantize = "none") -> None:
         self.bundle, self.quantize = bundle, quantize
 
     def generate(self, prompts: str | Sequence[str], **settings: Any) -> Any:
         """What follows a text: str; of a list of texts, which are continued in one batch, a list."""
-        return self._texts(prompts, isinstance(prompts, str), is_chat=False, **settings)
+        asked = [prompts] if (is_one := isinstance(prompts, str)) else prompts
+        texts = [text for text, _ in self.complete(asked, GenerateConfig(**settings), is_chat=False)]
+        return texts[0] if is_one else texts
 
     def chat(self, messages: str | Messages | Sequence[str | Messages], **settings: Any) -> Any:
         """The reply to a question or to messages: str; to a list of these, in one batch, a list."""
         is_one = isinstance(messages, str) or isinstance(messages[0], Mapping)
-        return self._texts(messages, is_one, is_chat=True, **settings)
+        asked: Any = [messages] if is_one else messages
+        texts = [text for text, _ in self.complete(asked, GenerateConfig(**settings), is_chat=True)]
+        return texts[0] if is_one else texts
 
-    def stream(
-        self,
-        asked: str | Messages,
-        *,
-        is_chat: bool = True,
-        max_tokens: int = 128,
-        stop: Sequence[str] = (),
-        seed: int = 0,
-        **sampling: Any,
-    ) -> Iterator[str]:
+    def stream(self, asked: str | Messages, *, is_chat: bool = True, **settings: Any) -> Iterator[str]:
         """The same reply, or with is_chat=False the same continuation, piece by piece; never half a character."""
-        text, engine = TextStream(self.tokenizer, stop), Engine(self.bundle.model, rows=1, quantize=self.quantize)
+        c = GenerateConfig(**settings)
+        text, engine = TextStream(self.tokenizer, c.stop), Engine(self.bundle.model, rows=1, quantize=self.quantize)
         pieces = list[str]()
 
         def is_over(token: int) -> bool:
@@ -62,12 +75,12 @@ class LanguageModel:
         engine.submit(
             Request(
                 prompt=self._encode(asked, is_chat),
-                max_tokens=max_tokens,
-                sampling=SamplingConfig(**sampling),
+                max_tokens=c.max_tokens,
+                sampling=c,
                 stop_token_ids=self._ends(is_chat),
                 stop=is_over,
                 tool=None if make_tool is None else make_tool(),
-                seed=seed,
+                seed=c.seed,
             )
         )
         while engine.has_work:
@@ -87,57 +100,36 @@ class LanguageModel:
         return [(self.tokenizer.pieces[token].text, each) for token, each in zip(ids[1:], likely, strict=True)]
 
     def complete(
-        self,
-        asked: Sequence[str | Messages],
-        sampling: SamplingConfig,
-        *,
-        is_chat: bool,
-        max_tokens: int,
-        stop: Sequence[str] = (),
-        seed: int = 0,
+        self, asked: Sequence[str | Messages], c: GenerateConfig, *, is_chat: bool
     ) -> list[tuple[str, Completion]]:
         """Text and completion of each, in one batch."""
         completions = generate(
             self.bundle.model,
             [self._encode(each, is_chat) for each in asked],
-            sampling,
-            max_tokens=max_tokens,
+            c,
+            max_tokens=c.max_tokens,
             stop_token_ids=self._ends(is_chat),
-            seed=seed,
-            stop=(lambda: TextStream(self.tokenizer, stop).stops_at) if stop else None,
+            seed=c.seed,
+            stop=(lambda: TextStream(self.tokenizer, c.stop).stops_at) if c.stop else None,
             tool=tool_caller(self.bundle),
             quantize=self.quantize,
         )
-        return [(text_of(each.ids, self.tokenizer, stop), each) for each in completions]
+        return [(text_of(each.ids, self.tokenizer, c.stop), each) for each in completions]
 
     @property
     def tokenizer(self) -> Tokenizer:
         return self.bundle.tokenizer
 
-    def _texts(
-        self,
-        asked: Any,
-        is_one: bool,
-        is_chat: bool,
-        max_tokens: int = 128,
-        stop: Sequence[str] = (),
-        seed: int = 0,
-        **sampling: Any,
-    ) -> Any:
-        complete = partial(self.complete, is_chat=is_chat, max_tokens=max_tokens, stop=stop, seed=seed)
-        texts = [text for text, _ in complete([asked] if is_one else asked, SamplingConfig(**sampling))]
-        return texts[0] if is_one else texts
-
     def _ends(self, is_chat: bool) -> frozenset[int]:
         return reply_borders(self.tokenizer) if is_chat else reply_ends(self.tokenizer)
 
     def _encode(self, asked: str | Messages, is_chat: bool) -> list[int]:
-        if not is_chat:
-            assert isinstance(asked, str), "only a text can be continued"
-            return [self.tokenizer.bos_id, *self.tokenizer.encode(asked)]
-        if isinstance(asked, str):
-            return encode_prompt(Conversation.of(asked), self.tokenizer)
-        return encode_prompt(Conversation(tuple(Message(**each) for each in asked)), self.tokenizer)
+        if is_chat:
+            given = [Message("user", asked)] if isinstance(asked, str) else [Message(**each) for each in asked]
+            return encode_prompt(Conversation(tuple(given)), self.tokenizer)
+        if not isinstance(asked, str):
+            raise TypeError(f"only a text can be continued, got {asked!r:.80}; messages are for chat")
+        return [self.tokenizer.bos_id, *self.tokenizer.encode(asked)]
 
 
 def load(

@@ -4,7 +4,7 @@ The engine says which tokens to read. On CPUs decoding.cpp runs them, elsewhere 
 """
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from itertools import groupby
 
@@ -98,7 +98,7 @@ class TorchRunner:
         self.cache.slots[:, target, :count] = self.cache.slots[:, source, :count]
 
     def _adapted(self, number: int) -> AbstractContextManager[None]:
-        return with_pairs(self.model, self.adapters[number] if number >= 0 else {})
+        return with_pairs(self.model, self.adapters[number]) if number >= 0 else nullcontext()
 
     def _prefill(self, chunks: list[PromptChunk]) -> ModelOutput:
         tokens = np.zeros((len(chunks), max(len(chunk.ids) for chunk in chunks)), dtype=np.int64)

@@ -12,7 +12,7 @@ import torch
 from nanollm import __version__
 from nanollm.bundle import FILES, is_bundle, save_bundle
 from nanollm.config import check_at_least, parse_options, read_mapping
-from nanollm.durable import check_replaceable
+from nanollm.durable import check_replaceable, read_json
 from nanollm.model.transformer import Transformer
 from nanollm.progress import say
 from nanollm.stages import pretrain
@@ -72,6 +72,11 @@ def run(c: Config) -> Path:
             weights.copy_(means[name])
     steps = [int(each["step"]) for each in counters]
     say(f"the mean of {len(found)} checkpoints, steps {steps[-1]:,} to {steps[0]:,}")
-    provenance = {"made_by": f"nanollm {__version__} average, torch {torch.__version__}", "steps": steps}
+    provenance = {
+        "made_by": f"nanollm {__version__} average, torch {torch.__version__}",
+        "config": read_mapping(settings),
+        "inputs": read_json(c.run / "inputs.json"),
+        "steps": steps,
+    }
     tokenizer = Tokenizer.load(trained.tokenizer_path)
     return save_bundle(c.folder, trained.model, state.bundle_weights(), tokenizer, provenance)

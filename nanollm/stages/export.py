@@ -75,7 +75,8 @@ def plan(c: Config) -> str:
     check(c)
     from nanollm.export.folder import BYTES
 
-    open_adapter(c, load_bundle(c.bundle))
+    if c.adapter is not None:
+        open_adapter(c, load_bundle(c.bundle))
     parameters, dtype = exported_shape(read_config(c.bundle), c.format).total_parameters, dtype_of(c)
     size = f"about {parameters * BYTES[dtype] / 1e6:,.1f} MB"
     return f"{c.format}, {dtype}, {parameters:,} parameters ({size}), into {c.folder}"

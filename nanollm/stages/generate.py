@@ -1,14 +1,11 @@
 """A prompt becomes a continuation, or a question a reply."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-from nanollm.config import check_at_least
-from nanollm.generate.model import load
+from nanollm.generate.model import GenerateConfig, load
 from nanollm.generate.request import Quantize
-from nanollm.generate.sampling import SamplingConfig
-from nanollm.text.stream import check_stops
 from nanollm.world import DeviceName, DtypeName
 
 POSITIONAL = ("bundle",)
@@ -16,7 +13,7 @@ BETWEEN = "-" * 40  # two continuations, which may hold blank lines themselves
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(SamplingConfig):
+class Config(GenerateConfig):
     """Continue one or more prompts with a trained model."""
 
     bundle: Path
@@ -25,12 +22,6 @@ class Config(SamplingConfig):
     """Prompts; several are continued as one batch and printed with dashes in between."""
     chat: bool = False
     """Treat each prompt as a user message and reply to it instead of continuing it."""
-    max_tokens: int = 128
-    """Maximum length of a continuation in tokens."""
-    seed: int = 0
-    """Prompt i draws from seed + i."""
-    stop: list[str] = field(default_factory=list)
-    """Texts at which a continuation ends; they are left out."""
     json: bool = False
     """Print one JSON object per prompt instead of text."""
     tools: list[str] | None = None
@@ -47,14 +38,12 @@ class Config(SamplingConfig):
         super().__post_init__()
         if not self.prompt:
             raise ValueError('--prompt expects at least one text, got none; for example --prompt "Once upon a time"')
-        check_stops(self.stop)
-        check_at_least(1, self, "max_tokens")
 
 
 def run(c: Config) -> str:
     """The prompts with their continuations, in order."""
     model = load(c.bundle, tools=c.tools, quantize=c.quantize, device=c.device, dtype=c.dtype)
-    replies = model.complete(c.prompt, c, is_chat=c.chat, max_tokens=c.max_tokens, stop=c.stop, seed=c.seed)
+    replies = model.complete(c.prompt, c, is_chat=c.chat)
     lines = []
     for prompt, (text, completion) in zip(c.prompt, replies, strict=True):
         record = {"prompt": prompt, "text": text, "tokens": len(completion.ids), "finish": completion.finish}

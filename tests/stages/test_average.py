@@ -26,6 +26,7 @@ def test_weights_and_router_bias_are_the_mean_of_the_newest(run_config, tmp_path
         torch.testing.assert_close(weight, mean, atol=1e-6, rtol=1e-5)
     assert all(weight.any() for name, weight in found.items() if name.endswith("balance_bias"))
     assert bundle.provenance["steps"] == [12, 9, 6]
+    assert bundle.provenance["inputs"] == load_bundle(c.out / "bundle").provenance["inputs"]
 
     for words, told in (
         (["--last", "4", "--out", str(tmp_path / "more")], "has 3 checkpoints, --last is 4"),
