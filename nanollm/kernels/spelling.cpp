@@ -21,6 +21,7 @@ constexpr int kAhead = 32;      // words
 constexpr size_t kMaybe = size_t{1} << 20;
 constexpr char kSpaceMark[] = "\xE2\x96\x81";
 constexpr int64_t kMarkBytes = 3;
+constexpr uint16_t kFollowing = 1, kLeads = 0x8000;  // of the kinds of characters
 
 struct Text {
     const char* at;  // 16 bytes can be read here, however short the text is
@@ -215,12 +216,14 @@ class Speller {
         int64_t size = bytes_of_char(at);
         uint32_t character = char_at(at, size);
         if (character == 0x2581 && at > start) return at;  // else it would look like one of those spaces
-        const uint16_t kind = kinds_[character];
+        uint16_t kind = kinds_[character];
         at += size;
         if (kind == 0) return at;
-        for (; at < end; at += size) {
+        for (uint16_t next; at < end; at += size, kind = next) {
             size = bytes_of_char(at);
-            if (kinds_[char_at(at, size)] != kind) break;
+            next = kinds_[char_at(at, size)];
+            const bool leads = kind & kLeads && (next & ~kLeads) == kFollowing;
+            if ((next & ~kLeads) != (kind & ~kLeads) && !leads) break;
         }
         return at;
     }
@@ -323,7 +326,7 @@ class Speller {
     std::priority_queue<Pair> pairs_;
 };
 
-// How often each word of a text stands in it, for a tokenizer to learn from; learn.py says what a word is there.
+// How often each word of a text stands in it, for a tokenizer to learn from; text/train_tokenizer.py says what a word is there.
 class Counter {
    public:
     void count(const char* at, const char* const end) {
@@ -341,13 +344,9 @@ class Counter {
                     if (at > start) meet(Text{start, at - start});
                     meet(Text{at++, 1});
                 } else {
-                    Kind before = kind(*at++);
-                    for (; at < line_end; ++at) {
-                        const Kind now = kind(*at);
-                        if (now == kSpace || now == kAlone) break;
-                        if (now != before && now != kOther && before != kOther) break;
-                        before = now;
-                    }
+                    const bool leads = kind(*at) == kMark && at == start && at + 1 < line_end && kind(at[1]) == kLetter;
+                    const Kind first = kind(*(at += leads));
+                    while (at < line_end && kind(*at) == first) ++at;
                     meet(Text{start, at - start});
                 }
             }
@@ -380,11 +379,11 @@ class Counter {
     }
 
    private:
-    enum Kind : uint8_t { kSpace, kAlone, kLetter, kMark, kOther };
+    enum Kind : uint8_t { kSpace, kAlone, kLetter, kMark };
 
     static Kind kind(char character) {
         const uint8_t byte = static_cast<uint8_t>(character);
-        if (byte >= 128) return kOther;
+        if (byte >= 128) return kLetter;  // whatever it is
         if (byte == ' ') return kSpace;
         if (byte == '\t' || (byte >= '0' && byte <= '9')) return kAlone;
         return (byte >= 'A' && byte <= 'Z') || (byte >= 'a' && byte <= 'z') ? kLetter : kMark;

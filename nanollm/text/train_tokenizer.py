@@ -40,11 +40,10 @@ LINE = re.compile(r"[^\n]+\n*|\n+")
 
 TAB_PIECE = b"\x0a\x08\x0a\x01" + TAB.encode() + b"\x15"  # the beginning of that piece in the file of a model
 
-# What the trainer may join, as it is set: letters, or marks, with the spaces before them; digits and tabs to nothing.
-# What it joins to characters outside ASCII only the trainer knows, so they hold their neighbours together.
-_LETTERS, _MARKS, _OTHERS = "[A-Za-z]", "[\x01-\x08\x0a-\x1f!-/:-@\\[-`{-\x7f]", "[^\0-\x7f]"
-_KNOWN = f"(?:{_LETTERS}+|{_MARKS}+)"
-WORD = re.compile(f"[0-9\t]| *(?:{_KNOWN}|{_OTHERS}+{_KNOWN}?)(?:{_OTHERS}+{_KNOWN}?)*| +")
+# What a piece may be part of: letters with the spaces or the one mark before them, as in `(foo` and `"The`, or marks
+# with the spaces before them; digits and tabs alone. All outside ASCII counts as letters.
+_LETTERS, _MARKS = "[A-Za-z\x80-\U0010ffff]", "[\x01-\x08\x0a-\x1f!-/:-@\\[-`{-\x7f]"
+WORD = re.compile(f"[0-9\t]|{_MARKS}?{_LETTERS}+| +{_LETTERS}+| *{_MARKS}+| +")
 
 
 @dataclass(frozen=True)
@@ -149,6 +148,7 @@ def train_on(
             remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True,
             split_digits=True,
+            split_by_unicode_script=not is_bpe,  # words are cut already
             byte_fallback=True,
             unk_surface="",
             pad_id=PAD_ID,

@@ -5,8 +5,10 @@ characters that stand side by side in no piece are therefore never joined, and w
 is right of them: a text may be cut there. Texts repeat their words, so each word is spelled once and remembered.
 
 Characters that stand side by side in a piece are of one *kind* (and so are all that hang together in this way: the
-letters, say, or the marks of punctuation). A word is a run of one kind with the spaces before it; a character that no
-piece joins to another is a word by itself. Longer words than necessary do no harm.
+letters, say, or the marks of punctuation). A mark may also lead into what follows marks: from `(foo` and `"The` the
+letters and the marks do not become of one kind, since no piece has a mark behind a letter. A word is a run of one kind
+with the spaces before it, and with what its last mark leads into; a character that no piece joins to another is a word
+by itself. Longer words than necessary do no harm.
 """
 
 import ctypes
@@ -28,14 +30,18 @@ Lengths = npt.NDArray[np.int64]
 OPTIONS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared")
 SPACE = "\u2581"  # as pieces write it
 BORDER = "\ud800"  # in no piece, because it is not valid Unicode
+FOLLOWING, LEADS = 1, 0x8000  # as in spelling.cpp
+FOLLOWING_MARKS = "\ud801"  # stands for them while kinds are found
 BPE = 2  # of the types of models
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # of the types of pieces
 MAX_REMEMBERED = 100_000_000  # bytes, of two million words; then all are forgotten
 
 
 def kinds_of(pieces: Iterable[str]) -> dict[str, int] | None:
-    """The kind of each character that some piece joins to another; None where a piece may go on into a space."""
-    leader: dict[str, str] = {}
+    """The kind of each character that some piece joins to another, LEADS added where it leads into those of kind
+    FOLLOWING; None where a piece may go on into a space."""
+    leader: dict[str, str] = {FOLLOWING_MARKS: FOLLOWING_MARKS}
+    leads = set[str]()
 
     def lead(char: str) -> str:
         while (up := leader.setdefault(char, char)) != char:
@@ -48,9 +54,18 @@ def kinds_of(pieces: Iterable[str]) -> dict[str, int] | None:
             continue
         if right == SPACE:
             return None
+        if is_mark(left) and not is_mark(right):
+            leads.add(left)
+            left = FOLLOWING_MARKS
         leader[lead(left)] = lead(right)
-    number: dict[str, int] = {}
-    return {char: number.setdefault(lead(char), len(number) + 1) for char in sorted(leader)}
+    number = {lead(FOLLOWING_MARKS): FOLLOWING}
+    kinds = {char: number.setdefault(lead(char), len(number) + 1) for char in sorted(leader.keys() | leads)}
+    del kinds[FOLLOWING_MARKS]
+    return {char: kind + LEADS * (char in leads) for char, kind in kinds.items()}
+
+
+def is_mark(char: str) -> bool:
+    return char.isascii() and not char.isalnum()
 
 
 class WordSpeller:

@@ -1,4 +1,5 @@
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
@@ -235,19 +236,14 @@ def test_without_a_compiler_the_same_pieces_are_learned(tmp_path, monkeypatch, c
     assert "words are counted slowly: no C++ compiler was found" in capsys.readouterr().err
 
 
-def test_counted_words_teach_the_pieces_that_whole_lines_teach(tmp_path, monkeypatch):
-    text = STORY + "\tdef f(x1):\n\t\treturn [x1, 25]  # na\u00efve\u2026\n" * 20
-    counted = train([text], tmp_path / "a.model", vocab_size=500)
-
-    def uncut(pieces):
-        for line in module._lines(pieces):
-            yield f"{line.replace(chr(9), module.TAB)}\t1"
-
-    monkeypatch.setattr(module, "_counts", uncut)
-    whole = train([text], tmp_path / "b.model", vocab_size=500)
-    learned, expected = ({piece.text for piece in tokenizer.pieces} for tokenizer in (counted, whole))
-    assert len(learned ^ expected) <= 4  # of pairs that come equally often either may be the last
-    assert "\t" in learned and module.TAB not in learned
+def test_a_piece_is_letters_behind_spaces_or_one_mark_or_marks_or_one_digit(tmp_path):
+    text = STORY + '\tdef call(foo, x1):\n\t\treturn call(foo)  # na\u00efve\u2026\n"The  end," call(foo, 25)\n' * 20
+    pieces = train([text], tmp_path / "m.model", vocab_size=600).pieces
+    learned = {piece.text.replace("\u2581", " ") for piece in pieces if piece.kind == "normal"}
+    letters, marks = r"[A-Za-z\u0080-\U0010ffff]+", r"[\n!-/:-@[-`{-~]"
+    form = re.compile(rf"[0-9\t]|{marks}?{letters}| *{letters}| *{marks}+| +")
+    assert [piece for piece in learned if not form.fullmatch(piece)] == []
+    assert {"(foo", '"The', "\t"} <= learned
 
 
 def test_a_tab_is_a_piece_and_a_backspace_is_bytes(tmp_path):
