@@ -15,7 +15,6 @@ Before 0.27 a reload left latent attention's absorbed matrices behind: the CUDA 
 """
 
 import json
-import math
 import re
 import shlex
 import time
@@ -38,6 +37,8 @@ from nanollm.text.tokenizer import Tokenizer
 OLDEST = (0, 27)
 MAX_REQUESTS = 256
 """Requests under way at once; vLLM's own default for what it runs at once is about that (--max-num-seqs)."""
+LIKELIEST = 5
+"""Tokens whose log-probabilities are compared; vLLM adds the one that was drawn."""
 BUSY = (502, 503, 504)
 STOPS: Mapping[str, Literal["end", "length"]] = {"stop": "end", "length": "length"}  # by vLLM's finish_reason
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
@@ -52,6 +53,7 @@ class VllmServer:
     folder: Path  # read by the server, written by us: at the same path on both machines
     config: ModelConfig
     tokenizer: Tokenizer
+    dtype: str  # of the weights, in vLLM's words: what it chooses for float32 by itself is bfloat16
     export: Callable[[Path, Mapping[str, Tensor]], None]
     """Writes weights, by the names of Transformer's state_dict, into an empty folder as a model that vLLM reads."""
     timeout_s: float = 1800.0
@@ -69,7 +71,7 @@ class VllmServer:
         host = f"--host {self.host} " if self.host in LOOPBACK else ""
         return (
             f"VLLM_SERVER_DEV_MODE=1 vllm serve {shlex.quote(str(self.folder.resolve()))} {host}--port {self.port} "
-            f"--max-model-len {self.config.context_length} --logprobs-mode processed_logprobs"
+            f"--dtype {self.dtype} --max-model-len {self.config.context_length} --logprobs-mode processed_logprobs"
         )
 
     def connect(self, weights: Mapping[str, Tensor], c: RolloutConfig) -> None:
@@ -121,11 +123,18 @@ class VllmServer:
         return [Group(problem, rollouts) for problem, rollouts in zip(problems, drawn, strict=True)]
 
     def _check_logprobs(self, c: RolloutConfig) -> None:
-        """Refuse log-probabilities before the temperature: when it is huge, those after it are alike for all tokens."""
-        begin = [self.tokenizer.bos_id]
-        drawn = self._sample(begin, replace(c, temperature=1e4, group_size=8, max_tokens=1), seed=0)
-        alike = -math.log(self.config.vocab_size)
-        if max(abs(each.logprobs[0] - alike) for each in drawn) > 0.1:
+        """Refuse log-probabilities before the temperature: those after it lie twice as close together at 2, the highest
+        that vLLM takes, as at 1."""
+        spans, extra = [], {"n": 1, "logprobs": LIKELIEST, "return_tokens_as_token_ids": True}
+        for temperature in (1.0, 2.0):
+            body = self._body([self.tokenizer.bos_id], replace(c, temperature=temperature, max_tokens=1), seed=0)
+            answer = self._ask("POST", "/v1/completions", body | extra)
+            try:
+                found = sorted(map(float, answer["choices"][0]["logprobs"]["top_logprobs"][0].values()))
+                spans.append(found[-1] - found[-LIKELIEST])
+            except (LookupError, TypeError, ValueError) as error:
+                raise ValueError(f"{self} does not say what is likeliest ({short(answer)}); is it vLLM?") from error
+        if spans[1] > 0.75 * spans[0]:
             raise ValueError(
                 f"{self} gives log-probabilities before the temperature, rollout.temperature {c.temperature:g} needs "
                 f"those after it; start the server with: {self.command}"

@@ -87,6 +87,7 @@ class Vllm:
     @torch.no_grad()
     def complete(self, body):
         prompt, temperature = body["prompt"], body["temperature"]
+        assert 0 <= temperature <= 2  # vLLM's limits
         assert (body["top_p"], body["top_k"], body["min_p"], body["repetition_penalty"]) == (1, 0, 0, 1)
         drawn = generate(
             self.model,
@@ -111,6 +112,10 @@ class Vllm:
                     "prompt_token_ids": prompt,
                     "logprobs": {
                         "token_logprobs": [row[token].item() for row, token in zip(logprobs, ids, strict=True)],
+                        "top_logprobs": [
+                            {str(token): row[token].item() for token in {*row.topk(body["logprobs"]).indices.tolist(), drawn}}
+                            for row, drawn in zip(logprobs, ids, strict=True)
+                        ],
                     },
                 }
             )
@@ -122,7 +127,7 @@ class Vllm:
 
 @pytest.fixture
 def policy(tokenizer) -> Transformer:
-    return randomised(Transformer(dataclasses.replace(TINY, vocab_size=tokenizer.vocab_size)).init(0)).eval()
+    return randomised(Transformer(dataclasses.replace(TINY, vocab_size=tokenizer.vocab_size, kv_lora_rank=16)).init(0)).eval()
 
 
 def exporter(policy, tokenizer):
@@ -141,6 +146,7 @@ def connect(tmp_path, tokenizer, policy):
             folder=tmp_path / "vllm",
             config=policy.config,
             tokenizer=tokenizer,
+            dtype="float32",
             export=exporter(policy, tokenizer),
             timeout_s=60.0,
             waits_s=(0.01, 0.01),
@@ -240,9 +246,10 @@ def test_where_no_server_is_the_command_that_starts_one_is_said(tmp_path, tokeni
         folder=tmp_path / "a b",
         config=policy.config,
         tokenizer=tokenizer,
+        dtype="float32",
         export=exporter(policy, tokenizer),
     )
-    command = f"VLLM_SERVER_DEV_MODE=1 vllm serve '{tmp_path}/a b' --host ::1 --port 1 --max-model-len 64 --logprobs"
+    command = f"VLLM_SERVER_DEV_MODE=1 vllm serve '{tmp_path}/a b' --host ::1 --port 1 --dtype float32 --max-model"
     with pytest.raises(ConnectionError, match=r"no answer from vllm://\[::1\]:1 \(.*; start the server") as caught:
         server.connect(policy.state_dict(), SAMPLING)
     assert command in str(caught.value)
