@@ -7,6 +7,7 @@ and the answers go into the file ANSWER: {version, settings, ids, spoken, scores
 import json
 import os
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def ask_vllm(folder: str, asked: dict[str, Any]) -> Answer:
     if words["kv_lora_rank"] + words["qk_rope_head_dim"] != MLA_ON_CPU:
         os.environ["VLLM_MLA_DISABLE"] = "1"
         told += ", VLLM_MLA_DISABLE=1"
-    import vllm  # reads the environment
+    vllm: Any = import_module("vllm")  # reads the environment
 
     llm = vllm.LLM(folder, **settings)
     greedy = {"temperature": 0, "ignore_eos": True, "logprobs": None}
@@ -57,9 +58,9 @@ def score_vllm(found: Any, following: int) -> tuple[int, float, float]:
 
 def ask_mlx(folder: str, asked: dict[str, Any]) -> Answer:
     """In float32, on whatever MLX calls its default device."""
-    import mlx.core as mx
-    import mlx_lm
-    from mlx_lm.generate import generate_step
+    mx: Any = import_module("mlx.core")
+    mlx_lm: Any = import_module("mlx_lm")
+    generate_step = import_module("mlx_lm.generate").generate_step
 
     model = mlx_lm.load(folder)[0]
     model.set_dtype(mx.float32)
@@ -89,9 +90,7 @@ def ask_tokenizer(folder: str, asked: dict[str, Any]) -> Answer:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     texts = tokenizer(asked["texts"], add_special_tokens=False, split_special_tokens=True)["input_ids"]
     spoken = [
-        tokenizer.apply_chat_template(
-            messages, add_generation_prompt=messages[-1]["role"] == "user", return_dict=False
-        )
+        tokenizer.apply_chat_template(messages, add_generation_prompt=messages[-1]["role"] == "user", return_dict=False)
         for messages in asked["conversations"]
     ]
     return {"ids": texts, "spoken": spoken}

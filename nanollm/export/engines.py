@@ -251,13 +251,17 @@ def find_python(engine: str, environment: Path | None) -> list[str]:
     if not python.is_file():
         raise ValueError(f"{python} is no Python; --engine_python takes the folder of an environment that has {engine}")
     command = [str(python.absolute()), "-I"]  # without our folder, whose modules have names of packages
-    done = subprocess.run([*command, "-c", VERSION.format(module=e.module)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*command, "-c", VERSION.format(module=e.module)], capture_output=True, text=True, check=False
+    )
     found = done.stdout.strip()
     numbers = re.match(r"(\d+)\.(\d+)", found)
     if not numbers:
         raise ValueError(f"{python} has no {e.module}; in an environment for --engine_python: {e.install}")
     if (int(numbers[1]), int(numbers[2])) < e.oldest:
-        raise ValueError(f"{python} has {e.module} {found}; --engine {engine} needs {'.'.join(map(str, e.oldest))} or newer")
+        raise ValueError(
+            f"{python} has {e.module} {found}; --engine {engine} needs {'.'.join(map(str, e.oldest))} or newer"
+        )
     return command
 
 

@@ -44,9 +44,7 @@ def write_model(folder: Path, bundle: Bundle, form: HfFormat, dtype: torch.dtype
         write_json(folder / INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
 
 
-def exported_weights(
-    bundle: Bundle, form: HfFormat, dtype: torch.dtype, widen: Widen = "auto"
-) -> dict[str, Tensor]:
+def exported_weights(bundle: Bundle, form: HfFormat, dtype: torch.dtype, widen: Widen = "auto") -> dict[str, Tensor]:
     """All tensors by their checkpoint names. The router's bias stays in float32, as the classes keep it."""
     weights, config = cast(bundle.model.state_dict(), dtype), bundle.model.config
     if form == "deepseek-v3":

@@ -144,5 +144,5 @@ def restore(
 
 def wide_shape(shape: ModelConfig, words: Mapping[str, Any]) -> ModelConfig:
     """The shape with the attention that config.json tells of: widened by the export, or as it was."""
-    told = words.get("kv_lora_rank"), words.get("qk_rope_head_dim")
-    return widened_shape(shape) if told == (WIDE_LATENT, WIDE_ROTARY) and words["model_type"] == "deepseek_v3" else shape
+    told = words["model_type"], words.get("kv_lora_rank"), words.get("qk_rope_head_dim")
+    return widened_shape(shape) if told == ("deepseek_v3", WIDE_LATENT, WIDE_ROTARY) else shape

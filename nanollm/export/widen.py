@@ -36,8 +36,8 @@ def widened_shape(c: ModelConfig) -> ModelConfig:
         return c
     if WIDE_LATENT % c.kv_lora_rank or WIDE_ROTARY % c.qk_rope_head_dim:
         raise ValueError(
-            f"vLLM needs a latent of {WIDE_LATENT} with a rotary width of {WIDE_ROTARY}; kv_lora_rank {c.kv_lora_rank} and "
-            f"qk_rope_head_dim {c.qk_rope_head_dim} must divide them; --widen off writes the model as it is"
+            f"vLLM needs a latent of {WIDE_LATENT} with a rotary width of {WIDE_ROTARY}; kv_lora_rank {c.kv_lora_rank} "
+            f"and qk_rope_head_dim {c.qk_rope_head_dim} must divide them; --widen off writes the model as it is"
         )
     head = c.qk_head_dim
     while head < c.qk_nope_head_dim + WIDE_ROTARY:
@@ -46,7 +46,7 @@ def widened_shape(c: ModelConfig) -> ModelConfig:
 
 
 def to_wide(weights: Weights, c: ModelConfig, wide: ModelConfig) -> dict[str, Tensor]:
-    """The weights of c as those of `wide`, its widened shape; what they compute is the same, up to the order of sums."""
+    """The weights of c as those of its widened shape; what they compute is the same, up to the order of sums."""
     widened, rows = dict(weights), places(c, wide)
     for prefix in attentions(c) if wide != c else ():
         for name, (size, index) in rows.items():

@@ -139,9 +139,9 @@ class VllmServer:
             apart += (ours - torch.tensor(rollout.logprobs)).abs().tolist()
         if fmean(apart) > FAR:
             raise ValueError(
-                f"{self} gives log-probabilities that are {fmean(apart):.2g} from ours on average: it computes in another "
-                f"type, gives them before the temperature, or did not take the new weights; start the server with: "
-                f"{self.command}"
+                f"{self} gives log-probabilities that are {fmean(apart):.2g} from ours on average: it computes in "
+                f"another type, gives them before the temperature, or did not take the new weights; start the server "
+                f"with: {self.command}"
             )
 
     # --- what passes between both ---

@@ -11,8 +11,8 @@ from nanollm.bundle import Bundle, load_adapter, load_bundle, read_config, store
 from nanollm.config import check_at_least
 from nanollm.durable import check_replaceable, new_folder, write_file
 from nanollm.export.dense_to_moe import STORED, Dtype, Format, exported_shape
-from nanollm.export.widen import Widen
 from nanollm.export.hub import check_metadata, check_push, push
+from nanollm.export.widen import Widen
 from nanollm.extras import require
 from nanollm.model.lora import Adapter
 from nanollm.progress import say
@@ -186,9 +186,7 @@ def prove(c: Config, model: Path, bundle: Bundle, adapter: Adapter | None) -> No
     from nanollm.export import engines, verify
 
     if c.engine != "auto":
-        checks = engines.compare_in_python(
-            c.engine, c.engine_python, c.folder, bundle, dtype_of(c), c.verify_prompts
-        )
+        checks = engines.compare_in_python(c.engine, c.engine_python, c.folder, bundle, dtype_of(c), c.verify_prompts)
     elif c.format == "gguf":
         checks = engines.compare_in_llama_cpp(model, bundle, dtype_of(c), c.verify_prompts, adapter)
     else:

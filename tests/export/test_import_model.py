@@ -15,8 +15,8 @@ from nanollm.export.import_model import import_model
 from nanollm.model.transformer import Transformer
 from tests.model.conftest import TINY, randomised
 
-EVEN = dataclasses.replace(TINY, kv_lora_rank=16, n_blocks=6, moe_every=2, n_dense_first=2)  # its dense blocks fit the shared expert
-NARROW = dataclasses.replace(TINY, kv_lora_rank=16)
+NARROW = dataclasses.replace(TINY, kv_lora_rank=16)  # which can be widened
+EVEN = dataclasses.replace(NARROW, n_blocks=6, moe_every=2, n_dense_first=2)  # its dense blocks fit the shared expert
 SPLIT = dataclasses.replace(EVEN, n_shared_experts=1, d_ff=72, d_expert=24)  # channels go into routed experts, too
 
 

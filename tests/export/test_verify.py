@@ -80,9 +80,7 @@ def environment():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("engine", "widen"), [("vllm", "auto"), ("vllm", "off"), ("mlx", "auto"), ("mlx", "off")]
-)
+@pytest.mark.parametrize(("engine", "widen"), [("vllm", "auto"), ("vllm", "off"), ("mlx", "auto"), ("mlx", "off")])
 def test_vllm_and_mlx_say_what_the_bundle_says(engine, widen, trained, tmp_path, environment, capsys):
     place, folder = environment(engine), tmp_path / "out"
     c = Config(bundle=trained, format="deepseek-v3", widen=widen, out=folder)
@@ -95,10 +93,12 @@ def test_vllm_and_mlx_say_what_the_bundle_says(engine, widen, trained, tmp_path,
 @pytest.mark.slow
 @pytest.mark.parametrize("bits", [8, 4])
 def test_mlx_quantizes_an_export_with_its_own_tool(bits, trained, tmp_path, environment):
-    (python, _), folder = engines.find_python("mlx", environment("mlx")), exported(trained, "deepseek-v3", "f32", tmp_path / "out")
+    python = engines.find_python("mlx", environment("mlx"))[0]
+    folder = exported(trained, "deepseek-v3", "f32", tmp_path / "out")
     words = [str(folder), "--mlx-path", str(tmp_path / "mlx"), "-q", "--q-bits", str(bits), "--q-group-size", "32"]
     subprocess.run([python, "-m", "mlx_lm", "convert", "--hf-path", *words], check=True, capture_output=True)
-    asked = json.dumps({"texts": [], "conversations": [], "scored": [[1, 5, 9]], "prompts": [[1, 5]], "count": 8})
+    said = [[{"role": "user", "content": "a"}]]
+    asked = json.dumps({"texts": ["a"], "conversations": said, "scored": [[1, 5, 9]], "prompts": [[1, 5]], "count": 8})
     command = [python, "-I", str(engines.ASK), "mlx", str(tmp_path / "mlx"), str(tmp_path / "answer")]
     subprocess.run(command, input=asked, text=True, check=True, capture_output=True)
     assert len(json.loads((tmp_path / "answer").read_text())["replies"][0]) == 8

@@ -134,7 +134,9 @@ class Vllm:
 
 @pytest.fixture
 def policy(tokenizer) -> Transformer:
-    return randomised(Transformer(dataclasses.replace(TINY, vocab_size=tokenizer.vocab_size, kv_lora_rank=16)).init(0)).eval()
+    return randomised(
+        Transformer(dataclasses.replace(TINY, vocab_size=tokenizer.vocab_size, kv_lora_rank=16)).init(0)
+    ).eval()
 
 
 def exporter(policy, tokenizer):
@@ -269,7 +271,10 @@ def test_where_no_server_is_the_command_that_starts_one_is_said(tmp_path, tokeni
         ({"root": "/models/other"}, "serves /models/other with .*, this run needs .*; start the server with"),
         ({"context": 32}, "a context of 32 tokens, this run needs .* with 64; start .* --max-model-len 64"),
         ({"version": "0.26.1"}, "is vLLM 0.26.1, which does not take over all new weights .*; update it to 0.27 or"),
-        ({"mode": "raw_logprobs"}, "from ours on average: .* gives them before the temperature, .*; start the server with"),
+        (
+            {"mode": "raw_logprobs"},
+            "from ours on average: .* before the temperature, .*; start the server with",
+        ),
         ({"forgets": "trunk.norm.weight"}, "from ours on average: .* or did not take the new weights; start"),
         ({"dev_routes": ()}, r"answered /collective_rpc with 404: .*; start .*: VLLM_SERVER_DEV_MODE=1"),
         ({"is_busy": True}, r"could not forget what the old weights read .* needs a server of its own"),
