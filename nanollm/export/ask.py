@@ -27,13 +27,15 @@ def ask_vllm(folder: str, asked: dict[str, Any]) -> Answer:
     words = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # no second process
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; the default is a share of all memory
-    settings = {"dtype": "float32", "enforce_eager": True, "compilation_config": NO_ROTARY_KERNEL}
+    settings: dict[str, Any] = {"dtype": "float32", "enforce_eager": True, "compilation_config": NO_ROTARY_KERNEL}
     told = "float32, eager, custom_ops -rotary_embedding"
     if words["kv_lora_rank"] + words["qk_rope_head_dim"] != MLA_ON_CPU:
         os.environ["VLLM_MLA_DISABLE"] = "1"
         told += ", VLLM_MLA_DISABLE=1"
     vllm: Any = import_module("vllm")  # reads the environment
-
+    if "VLLM_MLA_DISABLE" not in os.environ and import_module("vllm.platforms").current_platform.is_cpu():
+        settings["attention_backend"] = "CPU_MLA"  # with AMX vLLM would take a kernel of bfloat16
+        told += ", attention_backend CPU_MLA"
     llm = vllm.LLM(folder, **settings)
     greedy = {"temperature": 0, "ignore_eos": True, "logprobs": None}
 
