@@ -106,7 +106,7 @@ def training(preset: str) -> Callable[[], int]:
     from nanollm.train.step import train_step
     from nanollm.world import World
 
-    world, optim = World.start(), OptimConfig()
+    world, optim = World.start(), OptimConfig(lr=3e-3)
     c = ModelConfig(**load_preset("model", preset))
     state = TrainState.start(Transformer(c).init(0), optim, world)
     shape = 4096 // c.context_length, c.context_length + 1

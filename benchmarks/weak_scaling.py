@@ -100,7 +100,7 @@ def trained(c: "ModelConfig", rows: int, micro_batches: int, steps: int, world: 
     from nanollm.train.state import TrainState
     from nanollm.train.step import train_step
 
-    optim = OptimConfig()
+    optim = OptimConfig(lr=3e-3)
     state = TrainState.start(Transformer(c).init(0), optim, world)
     ids = torch.randint(c.vocab_size, (rows, c.context_length + 1), generator=torch.Generator().manual_seed(world.rank))
     batches = [Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())] * micro_batches

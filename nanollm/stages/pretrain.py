@@ -22,7 +22,7 @@ from nanollm.progress import say
 from nanollm.report.page import write_report
 from nanollm.text.tokenizer import Tokenizer
 from nanollm.train.loss import next_token_loss
-from nanollm.train.optim import OptimConfig, lr_at
+from nanollm.train.optim import OptimConfig, default_lr, lr_at
 from nanollm.train.run import Run, RunConfig, TrainConfig
 from nanollm.train.state import TrainState
 from nanollm.train.step import SIGMAS, train_step
@@ -77,6 +77,9 @@ class Config(RunConfig):
         if self.sample_prompts == ["none"]:
             object.__setattr__(self, "sample_prompts", [])
         check_at_least(0, self, "validation_windows")
+        if self.optim.lr is None:
+            lr = default_lr(self.optim.name, self.model.d_model, self.train.batch_size * self.model.context_length)
+            object.__setattr__(self, "optim", dataclasses.replace(self.optim, lr=lr))
 
     @property
     def weights(self) -> dict[float, dict[str, float]]:
@@ -108,7 +111,7 @@ def plan(c: Config) -> str:
     lines = [
         f"{c.model.total_parameters:,} parameters on {world.device} in {world.names['dtype']}, "
         f"tokenizer {tokenizer.fingerprint[:6]}, {c.train.steps:,} steps x {c.train.batch_size} x "
-        f"{c.model.context_length} = {tokens:,} tokens",
+        f"{c.model.context_length} = {tokens:,} tokens, learning rate {c.optim.lr:g}",
         *describe(c, splits),
     ]
     return "\n".join(lines)

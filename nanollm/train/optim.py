@@ -28,8 +28,9 @@ class OptimConfig:
 
     name: Literal["muon", "adamw"] = "muon"
     """muon: Muon for the hidden matrices and AdamW for the rest; adamw: AdamW for everything."""
-    lr: float = 3e-3
-    """Peak learning rate, for both optimizers (Muon's step is scaled to the size of AdamW's)."""
+    lr: float | None = None
+    """Peak learning rate, for both optimizers (Muon's step is scaled to the size of AdamW's). null, pretrain only: as
+    the width of the model and the tokens of a step have it, which --dry_run says."""
     warmup_steps: int = 100
     """Optimizer steps of linear warm-up."""
     schedule: Literal["linear", "cosine", "wsd"] = "linear"
@@ -59,7 +60,7 @@ class OptimConfig:
         rates = ("lr", "weight_decay", "balance_rate", "balance_weight")
         for name in (*rates, "max_grad_norm", "spike_sigmas", "warmup_steps"):
             value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
+            if value is not None and not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"optim.{name} must be at least 0, got {value}")
         if not 0 < self.eps < math.inf:
             raise ValueError(f"optim.eps must be above 0, got {self.eps}")
@@ -71,8 +72,20 @@ class OptimConfig:
                 raise ValueError(f"optim.{name} must be between 0 and 1, got {getattr(self, name)}")
 
 
+def default_lr(name: Literal["muon", "adamw"], d_model: int, tokens_per_step: int) -> float:
+    """Peak learning rate for pretraining: falls with the width, and with the root of the tokens of small batches.
+
+    Measured at widths of 128 to 384 and 512 to 16,384 tokens a step (docs/log.md); the length of the run hardly
+    matters there. AdamW needs an eighth of Muon's.
+    """
+    lr = 0.02 * 128 / d_model * min(1.0, math.sqrt(tokens_per_step / 4096))
+    return float(f"{lr if name == 'muon' else lr / 8:.2g}")
+
+
 def lr_at(step: int, steps: int, c: OptimConfig) -> float:
     """Learning rate of optimizer step `step`, counted from 0, of `steps` in all."""
+    if c.lr is None:
+        raise ValueError("optim.lr: expected a learning rate, got null; only pretrain chooses one")
     warmup = min(1.0, (step + 1) / (c.warmup_steps + 1))
     begin = c.warmup_steps if c.schedule != "wsd" else round(steps * (1 - c.decay_fraction))
     progress = min(1.0, max(0, step - begin) / max(1, steps - begin))
@@ -93,10 +106,11 @@ def build_optimizers(parameters: Mapping[str, Tensor], c: OptimConfig, dtype: to
         {"params": [p for p in rest.values() if p.dim() >= 2], "weight_decay": c.weight_decay},
         {"params": [p for p in rest.values() if p.dim() < 2], "weight_decay": 0.0},
     ]
-    optimizers: list[Optimizer] = [AdamW(groups, lr=c.lr, betas=c.betas, eps=c.eps, fused=True)]
+    lr = c.lr or 0.0  # train_step sets that of each step
+    optimizers: list[Optimizer] = [AdamW(groups, lr=lr, betas=c.betas, eps=c.eps, fused=True)]
     if with_muon:
         matrices = [p for n, p in parameters.items() if n in with_muon]
-        optimizers.append(Muon(matrices, lr=c.lr, momentum=c.momentum, weight_decay=c.weight_decay, dtype=dtype))
+        optimizers.append(Muon(matrices, lr=lr, momentum=c.momentum, weight_decay=c.weight_decay, dtype=dtype))
     return optimizers
 
 
