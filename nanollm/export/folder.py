@@ -12,6 +12,7 @@ from nanollm.export.gguf import file_name, modelfile, write_gguf
 from nanollm.export.hf import DTYPES, generation_config, write_model
 from nanollm.export.provenance import check, public
 from nanollm.export.tokenizer_json import write_tokenizer
+from nanollm.export.widen import Widen
 
 BYTES = {"f32": 4.0, "bf16": 2.0, "f16": 2.0, "q8_0": 34 / 32}  # of a number; 32 of q8_0 share a scale of two bytes
 EXPORT = "export"  # the word of provenance.json that says which files this export wrote
@@ -26,7 +27,7 @@ def read_made(folder: Path) -> dict[str, Any]:
         return {}
 
 
-def write_export(folder: Path, bundle: Bundle, form: Format, dtype: Dtype, name: str) -> str:
+def write_export(folder: Path, bundle: Bundle, form: Format, dtype: Dtype, name: str, widen: Widen = "auto") -> str:
     """Everything but the card, into an empty folder; returns the name of the file with the weights.
 
     ValueError for what the engine cannot run. More than hf.SHARD_BYTES of safetensors lie in several files.
@@ -39,7 +40,7 @@ def write_export(folder: Path, bundle: Bundle, form: Format, dtype: Dtype, name:
         write_file(folder / "Modelfile", modelfile(model_file, context, is_base=bundle.is_base).encode())
     else:
         model_file = WEIGHTS
-        write_model(folder, bundle, form, DTYPES[dtype])
+        write_model(folder, bundle, form, DTYPES[dtype], widen)
     write_tokenizer(folder, tokenizer, context)
     write_json(folder / "generation_config.json", generation_config(tokenizer))
     files = sorted({CARD, PROVENANCE, *(file.name for file in folder.iterdir())})

@@ -2,7 +2,7 @@
 
 compact: transformers' Glm4MoeLiteForCausalLM, whose mlp_layer_types say which blocks are dense: no parameter is added.
 deepseek-v3: DeepseekV3ForCausalLM, dense blocks first and Mixtures of Experts after them (see export/dense_to_moe.py),
-which vLLM and SGLang run with their own kernels. Both read the same names of tensors.
+in a width (see export/widen.py) that vLLM and SGLang run with their own kernels. Both read the same names of tensors.
 """
 
 from collections.abc import Mapping
@@ -17,6 +17,7 @@ from nanollm.bundle import CONFIG, Bundle, write_tensors
 from nanollm.durable import write_json
 from nanollm.export.dense_to_moe import Placement, dense_to_moe, exported_shape
 from nanollm.export.names import to_hf_config, to_theirs
+from nanollm.export.widen import Widen, to_wide, widened_shape
 from nanollm.generate.sampling import SamplingConfig
 from nanollm.model.config import ModelConfig
 from nanollm.text.chat import reply_ends
@@ -30,12 +31,12 @@ SHARD_BYTES = 5_000_000_000
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
 
-def write_model(folder: Path, bundle: Bundle, form: HfFormat, dtype: torch.dtype) -> None:
+def write_model(folder: Path, bundle: Bundle, form: HfFormat, dtype: torch.dtype, widen: Widen = "auto") -> None:
     """config.json and the weights: model.safetensors, or several of at most SHARD_BYTES with an index."""
     from huggingface_hub import split_torch_state_dict_into_shards
 
-    write_json(folder / CONFIG, hf_config(bundle.model.config, bundle.tokenizer, form, dtype))
-    weights = exported_weights(bundle, form, dtype)
+    write_json(folder / CONFIG, hf_config(bundle.model.config, bundle.tokenizer, form, dtype, widen))
+    weights = exported_weights(bundle, form, dtype, widen)
     split = split_torch_state_dict_into_shards(weights, max_shard_size=SHARD_BYTES)
     for file, names in split.filename_to_tensors.items():
         write_tensors(folder / file, {name: weights[name] for name in names})
@@ -43,11 +44,12 @@ def write_model(folder: Path, bundle: Bundle, form: HfFormat, dtype: torch.dtype
         write_json(folder / INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
 
 
-def exported_weights(bundle: Bundle, form: HfFormat, dtype: torch.dtype) -> dict[str, Tensor]:
+def exported_weights(bundle: Bundle, form: HfFormat, dtype: torch.dtype, widen: Widen = "auto") -> dict[str, Tensor]:
     """All tensors by their checkpoint names. The router's bias stays in float32, as the classes keep it."""
     weights, config = cast(bundle.model.state_dict(), dtype), bundle.model.config
     if form == "deepseek-v3":
-        placement = Placement.of(config)
+        wide = widened_shape(config) if widen == "auto" else config
+        weights, placement = to_wide(weights, config, wide), Placement.of(wide)
         weights, config = dense_to_moe(weights, placement), placement.after
     theirs = to_theirs(weights, config)
     for name, tensor in theirs.items():
@@ -67,9 +69,11 @@ def check_finite(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} holds numbers that are not finite in {kind}; if they are in the bundle, --dtype f32")
 
 
-def hf_config(config: ModelConfig, tokenizer: Tokenizer, form: HfFormat, dtype: torch.dtype) -> dict[str, Any]:
+def hf_config(
+    config: ModelConfig, tokenizer: Tokenizer, form: HfFormat, dtype: torch.dtype, widen: Widen = "auto"
+) -> dict[str, Any]:
     """config.json."""
-    shape = exported_shape(config, form)
+    shape = exported_shape(config, form, widen)
     words = to_hf_config(shape) | special_ids(tokenizer)
     if form == "compact":
         kinds = ["sparse" if shape.is_moe(block) else "dense" for block in range(shape.n_blocks)]

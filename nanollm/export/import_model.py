@@ -3,7 +3,8 @@
 Only JSON, safetensors and SentencePiece are read, so nothing in the folder can run code. The weights are mapped, not
 read: a tensor takes no memory before it is used.
 The shape is the one that the export keeps in config.json under `nanollm`. Blocks that an export wrote as Mixtures of
-Experts (export/dense_to_moe.py) become dense again, unless training has changed what was zero in them.
+Experts (export/dense_to_moe.py) become dense again, and attention that it widened (export/widen.py) narrow, unless
+training has changed what was zero in them.
 """
 
 import re
@@ -22,6 +23,7 @@ from nanollm.export import provenance
 from nanollm.export.dense_to_moe import Placement, moe_to_dense
 from nanollm.export.hf import ORIGIN
 from nanollm.export.names import to_hf_config, to_ours
+from nanollm.export.widen import WIDE_LATENT, WIDE_ROTARY, to_narrow, widened_shape
 from nanollm.model.config import ModelConfig
 from nanollm.text.tokenizer import Tokenizer
 
@@ -116,8 +118,9 @@ def restore(
     layers = len({match[1] for name in stored if (match := LAYER.match(name))})
     if shape.n_blocks != layers:  # to build a million blocks takes memory, too
         raise ValueError(f"{CONFIG}: n_blocks is {shape.n_blocks}, but the weights have {layers} layers")
-    placement = Placement.of(shape)
-    exported = shape if words["model_type"] == "glm4_moe_lite" else placement.after
+    wide = wide_shape(shape, words)
+    placement = Placement.of(wide)
+    exported = wide if words["model_type"] == "glm4_moe_lite" else placement.after
     for name, value in to_hf_config(exported).items():
         if name != "rope_parameters" and words.get(name, value) != value:
             raise ValueError(f"{CONFIG}: {name} must be {value!r}, as it was exported, got {words[name]!r}")
@@ -125,9 +128,21 @@ def restore(
     for name in weights:
         if name.endswith("balance_bias"):
             weights[name] = weights[name].float()  # in every bundle
-    if exported == shape:
-        return shape, weights, []
-    try:
-        return shape, moe_to_dense(weights, placement), []
-    except ValueError as error:
-        return exported, weights, [f"the blocks that were dense stay Mixtures of Experts ({error})"]
+    notes: list[str] = []
+    if wide != shape:
+        try:
+            weights, exported, wide = to_narrow(weights, shape, wide), Placement.of(shape).after, shape
+        except ValueError as error:
+            notes.append(f"the attention stays wide ({error})")
+    if exported != wide:
+        try:
+            weights, exported = moe_to_dense(weights, Placement.of(wide)), wide
+        except ValueError as error:
+            notes.append(f"the blocks that were dense stay Mixtures of Experts ({error})")
+    return exported, weights, notes
+
+
+def wide_shape(shape: ModelConfig, words: Mapping[str, Any]) -> ModelConfig:
+    """The shape with the attention that config.json tells of: widened by the export, or as it was."""
+    told = words["model_type"], words.get("kv_lora_rank"), words.get("qk_rope_head_dim")
+    return widened_shape(shape) if told == ("deepseek_v3", WIDE_LATENT, WIDE_ROTARY) else shape

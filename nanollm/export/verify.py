@@ -125,6 +125,12 @@ class TokenScores:
     logit: Tensor  # of the token that follows
     log_total: Tensor  # logit - log_total is the log-probability
 
+    @property
+    def normalised(self) -> "TokenScores":
+        """With log-probabilities for logits."""
+        zeros = torch.zeros_like(self.log_total)
+        return TokenScores(self.top, self.highest - self.log_total, self.logit - self.log_total, zeros)
+
     @classmethod
     def of(cls, logits: Tensor, ids: Ids) -> "TokenScores":
         """From logits (T, V) of a window of T ids."""
@@ -175,8 +181,8 @@ def check_all_ids(
     ]
 
 
-def check_difference(greatest: float) -> Check:
-    return Check("greatest difference of a logit", f"at most {TOLERANCE:g}", f"{greatest:.2g}", greatest <= TOLERANCE)
+def check_difference(greatest: float, of: str = "logit") -> Check:
+    return Check(f"greatest difference of a {of}", f"at most {TOLERANCE:g}", f"{greatest:.2g}", greatest <= TOLERANCE)
 
 
 def check_equal_tops(

