@@ -46,7 +46,7 @@ def runs(tokenizer, tmp_path_factory):
     ):
         preprocess.run(data)
     length = {"steps": 2, "validate_every": 0, "save_every": 0}
-    shared = {"optim": OptimConfig(warmup_steps=1), "dtype": "float32", "device": "cpu"}
+    shared = {"optim": OptimConfig(lr=3e-3, warmup_steps=1), "dtype": "float32", "device": "cpu"}
     pretrain.run(
         pretrain.Config(
             model=SHAPE,
