@@ -5,6 +5,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,16 @@ from nanollm.generate.sampling import MIN_TEMPERATURE, SamplingConfig
 from nanollm.generate.tools import tool_caller
 from nanollm.serve.engine_thread import STOPPED, EngineThread
 from nanollm.serve.metrics import Meter, Metrics
-from nanollm.serve.protocol import ApiError, ChatMessage, ChatRequest, CompletionRequest, Json, error_body, explain
+from nanollm.serve.protocol import (
+    ApiError,
+    ChatMessage,
+    ChatRequest,
+    CompletionRequest,
+    Json,
+    error_body,
+    explain,
+    fault_of,
+)
 from nanollm.serve.server import Guard
 from nanollm.serve.streaming import (
     ChatFormatter,
@@ -103,10 +113,21 @@ async def _answer_failure(request: HttpRequest, error: Exception) -> JSONRespons
         message, param = explain(error.errors(), error.body)
         return JSONResponse(error_body(400, message, param=param), 400)
     if isinstance(error, HTTPException):
-        known = {404: f"there is nothing at {request.url.path[:200]}", 405: f"{request.method} is not for this path"}
+        known = {404: nothing_at(request), 405: f"{request.method} is not for this path"}
+        if error.status_code == 400:  # FastAPI's, for a body that is no text
+            known[400] = f"the body is not valid JSON: {fault_of(await request.body())}"
         detail = known.get(error.status_code, str(error.detail))
         return JSONResponse(error_body(error.status_code, detail), error.status_code, error.headers)
     return JSONResponse(error_body(500, "the server failed; its log says why"), 500)
+
+
+def nothing_at(request: HttpRequest) -> str:
+    """That a path has no answer, and which path may have been meant."""
+    path = request.url.path
+    paths = [*request.app.openapi()["paths"]]
+    meant = [f"/v1{path}"] if f"/v1{path}" in paths else get_close_matches(path[:200], paths, 1, 0.8)
+    hint = f"; did you mean {meant[0]}?" if meant else ""
+    return f"there is nothing at {path[:200]}{hint}"
 
 
 # --- routes ---
@@ -263,7 +284,7 @@ class Service:
         self, body: ChatRequest | CompletionRequest, prompts: Sequence[list[int]], stop_token_ids: frozenset[int]
     ) -> Generation:
         """Hand the requests of all replies to the engine: those to one prompt beside each other."""
-        seed = secrets.randbits(62) if body.seed is None else body.seed
+        seed = secrets.randbits(62) if body.seed in (None, -1) else body.seed
         sampling, make_tool = sampling_of(body), self.make_tools[body.model]
         requests = [
             Request(
@@ -288,7 +309,7 @@ def sampling_of(body: ChatRequest | CompletionRequest) -> SamplingConfig:
     temperature = 1.0 if body.temperature is None else body.temperature
     return SamplingConfig(
         temperature=temperature if temperature >= MIN_TEMPERATURE else 0.0,
-        top_k=body.top_k or 0,
+        top_k=max(0, body.top_k or 0),
         top_p=1.0 if body.top_p is None else max(body.top_p, MIN_TOP_P),
         min_p=body.min_p or 0.0,
         repetition_penalty=body.repetition_penalty or 1.0,

@@ -59,6 +59,17 @@ def error_body(status: int, message: str, param: str | None = None, code: str | 
     return {"error": {"message": message, "type": kind, "param": param, "code": code or ERROR_CODES.get(status)}}
 
 
+def fault_of(body: bytes) -> str:
+    """Why a body is no text: JSON may be UTF-8 or UTF-16, with a byte order mark or without."""
+    if body.startswith(b"\x1f\x8b"):
+        return "it is compressed by gzip; send it as it is"
+    try:
+        body.decode()
+    except UnicodeDecodeError as error:
+        return f"it is not UTF-8 (byte 0x{body[error.start]:02x} at place {error.start})"
+    return "it is not UTF-8"
+
+
 def explain(errors: Sequence[Mapping[str, Any]], body: Any) -> tuple[str, str | None]:
     """One line about the first field of a body that does not fit its schema, and where that field is.
 
@@ -87,11 +98,29 @@ UNSUPPORTED = {
     "presence_penalty": "use repetition_penalty",
     "frequency_penalty": "use repetition_penalty",
     "tools": "the model calls none",
+    "tool_choice": "the model calls none",
     "functions": "the model calls none",
+    "function_call": "the model calls none",
     "echo": "put the prompt before the completion yourself",
     "suffix": "the model only reads what comes before",
     "best_of": "ask for n completions and choose",
+    "modalities": "the model writes text alone",
+    "audio": "the model writes text alone",
+    "prediction": "replies are written from their beginning",
+    "guided_json": "replies are free text",
+    "guided_regex": "replies are free text",
+    "guided_choice": "replies are free text",
+    "guided_grammar": "replies are free text",
+    "structured_outputs": "replies are free text",
+    "prompt_logprobs": "only tokens of replies have log-probabilities",
+    "min_tokens": "a reply ends where the model ends it",
+    "ignore_eos": "a reply ends where the model ends it",
+    "stop_token_ids": "use stop",
+    "bad_words": "use logit_bias",
+    "continue_final_message": "use /v1/completions",
+    "chat_template": "the model has its own",
 }
+WITHOUT_EFFECT = {"tool_choice": ("none", "auto"), "function_call": ("none", "auto"), "modalities": (["text"],)}
 Id = Annotated[int, Field(ge=0, lt=2**31)]
 IdText = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 StopText = Annotated[str, Field(min_length=1, max_length=1000)]
@@ -99,7 +128,8 @@ Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Texts = Annotated[list[str], Field(fail_fast=True, min_length=1)]
 Ids = Annotated[list[Id], Field(fail_fast=True, min_length=1)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
-MaxTokens = Annotated[int, Field(ge=1, le=4096)]
+MaxTokens = Annotated[int, Field(ge=-1, lt=2**63)]
+NO_LIMIT = 2**31  # tokens: a reply ends where the context ends
 
 
 class StrictModel(BaseModel):
@@ -120,12 +150,12 @@ class SamplingRequest(StrictModel):
     default_max_tokens: ClassVar[int]
 
     model: str = Field(description="The name of the model, as /v1/models lists it.")
-    max_tokens: MaxTokens | None = Field(None, description="Maximum length of a reply in tokens.")
+    max_tokens: MaxTokens | None = Field(None, description="Maximum length of a reply in tokens; -1: as many as fit.")
     max_completion_tokens: MaxTokens | None = Field(None, description="The newer name of max_tokens.")
     stream: bool | None = Field(None, description="Send the reply as server-sent events while it is written.")
     stream_options: StreamOptions | None = None
     n: int | None = Field(None, ge=1, le=8, description="Replies to each prompt; reply i draws from seed + i.")
-    seed: Seed | None = Field(None, description="Same seed, same reply; null: a random one.")
+    seed: Seed | None = Field(None, description="Same seed, same reply; null or -1: a random one.")
     stop: StopText | Annotated[list[StopText], Field(fail_fast=True, max_length=4)] | None = Field(
         None, description="Texts at which a reply ends; left out."
     )
@@ -133,7 +163,7 @@ class SamplingRequest(StrictModel):
     top_p: float | None = Field(
         None, ge=0, le=1, description="Choose among the most likely that reach this probability."
     )
-    top_k: int | None = Field(None, ge=0, le=1_000_000, description="Choose among the k most likely; 0: all.")
+    top_k: int | None = Field(None, ge=-1, lt=2**31, description="Choose among the k most likely; 0 or -1: all.")
     min_p: float | None = Field(None, ge=0, le=1, description="Least probability, as a share of the highest.")
     repetition_penalty: float | None = Field(None, ge=0.1, le=10, description="Above 1: repeat less.")
     logit_bias: Annotated[dict[IdText, Bias], Field(max_length=300)] | None = Field(
@@ -144,19 +174,23 @@ class SamplingRequest(StrictModel):
     @classmethod
     def _refuse_what_is_not_supported(cls, body: Any) -> Any:
         for name, advice in UNSUPPORTED.items():
-            if isinstance(body, dict) and body.get(name):
+            if isinstance(body, dict) and body.get(name) and body[name] not in WITHOUT_EFFECT.get(name, ()):
                 raise ValueError(f"{name} is not supported; {advice}")
         return body
 
     @model_validator(mode="after")
-    def _refuse_options_without_a_stream(self) -> Self:
+    def _refuse_options_without_effect(self) -> Self:
+        for name in ("max_tokens", "max_completion_tokens"):
+            if getattr(self, name) == 0:
+                raise ValueError(f"{name} expects at least 1 token, or -1 for as many as fit, got 0")
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options expects stream to be true")
         return self
 
     @property
     def token_limit(self) -> int:
-        return self.max_completion_tokens or self.max_tokens or self.default_max_tokens
+        limit = self.max_completion_tokens or self.max_tokens or self.default_max_tokens
+        return NO_LIMIT if limit < 0 else min(limit, NO_LIMIT)
 
     @property
     def stops(self) -> list[str]:
@@ -172,6 +206,14 @@ class TextPart(StrictModel):
 
     type: Literal["text"]
     text: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_other_parts(cls, part: Any) -> Any:
+        kind = part.get("type", "text") if isinstance(part, dict) else "text"
+        if kind != "text":
+            raise ValueError(f"{str(kind)[:MAX_ECHO].removesuffix('_url')} parts are not supported, only text")
+        return part
 
 
 class ChatMessage(StrictModel):
@@ -192,7 +234,7 @@ class ChatMessage(StrictModel):
 class ChatRequest(SamplingRequest):
     """A conversation to be replied to, by default with as many tokens as fit."""
 
-    default_max_tokens: ClassVar[int] = 4096
+    default_max_tokens: ClassVar[int] = NO_LIMIT
 
     messages: list[ChatMessage] = Field(
         min_length=1,

@@ -50,6 +50,8 @@ class Guard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
+        if len(scope["path"]) > 1:
+            scope["path"] = scope["path"].removesuffix("/")  # another name of the same
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":

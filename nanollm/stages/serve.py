@@ -1,6 +1,7 @@
 """A bundle answers over HTTP: OpenAI's API, and a page to chat on."""
 
 import os
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -66,6 +67,9 @@ class Config:
             raise ValueError(f"deadline_s must be above 0 seconds and below a million, got {self.deadline_s}")
         if "*" in self.cors_origins:
             raise ValueError("cors_origins must list origins one by one, got *: any page could use the model")
+        for origin in self.cors_origins:
+            if not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", origin):
+                raise ValueError(f"cors_origins: expected origins such as http://localhost:3000, got {origin!r}")
 
 
 def run(c: Config) -> None:

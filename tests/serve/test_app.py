@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import gzip
 import json
 import logging
 import time
@@ -176,8 +177,8 @@ def test_the_page_is_served_by_name_and_nothing_outside_it(client):
         ({"messages": [{"role": "user"}]}, "messages.0.content", "Field required"),
         ({"messages": [{"role": "user", "content": "a"}] * 1001}, "messages", "at most 1000 items"),
         ({"temperature": "1"}, "temperature", "a valid number, got '1'"),
-        ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1, got 0"),
-        ({"max_tokens": 4097}, "max_tokens", "less than or equal to 4096, got 4097"),
+        ({"max_tokens": 0}, None, "max_tokens expects at least 1 token, or -1 for as many as fit, got 0"),
+        ({"max_tokens": -2}, "max_tokens", "greater than or equal to -1, got -2"),
         ({"n": 9}, "n", "less than or equal to 8, got 9"),
         ({"stop": list("abcde")}, "stop", "at most 4 items"),
         ({"top_logprobs": 2}, None, "top_logprobs expects logprobs"),
@@ -189,6 +190,21 @@ def test_the_page_is_served_by_name_and_nothing_outside_it(client):
         ({"presence_penalty": 0.5}, None, "use repetition_penalty"),
         ({"stream_options": {"include_usage": True}}, None, "expects stream"),
         ({"tools": [{"type": "function"}]}, None, "tools is not supported"),
+        ({"tool_choice": "required"}, None, "tool_choice is not supported"),
+        ({"function_call": {"name": "f"}}, None, "function_call is not supported"),
+        ({"modalities": ["text", "audio"]}, None, "modalities is not supported"),
+        ({"prediction": {"type": "content", "content": "a"}}, None, "prediction is not supported"),
+        ({"echo": True}, None, "echo is not supported"),
+        ({"guided_choice": ["a", "b"]}, None, "guided_choice is not supported"),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://a/b.png"}}]}
+                ]
+            },
+            "messages.0.0",
+            "image parts are not supported, only text",
+        ),
         ({"response_format": {"type": "json_object"}}, "response_format", "'text'"),
         ({"repetition_penalty": 0}, "repetition_penalty", "greater than or equal to 0.1"),
     ],
@@ -237,8 +253,48 @@ def test_unknown_fields_are_ignored_as_clients_send_many(client):
     assert client.post("/v1/chat/completions", json=body(user="me", store=False, frequency_penalty=0)).is_success
 
 
+def test_minus_one_and_numbers_beyond_the_context_are_no_limit(client):
+    for settings in ({"max_tokens": -1}, {"max_tokens": 4097}, {"max_completion_tokens": 10**12}):
+        reply = client.post("/v1/chat/completions", json=body(temperature=0) | settings).json()
+        assert reply["usage"]["total_tokens"] == 192 or reply["choices"][0]["finish_reason"] == "stop"
+    without = {"tool_choice": "auto", "function_call": "none", "modalities": ["text"]}
+    replies = [
+        client.post("/v1/chat/completions", json=body(seed=5, max_tokens=8, **settings)).json()["choices"]
+        for settings in ({}, {"top_k": 0}, {"top_k": -1}, without)
+    ]
+    assert replies == [replies[0]] * 4
+
+
+def test_a_seed_of_minus_one_is_a_random_one(client):
+    drawn = [client.post("/v1/chat/completions", json=body(seed=-1, max_tokens=30)).json() for _ in range(4)]
+    assert len({each["choices"][0]["message"]["content"] for each in drawn}) > 1
+
+
+def test_a_slash_at_the_end_is_no_other_path_and_near_misses_are_told(client):
+    assert client.get("/v1/models/").json() == client.get("/v1/models").json()
+    assert client.post("/v1/chat/completions/", json=body(max_tokens=2)).is_success
+    for path, meant in (
+        ("/chat/completions", "/v1/chat/completions"),
+        ("/models", "/v1/models"),
+        ("/v1/chat/completion", "/v1/chat/completions"),
+    ):
+        assert error_of(client.post(path), 404)["message"].endswith(f"; did you mean {meant}?")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (gzip.compress(b"{}"), "it is compressed by gzip; send it as it is"),
+        ('{"model": "Perch\u00e9"}'.encode("latin-1"), "it is not UTF-8 (byte 0xe9 at place 16)"),
+    ],
+)
+def test_a_body_that_is_no_json_hears_what_is_wrong_with_its_bytes(client, content, message):
+    response = client.post("/v1/chat/completions", content=content, headers={"Content-Type": "application/json"})
+    assert f"the body is not valid JSON: {message}" in error_of(response, 400)["message"]
+
+
 def test_errors_have_one_form_whatever_the_path_and_method(client):
-    for path in ("/nothing", "/docs", "/redoc", "/v1/models/", "//v1/models"):  # /docs would load others' scripts
+    for path in ("/nothing", "/docs", "/redoc", "//v1/models"):  # /docs would load others' scripts
         error_of(client.get(path), 404)
     assert error_of(client.delete("/v1/models"), 405)["code"] == "method_not_allowed"
     assert client.delete("/v1/models").headers["allow"] == "GET"
