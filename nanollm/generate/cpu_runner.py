@@ -125,8 +125,9 @@ class NativeRunner:
         ranges = [np.arange(chunk.start, chunk.start + len(chunk.ids)) for chunk in chunks]
         positions = np.concatenate([*ranges, batch.positions])
         adapters = np.concatenate([np.repeat([chunk.adapter for chunk in chunks], lengths), batch.adapters])
-        last = (lengths.cumsum() - 1)[[chunk.is_last for chunk in chunks]] if chunks else lengths
-        wanted = np.concatenate([last, np.arange(lengths.sum(), len(tokens))])  # (W,) whose logits are asked for
+        begins = lengths.cumsum() - lengths
+        own = [begin + np.array(chunk.wanted, np.int64) for begin, chunk in zip(begins, chunks, strict=True)]
+        wanted = np.concatenate([*own, np.arange(lengths.sum(), len(tokens))])  # (W,) whose logits are asked for
         logits = torch.empty(len(wanted), c.vocab_size)
         experts = np.empty((len(tokens), c.n_moe_blocks, c.experts_per_token), dtype=np.int64)
         each_token = (tokens, rows, positions, adapters)

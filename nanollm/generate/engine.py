@@ -143,7 +143,8 @@ class Engine:
         decoding = sorted(self.decoding, key=lambda row: row.adapter)  # what shares an adapter stands together
         outputs = [row.prompt_output for row in reused if row.prompt_output is not None]
         if chunks or decoding:
-            outputs.append(self.runner.run(self._batch(chunks, decoding)))
+            output = self.runner.run(self._batch(chunks, decoding))
+            outputs.append(self._score(chunks, output) if any(chunk.is_scored for chunk in chunks) else output)
         if not outputs:
             return []
         # As _sample's rows: those that begin from a kept output, those whose prompt has just ended, those decoding.
@@ -172,6 +173,8 @@ class Engine:
             is_same = self.prompts[:, : len(prompt)] == prompt  # (rows, n)
             is_same[[row.adapter != adapter for row in self.rows]] = False
             shared = np.where(is_same.all(1), len(prompt), is_same.argmin(1))
+            if completion.request.prompt_logprobs is not None:
+                shared[:] = 0
             ready = np.minimum(shared, [row.num_cached_prompt_tokens for row in self.rows])
             coming = max((int(shared[row.number]) for row in self.prefilling), default=0)
             # Of eight samples of a long prompt one reads it, and seven copy it from there a step or two later.
@@ -222,11 +225,26 @@ class Engine:
             room -= end - start
             if end > start:
                 ids, is_last = self.prompts[row.number, start:end], end == row.num_prompt_tokens
-                yield PromptChunk(row.number, start, ids, is_last, row.adapter)
+                yield PromptChunk(row.number, start, ids, is_last, row.adapter, is_scored(row, end))
 
     def _batch(self, chunks: list[PromptChunk], decoding: list[Row]) -> ScheduledBatch:
         columns = [(row.number, row.last_token, row.num_tokens - 1, row.adapter) for row in decoding]
         return ScheduledBatch(chunks, *np.array(columns, dtype=np.int64).reshape(-1, 4).T)
+
+    def _score(self, chunks: list[PromptChunk], output: ModelOutput) -> ModelOutput:
+        """Note how likely the tokens of prompts are that want to know; the output without what they alone need."""
+        kept, place = [], 0
+        for chunk in chunks:
+            completion = self.rows[chunk.row].completion
+            assert completion is not None
+            targets = self.prompts[chunk.row, chunk.start + 1 :][: len(chunk.ids) - chunk.is_last].tolist()
+            for index, token in enumerate(targets if chunk.is_scored else (), start=place):
+                top, experts = completion.request.prompt_logprobs or 0, output.experts[index].tolist()
+                completion.prompt_logprobs.append(token_logprobs(output.logits[index], token, top, experts))
+            place += len(chunk.wanted)
+            kept += [place - 1] * chunk.is_last
+        kept += range(place, len(output.logits))
+        return ModelOutput(output.logits[kept], output.experts[kept])
 
     def _finish_chunks(self, chunks: list[PromptChunk]) -> list[Row]:
         """Count what was computed; returns the rows whose prompt ended."""
@@ -298,6 +316,12 @@ class Engine:
             row.num_prompt_tokens, row.num_cached_prompt_tokens, row.prompt_output = row.num_tokens, cached, None
             self.decoding.remove(row)
             self.prefilling.append(row)
+
+
+def is_scored(row: Row, end: int) -> bool:
+    """Whether the likelihood of what a row reads up to there is asked for: of its prompt, not of a tool's words."""
+    request = row.completion.request if row.completion else None
+    return request is not None and request.prompt_logprobs is not None and end <= len(request.prompt)
 
 
 def check_prompt(prompt: Sequence[int], limit: int, vocab_size: int) -> None:

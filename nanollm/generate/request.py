@@ -37,6 +37,8 @@ class Request:
     """The only source of this request's random numbers."""
     top_logprobs: int | None = None
     """Say of every token how likely it was, which others were the most likely (this many) and which experts chose."""
+    prompt_logprobs: int | None = None
+    """The same of the prompt's tokens, which are then read anew even where another row holds them."""
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
@@ -59,11 +61,13 @@ class Completion:
     finish: Finish | None = None
     """end: an end token; stop: the stop function; length: no room or tokens left; None: not finished."""
     stop_token_id: int | None = None  # the end token, if one was drawn
+    prompt_logprobs: list["TokenLogprobs"] = field(default_factory=list)
+    """Where they were asked for: of each token of the prompt but the first, complete when the first token is drawn."""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """How likely a sampled token was: at temperature 1, before penalty, bias and filters."""
+    """How likely a token was: at temperature 1, before penalty, bias and filters."""
 
     logprob: float
     top: list[tuple[int, float]]  # the most likely tokens and their log-probabilities, most likely first
@@ -96,6 +100,12 @@ class PromptChunk:
     ids: Ints
     is_last: bool  # the prompt ends here, so that its last token's logits are wanted
     adapter: int = -1  # number of the engine's; -1: none
+    is_scored: bool = False  # the logits of all tokens are wanted
+
+    @property
+    def wanted(self) -> range:
+        """Which of its tokens' logits are wanted."""
+        return range(0 if self.is_scored else len(self.ids) - self.is_last, len(self.ids))
 
 
 @dataclass(frozen=True)
@@ -111,7 +121,7 @@ class ScheduledBatch:
 
 @dataclass(frozen=True)
 class ModelOutput:
-    """First for each chunk that is_last, in order, then for each decoding row."""
+    """First for the `wanted` tokens of each chunk, in order, then for each decoding row."""
 
     logits: Tensor  # (W, V) float32
     experts: Ints  # (W, M, K): the K experts chosen in each of M MoE blocks

@@ -105,8 +105,8 @@ class TorchRunner:
         for line, chunk in zip(tokens, chunks, strict=True):
             line[: len(chunk.ids)] = chunk.ids  # padding goes right, where no real token looks
         rows, starts = np.array([chunk.row for chunk in chunks]), np.array([chunk.start for chunk in chunks])
-        lines = np.array([line for line, chunk in enumerate(chunks) if chunk.is_last], dtype=np.int64)
-        columns = np.array([len(chunk.ids) - 1 for chunk in chunks])[lines]
+        wanted = [(line, column) for line, chunk in enumerate(chunks) for column in chunk.wanted]
+        lines, columns = np.array(wanted, dtype=np.int64).reshape(-1, 2).T
         return self._forward(tokens, rows, starts, lines, columns)
 
     def _forward(self, tokens: Ints, rows: Ints, starts: Ints, lines: Ints, columns: Ints) -> ModelOutput:
