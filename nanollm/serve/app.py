@@ -24,6 +24,7 @@ from nanollm.generate.engine import Engine
 from nanollm.generate.request import Request
 from nanollm.generate.sampling import MIN_TEMPERATURE, SamplingConfig
 from nanollm.generate.tools import tool_caller
+from nanollm.serve.echo import Echo
 from nanollm.serve.engine_thread import STOPPED, EngineThread
 from nanollm.serve.metrics import Meter, Metrics
 from nanollm.serve.protocol import (
@@ -41,6 +42,7 @@ from nanollm.serve.streaming import (
     ChatFormatter,
     Choice,
     ClientGone,
+    Delta,
     Detokenizer,
     EventStream,
     Formatter,
@@ -176,8 +178,13 @@ def build_routes(service: "Service") -> APIRouter:
     @router.post("/v1/completions", responses=STREAMED)
     async def completions(body: CompletionRequest, request: HttpRequest) -> Response:
         """Continue texts."""
-        generation = await service.complete(body)
         formatter = TextFormatter(body.model, service.detokenizer, has_logprobs=body.logprobs is not None)
+        if body.echo:
+            try:
+                return JSONResponse(await while_listening(service.complete_with_echo(body, formatter), request.receive))
+            except ClientGone:
+                raise ApiError(499, "the client hung up") from None
+        generation = await service.complete(body)
         return await answer(body, generation, formatter, request)
 
     return router
@@ -250,6 +257,29 @@ class Service:
         """Begin to continue texts."""
         self._check(body, len(body.prompts))
         return self._begin(body, [await self._prompt(prompt) for prompt in body.prompts], reply_ends(self.tokenizer))
+
+    async def complete_with_echo(self, body: CompletionRequest, formatter: TextFormatter) -> Json:
+        """Texts and what follows each, if anything was asked for; every token of both is scored."""
+        self._check(body, len(body.prompts))
+        if body.model != self.name:
+            raise refusal(
+                "echo", f"expected {self.name!r}, got an adapter, which scores no prompt; merge it into a bundle"
+            )
+        prompts = [await self._prompt(prompt) for prompt in body.prompts]
+        echoes = [await asyncio.to_thread(Echo.of, ids, self.models[self.name], body.logprobs) for ids in prompts]
+        n, read = body.n or 1, sum(map(len, prompts))
+        choices = [Delta(index, finish="length") for index in range(n * len(prompts))]
+        usage: Json = {"prompt_tokens": read, "completion_tokens": 0, "total_tokens": read}
+        if body.token_limit:
+            # A single token is told even where it ends the text, so that the prompt's are all but the last.
+            ends = frozenset[int]() if body.token_limit == 1 else reply_ends(self.tokenizer)
+            generation = self._begin(body, prompts, ends)
+            try:
+                choices, usage = await generation.collect(), generation.usage
+            finally:
+                generation.close()
+        told = [echoes[delta.index // n].before(formatter.choice(delta), formatter) for delta in choices]
+        return formatter.message(formatter.kind, told) | {"usage": usage}
 
     async def _prompt(self, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, str):
