@@ -47,7 +47,9 @@ def test_what_the_engine_says_of_its_tokens_an_echo_says_of_them_as_a_prompt(ser
 
 
 def test_lm_eval_reads_the_scores_of_our_adapter_from_an_echo(server, bundle):
-    api = pytest.importorskip("lm_eval.models.openai_completions", reason="lm_eval's API models need its extra api")
+    api = pytest.importorskip(
+        "lm_eval.models.openai_completions", reason="lm_eval[api] is not installed: pip install 'lm_eval[api]'"
+    )
     from nanollm.evals.lm_eval import NanoLM
 
     ours = NanoLM(bundle)
