@@ -15,7 +15,7 @@ from nanollm.config import SWITCHES, kinds_of
 from tests.test_floor_plan import PACKAGE, Imports, read_imports
 
 LIMITS = {
-    "package, lines of Python": 23_760,
+    "package, lines of Python": 23_820,
     "package, files": 145,
     "options of all verbs": 450,
     "modules behind pretrain": 48,

@@ -32,7 +32,9 @@ from nanollm.serve.protocol import (
     ChatMessage,
     ChatRequest,
     CompletionRequest,
+    DetokenizeRequest,
     Json,
+    TokenizeRequest,
     error_body,
     explain,
     fault_of,
@@ -187,6 +189,16 @@ def build_routes(service: "Service") -> APIRouter:
         generation = await service.complete(body)
         return await answer(body, generation, formatter, request)
 
+    @router.post("/tokenize")
+    async def tokenize(body: TokenizeRequest) -> Response:
+        """The ids of a text or a conversation."""
+        return JSONResponse(await service.tokenize(body))
+
+    @router.post("/detokenize")
+    async def detokenize(body: DetokenizeRequest) -> Response:
+        """The text of ids, without marks."""
+        return JSONResponse({"prompt": service.detokenize(body)})
+
     return router
 
 
@@ -280,6 +292,30 @@ class Service:
                 generation.close()
         told = [echoes[delta.index // n].before(formatter.choice(delta), formatter) for delta in choices]
         return formatter.message(formatter.kind, told) | {"usage": usage}
+
+    async def tokenize(self, body: TokenizeRequest) -> Json:
+        self.check_name(body.model)
+        conversation = conversation_of(body.messages) if body.messages else None
+
+        def encode() -> list[int]:
+            if conversation is not None:
+                return encode_prompt(conversation, self.tokenizer)
+            bos = [self.tokenizer.bos_id] if body.add_special_tokens else []
+            return [*bos, *self.tokenizer.encode(body.prompt or "")]
+
+        try:
+            ids = await asyncio.to_thread(encode)
+        except ValueError as error:  # a lone surrogate
+            raise refusal("messages" if body.messages else "prompt", str(error)) from error
+        names = [self.detokenizer.spell(token)[0] for token in ids] if body.return_token_strs else None
+        return {"count": len(ids), "max_model_len": self.config.context_length, "tokens": ids, "token_strs": names}
+
+    def detokenize(self, body: DetokenizeRequest) -> str:
+        self.check_name(body.model)
+        if body.tokens and max(body.tokens) >= self.config.vocab_size:
+            last = self.config.vocab_size - 1
+            raise refusal("tokens", f"expected ids from 0 to {last:,}, got {max(body.tokens)}")
+        return self.tokenizer.decode(body.tokens)
 
     async def _prompt(self, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, str):

@@ -291,3 +291,26 @@ class CompletionRequest(SamplingRequest):
         """The prompts one by one: texts, or ids."""
         is_one = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
         return cast(Sequence[str | list[int]], [self.prompt] if is_one else self.prompt)
+
+
+class TokenizeRequest(StrictModel):
+    """A text or a conversation whose ids are asked for, in vLLM's form."""
+
+    model: str = Field(description="The name of the model, as /v1/models lists it.")
+    prompt: str | None = Field(None, examples=["Once upon a time"])
+    messages: list[ChatMessage] | None = Field(None, min_length=1, max_length=1000, fail_fast=True)
+    add_special_tokens: bool = Field(True, description="Begin a prompt with <s>.")
+    return_token_strs: bool | None = Field(None, description="Name the pieces, too.")
+
+    @model_validator(mode="after")
+    def _refuse_both_and_neither(self) -> Self:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("expected either prompt or messages")
+        return self
+
+
+class DetokenizeRequest(StrictModel):
+    """Ids whose text is asked for, in vLLM's form."""
+
+    model: str = Field(description="The name of the model, as /v1/models lists it.")
+    tokens: list[Id] = Field(fail_fast=True, examples=[[2, 300]])
