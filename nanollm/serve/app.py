@@ -24,7 +24,6 @@ from nanollm.generate.engine import Engine
 from nanollm.generate.request import Request
 from nanollm.generate.sampling import MIN_TEMPERATURE, SamplingConfig
 from nanollm.generate.tools import tool_caller
-from nanollm.serve.echo import Echo
 from nanollm.serve.engine_thread import STOPPED, EngineThread
 from nanollm.serve.metrics import Meter, Metrics
 from nanollm.serve.protocol import (
@@ -44,7 +43,6 @@ from nanollm.serve.streaming import (
     ChatFormatter,
     Choice,
     ClientGone,
-    Delta,
     Detokenizer,
     EventStream,
     Formatter,
@@ -180,13 +178,8 @@ def build_routes(service: "Service") -> APIRouter:
     @router.post("/v1/completions", responses=STREAMED)
     async def completions(body: CompletionRequest, request: HttpRequest) -> Response:
         """Continue texts."""
-        formatter = TextFormatter(body.model, service.detokenizer, has_logprobs=body.logprobs is not None)
-        if body.echo:
-            try:
-                return JSONResponse(await while_listening(service.complete_with_echo(body, formatter), request.receive))
-            except ClientGone:
-                raise ApiError(499, "the client hung up") from None
         generation = await service.complete(body)
+        formatter = TextFormatter(body.model, service.detokenizer, has_logprobs=body.logprobs is not None)
         return await answer(body, generation, formatter, request)
 
     @router.post("/tokenize")
@@ -270,29 +263,6 @@ class Service:
         self._check(body, len(body.prompts))
         return self._begin(body, [await self._prompt(prompt) for prompt in body.prompts], reply_ends(self.tokenizer))
 
-    async def complete_with_echo(self, body: CompletionRequest, formatter: TextFormatter) -> Json:
-        """Texts and what follows each, if anything was asked for; every token of both is scored."""
-        self._check(body, len(body.prompts))
-        if body.model != self.name:
-            raise refusal(
-                "echo", f"expected {self.name!r}, got an adapter, which scores no prompt; merge it into a bundle"
-            )
-        prompts = [await self._prompt(prompt) for prompt in body.prompts]
-        echoes = [await asyncio.to_thread(Echo.of, ids, self.models[self.name], body.logprobs) for ids in prompts]
-        n, read = body.n or 1, sum(map(len, prompts))
-        choices = [Delta(index, finish="length") for index in range(n * len(prompts))]
-        usage: Json = {"prompt_tokens": read, "completion_tokens": 0, "total_tokens": read}
-        if body.token_limit:
-            # A single token is told even where it ends the text, so that the prompt's are all but the last.
-            ends = frozenset[int]() if body.token_limit == 1 else reply_ends(self.tokenizer)
-            generation = self._begin(body, prompts, ends)
-            try:
-                choices, usage = await generation.collect(), generation.usage
-            finally:
-                generation.close()
-        told = [echoes[delta.index // n].before(formatter.choice(delta), formatter) for delta in choices]
-        return formatter.message(formatter.kind, told) | {"usage": usage}
-
     async def tokenize(self, body: TokenizeRequest) -> Json:
         self.check_name(body.model)
         conversation = conversation_of(body.messages) if body.messages else None
@@ -351,11 +321,15 @@ class Service:
     ) -> Generation:
         """Hand the requests of all replies to the engine: those to one prompt beside each other."""
         seed = secrets.randbits(62) if body.seed in (None, -1) else body.seed
-        sampling, make_tool = sampling_of(body), self.make_tools[body.model]
+        sampling, make_tool, limit = sampling_of(body), self.make_tools[body.model], body.token_limit
+        is_echo = isinstance(body, CompletionRequest) and bool(body.echo)
+        if is_echo and limit <= 1:
+            # A single token is told even where it ends the text: for lm_eval the prompt's are all but the last.
+            stop_token_ids, make_tool = frozenset(), None
         requests = [
             Request(
                 prompt=prompt,
-                max_tokens=body.token_limit,
+                max_tokens=max(1, limit),
                 sampling=sampling,
                 stop_token_ids=stop_token_ids,
                 stop=TextStream(self.tokenizer, body.stops).stops_at if body.stops else None,
@@ -363,11 +337,15 @@ class Service:
                 adapter=None if body.model == self.name else body.model,
                 seed=(seed + number) % SEEDS,
                 top_logprobs=body.engine_top_logprobs,
+                prompt_logprobs=body.engine_top_logprobs if is_echo else None,
             )
             for number, prompt in enumerate(prompt for prompt in prompts for _ in range(body.n or 1))
         ]
         submission = self.engine.submit(requests)
-        choices = [Choice(index, self.detokenizer, body.stops) for index in range(len(requests))]
+        choices = [
+            Choice(index, self.detokenizer, body.stops, request.prompt if is_echo else (), has_reply=limit > 0)
+            for index, request in enumerate(requests)
+        ]
         return Generation(self.engine, self.metrics, submission, choices, self.deadline_s)
 
 

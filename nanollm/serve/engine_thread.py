@@ -33,6 +33,7 @@ class TokenEvent:
     finish: Finish | None
     at: float  # when it was sampled, by time.perf_counter
     is_given: bool = False  # by a tool
+    prompt_logprobs: Sequence[TokenLogprobs] = ()
 
 
 @dataclass(frozen=True)
@@ -212,7 +213,8 @@ class EngineThread:
             finish = one.completion.finish
             submission, index = self._owners[one.completion]
             own = events[submission]
-            own.append(TokenEvent(index, one.token, one.logprobs, None if one.given else finish, now))
+            of_prompt, end = one.completion.prompt_logprobs, None if one.given else finish
+            own.append(TokenEvent(index, one.token, one.logprobs, end, now, prompt_logprobs=of_prompt))
             for place, token in enumerate(one.given, start=1):
                 end = finish if place == len(one.given) else None
                 own.append(TokenEvent(index, token, None, end, now, is_given=True))

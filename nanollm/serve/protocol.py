@@ -276,12 +276,6 @@ class CompletionRequest(SamplingRequest):
     logprobs: int | None = Field(None, ge=0, le=5, description="Name this many of the most likely tokens.")
     echo: bool | None = Field(None, description="Begin with the prompt, scored if logprobs are; max_tokens may be 0.")
 
-    @model_validator(mode="after")
-    def _refuse_a_stream_of_echoes(self) -> Self:
-        if self.echo and self.stream:
-            raise ValueError("echo expects stream to be false")
-        return self
-
     @property
     def engine_top_logprobs(self) -> int | None:
         return self.logprobs

@@ -59,11 +59,11 @@ class Detokenizer:
 
 @dataclass(frozen=True)
 class LogprobEntry:
-    """A token of a reply and how likely it was."""
+    """A token and how likely it was."""
 
     token: int
-    logprobs: TokenLogprobs
-    offset: int  # where in the reply it begins, in characters
+    logprobs: TokenLogprobs | None  # None: of the first of a prompt nothing is known
+    offset: int  # where in the text it begins, in characters
 
 
 @dataclass
@@ -78,38 +78,63 @@ class Delta:
 
 
 class Choice:
-    """One of the replies to a request, from its first token to its last."""
+    """One of the replies to a request, from its first token to its last; `echo` are ids that come before it."""
 
-    def __init__(self, index: int, detokenizer: Detokenizer, stops: Sequence[str]) -> None:
+    def __init__(
+        self,
+        index: int,
+        detokenizer: Detokenizer,
+        stops: Sequence[str],
+        echo: Sequence[int] = (),
+        *,
+        has_reply: bool = True,
+    ) -> None:
+        """has_reply: false where the echo is all, and the only token sampled is dropped."""
         self.index = index
         self.tokens = 0  # tokens sampled, an end token among them not counted
-        self._text = TextStream(detokenizer.tokenizer, stops)
+        self._tokenizer, self._echo, self._has_reply = detokenizer.tokenizer, echo, has_reply
+        self._shift = 0  # characters of the echo
+        self._text = TextStream(self._tokenizer, stops)
         self._pending: deque[TokenEvent] = deque()
         self._is_given: list[bool] = []  # of each token
         self._emitted = 0
 
     def take(self, events: Sequence[TokenEvent]) -> list[Delta]:
         """What these tokens add to the text, in one or more parts, and which tokens may be spoken of now."""
+        echo = self._take_echo(events)
         begin = len(self._text.text)
         finish: FinishReason | None = None
         for event in events:
-            if event.finish != "end":
+            if event.finish != "end" and self._has_reply:
                 self.tokens += 1
                 self._pending.append(event)
                 self._is_given.append(event.is_given)
                 self._text.push(event.token)
             if event.finish is not None:
                 self._text.close()
-                finish = "length" if event.finish == "length" and not self._text.is_stopped else "stop"
+                is_cut = event.finish == "length" or not self._has_reply
+                finish = "length" if is_cut and not self._text.is_stopped else "stop"
         deltas = self._parts(begin)
-        place, end = 0, begin + len(deltas[0].text)
+        place, end = 0, self._shift + begin + len(deltas[0].text)
         for entry in self._emit(everything=finish is not None and not self._text.is_stopped):
             while entry.offset >= end and place < len(deltas) - 1:
                 place += 1
                 end += len(deltas[place].text)
             deltas[place].entries.append(entry)
         deltas[-1].finish = finish
-        return deltas
+        return [*echo, *deltas]
+
+    def _take_echo(self, events: Sequence[TokenEvent]) -> list[Delta]:
+        """The text of the echo, and how likely its tokens are, with the first event."""
+        if not (events and self._echo):
+            return []
+        stream, ids, self._echo, first = TextStream(self._tokenizer), self._echo, (), events[0]
+        for token in ids:
+            stream.push(token)
+        stream.close()
+        self._shift = len(stream.text)
+        known = zip(ids, [None, *first.prompt_logprobs], stream.begins, strict=True) if first.logprobs else ()
+        return [Delta(self.index, stream.text, entries=[LogprobEntry(*each) for each in known])]
 
     def _parts(self, begin: int) -> list[Delta]:
         """The text from there on, cut where the model and a tool take turns; at least one part."""
@@ -126,7 +151,7 @@ class Choice:
         """Of the pending tokens, those that begin in the text that is out, or all."""
         begins = self._text.begins
         end = len(begins) if everything else bisect_left(begins, len(self._text.text), self._emitted)
-        ready = [(self._pending.popleft(), begin) for begin in begins[self._emitted : end]]
+        ready = [(self._pending.popleft(), begin + self._shift) for begin in begins[self._emitted : end]]
         self._emitted = end
         return [
             LogprobEntry(event.token, event.logprobs, begin) for event, begin in ready if event.logprobs is not None
@@ -257,6 +282,7 @@ class ChatFormatter(Formatter):
         return choice | {"given": True} if delta.is_given else choice
 
     def _token(self, entry: LogprobEntry) -> Json:
+        assert entry.logprobs is not None
         token = self._logprob(entry.token, entry.logprobs.logprob)
         token["top_logprobs"] = [self._logprob(*pair) for pair in entry.logprobs.top]
         return token | {"experts": entry.logprobs.experts} if self.has_experts else token
@@ -272,21 +298,24 @@ class TextFormatter(Formatter):
     kind, chunk_kind, prefix = "text_completion", "text_completion", "cmpl"
 
     def choice(self, delta: Delta) -> Json:
-        logprobs = self.logprobs(delta.entries) if self.has_logprobs else None
+        logprobs = self._logprobs(delta.entries) if self.has_logprobs else None
         return {"index": delta.index, "text": delta.text, "logprobs": logprobs, "finish_reason": delta.finish}
 
     def chunk_choice(self, delta: Delta, *, is_first: bool) -> Json:
         return self.choice(delta) if delta.entries else self.choice(delta) | {"logprobs": None}
 
-    def logprobs(self, entries: Sequence[LogprobEntry]) -> Json:
+    def _logprobs(self, entries: Sequence[LogprobEntry]) -> Json:
         def name(token: int) -> str:
             return self.detokenizer.spell(token)[0]
 
-        tops = [entry.logprobs.top for entry in entries]
+        def top(known: TokenLogprobs) -> dict[str, float]:
+            return {name(token): max(logprob, MIN_LOGPROB) for token, logprob in known.top}
+
+        known = [entry.logprobs for entry in entries]
         return {
             "tokens": [name(entry.token) for entry in entries],
-            "token_logprobs": [max(entry.logprobs.logprob, MIN_LOGPROB) for entry in entries],
-            "top_logprobs": [{name(token): max(logprob, MIN_LOGPROB) for token, logprob in top} for top in tops],
+            "token_logprobs": [each and max(each.logprob, MIN_LOGPROB) for each in known],
+            "top_logprobs": [each and top(each) for each in known],
             "text_offset": [entry.offset for entry in entries],
         }
 
