@@ -116,8 +116,8 @@ async def _answer_failure(request: HttpRequest, error: Exception) -> JSONRespons
         return JSONResponse(error_body(400, message, param=param), 400)
     if isinstance(error, HTTPException):
         known = {404: nothing_at(request), 405: f"{request.method} is not for this path"}
-        if error.status_code == 400:  # FastAPI's, for a body that is no text
-            known[400] = f"the body is not valid JSON: {fault_of(await request.body())}"
+        if isinstance(error.__cause__, UnicodeDecodeError):  # FastAPI's, who does not say it
+            known[400] = f"the body is not valid JSON: {fault_of(error.__cause__)}"
         detail = known.get(error.status_code, str(error.detail))
         return JSONResponse(error_body(error.status_code, detail), error.status_code, error.headers)
     return JSONResponse(error_body(500, "the server failed; its log says why"), 500)

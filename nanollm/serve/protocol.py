@@ -59,15 +59,11 @@ def error_body(status: int, message: str, param: str | None = None, code: str | 
     return {"error": {"message": message, "type": kind, "param": param, "code": code or ERROR_CODES.get(status)}}
 
 
-def fault_of(body: bytes) -> str:
+def fault_of(error: UnicodeDecodeError) -> str:
     """Why a body is no text: JSON may be UTF-8 or UTF-16, with a byte order mark or without."""
-    if body.startswith(b"\x1f\x8b"):
+    if error.object.startswith(b"\x1f\x8b"):
         return "it is compressed by gzip; send it as it is"
-    try:
-        body.decode()
-    except UnicodeDecodeError as error:
-        return f"it is not UTF-8 (byte 0x{body[error.start]:02x} at place {error.start})"
-    return "it is not UTF-8"
+    return f"it is not {error.encoding.upper()} (byte 0x{error.object[error.start]:02x} at place {error.start})"
 
 
 def explain(errors: Sequence[Mapping[str, Any]], body: Any) -> tuple[str, str | None]:
