@@ -16,7 +16,6 @@ from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Res
 from fastapi.staticfiles import StaticFiles
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
-from starlette.middleware.cors import CORSMiddleware
 
 from nanollm import __version__
 from nanollm.bundle import Bundle
@@ -38,7 +37,7 @@ from nanollm.serve.protocol import (
     explain,
     fault_of,
 )
-from nanollm.serve.server import Guard
+from nanollm.serve.server import Cors, Guard
 from nanollm.serve.streaming import (
     ChatFormatter,
     Choice,
@@ -101,7 +100,12 @@ def build_app(
     app.add_middleware(Guard, api_key=api_key)
     if cors_origins:
         app.add_middleware(
-            CORSMiddleware, allow_origins=cors_origins, allow_methods=["GET", "POST"], allow_headers=["*"], max_age=600
+            Cors,
+            allow_origins=cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            allow_private_network=True,
+            max_age=600,
         )
     app.add_middleware(Meter, metrics=service.metrics)
     return app
@@ -116,6 +120,8 @@ async def _answer_failure(request: HttpRequest, error: Exception) -> JSONRespons
         return JSONResponse(error_body(400, message, param=param), 400)
     if isinstance(error, HTTPException):
         known = {404: nothing_at(request), 405: f"{request.method} is not for this path"}
+        if request.method == "OPTIONS" and "origin" in request.headers:
+            known[405] += "; pages of other origins need the server's option --cors_origins"
         if isinstance(error.__cause__, UnicodeDecodeError):  # FastAPI's, who does not say it
             known[400] = f"the body is not valid JSON: {fault_of(error.__cause__)}"
         detail = known.get(error.status_code, str(error.detail))
@@ -127,7 +133,10 @@ def nothing_at(request: HttpRequest) -> str:
     """That a path has no answer, and which path may have been meant."""
     path = request.url.path
     paths = [*request.app.openapi()["paths"]]
-    meant = [f"/v1{path}"] if f"/v1{path}" in paths else get_close_matches(path[:200], paths, 1, 0.8)
+    ends = [
+        known for known in paths if path.endswith(known.removeprefix("/v1"))
+    ]  # of too little before it, or too much
+    meant = ends or get_close_matches(path[:200], paths, 1, 0.8)
     hint = f"; did you mean {meant[0]}?" if meant else ""
     return f"there is nothing at {path[:200]}{hint}"
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from starlette.exceptions import HTTPException
 
 Json = dict[str, Any]
@@ -74,7 +74,7 @@ def explain(errors: Sequence[Mapping[str, Any]], body: Any) -> tuple[str, str | 
     if isinstance(body, bytes):
         return "expected JSON with the header Content-Type: application/json", None
     if errors[0]["type"] == "json_invalid":
-        return f"the body is not valid JSON: {errors[0]['ctx']['error']}", None
+        return f"the body is not valid JSON: {errors[0]['ctx']['error']}, at character {errors[0]['loc'][1]}", None
     same_field = [error for error in errors if error["loc"][:2] == errors[0]["loc"][:2]]
     error = max(same_field, key=lambda error: (len(error["loc"]), not error["type"].endswith("_type")))
     # A location has the names of types in it, too: ("body", "messages", 0, "content", "list[TextPart]").
@@ -117,14 +117,17 @@ UNSUPPORTED = {
     "chat_template": "the model has its own",
 }
 WITHOUT_EFFECT = {"tool_choice": ("none", "auto"), "function_call": ("none", "auto"), "modalities": (["text"],)}
+Whole = Annotated[
+    int, BeforeValidator(lambda n: int(n) if isinstance(n, float) and n.is_integer() else n)
+]  # 40.0 is 40
 Id = Annotated[int, Field(ge=0, lt=2**31)]
 IdText = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 StopText = Annotated[str, Field(min_length=1, max_length=1000)]
-Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+Seed = Annotated[Whole, Field(ge=-(2**63), lt=2**63)]
 Texts = Annotated[list[str], Field(fail_fast=True, min_length=1)]
 Ids = Annotated[list[Id], Field(fail_fast=True, min_length=1)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
-MaxTokens = Annotated[int, Field(ge=-1, lt=2**63)]
+MaxTokens = Annotated[Whole, Field(ge=-1, lt=2**63)]
 NO_LIMIT = 2**31  # tokens: a reply ends where the context ends
 
 
@@ -150,7 +153,7 @@ class SamplingRequest(StrictModel):
     max_completion_tokens: MaxTokens | None = Field(None, description="The newer name of max_tokens.")
     stream: bool | None = Field(None, description="Send the reply as server-sent events while it is written.")
     stream_options: StreamOptions | None = None
-    n: int | None = Field(None, ge=1, le=8, description="Replies to each prompt; reply i draws from seed + i.")
+    n: Whole | None = Field(None, ge=1, le=8, description="Replies to each prompt; reply i draws from seed + i.")
     seed: Seed | None = Field(None, description="Same seed, same reply; null or -1: a random one.")
     stop: StopText | Annotated[list[StopText], Field(fail_fast=True, max_length=4)] | None = Field(
         None, description="Texts at which a reply ends; left out."
@@ -159,7 +162,7 @@ class SamplingRequest(StrictModel):
     top_p: float | None = Field(
         None, ge=0, le=1, description="Choose among the most likely that reach this probability."
     )
-    top_k: int | None = Field(None, ge=-1, lt=2**31, description="Choose among the k most likely; 0 or -1: all.")
+    top_k: Whole | None = Field(None, ge=-1, lt=2**31, description="Choose among the k most likely; 0 or -1: all.")
     min_p: float | None = Field(None, ge=0, le=1, description="Least probability, as a share of the highest.")
     repetition_penalty: float | None = Field(None, ge=0.1, le=10, description="Above 1: repeat less.")
     logit_bias: Annotated[dict[IdText, Bias], Field(max_length=300)] | None = Field(
@@ -243,7 +246,7 @@ class ChatRequest(SamplingRequest):
         examples=[[{"role": "user", "content": "What is 2 + 3?"}]],
     )
     logprobs: bool | None = Field(None, description="Say how likely each token was.")
-    top_logprobs: int | None = Field(None, ge=0, le=20, description="Name the most likely tokens at each place.")
+    top_logprobs: Whole | None = Field(None, ge=0, le=20, description="Name the most likely tokens at each place.")
     experts: bool | None = Field(None, description="With logprobs: the experts of each token.")
     response_format: dict[Literal["type"], Literal["text"]] | None = Field(None, description="Plain text alone.")
 
@@ -269,7 +272,7 @@ class CompletionRequest(SamplingRequest):
         description="A text, texts, ids, or lists of ids. Texts begin with <s>; ids are taken as they are.",
         examples=["Once upon a time"],
     )
-    logprobs: int | None = Field(None, ge=0, le=5, description="Name this many of the most likely tokens.")
+    logprobs: Whole | None = Field(None, ge=0, le=5, description="Name this many of the most likely tokens.")
     echo: bool | None = Field(None, description="Begin with the prompt, scored if logprobs are; max_tokens may be 0.")
 
     @property

@@ -18,6 +18,8 @@ import sys
 import uvicorn
 from fastapi import FastAPI
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nanollm.serve.protocol import ApiError
@@ -89,6 +91,20 @@ class Guard:
         declared = headers.get("content-length", "")
         if declared.isdigit() and int(declared) > MAX_DRAINED_BYTES:
             raise too_large()
+
+
+class Cors(CORSMiddleware):
+    """Tells browsers which other pages may call the server, and whoever asks for more what is refused."""
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        response = super().preflight_response(request_headers)
+        if response.status_code == 400:
+            origin, method = request_headers["origin"][:100], request_headers["access-control-request-method"][:100]
+            known = f"expected {' or '.join(self.allow_methods)} from an origin that --cors_origins lists"
+            refused = ApiError(400, f"{bytes(response.body).decode()}: {known}, got {method} from {origin!r}").response
+            response.body = refused.body
+            response.headers.update(refused.headers)
+        return response
 
 
 def limited(receive: Receive) -> Receive:

@@ -68,7 +68,7 @@ class Config:
         if "*" in self.cors_origins:
             raise ValueError("cors_origins must list origins one by one, got *: any page could use the model")
         for origin in self.cors_origins:
-            if not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", origin):
+            if not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\sA-Z]+", origin):
                 raise ValueError(f"cors_origins: expected origins such as http://localhost:3000, got {origin!r}")
 
 

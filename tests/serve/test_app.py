@@ -125,14 +125,21 @@ def test_without_a_key_only_this_machines_names_are_answered(client):
 def test_other_pages_get_no_leave_unless_they_are_listed(client, serve):
     asked = {"Origin": "http://other.example", "Access-Control-Request-Method": "POST"}
     response = client.options("/v1/chat/completions", headers=asked)
-    error_of(response, 405)
+    assert "need the server's option --cors_origins" in error_of(response, 405)["message"]
     assert not [name for name in response.headers if name.startswith("access-control")]
     with serve(cors_origins=["http://other.example"], api_key=KEY) as running:
         url = running.url + "/v1/chat/completions"
         response = httpx.options(url, headers=asked)
         assert response.headers["access-control-allow-origin"] == "http://other.example"
+        near = {"Access-Control-Request-Private-Network": "true"}
+        assert httpx.options(url, headers=asked | near).headers["access-control-allow-private-network"] == "true"
         refused = httpx.options(url, headers=asked | {"Origin": "http://evil.example"})
-        assert refused.status_code == 400 and "access-control-allow-origin" not in refused.headers
+        assert error_of(refused, 400)["message"].startswith(
+            "Disallowed CORS origin: expected GET or POST from an origin"
+        )
+        assert "access-control-allow-origin" not in refused.headers
+        refused = httpx.options(url, headers=asked | {"Access-Control-Request-Method": "DELETE"})
+        assert error_of(refused, 400)["message"].endswith("got DELETE from 'http://other.example'")
         error_of(httpx.post(url, headers={"Origin": "http://other.example"}, json=body()), 401)
 
 
@@ -226,7 +233,6 @@ def test_a_chat_that_cannot_be_is_refused_with_its_reason(client, settings, para
         ({"prompt": [-1]}, "greater than or equal to 0"),
         ({"prompt": [1, "a"]}, "valid"),
         ({"prompt": None}, "valid"),
-        ({"echo": True, "stream": True}, "echo expects stream to be false"),
         ({"max_tokens": 0}, "max_tokens expects at least 1 token"),
         ({"suffix": "x"}, "suffix is not supported"),
         ({"best_of": 3}, "best_of is not supported"),
@@ -260,10 +266,10 @@ def test_minus_one_and_numbers_beyond_the_context_are_no_limit(client):
         assert reply["usage"]["total_tokens"] == 192 or reply["choices"][0]["finish_reason"] == "stop"
     without = {"tool_choice": "auto", "function_call": "none", "modalities": ["text"]}
     replies = [
-        client.post("/v1/chat/completions", json=body(seed=5, max_tokens=8, **settings)).json()["choices"]
-        for settings in ({}, {"top_k": 0}, {"top_k": -1}, without)
+        client.post("/v1/chat/completions", json=body(seed=5, max_tokens=8) | settings).json()["choices"]
+        for settings in ({}, {"top_k": 0}, {"top_k": -1}, without, {"max_tokens": 8.0, "n": 1.0, "seed": 5.0})
     ]
-    assert replies == [replies[0]] * 4
+    assert replies == [replies[0]] * 5
 
 
 def test_a_seed_of_minus_one_is_a_random_one(client):
@@ -278,6 +284,8 @@ def test_a_slash_at_the_end_is_no_other_path_and_near_misses_are_told(client):
         ("/chat/completions", "/v1/chat/completions"),
         ("/models", "/v1/models"),
         ("/v1/chat/completion", "/v1/chat/completions"),
+        ("/v1/v1/chat/completions", "/v1/chat/completions"),
+        ("/v1/chat/completions/chat/completions", "/v1/chat/completions"),
     ):
         assert error_of(client.post(path), 404)["message"].endswith(f"; did you mean {meant}?")
 
@@ -285,6 +293,7 @@ def test_a_slash_at_the_end_is_no_other_path_and_near_misses_are_told(client):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+        (b'{"model": }', "Expecting value, at character 10"),
         (gzip.compress(b"{}", mtime=0), "it is compressed by gzip; send it as it is"),
         ('{"model": "Perch\u00e9"}'.encode("latin-1"), "it is not UTF-8 (byte 0xe9 at place 16)"),
     ],

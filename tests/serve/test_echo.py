@@ -47,7 +47,7 @@ def test_a_completion_behind_its_echo_is_the_one_without(server):
     ("quantize", "rounding"), [("none", 1e-4), ("int8", 1.0)]
 )  # where rounding chooses another expert
 def test_an_echo_is_what_the_engine_says_of_the_same_tokens(serve, bundle, quantize, rounding):
-    """Of prompts read alone to the last bit, with others beside them; of replies up to rounding; of adapters as well."""
+    """Of prompts to the last bit, whatever runs with them; of replies up to rounding; of adapters as well."""
     adapters = {"math": pairs(bundle.model)[0]}
     alone = Engine(bundle.model, rows=1, quantize=quantize, adapters=adapters)
     busy = partial(Engine, bundle.model, rows=3, chunk=7, quantize=quantize, adapters=adapters)
