@@ -273,7 +273,7 @@ class Service:
         return self._begin(body, [await self._prompt(prompt) for prompt in body.prompts], reply_ends(self.tokenizer))
 
     async def tokenize(self, body: TokenizeRequest) -> Json:
-        self.check_name(body.model)
+        self.check_name(body.model or self.name)
         conversation = conversation_of(body.messages) if body.messages else None
 
         def encode() -> list[int]:
@@ -290,7 +290,7 @@ class Service:
         return {"count": len(ids), "max_model_len": self.config.context_length, "tokens": ids, "token_strs": names}
 
     def detokenize(self, body: DetokenizeRequest) -> str:
-        self.check_name(body.model)
+        self.check_name(body.model or self.name)
         if body.tokens and max(body.tokens) >= self.config.vocab_size:
             last = self.config.vocab_size - 1
             raise refusal("tokens", f"expected ids from 0 to {last:,}, got {max(body.tokens)}")

@@ -143,7 +143,21 @@ class StreamOptions(StrictModel):
     include_usage: bool = Field(False, description="Send one more chunk, with `usage` and no choices.")
 
 
-class SamplingRequest(StrictModel):
+class KnownFields(StrictModel):
+    """Refuses what is not supported by its name."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_what_is_not_supported(cls, body: Any) -> Any:
+        for name, advice in UNSUPPORTED.items():
+            if name in cls.model_fields:
+                continue
+            if isinstance(body, dict) and body.get(name) and body[name] not in WITHOUT_EFFECT.get(name, ()):
+                raise ValueError(f"{name} is not supported; {advice}")
+        return body
+
+
+class SamplingRequest(KnownFields):
     """The fields that chats and completions share."""
 
     default_max_tokens: ClassVar[int]
@@ -155,7 +169,7 @@ class SamplingRequest(StrictModel):
     stream_options: StreamOptions | None = None
     n: Whole | None = Field(None, ge=1, le=8, description="Replies to each prompt; reply i draws from seed + i.")
     seed: Seed | None = Field(None, description="Same seed, same reply; null or -1: a random one.")
-    stop: StopText | Annotated[list[StopText], Field(fail_fast=True, max_length=4)] | None = Field(
+    stop: StopText | Annotated[list[StopText], Field(fail_fast=True, max_length=16)] | None = Field(
         None, description="Texts at which a reply ends; left out."
     )
     temperature: float | None = Field(None, ge=0, le=2, description="Divides the logits; 0: greedy. Default 1.")
@@ -168,16 +182,6 @@ class SamplingRequest(StrictModel):
     logit_bias: Annotated[dict[IdText, Bias], Field(max_length=300)] | None = Field(
         None, description="Token ids (as text): what to add to their logits."
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_what_is_not_supported(cls, body: Any) -> Any:
-        for name, advice in UNSUPPORTED.items():
-            if name in cls.model_fields:
-                continue
-            if isinstance(body, dict) and body.get(name) and body[name] not in WITHOUT_EFFECT.get(name, ()):
-                raise ValueError(f"{name} is not supported; {advice}")
-        return body
 
     @model_validator(mode="after")
     def _refuse_options_without_effect(self) -> Self:
@@ -286,13 +290,14 @@ class CompletionRequest(SamplingRequest):
         return cast(Sequence[str | list[int]], [self.prompt] if is_one else self.prompt)
 
 
-class TokenizeRequest(StrictModel):
+class TokenizeRequest(KnownFields):
     """A text or a conversation whose ids are asked for, in vLLM's form."""
 
-    model: str = Field(description="The name of the model, as /v1/models lists it.")
+    model: str | None = Field(None, description="Any of the names in /v1/models: they share a tokenizer.")
     prompt: str | None = Field(None, examples=["Once upon a time"])
     messages: list[ChatMessage] | None = Field(None, min_length=1, max_length=1000, fail_fast=True)
     add_special_tokens: bool = Field(True, description="Begin a prompt with <s>.")
+    add_generation_prompt: Literal[True] = Field(True, description="The ids of messages end where the reply begins.")
     return_token_strs: bool | None = Field(None, description="Name the pieces, too.")
 
     @model_validator(mode="after")
@@ -305,5 +310,5 @@ class TokenizeRequest(StrictModel):
 class DetokenizeRequest(StrictModel):
     """Ids whose text is asked for, in vLLM's form."""
 
-    model: str = Field(description="The name of the model, as /v1/models lists it.")
+    model: str | None = Field(None, description="As in /tokenize.")
     tokens: list[Id] = Field(fail_fast=True, examples=[[2, 300]])

@@ -248,3 +248,47 @@ def test_whole_texts_are_as_likely_as_to_hf_without_a_second_beginning(lm, hf, t
     twice = by_hand(lm.bundle, [bos], [bos, *ids])[0]  # hf reads <s> <s> text and scores the second <s> as well
     assert other == pytest.approx(twice, abs=1e-3)
     assert mine == pytest.approx(by_hand(lm.bundle, [bos], ids)[0], abs=1e-3)
+
+
+# --- the same over HTTP ---
+
+
+@pytest.fixture(scope="module")
+def over_http(bundle, hf):
+    """over_http(**settings): lm_eval's own client of completions, which asks a server of ours."""
+    pytest.importorskip("tenacity", reason="lm_eval's clients are not complete: pip install lm_eval[api]")
+    pytest.importorskip("uvicorn", reason='uvicorn is not installed: pip install -e ".[serve]"')
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    from tests.serve.running import MODEL_NAME, serving
+
+    where = {"model": MODEL_NAME, "tokenizer": hf.keywords["pretrained"], "tokenizer_backend": "huggingface"}
+    with serving(bundle) as running:
+        where["base_url"] = f"{running.url}/v1/completions"
+        yield partial(LocalCompletionsAPI, **where, max_length=CONTEXT, max_retries=1, batch_size=4)
+
+
+def test_over_http_scores_and_replies_are_those_of_the_adapter(lm, over_http, tasks):
+    ours, theirs = run(lm, tasks, TASKS[:2]), run(over_http(add_bos_token=True), tasks, TASKS[:2])
+    assert ours["results"] == theirs["results"]
+    answers = [
+        [answer for sample in scores["samples"][task] for answer in sample["resps"]]
+        for scores in (ours, theirs)
+        for task in TASKS[:2]
+    ]
+    (choices, replies), (their_choices, their_replies) = answers[:2], answers[2:]
+    assert replies == their_replies
+    assert [greedy for ((_, greedy),) in choices] == [greedy for ((_, greedy),) in their_choices]
+    likely, theirs = ([logprob for ((logprob, _),) in each] for each in (choices, their_choices))
+    assert likely == pytest.approx(theirs, abs=1e-4)
+
+
+def test_over_http_whole_texts_are_as_likely_as_in_the_same_windows_elsewhere(bundle, hf, over_http, tasks):
+    """Its windows are two tokens shorter, as it always asks for one more."""
+    ours = NanoLM(bundle)
+    ours.max_length = CONTEXT - 2
+    every = ours, hf(add_bos_token=False, max_length=CONTEXT - 2), over_http(num_concurrent=3)
+    text = asked("loglikelihood_rolling", *((text,) for text in TEXTS))
+    mine, of_hf, of_http = (each.loglikelihood_rolling(text) for each in every)
+    assert of_http == pytest.approx(mine, rel=1e-6)
+    assert of_http == pytest.approx(of_hf, rel=1e-6)

@@ -187,7 +187,7 @@ def test_the_page_is_served_by_name_and_nothing_outside_it(client):
         ({"max_tokens": 0}, None, "max_tokens expects at least 1 token, or -1 for as many as fit, got 0"),
         ({"max_tokens": -2}, "max_tokens", "greater than or equal to -1, got -2"),
         ({"n": 9}, "n", "less than or equal to 8, got 9"),
-        ({"stop": list("abcde")}, "stop", "at most 4 items"),
+        ({"stop": ["a"] * 17}, "stop", "at most 16 items"),
         ({"top_logprobs": 2}, None, "top_logprobs expects logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "less than or equal to 20"),
         ({"experts": True}, None, "experts expects logprobs"),

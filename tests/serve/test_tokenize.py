@@ -38,6 +38,7 @@ def test_a_conversation_has_the_ids_that_a_chat_counts(server, bundle):
         ("/tokenize", {}, "expected either prompt or messages"),
         ("/tokenize", {"prompt": "a", "messages": [{"role": "user", "content": "a"}]}, "either prompt or messages"),
         ("/tokenize", {"prompt": "a", "model": "other"}, "there is no model 'other' here"),
+        ("/tokenize", {"prompt": "a", "tools": [{}]}, "tools is not supported"),
         ("/detokenize", {"tokens": [600]}, "expected ids from 0 to 599, got 600"),
         ("/detokenize", {"tokens": [-1]}, "greater than or equal to 0"),
     ],
