@@ -16,11 +16,11 @@ from tests.test_floor_plan import PACKAGE, Imports, read_imports
 
 LIMITS = {
     "package, lines of Python": 23_820,
-    "package, files": 145,
+    "package, files": 144,
     "options of all verbs": 450,
     "modules behind pretrain": 48,
     "modules behind rl.grpo": 50,
-    "modules behind serve": 32,
+    "modules behind serve": 31,
 }
 """What was reached, plus 3 %."""
 

@@ -89,6 +89,7 @@ def test_litellm_replies_streams_and_tells_mistakes(server, expected, monkeypatc
 @pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning", "ignore::DeprecationWarning")
 def test_instructor_reads_an_object_from_a_plain_reply_and_asks_again_without_one(says_ann):
     instructor = pytest.importorskip("instructor", reason="pip install --no-deps instructor")
+    from instructor.core.exceptions import InstructorRetryException
     from pydantic import BaseModel
 
     class Person(BaseModel):
@@ -103,8 +104,9 @@ def test_instructor_reads_an_object_from_a_plain_reply_and_asks_again_without_on
         asked = {"model": MODEL_NAME, "messages": MESSAGES, "stop": END, "temperature": 0}
         person = asks.chat.completions.create(response_model=Person, **asked)
         assert (person.name, person.age) == ("Ann", 3)
-        with pytest.raises(instructor.core.InstructorRetryException, match="street"):
+        with pytest.raises(InstructorRetryException, match="street") as caught:
             asks.chat.completions.create(response_model=Place, max_retries=1, **asked)
+    assert caught.value.n_attempts == 2
 
 
 def test_the_ai_package_of_npm_replies_streams_and_tells_mistakes(server, expected):
