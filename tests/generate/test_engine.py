@@ -112,6 +112,7 @@ def request(number, **changes):
         "stop_token_ids": frozenset({50 + number % 7}),
         "seed": number,
         "top_logprobs": 3 if number % 4 == 0 else None,
+        "prompt_logprobs": 2 if number % 5 == 0 else None,
     }
     return Request(**(values | changes))
 
@@ -243,6 +244,31 @@ def test_scores_are_the_models_own_whatever_was_drawn(tiny_model):
             row.sort(descending=True).values.tolist(), abs=1e-4
         )
         assert dict(scored.top)[token] == scored.logprob
+
+
+@pytest.mark.parametrize("kernels", ["native", "torch"])
+def test_prompts_are_as_likely_as_the_model_says_also_in_chunks_and_after_others_of_the_same_beginning(
+    tiny_model, kernels
+):
+    def tool(token):  # its words are no prompt
+        return [9, 9, 9] if token == said[0] else []
+
+    prompt = [7, 7, 1, 9, 4, 2, 2, 30, 41, 5, 5, 60, 11, 12, 13, 14, 15, 16, 3]
+    engine = Engine(tiny_model, rows=3, chunk=5, kernels=kernels)
+    said = answers(engine, [engine.submit(Request(prompt=prompt, max_tokens=1, sampling=GREEDY))])[0][1]
+    settings = {"max_tokens": 6, "sampling": GREEDY, "tool": tool}
+    asked = [
+        Request(prompt=prompt[:n], prompt_logprobs=top, **settings) for n, top in ((19, 97), (19, None), (9, 1), (1, 0))
+    ]
+    completions = [engine.submit(each) for each in asked]
+    replies = [ids for _, ids, *_ in answers(engine, completions)]
+    assert replies[0] == replies[1]
+    for completion, each in zip(completions, asked, strict=True):
+        places = range(1, len(each.prompt) if each.prompt_logprobs is not None else 1)
+        expected = tiny_model(torch.tensor([each.prompt]))[0].log_softmax(-1)
+        likely = [expected[place - 1, each.prompt[place]].item() for place in places]
+        assert [told.logprob for told in completion.prompt_logprobs] == pytest.approx(likely, abs=1e-4)
+        assert all(len(told.top) == each.prompt_logprobs for told in completion.prompt_logprobs)
 
 
 @pytest.mark.parametrize(
