@@ -32,9 +32,9 @@ def test_every_body_is_answered_in_good_form(fuzzed, mode):
     description = schemathesis.openapi.from_url(fuzzed.url + "/openapi.json")
     for path in ("/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"):
         seen = Counter()
-        send_many(description[path]["POST"], mode, math.ceil(CASES / 8), seen)
+        send_many(description[path]["POST"], mode, math.ceil(CASES / 4), seen)
         assert max(seen) < 500
-        assert mode.is_negative or seen[200] > CASES / 80, "too few bodies got through to the engine"
+        assert mode.is_negative or seen[200] > CASES / 80, f"{path}: too few bodies got through to the engine"
     fuzzed.settle()
     assert fuzzed.engine.is_alive
 
