@@ -74,7 +74,8 @@ def explain(errors: Sequence[Mapping[str, Any]], body: Any) -> tuple[str, str | 
     if isinstance(body, bytes):
         return "expected JSON with the header Content-Type: application/json", None
     if errors[0]["type"] == "json_invalid":
-        return f"the body is not valid JSON: {errors[0]['ctx']['error']}, at character {errors[0]['loc'][1]}", None
+        reason = errors[0]["ctx"]["error"].removesuffix(" at")
+        return f"the body is not valid JSON: {reason}, at character {errors[0]['loc'][1]}", None
     same_field = [error for error in errors if error["loc"][:2] == errors[0]["loc"][:2]]
     error = max(same_field, key=lambda error: (len(error["loc"]), not error["type"].endswith("_type")))
     # A location has the names of types in it, too: ("body", "messages", 0, "content", "list[TextPart]").
@@ -97,7 +98,7 @@ UNSUPPORTED = {
     "tool_choice": "the model calls none",
     "functions": "the model calls none",
     "function_call": "the model calls none",
-    "echo": "put the prompt before the completion yourself",
+    "echo": "use /v1/completions",
     "suffix": "the model only reads what comes before",
     "best_of": "ask for n completions and choose",
     "modalities": "the model writes text alone",
@@ -108,7 +109,7 @@ UNSUPPORTED = {
     "guided_choice": "replies are free text",
     "guided_grammar": "replies are free text",
     "structured_outputs": "replies are free text",
-    "prompt_logprobs": "only tokens of replies have log-probabilities",
+    "prompt_logprobs": "use /v1/completions with echo and logprobs",
     "min_tokens": "a reply ends where the model ends it",
     "ignore_eos": "a reply ends where the model ends it",
     "stop_token_ids": "use stop",
