@@ -22,6 +22,7 @@ from nanollm.generate.request import (
     Ints,
     Kernels,
     MakeTool,
+    Mask,
     ModelOutput,
     PromptChunk,
     Quantize,
@@ -265,7 +266,10 @@ class Engine:
         request = completion.request
         given = request.tool(token) if request.tool is not None else ()
         completion.logprobs.append(logprob)
-        if token in request.stop_token_ids and not given:
+        completion.failure = request.constraint.accept(token) if request.constraint is not None else None
+        if completion.failure is not None:
+            completion.finish = "failed"
+        elif token in request.stop_token_ids and not given:
             completion.finish, completion.stop_token_id = "end", token
         else:
             self._extend(row, completion, [token], is_sampled=True)
@@ -316,12 +320,12 @@ def check_prompt(prompt: Sequence[int], limit: int, vocab_size: int) -> None:
 def sample_each(logits: Tensor, completions: Sequence[Completion]) -> tuple[list[int], list[float]]:
     """A token and its log-probability for each row of logits (W, V); rows that choose alike are drawn together."""
     alike: dict[int, list[int]] = {}
-    settings: list[SamplingConfig] = []
+    settings: list[tuple[SamplingConfig, bool]] = []
     for index, completion in enumerate(completions):
-        c = completion.request.sampling
-        if c not in settings:
-            settings.append(c)
-        alike.setdefault(settings.index(c), []).append(index)
+        own = completion.request.sampling, completion.request.constraint is not None
+        if own not in settings:
+            settings.append(own)
+        alike.setdefault(settings.index(own), []).append(index)
     ids, logprobs = np.empty(len(completions), dtype=np.int64), np.empty(len(completions), dtype=np.float64)
     for number, indices in alike.items():
         members = [completions[index] for index in indices]
@@ -330,18 +334,29 @@ def sample_each(logits: Tensor, completions: Sequence[Completion]) -> tuple[list
             np.array([len(member.logprobs) for member in members]),
         )
         rows = logits if len(indices) == len(logits) else logits[indices]
-        drawn, likely = choose(rows, settings[number], numbers, members)
+        drawn, likely = choose(rows, settings[number][0], numbers, members)
         ids[indices], logprobs[indices] = drawn.cpu().numpy(), likely.cpu().numpy()
     return ids.tolist(), logprobs.tolist()
 
 
 def choose(logits: Tensor, c: SamplingConfig, numbers: Tensor, members: Sequence[Completion]) -> tuple[Tensor, Tensor]:
     """As `sample`, by the fastest way of this machine; `members` are the requests whose rows these are."""
-    device = logits.device
-    if c.is_plain and device.type == "cpu" and native.can_draw():
+    device, allowed = logits.device, allowed_tokens(members, logits.shape[-1])
+    if c.is_plain and allowed is None and device.type == "cpu" and native.can_draw():
         return native.draw(logits, c.temperature, numbers)
     seen = (torch.tensor([*member.request.prompt, *member.ids], device=device).unique() for member in members)
-    return sample(logits, c, numbers, seen)
+    return sample(logits, c, numbers, seen, None if allowed is None else allowed.to(device))
+
+
+def allowed_tokens(members: Sequence[Completion], vocab_size: int) -> Tensor | None:
+    """Which tokens may follow each of these replies, (B, V) bool; None where all have no constraint."""
+    constraints = [member.request.constraint for member in members if member.request.constraint is not None]
+    if not constraints:
+        return None
+    bits = np.zeros((len(constraints), -(-vocab_size // 32) * 4), dtype=np.uint8)
+    for row, constraint in zip(bits, constraints, strict=True):
+        constraint.allow(row)
+    return torch.from_numpy(np.unpackbits(bits, axis=1, count=vocab_size, bitorder="little").view(np.bool_))
 
 
 def token_logprobs(logits: Tensor, token: int, top: int, experts: list[list[int]]) -> TokenLogprobs:
@@ -362,13 +377,14 @@ def generate(
     seed: int = 0,
     stop: Callable[[], Callable[[int], bool]] | None = None,
     tool: MakeTool | None = None,
+    constraint: Callable[[], Mask] | None = None,
     samples: int = 1,
     quantize: Quantize = "none",
 ) -> list[Completion]:
     """Continue each prompt `samples` times by at most `max_tokens` ids, within the model's context.
 
-    The samples of a prompt stand beside each other. Reply i draws from seed + i alone; `stop` and `tool` make the
-    functions that are told its tokens (see Request).
+    The samples of a prompt stand beside each other. Reply i draws from seed + i alone; `stop`, `tool` and `constraint`
+    make what is told its tokens (see Request). ValueError where a constraint gave up.
     """
     for prompt in prompts:  # before the cache is allocated
         check_prompt(prompt, model.config.context_length, model.config.vocab_size)
@@ -385,6 +401,7 @@ def generate(
                 stop_token_ids=stop_token_ids,
                 stop=None if stop is None else stop(),
                 tool=None if tool is None else tool(),
+                constraint=None if constraint is None else constraint(),
                 seed=seed + number,
             )
         )
@@ -392,4 +409,12 @@ def generate(
     ]
     while engine.has_work:
         engine.step()
+    for completion in completions:
+        check_finish(completion)
     return completions
+
+
+def check_finish(completion: Completion) -> None:
+    """ValueError if its constraint gave up."""
+    if completion.failure is not None:
+        raise ValueError(completion.failure)

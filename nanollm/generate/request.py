@@ -12,7 +12,19 @@ from nanollm.generate.sampling import SamplingConfig
 
 MakeTool = Callable[[], Callable[[int], Sequence[int]]]
 """Makes the `Request.tool` of a reply."""
-Finish = Literal["end", "stop", "length", "cancelled"]
+Finish = Literal["end", "stop", "length", "cancelled", "failed"]
+
+
+class Mask(Protocol):
+    """What a reply may say (generate/constraints.py)."""
+
+    def allow(self, bits: npt.NDArray[np.uint8], /) -> None:
+        """Set the bit of each token that may come next."""
+        ...
+
+    def accept(self, token: int, /) -> str | None:
+        """Take the token that was drawn; why the reply cannot go on by the rules, if that is so."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +43,9 @@ class Request:
     tool: Callable[[int], Sequence[int]] | None = None
     """Told every sampled token in order; what it returns is appended behind that token, as far as there is room
     (generate/tools.py). A reply goes on where something follows its end token (generate/turns.py)."""
+    constraint: Mask | None = None
+    """Asked before every token of this reply which may come, and told which one did. It stands in the way of a tool,
+    which writes what it likes."""
     adapter: str | None = None
     """One of the engine's, by its name; None: the model itself."""
     seed: int = 0
@@ -39,6 +54,7 @@ class Request:
     """Say of every token how likely it was, which others were the most likely (this many) and which experts chose."""
 
     def __post_init__(self) -> None:
+        assert self.constraint is None or self.tool is None
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")
         if not 0 <= self.seed < 2**63:
@@ -57,7 +73,9 @@ class Completion:
     is_sampled: list[bool] = field(default_factory=list)
     """Of each of ids: whether the model sampled it; if not, a tool gave it."""
     finish: Finish | None = None
-    """end: an end token; stop: the stop function; length: no room or tokens left; None: not finished."""
+    """end: an end token; stop: the stop function; length: no room or tokens left; failed: its constraint gave up; None:
+    not finished."""
+    failure: str | None = None  # why it failed
     stop_token_id: int | None = None  # the end token, if one was drawn
 
 

@@ -79,19 +79,24 @@ def uniforms(seeds: Indices, draws: Indices) -> Tensor:
     return torch.from_numpy((words >> np.uint64(40)).astype(np.float32)) * 2.0**-24
 
 
-def sample(logits: Tensor, c: SamplingConfig, numbers: Tensor, seen: Iterable[Tensor] = ()) -> tuple[Tensor, Tensor]:
+def sample(
+    logits: Tensor, c: SamplingConfig, numbers: Tensor, seen: Iterable[Tensor] = (), allowed: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """One token per row, and its log-probability at this temperature (at 1 if that is 0) among all tokens.
 
     logits (B, V); numbers (B,) in [0, 1), one for each row to draw with; seen: for each row the ids (n,) that the
-    repetition penalty falls on. Returns (B,) int64 and (B,) float32. A row's answer depends on that row alone.
+    repetition penalty falls on; allowed (B, V): the tokens to choose among, None: all. Returns (B,) int64 and (B,)
+    float32. A row's answer depends on that row alone.
     """
     shifted = shift(logits.float(), c, seen) if c.shifts else logits.float()
+    if allowed is not None:
+        shifted = shifted.masked_fill(~allowed, -torch.inf)
     logprobs = (logits.float() / (c.temperature or 1.0)).log_softmax(-1)
     if c.temperature == 0:
         ids = shifted.argmax(-1)
     else:
         scaled = shifted / c.temperature
-        probabilities = filter_logits(scaled, c).softmax(-1) if c.filters or c.shifts else logprobs.exp()
+        probabilities = logprobs.exp() if c.is_plain and allowed is None else filter_logits(scaled, c).softmax(-1)
         ids = invert(probabilities, numbers.to(logits.device))
     return ids, logprobs.gather(-1, ids[:, None])[:, 0]
 

@@ -20,6 +20,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from nanollm import __version__
 from nanollm.bundle import Bundle
+from nanollm.generate.constraints import Compiler, Constraint, Examiner
 from nanollm.generate.engine import Engine
 from nanollm.generate.request import Request
 from nanollm.generate.sampling import MIN_TEMPERATURE, SamplingConfig
@@ -81,6 +82,7 @@ def build_app(
             yield
         finally:
             await asyncio.to_thread(service.engine.stop)
+            await asyncio.to_thread(service.examiner.stop)
 
     app = FastAPI(
         title="NanoLLM",
@@ -214,7 +216,8 @@ class Service:
         self.make_tools = {name: tool_caller(each) for name, each in models.items()}
         self.engine, self.deadline_s = engine, deadline_s
         self.metrics = Metrics(lambda: engine.stats)
-        self.detokenizer = Detokenizer(bundle.tokenizer)
+        self.detokenizer, self.examiner = Detokenizer(bundle.tokenizer), Examiner(Compiler(bundle.tokenizer))
+        self._compiling = asyncio.Lock()
         self._max_token_bytes = int(bundle.tokenizer.token_bytes.max())
         self._created = int(time.time())
 
@@ -244,12 +247,24 @@ class Service:
         conversation = conversation_of(body.messages)
         size = sum(len(message.content) for message in conversation.messages)
         ids = await self._encode(size, "messages", lambda: encode_prompt(conversation, self.tokenizer))
-        return self._begin(body, [ids], reply_borders(self.tokenizer))
+        return self._begin(body, [ids], reply_borders(self.tokenizer), await self._constraint(body))
 
     async def complete(self, body: CompletionRequest) -> Generation:
         """Begin to continue texts."""
         self._check(body, len(body.prompts))
-        return self._begin(body, [await self._prompt(prompt) for prompt in body.prompts], reply_ends(self.tokenizer))
+        prompts = [await self._prompt(prompt) for prompt in body.prompts]
+        return self._begin(body, prompts, reply_ends(self.tokenizer), await self._constraint(body))
+
+    async def _constraint(self, body: ChatRequest | CompletionRequest) -> Constraint | None:
+        """What the replies must look like; one after the other, because a large schema takes a core for a while."""
+        field, make_rule = next((form for form in body.forms if form[1] is not None), ("", None))
+        if make_rule is None:
+            return None
+        try:
+            async with self._compiling:
+                return await asyncio.to_thread(self.examiner.compile, f"start: {make_rule()}")
+        except (ValueError, RecursionError) as error:
+            raise refusal(field, str(error)) from error
 
     async def _prompt(self, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, str):
@@ -281,11 +296,15 @@ class Service:
             raise refusal("n", f"expected at most {self.engine.capacity} replies to all prompts, got {replies}")
 
     def _begin(
-        self, body: ChatRequest | CompletionRequest, prompts: Sequence[list[int]], stop_token_ids: frozenset[int]
+        self,
+        body: ChatRequest | CompletionRequest,
+        prompts: Sequence[list[int]],
+        stop_token_ids: frozenset[int],
+        constraint: Constraint | None,
     ) -> Generation:
         """Hand the requests of all replies to the engine: those to one prompt beside each other."""
         seed = secrets.randbits(62) if body.seed in (None, -1) else body.seed
-        sampling, make_tool = sampling_of(body), self.make_tools[body.model]
+        sampling, make_tool = sampling_of(body), self.make_tools[body.model] if constraint is None else None
         requests = [
             Request(
                 prompt=prompt,
@@ -294,6 +313,7 @@ class Service:
                 stop_token_ids=stop_token_ids,
                 stop=TextStream(self.tokenizer, body.stops).stops_at if body.stops else None,
                 tool=make_tool() if make_tool else None,
+                constraint=constraint.copy() if constraint else None,
                 adapter=None if body.model == self.name else body.model,
                 seed=(seed + number) % SEEDS,
                 top_logprobs=body.engine_top_logprobs,

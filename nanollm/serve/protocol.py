@@ -4,12 +4,16 @@ Requests are strictly typed. Fields that this server does not know are ignored, 
 change a reply and are not supported are refused.
 """
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from starlette.exceptions import HTTPException
+
+from nanollm.generate.constraints import OBJECT, choice_rule, json_rule, regex_rule
 
 Json = dict[str, Any]
 FinishReason = Literal["stop", "length"]
@@ -83,11 +87,11 @@ def explain(errors: Sequence[Mapping[str, Any]], body: Any) -> tuple[str, str | 
     error = max(same_field, key=lambda error: (len(error["loc"]), not error["type"].endswith("_type")))
     # A location has the names of types in it, too: ("body", "messages", 0, "content", "list[TextPart]").
     place = [*error["loc"][1:2], *(step for step in error["loc"][2:] if isinstance(step, int))]
-    if error["type"] == "missing" and len(error["loc"]) > 2:
+    if error["type"] in ("missing", "extra_forbidden") and len(error["loc"]) > 2:
         place.append(error["loc"][-1])
     param = ".".join(map(str, place)) or None
     message = f"{param or 'body'}: {error['msg']}".replace("Value error, ", "")
-    if error["type"] not in ("missing", "value_error"):
+    if error["type"] not in ("missing", "extra_forbidden", "value_error"):
         message += f", got {repr(error.get('input'))[:MAX_ECHO]}"
     return message, param
 
@@ -107,11 +111,7 @@ UNSUPPORTED = {
     "modalities": "the model writes text alone",
     "audio": "the model writes text alone",
     "prediction": "replies are written from their beginning",
-    "guided_json": "replies are free text",
-    "guided_regex": "replies are free text",
-    "guided_choice": "replies are free text",
-    "guided_grammar": "replies are free text",
-    "structured_outputs": "replies are free text",
+    "guided_grammar": "use guided_json, guided_regex or guided_choice",
     "prompt_logprobs": "only tokens of replies have log-probabilities",
     "min_tokens": "a reply ends where the model ends it",
     "ignore_eos": "a reply ends where the model ends it",
@@ -144,6 +144,49 @@ class StreamOptions(StrictModel):
     include_usage: bool = Field(False, description="Send one more chunk, with `usage` and no choices.")
 
 
+def parsed(schema: Any) -> Any:
+    """A JSON schema that may be written as a text."""
+    try:
+        return json.loads(schema) if isinstance(schema, str) else schema
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+Schema = Annotated[Json, BeforeValidator(parsed)]
+Choices = Annotated[list[str], Field(fail_fast=True, min_length=1, max_length=10_000)]
+
+
+class JsonSchema(StrictModel):
+    """A schema with a name, which nobody reads."""
+
+    name: str | None = None
+    written: Json = Field(alias="schema")
+
+
+class ResponseFormat(StrictModel):
+    """The form of a reply, as OpenAI names it."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _refuse_a_form_without_its_schema(self) -> Self:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("type json_schema and the field json_schema go together")
+        return self
+
+
+class StructuredOutputs(StrictModel):
+    """The same and more, as vLLM names it."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    written: Schema | None = Field(None, alias="json")
+    regex: str | None = None
+    choice: Choices | None = None
+    json_object: bool | None = None
+
+
 class SamplingRequest(StrictModel):
     """The fields that chats and completions share."""
 
@@ -169,6 +212,11 @@ class SamplingRequest(StrictModel):
     logit_bias: Annotated[dict[IdText, Bias], Field(max_length=300)] | None = Field(
         None, description="Token ids (as text): what to add to their logits."
     )
+    response_format: ResponseFormat | None = Field(None, description="Text, any JSON object, or JSON by a schema.")
+    guided_json: Schema | None = Field(None, description="A JSON schema that the reply follows.")
+    guided_regex: str | None = Field(None, description="A regular expression that matches the whole reply.")
+    guided_choice: Choices | None = Field(None, description="Texts, of which the reply is one.")
+    structured_outputs: StructuredOutputs | None = Field(None, description="json, regex, choice or json_object.")
 
     @model_validator(mode="before")
     @classmethod
@@ -185,7 +233,26 @@ class SamplingRequest(StrictModel):
                 raise ValueError(f"{name} expects at least 1 token, or -1 for as many as fit, got 0")
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options expects stream to be true")
+        if len(given := [field for field, form in self.forms if form is not None]) > 1:
+            raise ValueError(f"{given[1]} and {given[0]} both say what the reply must look like; send one")
         return self
+
+    @property
+    def forms(self) -> list[tuple[str, Callable[[], str] | None]]:
+        """What may say what the reply must look like, and what makes a grammar's rule of it, if it does."""
+        wanted, more = self.response_format or ResponseFormat(type="text"), self.structured_outputs
+        more = more or StructuredOutputs.model_validate({})
+        schema = OBJECT if wanted.type == "json_object" else wanted.json_schema and wanted.json_schema.written
+        other = OBJECT if more.json_object else more.written
+        return [
+            ("response_format", None if schema is None else partial(json_rule, schema)),
+            ("guided_json", None if self.guided_json is None else partial(json_rule, self.guided_json)),
+            ("guided_regex", None if self.guided_regex is None else partial(regex_rule, self.guided_regex)),
+            ("guided_choice", None if self.guided_choice is None else partial(choice_rule, self.guided_choice)),
+            ("structured_outputs", None if other is None else partial(json_rule, other)),
+            ("structured_outputs", None if more.regex is None else partial(regex_rule, more.regex)),
+            ("structured_outputs", None if more.choice is None else partial(choice_rule, more.choice)),
+        ]
 
     @property
     def token_limit(self) -> int:
@@ -246,7 +313,6 @@ class ChatRequest(SamplingRequest):
     logprobs: bool | None = Field(None, description="Say how likely each token was.")
     top_logprobs: int | None = Field(None, ge=0, le=20, description="Name the most likely tokens at each place.")
     experts: bool | None = Field(None, description="With logprobs: the experts of each token.")
-    response_format: dict[Literal["type"], Literal["text"]] | None = Field(None, description="Plain text alone.")
 
     @model_validator(mode="after")
     def _refuse_details_without_logprobs(self) -> Self:

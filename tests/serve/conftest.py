@@ -26,7 +26,7 @@ def bundle(tokenizer: Tokenizer) -> Bundle:
 @pytest.fixture(scope="session")
 def serve_extra() -> None:
     """Skips the test where the packages of the extra `serve` are missing."""
-    for package in ("fastapi", "uvicorn", "prometheus_client"):
+    for package in ("fastapi", "uvicorn", "prometheus_client", "llguidance"):
         pytest.importorskip(package, reason=f'{package} is not installed: pip install -e ".[serve]"')
 
 
