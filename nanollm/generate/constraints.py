@@ -90,22 +90,27 @@ def call_grammar(
 class Constraint:
     """What one reply may say, and how far it has come (`Request.constraint`)."""
 
-    def __init__(self, matcher: Any, ends: frozenset[int], mask_bytes: int) -> None:
-        self._matcher, self._ends, self._mask_bytes = matcher, ends, mask_bytes
+    def __init__(self, matcher: Any, ends: frozenset[int], size: int) -> None:
+        self._matcher, self._ends, self._size = matcher, ends, size
 
     def allow(self, bits: npt.NDArray[np.uint8]) -> None:
         """Set the bit of each token that may come next, in a row of zeros for the whole vocabulary."""
-        self._matcher.unsafe_compute_mask_ptr(bits.ctypes.data, self._mask_bytes)
+        self._matcher.unsafe_compute_mask_ptr(bits.ctypes.data, -(-self._size // 32) * 4)
 
-    def accept(self, token: int) -> str | None:
-        """Take a token that was allowed. Why the grammar cannot be followed any further, if that is so."""
-        if self._matcher.is_accepting() if token in self._ends else self._matcher.consume_token(token):
-            return None
+    def take(self, token: int) -> bool:
+        """Go on with this token, if it may come next."""
+        if token in self._ends:
+            return bool(self._matcher.is_accepting())
+        return token < self._size and self._matcher.try_consume_tokens([token]) == 1
+
+    @property
+    def reason(self) -> str:
+        """Why nothing may come next."""
         return f"the grammar cannot be followed any further: {told(self._matcher)}"
 
     def copy(self) -> "Constraint":
         """The same for another reply."""
-        return Constraint(self._matcher.deep_copy(), self._ends, self._mask_bytes)
+        return Constraint(self._matcher.deep_copy(), self._ends, self._size)
 
 
 class Compiler:
@@ -125,12 +130,14 @@ class Compiler:
         """ValueError with the reason for a grammar that cannot be followed."""
         import llguidance
 
+        # Unforced: the model chooses how to spell what can only be spelled in several ways.
+        grammar = f'%llguidance {{"no_forcing": true}}\n{grammar}'
         matcher = llguidance.LLMatcher(self._vocabulary, grammar, log_level=0, limits=self._limits)
         if not matcher.is_error():
             matcher.compute_bitmask()
         if matcher.is_stopped() and not matcher.is_accepting():
             raise ValueError(told(matcher))
-        return Constraint(matcher, self.ends, -(-self.tokenizer.vocab_size // 32) * 4)
+        return Constraint(matcher, self.ends, self.tokenizer.vocab_size)
 
 class Vocabulary:
     """A tokenizer as llguidance wants it."""

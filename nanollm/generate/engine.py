@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -32,7 +33,7 @@ from nanollm.generate.request import (
     TokenLogprobs,
 )
 from nanollm.generate.runner import open_runner
-from nanollm.generate.sampling import SamplingConfig, sample, uniforms
+from nanollm.generate.sampling import DRAWN, REDRAWN, SamplingConfig, sample, uniforms
 from nanollm.model.lora import Pairs
 from nanollm.model.transformer import Transformer
 from nanollm.threads import watch_cores
@@ -266,7 +267,6 @@ class Engine:
         request = completion.request
         given = request.tool(token) if request.tool is not None else ()
         completion.logprobs.append(logprob)
-        completion.failure = request.constraint.accept(token) if request.constraint is not None else None
         if completion.failure is not None:
             completion.finish = "failed"
         elif token in request.stop_token_ids and not given:
@@ -318,45 +318,73 @@ def check_prompt(prompt: Sequence[int], limit: int, vocab_size: int) -> None:
 
 
 def sample_each(logits: Tensor, completions: Sequence[Completion]) -> tuple[list[int], list[float]]:
+    """A token and its log-probability for each row of logits (W, V).
+
+    What a constraint refuses is drawn again, among what it allows: that gives a token as often as a single draw among
+    those would, and most masks are never made. Filters choose among what is allowed, so there it is made first.
+    """
+    ids, logprobs = draw_each(logits, completions, DRAWN)
+    again = [
+        (index, constraint)
+        for index, completion in enumerate(completions)
+        if (constraint := completion.request.constraint) is not None
+        and (completion.request.sampling.filters or not constraint.take(int(ids[index])))
+    ]
+    if again:
+        places = [index for index, _ in again]
+        masked = logits[places].masked_fill(~allowed_tokens([constraint for _, constraint in again], logits), -torch.inf)
+        drawn, _ = draw_each(masked, [completions[index] for index in places], REDRAWN)
+        heat = np.array([completions[index].request.sampling.temperature or 1.0 for index in places])
+        change = logits[places, drawn] - logits[places, ids[places]]
+        ids[places], logprobs[places] = drawn, logprobs[places] + change.cpu().numpy() / heat
+        for (index, constraint), token in zip(again, drawn.tolist(), strict=True):
+            if not constraint.take(token):
+                completions[index].failure = constraint.reason
+    return ids.tolist(), logprobs.tolist()
+
+
+def draw_each(
+    logits: Tensor, completions: Sequence[Completion], stream: np.uint64
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
     """A token and its log-probability for each row of logits (W, V); rows that choose alike are drawn together."""
     alike: dict[int, list[int]] = {}
-    settings: list[tuple[SamplingConfig, bool]] = []
+    settings: list[SamplingConfig] = []
     for index, completion in enumerate(completions):
-        own = completion.request.sampling, completion.request.constraint is not None
-        if own not in settings:
-            settings.append(own)
-        alike.setdefault(settings.index(own), []).append(index)
+        c = completion.request.sampling
+        if c not in settings:
+            settings.append(c)
+        alike.setdefault(settings.index(c), []).append(index)
     ids, logprobs = np.empty(len(completions), dtype=np.int64), np.empty(len(completions), dtype=np.float64)
     for number, indices in alike.items():
         members = [completions[index] for index in indices]
         numbers = uniforms(
             np.array([member.request.seed for member in members]),
             np.array([len(member.logprobs) for member in members]),
+            stream,
         )
         rows = logits if len(indices) == len(logits) else logits[indices]
-        drawn, likely = choose(rows, settings[number][0], numbers, members)
+        drawn, likely = choose(rows, settings[number], numbers, members)
         ids[indices], logprobs[indices] = drawn.cpu().numpy(), likely.cpu().numpy()
-    return ids.tolist(), logprobs.tolist()
+    return ids, logprobs
 
 
 def choose(logits: Tensor, c: SamplingConfig, numbers: Tensor, members: Sequence[Completion]) -> tuple[Tensor, Tensor]:
     """As `sample`, by the fastest way of this machine; `members` are the requests whose rows these are."""
-    device, allowed = logits.device, allowed_tokens(members, logits.shape[-1])
-    if c.is_plain and allowed is None and device.type == "cpu" and native.can_draw():
+    device = logits.device
+    if c.is_plain and device.type == "cpu" and native.can_draw():
         return native.draw(logits, c.temperature, numbers)
     seen = (torch.tensor([*member.request.prompt, *member.ids], device=device).unique() for member in members)
-    return sample(logits, c, numbers, seen, None if allowed is None else allowed.to(device))
+    return sample(logits, c, numbers, seen)
 
 
-def allowed_tokens(members: Sequence[Completion], vocab_size: int) -> Tensor | None:
-    """Which tokens may follow each of these replies, (B, V) bool; None where all have no constraint."""
-    constraints = [member.request.constraint for member in members if member.request.constraint is not None]
-    if not constraints:
-        return None
+def allowed_tokens(constraints: Sequence[Mask], logits: Tensor) -> Tensor:
+    """Which tokens may come next by each of these: (B, V) bool, where logits are."""
+    vocab_size = logits.shape[-1]
     bits = np.zeros((len(constraints), -(-vocab_size // 32) * 4), dtype=np.uint8)
     for row, constraint in zip(bits, constraints, strict=True):
         constraint.allow(row)
-    return torch.from_numpy(np.unpackbits(bits, axis=1, count=vocab_size, bitorder="little").view(np.bool_))
+    allowed = np.unpackbits(bits, axis=1, count=vocab_size, bitorder="little").view(np.bool_)
+    return torch.from_numpy(allowed).to(logits.device)
 
 
 def token_logprobs(logits: Tensor, token: int, top: int, experts: list[list[int]]) -> TokenLogprobs:

@@ -22,8 +22,13 @@ class Mask(Protocol):
         """Set the bit of each token that may come next."""
         ...
 
-    def accept(self, token: int, /) -> str | None:
-        """Take the token that was drawn; why the reply cannot go on by the rules, if that is so."""
+    def take(self, token: int, /) -> bool:
+        """Go on with this token, if it may come next."""
+        ...
+
+    @property
+    def reason(self) -> str:
+        """Why nothing may come next."""
         ...
 
 
@@ -44,8 +49,7 @@ class Request:
     """Told every sampled token in order; what it returns is appended behind that token, as far as there is room
     (generate/tools.py). A reply goes on where something follows its end token (generate/turns.py)."""
     constraint: Mask | None = None
-    """Asked before every token of this reply which may come, and told which one did. It stands in the way of a tool,
-    which writes what it likes."""
+    """Asked of every token of this reply whether it may come. Not with a tool, which writes what it likes."""
     adapter: str | None = None
     """One of the engine's, by its name; None: the model itself."""
     seed: int = 0

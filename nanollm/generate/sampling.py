@@ -17,7 +17,7 @@ from nanollm.data.order import Indices, mix
 
 MIN_TEMPERATURE = 1e-4  # below this, and above 0, logits over temperature may leave float32
 
-STREAM = np.uint64(0x5A3B1E)  # keeps these draws apart from other uses of the same hash
+DRAWN, REDRAWN = np.uint64(0x5A3B1E), np.uint64(0xC057A1)  # keep draws apart, and from other uses of the same hash
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,33 +70,28 @@ class SamplingConfig:
         return self.repetition_penalty != 1 or bool(self.logit_bias)
 
 
-def uniforms(seeds: Indices, draws: Indices) -> Tensor:
+def uniforms(seeds: Indices, draws: Indices, stream: np.uint64 = DRAWN) -> Tensor:
     """A number in [0, 1) for each pair of a row's seed and the count of its earlier draws: (B,) float32.
 
     There is no state: a row's numbers depend on its own seed and on nothing else in the batch.
     """
-    words = mix(mix(seeds.astype(np.uint64), STREAM), draws.astype(np.uint64))
+    words = mix(mix(seeds.astype(np.uint64), stream), draws.astype(np.uint64))
     return torch.from_numpy((words >> np.uint64(40)).astype(np.float32)) * 2.0**-24
 
 
-def sample(
-    logits: Tensor, c: SamplingConfig, numbers: Tensor, seen: Iterable[Tensor] = (), allowed: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def sample(logits: Tensor, c: SamplingConfig, numbers: Tensor, seen: Iterable[Tensor] = ()) -> tuple[Tensor, Tensor]:
     """One token per row, and its log-probability at this temperature (at 1 if that is 0) among all tokens.
 
     logits (B, V); numbers (B,) in [0, 1), one for each row to draw with; seen: for each row the ids (n,) that the
-    repetition penalty falls on; allowed (B, V): the tokens to choose among, None: all. Returns (B,) int64 and (B,)
-    float32. A row's answer depends on that row alone.
+    repetition penalty falls on. Returns (B,) int64 and (B,) float32. A row's answer depends on that row alone.
     """
     shifted = shift(logits.float(), c, seen) if c.shifts else logits.float()
-    if allowed is not None:
-        shifted = shifted.masked_fill(~allowed, -torch.inf)
     logprobs = (logits.float() / (c.temperature or 1.0)).log_softmax(-1)
     if c.temperature == 0:
         ids = shifted.argmax(-1)
     else:
         scaled = shifted / c.temperature
-        probabilities = logprobs.exp() if c.is_plain and allowed is None else filter_logits(scaled, c).softmax(-1)
+        probabilities = filter_logits(scaled, c).softmax(-1) if c.filters or c.shifts else logprobs.exp()
         ids = invert(probabilities, numbers.to(logits.device))
     return ids, logprobs.gather(-1, ids[:, None])[:, 0]
 
