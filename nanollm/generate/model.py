@@ -150,7 +150,7 @@ class LanguageModel:
 
     def _encode(self, asked: str | Messages, is_chat: bool) -> list[int]:
         if is_chat:
-            given = [Message("user", asked)] if isinstance(asked, str) else [Message(**each) for each in asked]
+            given = [Message("user", asked)] if isinstance(asked, str) else [Message.of(each) for each in asked]
             return encode_prompt(Conversation(tuple(given)), self.tokenizer)
         if not isinstance(asked, str):
             raise TypeError(f"only a text can be continued, got {asked!r:.80}; messages are for chat")

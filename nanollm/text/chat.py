@@ -102,6 +102,12 @@ class Message:
     tool_calls: tuple[ToolCall, ...] = ()
     """Of the assistant, behind what it says."""
 
+    @classmethod
+    def of(cls, message: Mapping[str, Any]) -> Self:
+        """From OpenAI's form."""
+        calls, content = tuple(map(ToolCall.of, message.get("tool_calls") or ())), message.get("content")
+        return cls(message["role"], "" if calls and content is None else content, tool_calls=calls)
+
     def __post_init__(self) -> None:
         if self.role not in get_args(Role):
             raise ValueError(f"a message's role must be one of {', '.join(get_args(Role))}, got {self.role!r}")
