@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from difflib import get_close_matches
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from nanollm import __version__
 from nanollm.bundle import Bundle
-from nanollm.generate.constraints import Compiler, Constraint, Examiner
+from nanollm.generate.constraints import TEXT, Compiler, Constraint, Examiner, call_grammar, json_rule
 from nanollm.generate.engine import Engine
 from nanollm.generate.request import Request
 from nanollm.generate.sampling import MIN_TEMPERATURE, SamplingConfig
@@ -32,7 +33,9 @@ from nanollm.serve.protocol import (
     ChatMessage,
     ChatRequest,
     CompletionRequest,
+    FunctionTool,
     Json,
+    NamedTool,
     error_body,
     explain,
     fault_of,
@@ -49,8 +52,9 @@ from nanollm.serve.streaming import (
     TextFormatter,
     while_listening,
 )
-from nanollm.text.chat import Conversation, Message, encode_prompt, reply_borders, reply_ends
+from nanollm.text.chat import Conversation, Message, encode_prompt, function_text, reply_borders, reply_ends
 from nanollm.text.stream import TextStream
+from nanollm.text.tokenizer import CALL
 
 MIN_TOP_P = 1e-9  # what top_p 0 means: the most likely token alone
 SEEDS = 2**63
@@ -244,8 +248,12 @@ class Service:
     async def chat(self, body: ChatRequest) -> Generation:
         """Begin to reply to a conversation."""
         self._check(body, 1)
-        conversation = conversation_of(body.messages)
-        size = sum(len(message.content) for message in conversation.messages)
+        if body.tools and CALL not in self.tokenizer.symbols.values():
+            raise refusal("tools", "this model's tokenizer has no mark for calls")
+        conversation = conversation_of(body)
+        texts = [*conversation.tools, *(message.content for message in conversation.messages)]
+        texts += [call.text for message in conversation.messages for call in message.tool_calls]
+        size = sum(map(len, texts))
         ids = await self._encode(size, "messages", lambda: encode_prompt(conversation, self.tokenizer))
         return self._begin(body, [ids], reply_borders(self.tokenizer), await self._constraint(body))
 
@@ -257,12 +265,15 @@ class Service:
 
     async def _constraint(self, body: ChatRequest | CompletionRequest) -> Constraint | None:
         """What the replies must look like; one after the other, because a large schema takes a core for a while."""
-        field, make_rule = next((form for form in body.forms if form[1] is not None), ("", None))
-        if make_rule is None:
+        field, make_rule = next((form for form in body.forms if form[1] is not None), ("tools", None))
+        functions = body.callable_tools if isinstance(body, ChatRequest) else []
+        if make_rule is None and not functions:
             return None
         try:
+            rule = TEXT if make_rule is None else make_rule()
+            grammar = f"start: {rule}" if not functions else self._calls(rule, body, functions)
             async with self._compiling:
-                return await asyncio.to_thread(self.examiner.compile, f"start: {make_rule()}")
+                return await asyncio.to_thread(self.examiner.compile, grammar)
         except (ValueError, RecursionError) as error:
             raise refusal(field, str(error)) from error
 
@@ -295,6 +306,19 @@ class Service:
         if (replies := prompts * (body.n or 1)) > self.engine.capacity:
             raise refusal("n", f"expected at most {self.engine.capacity} replies to all prompts, got {replies}")
 
+    def _calls(self, rule: str, body: ChatRequest, functions: Sequence[FunctionTool]) -> str:
+        """The grammar of a reply by this rule, or calls."""
+        arguments = {
+            each.function.name: json_rule(
+                {"type": "object", **(each.function.parameters or {"additionalProperties": False})},
+                is_strict=body.must_call or bool(each.function.strict),
+            )
+            for each in functions
+        }
+        is_parallel = body.parallel_tool_calls is not False and not isinstance(body.tool_choice, NamedTool)
+        call_id = self.tokenizer.mark_id(CALL)
+        return call_grammar(rule, arguments, call_id, is_required=body.must_call, is_parallel=is_parallel)
+
     def _begin(
         self,
         body: ChatRequest | CompletionRequest,
@@ -321,7 +345,9 @@ class Service:
             for number, prompt in enumerate(prompt for prompt in prompts for _ in range(body.n or 1))
         ]
         submission = self.engine.submit(requests)
-        choices = [Choice(index, self.detokenizer, body.stops) for index in range(len(requests))]
+        can_call = isinstance(body, ChatRequest) and bool(body.callable_tools)
+        call_id = self.tokenizer.mark_id(CALL) if can_call else None
+        choices = [Choice(index, self.detokenizer, body.stops, call_id) for index in range(len(requests))]
         return Generation(self.engine, self.metrics, submission, choices, self.deadline_s)
 
 
@@ -342,13 +368,25 @@ def refusal(param: str, message: str, code: str | None = None) -> ApiError:
     return ApiError(400, f"{param}: {message}", param=param, code=code)
 
 
-def conversation_of(messages: Sequence[ChatMessage]) -> Conversation:
+def conversation_of(body: ChatRequest) -> Conversation:
+    """The conversation, with the answers to calls in the order of the calls: the model knows no ids."""
+    messages = list[ChatMessage]()
+    for are_answers, group in groupby(body.messages, lambda message: message.role == "tool"):
+        members = [*group]
+        if are_answers:
+            ids = [call.id for call in messages[-1].tool_calls or ()] if messages else []
+            if stray := [each.tool_call_id for each in members if each.tool_call_id not in ids]:
+                raise refusal("messages", f"the message before has no call with the tool_call_id {stray[0]!r:.80}")
+            members.sort(key=lambda each: ids.index(str(each.tool_call_id)))
+        messages += members
+    tools = [] if body.tool_choice == "none" else body.tools or []
+    functions = [tool.model_dump(exclude_none=True, exclude={"function": {"strict"}}) for tool in tools]
     try:
         conversation = Conversation(
-            tuple(Message("system" if m.role == "developer" else m.role, m.text) for m in messages)
+            tuple(Message.of(message.openai) for message in messages), tuple(map(function_text, functions))
         )
     except ValueError as error:
         raise refusal("messages", str(error)) from error
-    if conversation.messages[-1].role != "user":
-        raise refusal("messages", "the last one must be the user's, to be replied to")
+    if conversation.messages[-1].role == "assistant":
+        raise refusal("messages", "the last one must be the user's or a tool's, to be replied to")
     return conversation

@@ -14,9 +14,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from starlette.exceptions import HTTPException
 
 from nanollm.generate.constraints import OBJECT, choice_rule, json_rule, regex_rule
+from nanollm.text.chat import NAME
 
 Json = dict[str, Any]
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "tool_calls"]
 
 # --- errors ---
 
@@ -101,10 +102,8 @@ def explain(errors: Sequence[Mapping[str, Any]], body: Any) -> tuple[str, str | 
 UNSUPPORTED = {
     "presence_penalty": "use repetition_penalty",
     "frequency_penalty": "use repetition_penalty",
-    "tools": "the model calls none",
-    "tool_choice": "the model calls none",
-    "functions": "the model calls none",
-    "function_call": "the model calls none",
+    "functions": "use tools",
+    "function_call": "use tool_choice",
     "echo": "put the prompt before the completion yourself",
     "suffix": "the model only reads what comes before",
     "best_of": "ask for n completions and choose",
@@ -120,7 +119,7 @@ UNSUPPORTED = {
     "continue_final_message": "use /v1/completions",
     "chat_template": "the model has its own",
 }
-WITHOUT_EFFECT = {"tool_choice": ("none", "auto"), "function_call": ("none", "auto"), "modalities": (["text"],)}
+WITHOUT_EFFECT = {"function_call": ("none", "auto"), "modalities": (["text"],)}
 Id = Annotated[int, Field(ge=0, lt=2**31)]
 IdText = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 StopText = Annotated[str, Field(min_length=1, max_length=1000)]
@@ -283,19 +282,83 @@ class TextPart(StrictModel):
         return part
 
 
+class CalledFunction(StrictModel):
+    """What a call calls, with its arguments as JSON."""
+
+    name: str
+    arguments: str
+
+
+class Call(StrictModel):
+    """A call of a function by the assistant."""
+
+    id: str
+    function: CalledFunction
+
+
 class ChatMessage(StrictModel):
     """One message of a conversation."""
 
-    role: Literal["system", "developer", "user", "assistant"] = Field(
+    role: Literal["system", "developer", "user", "assistant", "tool"] = Field(
         description="developer is another word for system."
     )
-    content: str | Annotated[list[TextPart], Field(fail_fast=True)] = Field(
-        description="Text, or text parts that are joined."
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = Field(
+        None, description="Text, or text parts that are joined; null only beside tool_calls."
     )
+    tool_calls: Annotated[list[Call], Field(fail_fast=True, max_length=128)] | None = Field(
+        None, description="Of the assistant: the functions that it called."
+    )
+    tool_call_id: str | None = Field(None, description="Of a tool: the call that this is the answer to.")
+
+    @model_validator(mode="after")
+    def _refuse_halves(self) -> Self:
+        if self.content is None and not self.tool_calls:
+            raise ValueError("content is missing")
+        if (self.role == "tool") != (self.tool_call_id is not None):
+            raise ValueError("the role tool and the field tool_call_id go together")
+        return self
 
     @property
-    def text(self) -> str:
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+    def openai(self) -> Json:
+        """Content as one text, and a role of ours."""
+        text = "".join(part.text for part in self.content) if isinstance(self.content, list) else self.content
+        calls = [call.model_dump() for call in self.tool_calls or ()]
+        return {"role": "system" if self.role == "developer" else self.role, "content": text, "tool_calls": calls}
+
+
+class Function(StrictModel):
+    """A function that the model may call."""
+
+    name: str = Field(pattern=f"^{NAME.pattern}$")
+    description: str | None = None
+    parameters: Json | None = Field(None, description="A JSON schema of its arguments, which are an object.")
+    strict: bool | None = Field(None, description="Follow every keyword of the schema, or refuse it.")
+
+    @model_validator(mode="after")
+    def _refuse_other_arguments(self) -> Self:
+        if (self.parameters or {}).get("type", "object") != "object":
+            raise ValueError("parameters must describe an object")
+        return self
+
+
+class FunctionTool(StrictModel):
+    """A tool of the only kind that there is here."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class NamedFunction(StrictModel):
+    """Which function to call."""
+
+    name: str
+
+
+class NamedTool(StrictModel):
+    """Which tool to call."""
+
+    type: Literal["function"]
+    function: NamedFunction
 
 
 class ChatRequest(SamplingRequest):
@@ -307,12 +370,20 @@ class ChatRequest(SamplingRequest):
         min_length=1,
         max_length=1000,
         fail_fast=True,
-        description="Perhaps one of the system, then user and assistant in turn; the last is the user's.",
+        description="Perhaps one of the system, then user and assistant in turn, with the answers of tools to each "
+        "call; the last is the user's or a tool's.",
         examples=[[{"role": "user", "content": "What is 2 + 3?"}]],
     )
     logprobs: bool | None = Field(None, description="Say how likely each token was.")
     top_logprobs: int | None = Field(None, ge=0, le=20, description="Name the most likely tokens at each place.")
     experts: bool | None = Field(None, description="With logprobs: the experts of each token.")
+    tools: Annotated[list[FunctionTool], Field(fail_fast=True, max_length=128)] | None = Field(
+        None, description="Functions that the model may call; the client runs them."
+    )
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = Field(
+        None, description="Whether it calls some, or which one. Default auto, where there are tools."
+    )
+    parallel_tool_calls: bool | None = Field(None, description="Whether several calls may come at once. Default true.")
 
     @model_validator(mode="after")
     def _refuse_details_without_logprobs(self) -> Self:
@@ -320,6 +391,29 @@ class ChatRequest(SamplingRequest):
             if getattr(self, name) and not self.logprobs:
                 raise ValueError(f"{name} expects logprobs to be true")
         return self
+
+    @model_validator(mode="after")
+    def _refuse_tools_that_are_not_there(self) -> Self:
+        names = [tool.function.name for tool in self.tools or ()]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"tools has the name {twice} twice")
+        if isinstance(self.tool_choice, NamedTool) and (name := self.tool_choice.function.name) not in names:
+            raise ValueError(f"tool_choice names {name[:MAX_ECHO]!r}, tools has {', '.join(names) or 'none'}")
+        if self.tool_choice == "required" and not names:
+            raise ValueError("tool_choice required expects tools, got none")
+        return self
+
+    @property
+    def callable_tools(self) -> list[FunctionTool]:
+        """The tools that this reply may call."""
+        if self.tool_choice == "none":
+            return []
+        named = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
+        return [tool for tool in self.tools or () if named in (None, tool.function.name)]
+
+    @property
+    def must_call(self) -> bool:
+        return self.tool_choice == "required" or isinstance(self.tool_choice, NamedTool)
 
     @property
     def engine_top_logprobs(self) -> int | None:
