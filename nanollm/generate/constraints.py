@@ -29,7 +29,7 @@ MAX_SIZE = 2**17
 """Characters of a grammar. One of this size takes about a second to compile, one that people write milliseconds."""
 MAX_COMPILE_S = 0.3
 """Some short patterns take years: their compilation is tried out in a process that can be ended."""
-LIMITS = {
+LIMITS: dict[str, Any] = {
     "initial_lexer_fuel": 500_000,
     "step_lexer_fuel": 50_000,
     "step_max_items": 20_000,
@@ -139,6 +139,7 @@ class Compiler:
             raise ValueError(told(matcher))
         return Constraint(matcher, self.ends, self.tokenizer.vocab_size)
 
+
 class Vocabulary:
     """A tokenizer as llguidance wants it."""
 
@@ -171,6 +172,7 @@ class Examiner:
     def __init__(self, compiler: Compiler) -> None:
         self.compiler = compiler
         self._process: SpawnProcess | None = None
+        self._is_ready = False
 
     def compile(self, grammar: str) -> Constraint:
         """As Compiler's; ValueError also for one that is too large, or takes too long."""

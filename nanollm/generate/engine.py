@@ -332,7 +332,9 @@ def sample_each(logits: Tensor, completions: Sequence[Completion]) -> tuple[list
     ]
     if again:
         places = [index for index, _ in again]
-        masked = logits[places].masked_fill(~allowed_tokens([constraint for _, constraint in again], logits), -torch.inf)
+        masked = logits[places].masked_fill(
+            ~allowed_tokens([constraint for _, constraint in again], logits), -torch.inf
+        )
         drawn, _ = draw_each(masked, [completions[index] for index in places], REDRAWN)
         heat = np.array([completions[index].request.sampling.temperature or 1.0 for index in places])
         change = logits[places, drawn] - logits[places, ids[places]]

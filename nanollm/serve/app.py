@@ -33,7 +33,6 @@ from nanollm.serve.protocol import (
     ChatMessage,
     ChatRequest,
     CompletionRequest,
-    FunctionTool,
     Json,
     NamedTool,
     error_body,
@@ -266,12 +265,13 @@ class Service:
     async def _constraint(self, body: ChatRequest | CompletionRequest) -> Constraint | None:
         """What the replies must look like; one after the other, because a large schema takes a core for a while."""
         field, make_rule = next((form for form in body.forms if form[1] is not None), ("tools", None))
-        functions = body.callable_tools if isinstance(body, ChatRequest) else []
-        if make_rule is None and not functions:
+        if make_rule is None and not body.callable_tools:
             return None
         try:
             rule = TEXT if make_rule is None else make_rule()
-            grammar = f"start: {rule}" if not functions else self._calls(rule, body, functions)
+            grammar = f"start: {rule}"
+            if isinstance(body, ChatRequest) and body.callable_tools:
+                grammar = self._calls(rule, body)
             async with self._compiling:
                 return await asyncio.to_thread(self.examiner.compile, grammar)
         except (ValueError, RecursionError) as error:
@@ -306,14 +306,14 @@ class Service:
         if (replies := prompts * (body.n or 1)) > self.engine.capacity:
             raise refusal("n", f"expected at most {self.engine.capacity} replies to all prompts, got {replies}")
 
-    def _calls(self, rule: str, body: ChatRequest, functions: Sequence[FunctionTool]) -> str:
+    def _calls(self, rule: str, body: ChatRequest) -> str:
         """The grammar of a reply by this rule, or calls."""
         arguments = {
             each.function.name: json_rule(
                 {"type": "object", **(each.function.parameters or {"additionalProperties": False})},
                 is_strict=body.must_call or bool(each.function.strict),
             )
-            for each in functions
+            for each in body.callable_tools
         }
         is_parallel = body.parallel_tool_calls is not False and not isinstance(body.tool_choice, NamedTool)
         call_id = self.tokenizer.mark_id(CALL)
@@ -345,8 +345,7 @@ class Service:
             for number, prompt in enumerate(prompt for prompt in prompts for _ in range(body.n or 1))
         ]
         submission = self.engine.submit(requests)
-        can_call = isinstance(body, ChatRequest) and bool(body.callable_tools)
-        call_id = self.tokenizer.mark_id(CALL) if can_call else None
+        call_id = self.tokenizer.mark_id(CALL) if body.callable_tools else None
         choices = [Choice(index, self.detokenizer, body.stops, call_id) for index in range(len(requests))]
         return Generation(self.engine, self.metrics, submission, choices, self.deadline_s)
 

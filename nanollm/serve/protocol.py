@@ -237,11 +237,17 @@ class SamplingRequest(StrictModel):
         return self
 
     @property
+    def callable_tools(self) -> "list[FunctionTool]":
+        """The tools that a reply may call: only one to messages may."""
+        return []
+
+    @property
     def forms(self) -> list[tuple[str, Callable[[], str] | None]]:
         """What may say what the reply must look like, and what makes a grammar's rule of it, if it does."""
         wanted, more = self.response_format or ResponseFormat(type="text"), self.structured_outputs
         more = more or StructuredOutputs.model_validate({})
-        schema = OBJECT if wanted.type == "json_object" else wanted.json_schema and wanted.json_schema.written
+        schema = OBJECT if wanted.type == "json_object" else None
+        schema = wanted.json_schema.written if wanted.json_schema is not None else schema
         other = OBJECT if more.json_object else more.written
         return [
             ("response_format", None if schema is None else partial(json_rule, schema)),

@@ -68,8 +68,7 @@ class LogprobEntry:
 
 @dataclass
 class Delta:
-    """What is new of a choice: all of its text was sampled, or all of it was given by a tool, or all of it are arguments
-    of one call."""
+    """What is new of a choice: its text was sampled, or given by a tool, or belongs to the arguments of one call."""
 
     index: int
     text: str = ""
@@ -84,9 +83,7 @@ class Delta:
 class Choice:
     """One of the replies to a request, from its first token to its last."""
 
-    def __init__(
-        self, index: int, detokenizer: Detokenizer, stops: Sequence[str], call_id: int | None = None
-    ) -> None:
+    def __init__(self, index: int, detokenizer: Detokenizer, stops: Sequence[str], call_id: int | None = None) -> None:
         """call_id: the mark before a call, where there may be some."""
         self.index, self._call_id = index, call_id
         self._names: dict[int, str] = {}  # what is known of the name of each call; a space ends it
@@ -125,18 +122,17 @@ class Choice:
         return [*deltas]
 
     def _parts(self, begin: int) -> list[tuple[int, Delta]]:
-        """The text from there on, cut where the model and a tool take turns, and calls begin: their lengths and they."""
+        """The text from there on, cut where the model and a tool take turns, and calls begin; with lengths."""
         text, begins = self._text.text, self._text.begins
 
         def kind(place: int) -> tuple[bool, int]:
             token = bisect_right(begins, place) - 1
             return self._is_given[token], self._calls[token]
 
-        parts = [(*of, "".join(text[place] for place in places)) for of, places in groupby(range(begin, len(text)), kind)]
-        deltas = [
-            (len(part), Delta(self.index, part, is_given) if call < 0 else self._call(call, part))
-            for is_given, call, part in parts
-        ]
+        deltas = list[tuple[int, Delta]]()
+        for (is_given, call), places in groupby(range(begin, len(text)), kind):
+            part = "".join(text[place] for place in places)
+            deltas.append((len(part), Delta(self.index, part, is_given) if call < 0 else self._call(call, part)))
         return deltas or [(0, Delta(self.index))]
 
     def _call(self, call: int, part: str) -> Delta:

@@ -116,7 +116,9 @@ def _parse_message(message: dict[str, Any], unused: Counter[str]) -> Message | s
     unused.update(given.keys())
     try:
         made = tuple(map(ToolCall.of, calls))
-        texts = [("role", role), ("content", content)][: 1 if may_be_empty else 2] + [("call", each.text) for each in made]
+        texts = [("role", role), ("content", content)][: 1 if may_be_empty else 2] + [
+            ("call", each.text) for each in made
+        ]
         if reason := problem([text for _, text in texts], [name for name, _ in texts]):
             return reason
         return Message(ROLES.get(role, role), content or "", is_trained=bool(weight) and train, tool_calls=made)

@@ -105,8 +105,9 @@ class Message:
     @classmethod
     def of(cls, message: Mapping[str, Any]) -> Self:
         """From OpenAI's form."""
-        calls, content = tuple(map(ToolCall.of, message.get("tool_calls") or ())), message.get("content")
-        return cls(message["role"], "" if calls and content is None else content, tool_calls=calls)
+        calls = tuple(map(ToolCall.of, message.get("tool_calls") or ()))
+        content: Any = "" if calls and message.get("content") is None else message.get("content")
+        return cls(message["role"], content, tool_calls=calls)
 
     def __post_init__(self) -> None:
         if self.role not in get_args(Role):
@@ -144,8 +145,10 @@ class Conversation:
             expected = "user" if turn.role == "assistant" else "assistant"
         else:
             expected = ""
-        if calls and roles[-1] != "assistant" or expected and "tool" in roles:
-            raise ValueError(f"behind each call comes one message of the tool, and nowhere else; got {', '.join(roles)}")
+        if (calls and roles[-1] != "assistant") or (expected and "tool" in roles):
+            raise ValueError(
+                f"behind each call comes one message of the tool, and nowhere else; got {', '.join(roles)}"
+            )
         if not turns or expected:
             raise ValueError(f"a conversation is {TURNS}; got {', '.join(roles) or 'no messages'}")
 
@@ -255,7 +258,8 @@ class Marks(NamedTuple):
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> "Marks":
         tool = next((token for token, name in tokenizer.symbols.items() if name == TOOL), -1)
-        return cls(*(tokenizer.mark_id(mark) for mark in (SYSTEM, USER, ASSISTANT, END)), tool)
+        system, user, assistant, end = map(tokenizer.mark_id, (SYSTEM, USER, ASSISTANT, END))
+        return cls(system, user, assistant, end, tool)
 
 
 @dataclass(frozen=True)

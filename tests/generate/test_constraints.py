@@ -77,7 +77,9 @@ PATTERNS = st.sampled_from(["^[a-c]{2,4}$", "^(x|yz)?$", "^[0-9]{1,3}-\u00e9$"])
 LEAVES = (
     st.builds(lambda size: {"type": "string", "maxLength": size}, st.integers(0, 9))
     | st.builds(lambda pattern: {"type": "string", "pattern": pattern}, PATTERNS)
-    | st.builds(lambda low, more: {"type": "integer", "minimum": low, "maximum": low + more}, *[st.integers(0, 999)] * 2)
+    | st.builds(
+        lambda low, more: {"type": "integer", "minimum": low, "maximum": low + more}, *[st.integers(0, 999)] * 2
+    )
     | st.sampled_from([{"type": "boolean"}, {"type": "null"}, {"type": "string", "format": "date"}])
     | st.builds(lambda value: {"const": value}, VALUES)
     | st.builds(lambda values: {"enum": values}, st.lists(VALUES, min_size=1, max_size=4))

@@ -21,6 +21,7 @@ PARAMETERS = {
 }
 ADD = {"type": "function", "function": {"name": "add", "description": "Sums.", "parameters": PARAMETERS}}
 NOW = {"type": "function", "function": {"name": "now"}}
+ANSWER = {"role": "tool", "tool_call_id": "c", "content": "3"}
 NAMED = {"type": "function", "function": {"name": "add"}}
 
 
@@ -111,9 +112,11 @@ def test_answers_are_read_in_the_order_of_their_calls(client):
     said = {"role": "assistant", "content": None, "tool_calls": made}
     answers = [{"role": "tool", "tool_call_id": name, "content": f"I am {name}."} for name in ("x", "y")]
     settings = {"temperature": 0, "max_tokens": 20}
-    replies = {chat(client, messages=[*ASKED, said, *order], **settings).choices[0].message.content
-               for order in (answers, answers[::-1])}  # fmt: skip
-    assert len(replies) == 1
+    first, second = (
+        chat(client, messages=[*ASKED, said, *order], **settings).choices[0].message.content
+        for order in (answers, answers[::-1])
+    )
+    assert first == second
 
 
 def test_calls_that_max_tokens_cuts_say_so(client):
@@ -128,14 +131,14 @@ def test_calls_that_max_tokens_cuts_say_so(client):
         ({"tools": [{"type": "function", "function": {"name": "x" * 65}}]}, "tools.0"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0"),
         ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "array"}}}]}, "an object"),
-        ({"tools": [ADD], "tool_choice": {"type": "function", "function": {"name": "sub"}}}, "names 'sub', tools has add"),
+        ({"tools": [NOW], "tool_choice": NAMED}, "tool_choice names 'add', tools has now"),
         ({"tool_choice": "required"}, "tool_choice required expects tools"),
-        ({"messages": [*ASKED, {"role": "tool", "tool_call_id": "c", "content": "3"}]}, "has no call with the tool_call_id"),
+        ({"messages": [*ASKED, ANSWER]}, "the message before has no call with the tool_call_id 'c'"),
         ({"messages": [*ASKED, {"role": "tool", "content": "3"}]}, "tool_call_id go together"),
         ({"messages": [{"role": "assistant", "content": None}]}, "content is missing"),
         ({"functions": [{"name": "f"}]}, "functions is not supported; use tools"),
     ],
-)  # fmt: skip
+)
 def test_tools_that_cannot_be_meant_are_refused(client, settings, reason):
     assert reason in refused(client, **settings)
 
@@ -144,8 +147,7 @@ def test_tools_that_cannot_be_meant_are_refused(client, settings, reason):
 def test_arguments_that_are_no_object_are_refused(client, arguments):
     call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}}
     said = [{"role": "assistant", "content": None, "tool_calls": [call]}]
-    answer = {"role": "tool", "tool_call_id": "c", "content": "3"}
-    assert "must be a JSON object" in refused(client, messages=[*ASKED, *said, answer])
+    assert "must be a JSON object" in refused(client, messages=[*ASKED, *said, ANSWER])
 
 
 def test_keywords_that_cannot_be_followed_are_passed_over_unless_the_call_must_follow_them(client):
@@ -216,6 +218,10 @@ def test_pydantic_classes_are_parsed(client):
         ({"guided_json": {"$ref": "http://127.0.0.1:1/x"}}, "guided_json: .*retrieving it failed"),
         ({"guided_json": "{"}, "guided_json"),
         ({"guided_json": '{"items":' * 5000 + "{}" + "}" * 5000}, "nested too deeply"),
+        (
+            {"guided_json": {"type": "object", "properties": {f"p{n}": {"type": "integer"} for n in range(1500)}}},
+            "the grammar cannot be followed any further",
+        ),
         ({"guided_choice": ["a"], "guided_regex": "b"}, "both say what the reply must look like"),
         ({"guided_grammar": "root ::= x"}, "guided_grammar is not supported"),
         ({"structured_outputs": {"grammar": "x"}}, "structured_outputs.grammar"),

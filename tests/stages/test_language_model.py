@@ -81,3 +81,12 @@ def test_log_probabilities_are_those_of_the_tokens_behind_each_other(model):
     assert model.logprobs("") == []
     with pytest.raises(ValueError, match="the model's context is 32"):
         model.logprobs("word " * 40)
+
+
+def test_a_schema_holds_in_replies_continuations_and_streams(model):
+    pytest.importorskip("llguidance", reason="llguidance is not installed")
+    schema, settings = {"enum": [{"a": 1}, {"a": 22}]}, {"seed": 3, "max_tokens": 30}
+    reply = model.chat("Who?", schema=schema, **settings)
+    assert json.loads(reply) in schema["enum"]
+    assert json.loads(model.generate(["The"], schema=schema)[0]) in schema["enum"]
+    assert "".join(model.stream("Who?", schema=schema, **settings)) == reply

@@ -145,9 +145,10 @@ def rendered(request):
     environment.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)  # as transformers
     template = environment.from_string(TEMPLATE)
 
-
     def render(messages, add_generation_prompt=False, **more):
-        plain = [each if isinstance(each, dict) else dict(zip(("role", "content"), each, strict=True)) for each in messages]
+        plain = [
+            each if isinstance(each, dict) else dict(zip(("role", "content"), each, strict=True)) for each in messages
+        ]
         settings = {"add_generation_prompt": add_generation_prompt, "bos_token": "<s>"}
         return template.render(messages=plain, **settings, **more)
 
@@ -213,7 +214,10 @@ def test_the_template_refuses_a_prompt_that_already_has_its_reply(rendered):
 # Functions.
 
 TOOLS = [
-    {"type": "function", "function": {"name": "add", "description": "Sums \u00e9 <b>.", "parameters": {"type": "object"}}},
+    {
+        "type": "function",
+        "function": {"name": "add", "description": "Sums \u00e9 <b>.", "parameters": {"type": "object"}},
+    },
     {"type": "function", "function": {"name": "now"}},
 ]
 CALLS = [{"function": {"name": "add", "arguments": '{"a":1}'}}, {"function": {"name": "now", "arguments": {"z": [2]}}}]
@@ -230,9 +234,7 @@ WITH_CALLS = [
 
 def with_calls(messages=WITH_CALLS):
     made = [
-        Message(
-            each["role"], each["content"] or "", tool_calls=tuple(map(ToolCall.of, each.get("tool_calls", ())))
-        )
+        Message(each["role"], each["content"] or "", tool_calls=tuple(map(ToolCall.of, each.get("tool_calls", ()))))
         for each in messages
     ]
     return Conversation(tuple(made), tuple(map(function_text, TOOLS)))
@@ -262,7 +264,7 @@ def test_calls_are_trained_and_what_tools_say_is_not(tokenizer):
 @pytest.mark.parametrize("cut", [(3, 4), (2, 3), (3, 5), (6, 7)])
 def test_a_call_without_its_answer_and_an_answer_without_its_call_are_refused(tokenizer, rendered, cut):
     messages = [*WITH_CALLS[: cut[0]], *WITH_CALLS[cut[1] :]]
-    with pytest.raises(ValueError, match="behind each call comes one message of the tool|or a tool's"):
+    with pytest.raises(ValueError, match=r"behind each call comes one message of the tool|or a tool's"):
         encode_prompt(with_calls(messages), tokenizer)
     with pytest.raises(Refused):
         rendered(messages, add_generation_prompt=True, tools=TOOLS)
