@@ -18,9 +18,6 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from nanollm.extras import require
 from nanollm.text.chat import reply_ends
 from nanollm.text.tokenizer import Tokenizer
@@ -93,9 +90,9 @@ class Constraint:
     def __init__(self, matcher: Any, ends: frozenset[int], size: int) -> None:
         self._matcher, self._ends, self._size = matcher, ends, size
 
-    def allow(self, bits: npt.NDArray[np.uint8]) -> None:
-        """Set the bit of each token that may come next, in a row of zeros for the whole vocabulary."""
-        self._matcher.unsafe_compute_mask_ptr(bits.ctypes.data, -(-self._size // 32) * 4)
+    def allow(self, address: int) -> None:
+        """Set the bit of each token that may come next, in a row of zeros there with a bit for each token."""
+        self._matcher.unsafe_compute_mask_ptr(address, -(-self._size // 32) * 4)
 
     def take(self, token: int) -> bool:
         """Go on with this token, if it may come next."""

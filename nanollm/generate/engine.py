@@ -383,8 +383,9 @@ def allowed_tokens(constraints: Sequence[Mask], logits: Tensor) -> Tensor:
     """Which tokens may come next by each of these: (B, V) bool, where logits are."""
     vocab_size = logits.shape[-1]
     bits = np.zeros((len(constraints), -(-vocab_size // 32) * 4), dtype=np.uint8)
-    for row, constraint in zip(bits, constraints, strict=True):
-        constraint.allow(row)
+    address, stride = bits.ctypes.data, bits.shape[1]
+    for row, constraint in enumerate(constraints):
+        constraint.allow(address + row * stride)
     allowed = np.unpackbits(bits, axis=1, count=vocab_size, bitorder="little").view(np.bool_)
     return torch.from_numpy(allowed).to(logits.device)
 

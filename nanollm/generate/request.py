@@ -18,8 +18,8 @@ Finish = Literal["end", "stop", "length", "cancelled", "failed"]
 class Mask(Protocol):
     """What a reply may say (generate/constraints.py)."""
 
-    def allow(self, bits: npt.NDArray[np.uint8], /) -> None:
-        """Set the bit of each token that may come next."""
+    def allow(self, address: int, /) -> None:
+        """Set the bit of each token that may come next, in a row of zeros there."""
         ...
 
     def take(self, token: int, /) -> bool:

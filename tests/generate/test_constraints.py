@@ -184,7 +184,7 @@ def names_allowed(constraint, tokenizer):
     import numpy as np
 
     bits = np.zeros(-(-tokenizer.vocab_size // 32) * 4, dtype=np.uint8)
-    constraint.allow(bits)
+    constraint.allow(bits.ctypes.data)
     allowed = np.flatnonzero(np.unpackbits(bits, bitorder="little")).tolist()
     return {token: tokenizer.symbols.get(token) for token in allowed}
 
