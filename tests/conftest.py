@@ -87,6 +87,7 @@ def shared_data() -> Path:
 CANNOT_BE_HAD = (  # of a machine: no package brings it
     *("needs a CUDA device", "there is no real data", "this processor has no AVX-512", "multiplies bfloat16"),
     *("this user cannot mount a tmpfs", "network namespaces need root", "llama.cpp's kernels for AMX fail"),
+    "names no environment with",  # vLLM and MLX: gigabytes, in a Python of their own
 )
 
 

@@ -26,6 +26,7 @@ from nanollm.generate.engine import Engine
 from nanollm.generate.request import Request
 from nanollm.generate.sampling import MIN_TEMPERATURE, SamplingConfig
 from nanollm.generate.tools import tool_caller
+from nanollm.serve.echo import Echo
 from nanollm.serve.engine_thread import STOPPED, EngineThread
 from nanollm.serve.metrics import Meter, Metrics
 from nanollm.serve.protocol import (
@@ -33,8 +34,11 @@ from nanollm.serve.protocol import (
     ChatMessage,
     ChatRequest,
     CompletionRequest,
+    DetokenizeRequest,
+    FunctionTool,
     Json,
     NamedTool,
+    TokenizeRequest,
     error_body,
     explain,
     fault_of,
@@ -44,6 +48,7 @@ from nanollm.serve.streaming import (
     ChatFormatter,
     Choice,
     ClientGone,
+    Delta,
     Detokenizer,
     EventStream,
     Formatter,
@@ -119,8 +124,8 @@ async def _answer_failure(request: HttpRequest, error: Exception) -> JSONRespons
         return JSONResponse(error_body(400, message, param=param), 400)
     if isinstance(error, HTTPException):
         known = {404: nothing_at(request), 405: f"{request.method} is not for this path"}
-        if error.status_code == 400:  # FastAPI's, for a body that is no text
-            known[400] = f"the body is not valid JSON: {fault_of(await request.body())}"
+        if isinstance(error.__cause__, UnicodeDecodeError):  # FastAPI's, who does not say it
+            known[400] = f"the body is not valid JSON: {fault_of(error.__cause__)}"
         detail = known.get(error.status_code, str(error.detail))
         return JSONResponse(error_body(error.status_code, detail), error.status_code, error.headers)
     return JSONResponse(error_body(500, "the server failed; its log says why"), 500)
@@ -181,9 +186,24 @@ def build_routes(service: "Service") -> APIRouter:
     @router.post("/v1/completions", responses=STREAMED)
     async def completions(body: CompletionRequest, request: HttpRequest) -> Response:
         """Continue texts."""
-        generation = await service.complete(body)
         formatter = TextFormatter(body.model, service.detokenizer, has_logprobs=body.logprobs is not None)
+        if body.echo:
+            try:
+                return JSONResponse(await while_listening(service.complete_with_echo(body, formatter), request.receive))
+            except ClientGone:
+                raise ApiError(499, "the client hung up") from None
+        generation = await service.complete(body)
         return await answer(body, generation, formatter, request)
+
+    @router.post("/tokenize")
+    async def tokenize(body: TokenizeRequest) -> Response:
+        """The ids of a text or a conversation."""
+        return JSONResponse(await service.tokenize(body))
+
+    @router.post("/detokenize")
+    async def detokenize(body: DetokenizeRequest) -> Response:
+        """The text of ids, without marks."""
+        return JSONResponse({"prompt": service.detokenize(body)})
 
     return router
 
@@ -249,7 +269,7 @@ class Service:
         self._check(body, 1)
         if body.tools and CALL not in self.tokenizer.symbols.values():
             raise refusal("tools", "this model's tokenizer has no mark for calls")
-        conversation = conversation_of(body)
+        conversation = conversation_of(body.messages, () if body.tool_choice == "none" else body.tools or ())
         texts = [*conversation.tools, *(message.content for message in conversation.messages)]
         texts += [call.text for message in conversation.messages for call in message.tool_calls]
         size = sum(map(len, texts))
@@ -276,6 +296,53 @@ class Service:
                 return await asyncio.to_thread(self.examiner.compile, grammar)
         except (ValueError, RecursionError) as error:
             raise refusal(field, str(error)) from error
+
+    async def complete_with_echo(self, body: CompletionRequest, formatter: TextFormatter) -> Json:
+        """Texts and what follows each, if anything was asked for; every token of both is scored."""
+        self._check(body, len(body.prompts))
+        if body.model != self.name:
+            raise refusal(
+                "echo", f"expected {self.name!r}, got an adapter, which scores no prompt; merge it into a bundle"
+            )
+        prompts = [await self._prompt(prompt) for prompt in body.prompts]
+        echoes = [await asyncio.to_thread(Echo.of, ids, self.models[self.name], body.logprobs) for ids in prompts]
+        n, read = body.n or 1, sum(map(len, prompts))
+        choices = [Delta(index, finish="length") for index in range(n * len(prompts))]
+        usage: Json = {"prompt_tokens": read, "completion_tokens": 0, "total_tokens": read}
+        if body.token_limit:
+            # A single token is told even where it ends the text, so that the prompt's are all but the last.
+            ends = frozenset[int]() if body.token_limit == 1 else reply_ends(self.tokenizer)
+            generation = self._begin(body, prompts, ends, await self._constraint(body))
+            try:
+                choices, usage = await generation.collect(), generation.usage
+            finally:
+                generation.close()
+        told = [echoes[delta.index // n].before(formatter.choice(delta), formatter) for delta in choices]
+        return formatter.message(formatter.kind, told) | {"usage": usage}
+
+    async def tokenize(self, body: TokenizeRequest) -> Json:
+        self.check_name(body.model)
+        conversation = conversation_of(body.messages) if body.messages else None
+
+        def encode() -> list[int]:
+            if conversation is not None:
+                return encode_prompt(conversation, self.tokenizer)
+            bos = [self.tokenizer.bos_id] if body.add_special_tokens else []
+            return [*bos, *self.tokenizer.encode(body.prompt or "")]
+
+        try:
+            ids = await asyncio.to_thread(encode)
+        except ValueError as error:  # a lone surrogate
+            raise refusal("messages" if body.messages else "prompt", str(error)) from error
+        names = [self.detokenizer.spell(token)[0] for token in ids] if body.return_token_strs else None
+        return {"count": len(ids), "max_model_len": self.config.context_length, "tokens": ids, "token_strs": names}
+
+    def detokenize(self, body: DetokenizeRequest) -> str:
+        self.check_name(body.model)
+        if body.tokens and max(body.tokens) >= self.config.vocab_size:
+            last = self.config.vocab_size - 1
+            raise refusal("tokens", f"expected ids from 0 to {last:,}, got {max(body.tokens)}")
+        return self.tokenizer.decode(body.tokens)
 
     async def _prompt(self, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, str):
@@ -367,10 +434,10 @@ def refusal(param: str, message: str, code: str | None = None) -> ApiError:
     return ApiError(400, f"{param}: {message}", param=param, code=code)
 
 
-def conversation_of(body: ChatRequest) -> Conversation:
+def conversation_of(given: Sequence[ChatMessage], tools: Sequence[FunctionTool] = ()) -> Conversation:
     """The conversation, with the answers to calls in the order of the calls: the model knows no ids."""
     messages = list[ChatMessage]()
-    for are_answers, group in groupby(body.messages, lambda message: message.role == "tool"):
+    for are_answers, group in groupby(given, lambda message: message.role == "tool"):
         members = [*group]
         if are_answers:
             ids = [call.id for call in messages[-1].tool_calls or ()] if messages else []
@@ -378,7 +445,6 @@ def conversation_of(body: ChatRequest) -> Conversation:
                 raise refusal("messages", f"the message before has no call with the tool_call_id {stray[0]!r:.80}")
             members.sort(key=lambda each: ids.index(str(each.tool_call_id)))
         messages += members
-    tools = [] if body.tool_choice == "none" else body.tools or []
     functions = [tool.model_dump(exclude_none=True, exclude={"function": {"strict"}}) for tool in tools]
     try:
         conversation = Conversation(

@@ -64,15 +64,11 @@ def error_body(status: int, message: str, param: str | None = None, code: str | 
     return {"error": {"message": message, "type": kind, "param": param, "code": code or ERROR_CODES.get(status)}}
 
 
-def fault_of(body: bytes) -> str:
+def fault_of(error: UnicodeDecodeError) -> str:
     """Why a body is no text: JSON may be UTF-8 or UTF-16, with a byte order mark or without."""
-    if body.startswith(b"\x1f\x8b"):
+    if error.object.startswith(b"\x1f\x8b"):
         return "it is compressed by gzip; send it as it is"
-    try:
-        body.decode()
-    except UnicodeDecodeError as error:
-        return f"it is not UTF-8 (byte 0x{body[error.start]:02x} at place {error.start})"
-    return "it is not UTF-8"
+    return f"it is not {error.encoding.upper()} (byte 0x{error.object[error.start]:02x} at place {error.start})"
 
 
 def explain(errors: Sequence[Mapping[str, Any]], body: Any) -> tuple[str, str | None]:
@@ -221,6 +217,8 @@ class SamplingRequest(StrictModel):
     @classmethod
     def _refuse_what_is_not_supported(cls, body: Any) -> Any:
         for name, advice in UNSUPPORTED.items():
+            if name in cls.model_fields:
+                continue
             if isinstance(body, dict) and body.get(name) and body[name] not in WITHOUT_EFFECT.get(name, ()):
                 raise ValueError(f"{name} is not supported; {advice}")
         return body
@@ -228,7 +226,7 @@ class SamplingRequest(StrictModel):
     @model_validator(mode="after")
     def _refuse_options_without_effect(self) -> Self:
         for name in ("max_tokens", "max_completion_tokens"):
-            if getattr(self, name) == 0:
+            if getattr(self, name) == 0 and not getattr(self, "echo", None):
                 raise ValueError(f"{name} expects at least 1 token, or -1 for as many as fit, got 0")
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options expects stream to be true")
@@ -261,7 +259,8 @@ class SamplingRequest(StrictModel):
 
     @property
     def token_limit(self) -> int:
-        limit = self.max_completion_tokens or self.max_tokens or self.default_max_tokens
+        given = [limit for limit in (self.max_completion_tokens, self.max_tokens) if limit is not None]
+        limit = given[0] if given else self.default_max_tokens
         return NO_LIMIT if limit < 0 else min(limit, NO_LIMIT)
 
     @property
@@ -437,6 +436,13 @@ class CompletionRequest(SamplingRequest):
         examples=["Once upon a time"],
     )
     logprobs: int | None = Field(None, ge=0, le=5, description="Name this many of the most likely tokens.")
+    echo: bool | None = Field(None, description="Begin with the prompt, scored if logprobs are; max_tokens may be 0.")
+
+    @model_validator(mode="after")
+    def _refuse_a_stream_of_echoes(self) -> Self:
+        if self.echo and self.stream:
+            raise ValueError("echo expects stream to be false")
+        return self
 
     @property
     def engine_top_logprobs(self) -> int | None:
@@ -447,3 +453,26 @@ class CompletionRequest(SamplingRequest):
         """The prompts one by one: texts, or ids."""
         is_one = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
         return cast(Sequence[str | list[int]], [self.prompt] if is_one else self.prompt)
+
+
+class TokenizeRequest(StrictModel):
+    """A text or a conversation whose ids are asked for, in vLLM's form."""
+
+    model: str = Field(description="The name of the model, as /v1/models lists it.")
+    prompt: str | None = Field(None, examples=["Once upon a time"])
+    messages: list[ChatMessage] | None = Field(None, min_length=1, max_length=1000, fail_fast=True)
+    add_special_tokens: bool = Field(True, description="Begin a prompt with <s>.")
+    return_token_strs: bool | None = Field(None, description="Name the pieces, too.")
+
+    @model_validator(mode="after")
+    def _refuse_both_and_neither(self) -> Self:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("expected either prompt or messages")
+        return self
+
+
+class DetokenizeRequest(StrictModel):
+    """Ids whose text is asked for, in vLLM's form."""
+
+    model: str = Field(description="The name of the model, as /v1/models lists it.")
+    tokens: list[Id] = Field(fail_fast=True, examples=[[2, 300]])

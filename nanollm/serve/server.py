@@ -50,8 +50,6 @@ class Guard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        if len(scope["path"]) > 1:
-            scope["path"] = scope["path"].removesuffix("/")  # another name of the same
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -62,6 +60,8 @@ class Guard:
 
         try:
             self._check(scope)
+            if len(scope["path"]) > 1:
+                scope["path"] = scope["path"].removesuffix("/")  # another name of the same
             await self.app(scope, limited(receive), send_with_headers)
         except ApiError as error:
             await error.response(scope, receive, send_with_headers)

@@ -313,13 +313,13 @@ class TextFormatter(Formatter):
     kind, chunk_kind, prefix = "text_completion", "text_completion", "cmpl"
 
     def choice(self, delta: Delta) -> Json:
-        logprobs = self._logprobs(delta.entries) if self.has_logprobs else None
+        logprobs = self.logprobs(delta.entries) if self.has_logprobs else None
         return {"index": delta.index, "text": delta.text, "logprobs": logprobs, "finish_reason": delta.finish}
 
     def chunk_choice(self, delta: Delta, *, is_first: bool) -> Json:
         return self.choice(delta) if delta.entries else self.choice(delta) | {"logprobs": None}
 
-    def _logprobs(self, entries: Sequence[LogprobEntry]) -> Json:
+    def logprobs(self, entries: Sequence[LogprobEntry]) -> Json:
         def name(token: int) -> str:
             return self.detokenizer.spell(token)[0]
 

@@ -226,7 +226,8 @@ def test_a_chat_that_cannot_be_is_refused_with_its_reason(client, settings, para
         ({"prompt": [-1]}, "greater than or equal to 0"),
         ({"prompt": [1, "a"]}, "valid"),
         ({"prompt": None}, "valid"),
-        ({"echo": True}, "echo is not supported"),
+        ({"echo": True, "stream": True}, "echo expects stream to be false"),
+        ({"max_tokens": 0}, "max_tokens expects at least 1 token"),
         ({"suffix": "x"}, "suffix is not supported"),
         ({"best_of": 3}, "best_of is not supported"),
         ({"logprobs": 6}, "less than or equal to 5"),
@@ -284,7 +285,7 @@ def test_a_slash_at_the_end_is_no_other_path_and_near_misses_are_told(client):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (gzip.compress(b"{}"), "it is compressed by gzip; send it as it is"),
+        (gzip.compress(b"{}", mtime=0), "it is compressed by gzip; send it as it is"),
         ('{"model": "Perch\u00e9"}'.encode("latin-1"), "it is not UTF-8 (byte 0xe9 at place 16)"),
     ],
 )

@@ -198,7 +198,7 @@ def test_a_form_holds_in_a_stream_with_stop_texts_and_log_probabilities(client):
 
 
 def test_pydantic_classes_are_parsed(client):
-    pydantic = pytest.importorskip("pydantic")
+    pydantic = pytest.importorskip("pydantic", reason="openai brings it: pip install openai")
 
     class Sum(pydantic.BaseModel):
         a: int = pydantic.Field(ge=0, le=99)

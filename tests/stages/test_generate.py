@@ -62,7 +62,7 @@ def test_senseless_settings_are_refused(tmp_path, settings, message):
 
 
 def test_continuations_follow_the_schema_of_a_file(bundle, tmp_path):
-    pytest.importorskip("llguidance", reason="llguidance is not installed")
+    pytest.importorskip("llguidance", reason='llguidance is not installed: pip install -e ".[serve]"')
     path, schema = tmp_path / "schema.json", {"enum": [{"a": 1}, [True, None]]}
     path.write_text(json.dumps(schema))
     for record in records(bundle=bundle, prompt=["The", "A"], schema=path):
@@ -80,7 +80,7 @@ def test_continuations_follow_the_schema_of_a_file(bundle, tmp_path):
     ],
 )
 def test_a_file_that_holds_no_schema_is_refused(bundle, tmp_path, text, reason):
-    pytest.importorskip("llguidance", reason="llguidance is not installed")
+    pytest.importorskip("llguidance", reason='llguidance is not installed: pip install -e ".[serve]"')
     path = tmp_path / "schema.json"
     path.write_text(text)
     with pytest.raises(ValueError, match=reason):

@@ -84,7 +84,7 @@ def test_log_probabilities_are_those_of_the_tokens_behind_each_other(model):
 
 
 def test_a_schema_holds_in_replies_continuations_and_streams(model):
-    pytest.importorskip("llguidance", reason="llguidance is not installed")
+    pytest.importorskip("llguidance", reason='llguidance is not installed: pip install -e ".[serve]"')
     schema, settings = {"enum": [{"a": 1}, {"a": 22}]}, {"seed": 3, "max_tokens": 30}
     reply = model.chat("Who?", schema=schema, **settings)
     assert json.loads(reply) in schema["enum"]
