@@ -264,6 +264,7 @@ def is_null(given: Any, kind: Any) -> bool:
 
 def parser_of(verb: str, stage: types.ModuleType, kinds: Kinds) -> "ArgumentParser":
     from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
+    from jsonargparse.typing import register_type
 
     class Help(DefaultHelpFormatter):
         """jsonargparse's help, where the placeholders alone say what to type."""
@@ -277,6 +278,7 @@ def parser_of(verb: str, stage: types.ModuleType, kinds: Kinds) -> "ArgumentPars
 
     # The sentinel tells a field without a value from one that is null, so that null is refused where it makes no sense.
     set_parsing_settings(docstring_parse_attribute_docstrings=True, unset_sentinel=True)
+    register_type(Path, os.fspath, Path, type_check=isinstance)  # str, which it would take, makes a text of null
     usage = " ".join(["nanollm", verb, *map(str.upper, getattr(stage, "POSITIONAL", ())), "[--option value ...]"])
     about = inspect.cleandoc(stage.Config.__doc__).partition("\n\n")[0]
     parser = ArgumentParser(usage=usage, description=about, exit_on_error=False, formatter_class=Help)

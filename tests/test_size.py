@@ -15,12 +15,12 @@ from nanollm.config import SWITCHES, kinds_of
 from tests.test_floor_plan import PACKAGE, Imports, read_imports
 
 LIMITS = {
-    "package, lines of Python": 23_820,
-    "package, files": 144,
-    "options of all verbs": 450,
+    "package, lines of Python": 24_620,
+    "package, files": 145,
+    "options of all verbs": 451,
     "modules behind pretrain": 48,
     "modules behind rl.grpo": 50,
-    "modules behind serve": 31,
+    "modules behind serve": 33,
 }
 """What was reached, plus 3 %."""
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -22,6 +23,7 @@ from nanollm.generate.request import (
     Ints,
     Kernels,
     MakeTool,
+    Mask,
     ModelOutput,
     PromptChunk,
     Quantize,
@@ -31,7 +33,7 @@ from nanollm.generate.request import (
     TokenLogprobs,
 )
 from nanollm.generate.runner import open_runner
-from nanollm.generate.sampling import SamplingConfig, sample, uniforms
+from nanollm.generate.sampling import DRAWN, REDRAWN, SamplingConfig, sample, uniforms
 from nanollm.model.lora import Pairs
 from nanollm.model.transformer import Transformer
 from nanollm.threads import watch_cores
@@ -283,7 +285,9 @@ class Engine:
         request = completion.request
         given = request.tool(token) if request.tool is not None else ()
         completion.logprobs.append(logprob)
-        if token in request.stop_token_ids and not given:
+        if completion.failure is not None:
+            completion.finish = "failed"
+        elif token in request.stop_token_ids and not given:
             completion.finish, completion.stop_token_id = "end", token
         else:
             self._extend(row, completion, [token], is_sampled=True)
@@ -338,6 +342,36 @@ def check_prompt(prompt: Sequence[int], limit: int, vocab_size: int) -> None:
 
 
 def sample_each(logits: Tensor, completions: Sequence[Completion]) -> tuple[list[int], list[float]]:
+    """A token and its log-probability for each row of logits (W, V).
+
+    What a constraint refuses is drawn again, among what it allows: that gives a token as often as a single draw among
+    those would, and most masks are never made. Filters choose among what is allowed, so there it is made first.
+    """
+    ids, logprobs = draw_each(logits, completions, DRAWN)
+    again = [
+        (index, constraint)
+        for index, completion in enumerate(completions)
+        if (constraint := completion.request.constraint) is not None
+        and (completion.request.sampling.filters or not constraint.take(int(ids[index])))
+    ]
+    if again:
+        places = [index for index, _ in again]
+        masked = logits[places].masked_fill(
+            ~allowed_tokens([constraint for _, constraint in again], logits), -torch.inf
+        )
+        drawn, _ = draw_each(masked, [completions[index] for index in places], REDRAWN)
+        heat = np.array([completions[index].request.sampling.temperature or 1.0 for index in places])
+        change = logits[places, drawn] - logits[places, ids[places]]
+        ids[places], logprobs[places] = drawn, logprobs[places] + change.cpu().numpy() / heat
+        for (index, constraint), token in zip(again, drawn.tolist(), strict=True):
+            if not constraint.take(token):
+                completions[index].failure = constraint.reason
+    return ids.tolist(), logprobs.tolist()
+
+
+def draw_each(
+    logits: Tensor, completions: Sequence[Completion], stream: np.uint64
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
     """A token and its log-probability for each row of logits (W, V); rows that choose alike are drawn together."""
     alike: dict[int, list[int]] = {}
     settings: list[SamplingConfig] = []
@@ -352,11 +386,12 @@ def sample_each(logits: Tensor, completions: Sequence[Completion]) -> tuple[list
         numbers = uniforms(
             np.array([member.request.seed for member in members]),
             np.array([len(member.logprobs) for member in members]),
+            stream,
         )
         rows = logits if len(indices) == len(logits) else logits[indices]
         drawn, likely = choose(rows, settings[number], numbers, members)
         ids[indices], logprobs[indices] = drawn.cpu().numpy(), likely.cpu().numpy()
-    return ids.tolist(), logprobs.tolist()
+    return ids, logprobs
 
 
 def choose(logits: Tensor, c: SamplingConfig, numbers: Tensor, members: Sequence[Completion]) -> tuple[Tensor, Tensor]:
@@ -366,6 +401,17 @@ def choose(logits: Tensor, c: SamplingConfig, numbers: Tensor, members: Sequence
         return native.draw(logits, c.temperature, numbers)
     seen = (torch.tensor([*member.request.prompt, *member.ids], device=device).unique() for member in members)
     return sample(logits, c, numbers, seen)
+
+
+def allowed_tokens(constraints: Sequence[Mask], logits: Tensor) -> Tensor:
+    """Which tokens may come next by each of these: (B, V) bool, where logits are."""
+    vocab_size = logits.shape[-1]
+    bits = np.zeros((len(constraints), -(-vocab_size // 32) * 4), dtype=np.uint8)
+    address, stride = bits.ctypes.data, bits.shape[1]
+    for row, constraint in enumerate(constraints):
+        constraint.allow(address + row * stride)
+    allowed = np.unpackbits(bits, axis=1, count=vocab_size, bitorder="little").view(np.bool_)
+    return torch.from_numpy(allowed).to(logits.device)
 
 
 def token_logprobs(logits: Tensor, token: int, top: int, experts: list[list[int]]) -> TokenLogprobs:
@@ -386,13 +432,14 @@ def generate(
     seed: int = 0,
     stop: Callable[[], Callable[[int], bool]] | None = None,
     tool: MakeTool | None = None,
+    constraint: Callable[[], Mask] | None = None,
     samples: int = 1,
     quantize: Quantize = "none",
 ) -> list[Completion]:
     """Continue each prompt `samples` times by at most `max_tokens` ids, within the model's context.
 
-    The samples of a prompt stand beside each other. Reply i draws from seed + i alone; `stop` and `tool` make the
-    functions that are told its tokens (see Request).
+    The samples of a prompt stand beside each other. Reply i draws from seed + i alone; `stop`, `tool` and `constraint`
+    make what is told its tokens (see Request). ValueError where a constraint gave up.
     """
     for prompt in prompts:  # before the cache is allocated
         check_prompt(prompt, model.config.context_length, model.config.vocab_size)
@@ -409,6 +456,7 @@ def generate(
                 stop_token_ids=stop_token_ids,
                 stop=None if stop is None else stop(),
                 tool=None if tool is None else tool(),
+                constraint=None if constraint is None else constraint(),
                 seed=seed + number,
             )
         )
@@ -416,4 +464,12 @@ def generate(
     ]
     while engine.has_work:
         engine.step()
+    for completion in completions:
+        check_finish(completion)
     return completions
+
+
+def check_finish(completion: Completion) -> None:
+    """ValueError if its constraint gave up."""
+    if completion.failure is not None:
+        raise ValueError(completion.failure)

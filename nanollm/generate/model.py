@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import torch
 
 from nanollm.bundle import Bundle, load_bundle
 from nanollm.config import check_at_least
-from nanollm.generate.engine import Engine, generate
+from nanollm.generate.constraints import Compiler, Constraint, json_rule
+from nanollm.generate.engine import Engine, check_finish, generate
 from nanollm.generate.request import Completion, Quantize, Request
 from nanollm.generate.sampling import SamplingConfig
 from nanollm.generate.tools import tool_caller, with_tools
@@ -18,6 +20,8 @@ from nanollm.text.stream import TextStream, check_stops
 from nanollm.text.tokenizer import Tokenizer
 from nanollm.world import DeviceName, DtypeName, World
 
+Schema = Mapping[str, Any]
+"""A JSON schema."""
 Messages = Sequence[Mapping[str, Any]]
 """A conversation as the server takes it: [{"role": "user", "content": "..."}, ...]."""
 
@@ -43,25 +47,29 @@ class GenerateConfig(SamplingConfig):
 
 class LanguageModel:
     """Continues texts and replies to messages. Equal settings, those of GenerateConfig, give the bits of every verb and
-    of the server."""
+    of the server. With a schema, a reply is JSON that follows it, unless max_tokens cuts it, and no tool writes."""
 
     def __init__(self, bundle: Bundle, quantize: Quantize = "none") -> None:
         self.bundle, self.quantize = bundle, quantize
 
-    def generate(self, prompts: str | Sequence[str], **settings: Any) -> Any:
+    def generate(self, prompts: str | Sequence[str], *, schema: Schema | None = None, **settings: Any) -> Any:
         """What follows a text: str; of a list of texts, which are continued in one batch, a list."""
         asked = [prompts] if (is_one := isinstance(prompts, str)) else prompts
-        texts = [text for text, _ in self.complete(asked, GenerateConfig(**settings), is_chat=False)]
+        texts = [text for text, _ in self.complete(asked, GenerateConfig(**settings), schema, is_chat=False)]
         return texts[0] if is_one else texts
 
-    def chat(self, messages: str | Messages | Sequence[str | Messages], **settings: Any) -> Any:
+    def chat(
+        self, messages: str | Messages | Sequence[str | Messages], *, schema: Schema | None = None, **settings: Any
+    ) -> Any:
         """The reply to a question or to messages: str; to a list of these, in one batch, a list."""
         is_one = isinstance(messages, str) or isinstance(messages[0], Mapping)
         asked: Any = [messages] if is_one else messages
-        texts = [text for text, _ in self.complete(asked, GenerateConfig(**settings), is_chat=True)]
+        texts = [text for text, _ in self.complete(asked, GenerateConfig(**settings), schema, is_chat=True)]
         return texts[0] if is_one else texts
 
-    def stream(self, asked: str | Messages, *, is_chat: bool = True, **settings: Any) -> Iterator[str]:
+    def stream(
+        self, asked: str | Messages, *, schema: Schema | None = None, is_chat: bool = True, **settings: Any
+    ) -> Iterator[str]:
         """The same reply, or with is_chat=False the same continuation, piece by piece; never half a character."""
         c = GenerateConfig(**settings)
         text, engine = TextStream(self.tokenizer, c.stop), Engine(self.bundle.model, rows=1, quantize=self.quantize)
@@ -71,8 +79,9 @@ class LanguageModel:
             pieces.append(text.push(token))
             return text.is_stopped
 
-        make_tool = tool_caller(self.bundle)
-        engine.submit(
+        constraint = self._constraint(schema)
+        make_tool = tool_caller(self.bundle) if constraint is None else None
+        completion = engine.submit(
             Request(
                 prompt=self._encode(asked, is_chat),
                 max_tokens=c.max_tokens,
@@ -80,6 +89,7 @@ class LanguageModel:
                 stop_token_ids=self._ends(is_chat),
                 stop=is_over,
                 tool=None if make_tool is None else make_tool(),
+                constraint=constraint,
                 seed=c.seed,
             )
         )
@@ -87,6 +97,7 @@ class LanguageModel:
             engine.step()
             yield from filter(None, pieces)
             pieces.clear()
+        check_finish(completion)
         yield text.close()
 
     def logprobs(self, text: str) -> list[tuple[str, float]]:
@@ -100,9 +111,10 @@ class LanguageModel:
         return [(self.tokenizer.pieces[token].text, each) for token, each in zip(ids[1:], likely, strict=True)]
 
     def complete(
-        self, asked: Sequence[str | Messages], c: GenerateConfig, *, is_chat: bool
+        self, asked: Sequence[str | Messages], c: GenerateConfig, schema: Schema | None = None, *, is_chat: bool
     ) -> list[tuple[str, Completion]]:
         """Text and completion of each, in one batch."""
+        constraint = self._constraint(schema)
         completions = generate(
             self.bundle.model,
             [self._encode(each, is_chat) for each in asked],
@@ -111,10 +123,23 @@ class LanguageModel:
             stop_token_ids=self._ends(is_chat),
             seed=c.seed,
             stop=(lambda: TextStream(self.tokenizer, c.stop).stops_at) if c.stop else None,
-            tool=tool_caller(self.bundle),
+            tool=tool_caller(self.bundle) if constraint is None else None,
+            constraint=None if constraint is None else constraint.copy,
             quantize=self.quantize,
         )
         return [(text_of(each.ids, self.tokenizer, c.stop), each) for each in completions]
+
+    @cached_property
+    def _compiler(self) -> Compiler:
+        return Compiler(self.tokenizer)
+
+    def _constraint(self, schema: Schema | None) -> Constraint | None:
+        if schema is None:
+            return None
+        try:
+            return self._compiler.compile(f"start: {json_rule(schema)}")
+        except ValueError as error:
+            raise ValueError(f"schema: {error}") from None
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -125,7 +150,7 @@ class LanguageModel:
 
     def _encode(self, asked: str | Messages, is_chat: bool) -> list[int]:
         if is_chat:
-            given = [Message("user", asked)] if isinstance(asked, str) else [Message(**each) for each in asked]
+            given = [Message("user", asked)] if isinstance(asked, str) else [Message.of(each) for each in asked]
             return encode_prompt(Conversation(tuple(given)), self.tokenizer)
         if not isinstance(asked, str):
             raise TypeError(f"only a text can be continued, got {asked!r:.80}; messages are for chat")

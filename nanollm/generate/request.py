@@ -12,7 +12,24 @@ from nanollm.generate.sampling import SamplingConfig
 
 MakeTool = Callable[[], Callable[[int], Sequence[int]]]
 """Makes the `Request.tool` of a reply."""
-Finish = Literal["end", "stop", "length", "cancelled"]
+Finish = Literal["end", "stop", "length", "cancelled", "failed"]
+
+
+class Mask(Protocol):
+    """What a reply may say (generate/constraints.py)."""
+
+    def allow(self, address: int, /) -> None:
+        """Set the bit of each token that may come next, in a row of zeros there."""
+        ...
+
+    def take(self, token: int, /) -> bool:
+        """Go on with this token, if it may come next."""
+        ...
+
+    @property
+    def reason(self) -> str:
+        """Why nothing may come next."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +48,8 @@ class Request:
     tool: Callable[[int], Sequence[int]] | None = None
     """Told every sampled token in order; what it returns is appended behind that token, as far as there is room
     (generate/tools.py). A reply goes on where something follows its end token (generate/turns.py)."""
+    constraint: Mask | None = None
+    """Asked of every token of this reply whether it may come. Not with a tool, which writes what it likes."""
     adapter: str | None = None
     """One of the engine's, by its name; None: the model itself."""
     seed: int = 0
@@ -41,6 +60,7 @@ class Request:
     """The same of the prompt's tokens, which are then read anew even where another row holds them."""
 
     def __post_init__(self) -> None:
+        assert self.constraint is None or self.tool is None
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")
         if not 0 <= self.seed < 2**63:
@@ -59,7 +79,9 @@ class Completion:
     is_sampled: list[bool] = field(default_factory=list)
     """Of each of ids: whether the model sampled it; if not, a tool gave it."""
     finish: Finish | None = None
-    """end: an end token; stop: the stop function; length: no room or tokens left; None: not finished."""
+    """end: an end token; stop: the stop function; length: no room or tokens left; failed: its constraint gave up; None:
+    not finished."""
+    failure: str | None = None  # why it failed
     stop_token_id: int | None = None  # the end token, if one was drawn
     prompt_logprobs: list["TokenLogprobs"] = field(default_factory=list)
     """Where they were asked for: of each token of the prompt but the first, complete when the first token is drawn."""

@@ -17,7 +17,7 @@ from nanollm.data.order import Indices, mix
 
 MIN_TEMPERATURE = 1e-4  # below this, and above 0, logits over temperature may leave float32
 
-STREAM = np.uint64(0x5A3B1E)  # keeps these draws apart from other uses of the same hash
+DRAWN, REDRAWN = np.uint64(0x5A3B1E), np.uint64(0xC057A1)  # keep draws apart, and from other uses of the same hash
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,12 +70,12 @@ class SamplingConfig:
         return self.repetition_penalty != 1 or bool(self.logit_bias)
 
 
-def uniforms(seeds: Indices, draws: Indices) -> Tensor:
+def uniforms(seeds: Indices, draws: Indices, stream: np.uint64 = DRAWN) -> Tensor:
     """A number in [0, 1) for each pair of a row's seed and the count of its earlier draws: (B,) float32.
 
     There is no state: a row's numbers depend on its own seed and on nothing else in the batch.
     """
-    words = mix(mix(seeds.astype(np.uint64), STREAM), draws.astype(np.uint64))
+    words = mix(mix(seeds.astype(np.uint64), stream), draws.astype(np.uint64))
     return torch.from_numpy((words >> np.uint64(40)).astype(np.float32)) * 2.0**-24
 
 

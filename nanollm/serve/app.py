@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from difflib import get_close_matches
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from starlette.exceptions import HTTPException
 
 from nanollm import __version__
 from nanollm.bundle import Bundle
+from nanollm.generate.constraints import TEXT, Compiler, Constraint, Examiner, call_grammar, json_rule
 from nanollm.generate.engine import Engine
 from nanollm.generate.request import Request
 from nanollm.generate.sampling import MIN_TEMPERATURE, SamplingConfig
@@ -31,7 +33,9 @@ from nanollm.serve.protocol import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
+    FunctionTool,
     Json,
+    NamedTool,
     TokenizeRequest,
     error_body,
     explain,
@@ -49,8 +53,9 @@ from nanollm.serve.streaming import (
     TextFormatter,
     while_listening,
 )
-from nanollm.text.chat import Conversation, Message, encode_prompt, reply_borders, reply_ends
+from nanollm.text.chat import Conversation, Message, encode_prompt, function_text, reply_borders, reply_ends
 from nanollm.text.stream import TextStream
+from nanollm.text.tokenizer import CALL
 
 MIN_TOP_P = 1e-9  # what top_p 0 means: the most likely token alone
 SEEDS = 2**63
@@ -82,6 +87,7 @@ def build_app(
             yield
         finally:
             await asyncio.to_thread(service.engine.stop)
+            await asyncio.to_thread(service.examiner.stop)
 
     app = FastAPI(
         title="NanoLLM",
@@ -235,7 +241,8 @@ class Service:
         self.make_tools = {name: tool_caller(each) for name, each in models.items()}
         self.engine, self.deadline_s = engine, deadline_s
         self.metrics = Metrics(lambda: engine.stats)
-        self.detokenizer = Detokenizer(bundle.tokenizer)
+        self.detokenizer, self.examiner = Detokenizer(bundle.tokenizer), Examiner(Compiler(bundle.tokenizer))
+        self._compiling = asyncio.Lock()
         self._max_token_bytes = int(bundle.tokenizer.token_bytes.max())
         self._created = int(time.time())
 
@@ -262,19 +269,39 @@ class Service:
     async def chat(self, body: ChatRequest) -> Generation:
         """Begin to reply to a conversation."""
         self._check(body, 1)
-        conversation = conversation_of(body.messages)
-        size = sum(len(message.content) for message in conversation.messages)
+        if body.tools and CALL not in self.tokenizer.symbols.values():
+            raise refusal("tools", "this model's tokenizer has no mark for calls")
+        conversation = conversation_of(body.messages, () if body.tool_choice == "none" else body.tools or ())
+        texts = [*conversation.tools, *(message.content for message in conversation.messages)]
+        texts += [call.text for message in conversation.messages for call in message.tool_calls]
+        size = sum(map(len, texts))
         ids = await self._encode(size, "messages", lambda: encode_prompt(conversation, self.tokenizer))
-        return self._begin(body, [ids], reply_borders(self.tokenizer))
+        return self._begin(body, [ids], reply_borders(self.tokenizer), await self._constraint(body))
 
     async def complete(self, body: CompletionRequest) -> Generation:
         """Begin to continue texts."""
         self._check(body, len(body.prompts))
-        return self._begin(body, [await self._prompt(prompt) for prompt in body.prompts], reply_ends(self.tokenizer))
+        prompts = [await self._prompt(prompt) for prompt in body.prompts]
+        return self._begin(body, prompts, reply_ends(self.tokenizer), await self._constraint(body))
+
+    async def _constraint(self, body: ChatRequest | CompletionRequest) -> Constraint | None:
+        """What the replies must look like; one after the other, because a large schema takes a core for a while."""
+        field, make_rule = next((form for form in body.forms if form[1] is not None), ("tools", None))
+        if make_rule is None and not body.callable_tools:
+            return None
+        try:
+            rule = TEXT if make_rule is None else make_rule()
+            grammar = f"start: {rule}"
+            if isinstance(body, ChatRequest) and body.callable_tools:
+                grammar = self._calls(rule, body)
+            async with self._compiling:
+                return await asyncio.to_thread(self.examiner.compile, grammar)
+        except (ValueError, RecursionError) as error:
+            raise refusal(field, str(error)) from error
 
     async def tokenize(self, body: TokenizeRequest) -> Json:
         self.check_name(body.model or self.name)
-        conversation = conversation_of(body.messages) if body.messages else None
+        conversation = conversation_of(body.messages, body.tools or ()) if body.messages else None
 
         def encode() -> list[int]:
             if conversation is not None:
@@ -325,12 +352,30 @@ class Service:
         if (replies := prompts * (body.n or 1)) > self.engine.capacity:
             raise refusal("n", f"expected at most {self.engine.capacity} replies to all prompts, got {replies}")
 
+    def _calls(self, rule: str, body: ChatRequest) -> str:
+        """The grammar of a reply by this rule, or calls."""
+        arguments = {
+            each.function.name: json_rule(
+                {"type": "object", **(each.function.parameters or {"additionalProperties": False})},
+                is_strict=body.must_call or bool(each.function.strict),
+            )
+            for each in body.callable_tools
+        }
+        is_parallel = body.parallel_tool_calls is not False and not isinstance(body.tool_choice, NamedTool)
+        call_id = self.tokenizer.mark_id(CALL)
+        return call_grammar(rule, arguments, call_id, is_required=body.must_call, is_parallel=is_parallel)
+
     def _begin(
-        self, body: ChatRequest | CompletionRequest, prompts: Sequence[list[int]], stop_token_ids: frozenset[int]
+        self,
+        body: ChatRequest | CompletionRequest,
+        prompts: Sequence[list[int]],
+        stop_token_ids: frozenset[int],
+        constraint: Constraint | None,
     ) -> Generation:
         """Hand the requests of all replies to the engine: those to one prompt beside each other."""
         seed = secrets.randbits(62) if body.seed in (None, -1) else body.seed
-        sampling, make_tool, limit = sampling_of(body), self.make_tools[body.model], body.token_limit
+        sampling, limit = sampling_of(body), body.token_limit
+        make_tool = self.make_tools[body.model] if constraint is None else None
         is_echo = isinstance(body, CompletionRequest) and bool(body.echo)
         if is_echo and limit <= 1:
             # A single token is told even where it ends the text: for lm_eval the prompt's are all but the last.
@@ -343,6 +388,7 @@ class Service:
                 stop_token_ids=stop_token_ids,
                 stop=TextStream(self.tokenizer, body.stops).stops_at if body.stops else None,
                 tool=make_tool() if make_tool else None,
+                constraint=constraint.copy() if constraint else None,
                 adapter=None if body.model == self.name else body.model,
                 seed=(seed + number) % SEEDS,
                 top_logprobs=body.engine_top_logprobs,
@@ -351,8 +397,9 @@ class Service:
             for number, prompt in enumerate(prompt for prompt in prompts for _ in range(body.n or 1))
         ]
         submission = self.engine.submit(requests)
+        call_id = self.tokenizer.mark_id(CALL) if body.callable_tools else None
         choices = [
-            Choice(index, self.detokenizer, body.stops, request.prompt if is_echo else (), has_reply=limit > 0)
+            Choice(index, self.detokenizer, body.stops, call_id, request.prompt if is_echo else (), has_reply=limit > 0)
             for index, request in enumerate(requests)
         ]
         return Generation(self.engine, self.metrics, submission, choices, self.deadline_s)
@@ -375,13 +422,24 @@ def refusal(param: str, message: str, code: str | None = None) -> ApiError:
     return ApiError(400, f"{param}: {message}", param=param, code=code)
 
 
-def conversation_of(messages: Sequence[ChatMessage]) -> Conversation:
+def conversation_of(given: Sequence[ChatMessage], tools: Sequence[FunctionTool] = ()) -> Conversation:
+    """The conversation, with the answers to calls in the order of the calls: the model knows no ids."""
+    messages = list[ChatMessage]()
+    for are_answers, group in groupby(given, lambda message: message.role == "tool"):
+        members = [*group]
+        if are_answers:
+            ids = [call.id for call in messages[-1].tool_calls or ()] if messages else []
+            if stray := [each.tool_call_id for each in members if each.tool_call_id not in ids]:
+                raise refusal("messages", f"the message before has no call with the tool_call_id {stray[0]!r:.80}")
+            members.sort(key=lambda each: ids.index(str(each.tool_call_id)))
+        messages += members
+    functions = [tool.model_dump(exclude_none=True, exclude={"function": {"strict"}}) for tool in tools]
     try:
         conversation = Conversation(
-            tuple(Message("system" if m.role == "developer" else m.role, m.text) for m in messages)
+            tuple(Message.of(message.openai) for message in messages), tuple(map(function_text, functions))
         )
     except ValueError as error:
         raise refusal("messages", str(error)) from error
-    if conversation.messages[-1].role != "user":
-        raise refusal("messages", "the last one must be the user's, to be replied to")
+    if conversation.messages[-1].role == "assistant":
+        raise refusal("messages", "the last one must be the user's or a tool's, to be replied to")
     return conversation

@@ -181,7 +181,7 @@ class EngineThread:
                 for submission in cancelled:
                     self._abort(engine, submission)
                 if engine.has_work:
-                    self._hand_out(engine.step())
+                    self._hand_out(engine, engine.step())
             except Exception:
                 log.exception("the engine failed; what was running is given up and the engine is built anew")
                 self._give_up(ApiError(500, "the engine failed while it was replying; try again"))
@@ -206,9 +206,10 @@ class EngineThread:
             self._owners.pop(completion, None)
         self._unload(submission.unfinished)
 
-    def _hand_out(self, drawn: list[StepOutput]) -> None:
+    def _hand_out(self, engine: Engine, drawn: list[StepOutput]) -> None:
         now, finished = time.perf_counter(), 0
         events = defaultdict[Submission, list[TokenEvent]](list)
+        failures = dict[Submission, str]()
         for one in drawn:
             finish = one.completion.finish
             submission, index = self._owners[one.completion]
@@ -224,9 +225,15 @@ class EngineThread:
                 del self._owners[one.completion]
                 if not submission.unfinished:
                     self._open.remove(submission)
+            if one.completion.failure is not None:
+                failures[submission] = one.completion.failure
         self._unload(finished)
         for submission, own in events.items():
-            _deliver(submission, own)
+            if submission in failures:
+                self._abort(engine, submission)
+                _deliver(submission, [], ApiError(400, failures[submission]))
+            else:
+                _deliver(submission, own)
 
     def _give_up(self, reason: ApiError) -> None:
         """Tell all open submissions why they end."""

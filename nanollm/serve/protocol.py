@@ -4,15 +4,20 @@ Requests are strictly typed. Fields that this server does not know are ignored, 
 change a reply and are not supported are refused.
 """
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from starlette.exceptions import HTTPException
 
+from nanollm.generate.constraints import OBJECT, choice_rule, json_rule, regex_rule
+from nanollm.text.chat import NAME
+
 Json = dict[str, Any]
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "tool_calls"]
 
 # --- errors ---
 
@@ -80,11 +85,11 @@ def explain(errors: Sequence[Mapping[str, Any]], body: Any) -> tuple[str, str | 
     error = max(same_field, key=lambda error: (len(error["loc"]), not error["type"].endswith("_type")))
     # A location has the names of types in it, too: ("body", "messages", 0, "content", "list[TextPart]").
     place = [*error["loc"][1:2], *(step for step in error["loc"][2:] if isinstance(step, int))]
-    if error["type"] == "missing" and len(error["loc"]) > 2:
+    if error["type"] in ("missing", "extra_forbidden") and len(error["loc"]) > 2:
         place.append(error["loc"][-1])
     param = ".".join(map(str, place)) or None
     message = f"{param or 'body'}: {error['msg']}".replace("Value error, ", "")
-    if error["type"] not in ("missing", "value_error"):
+    if error["type"] not in ("missing", "extra_forbidden", "value_error"):
         message += f", got {repr(error.get('input'))[:MAX_ECHO]}"
     return message, param
 
@@ -94,21 +99,15 @@ def explain(errors: Sequence[Mapping[str, Any]], body: Any) -> tuple[str, str | 
 UNSUPPORTED = {
     "presence_penalty": "use repetition_penalty",
     "frequency_penalty": "use repetition_penalty",
-    "tools": "the model calls none",
-    "tool_choice": "the model calls none",
-    "functions": "the model calls none",
-    "function_call": "the model calls none",
+    "functions": "use tools",
+    "function_call": "use tool_choice",
     "echo": "use /v1/completions",
     "suffix": "the model only reads what comes before",
     "best_of": "ask for n completions and choose",
     "modalities": "the model writes text alone",
     "audio": "the model writes text alone",
     "prediction": "replies are written from their beginning",
-    "guided_json": "replies are free text",
-    "guided_regex": "replies are free text",
-    "guided_choice": "replies are free text",
-    "guided_grammar": "replies are free text",
-    "structured_outputs": "replies are free text",
+    "guided_grammar": "use guided_json, guided_regex or guided_choice",
     "prompt_logprobs": "use /v1/completions with echo and logprobs",
     "min_tokens": "a reply ends where the model ends it",
     "ignore_eos": "a reply ends where the model ends it",
@@ -117,7 +116,7 @@ UNSUPPORTED = {
     "continue_final_message": "use /v1/completions",
     "chat_template": "the model has its own",
 }
-WITHOUT_EFFECT = {"tool_choice": ("none", "auto"), "function_call": ("none", "auto"), "modalities": (["text"],)}
+WITHOUT_EFFECT = {"function_call": ("none", "auto"), "modalities": (["text"],)}
 Whole = Annotated[
     int, BeforeValidator(lambda n: int(n) if isinstance(n, float) and n.is_integer() else n)
 ]  # 40.0 is 40
@@ -142,6 +141,49 @@ class StreamOptions(StrictModel):
     """What a stream carries beside the reply."""
 
     include_usage: bool = Field(False, description="Send one more chunk, with `usage` and no choices.")
+
+
+def parsed(schema: Any) -> Any:
+    """A JSON schema that may be written as a text."""
+    try:
+        return json.loads(schema) if isinstance(schema, str) else schema
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+Schema = Annotated[Json, BeforeValidator(parsed)]
+Choices = Annotated[list[str], Field(fail_fast=True, min_length=1, max_length=10_000)]
+
+
+class JsonSchema(StrictModel):
+    """A schema with a name, which nobody reads."""
+
+    name: str | None = None
+    written: Json = Field(alias="schema")
+
+
+class ResponseFormat(StrictModel):
+    """The form of a reply, as OpenAI names it."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _refuse_a_form_without_its_schema(self) -> Self:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("type json_schema and the field json_schema go together")
+        return self
+
+
+class StructuredOutputs(StrictModel):
+    """The same and more, as vLLM names it."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    written: Schema | None = Field(None, alias="json")
+    regex: str | None = None
+    choice: Choices | None = None
+    json_object: bool | None = None
 
 
 class KnownFields(StrictModel):
@@ -183,6 +225,11 @@ class SamplingRequest(KnownFields):
     logit_bias: Annotated[dict[IdText, Bias], Field(max_length=300)] | None = Field(
         None, description="Token ids (as text): what to add to their logits."
     )
+    response_format: ResponseFormat | None = Field(None, description="Text, any JSON object, or JSON by a schema.")
+    guided_json: Schema | None = Field(None, description="A JSON schema that the reply follows.")
+    guided_regex: str | None = Field(None, description="A regular expression that matches the whole reply.")
+    guided_choice: Choices | None = Field(None, description="Texts, of which the reply is one.")
+    structured_outputs: StructuredOutputs | None = Field(None, description="json, regex, choice or json_object.")
 
     @model_validator(mode="after")
     def _refuse_options_without_effect(self) -> Self:
@@ -191,7 +238,32 @@ class SamplingRequest(KnownFields):
                 raise ValueError(f"{name} expects at least 1 token, or -1 for as many as fit, got 0")
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options expects stream to be true")
+        if len(given := [field for field, form in self.forms if form is not None]) > 1:
+            raise ValueError(f"{given[1]} and {given[0]} both say what the reply must look like; send one")
         return self
+
+    @property
+    def callable_tools(self) -> "list[FunctionTool]":
+        """The tools that a reply may call: only one to messages may."""
+        return []
+
+    @property
+    def forms(self) -> list[tuple[str, Callable[[], str] | None]]:
+        """What may say what the reply must look like, and what makes a grammar's rule of it, if it does."""
+        wanted, more = self.response_format or ResponseFormat(type="text"), self.structured_outputs
+        more = more or StructuredOutputs.model_validate({})
+        schema = OBJECT if wanted.type == "json_object" else None
+        schema = wanted.json_schema.written if wanted.json_schema is not None else schema
+        other = OBJECT if more.json_object else more.written
+        return [
+            ("response_format", None if schema is None else partial(json_rule, schema)),
+            ("guided_json", None if self.guided_json is None else partial(json_rule, self.guided_json)),
+            ("guided_regex", None if self.guided_regex is None else partial(regex_rule, self.guided_regex)),
+            ("guided_choice", None if self.guided_choice is None else partial(choice_rule, self.guided_choice)),
+            ("structured_outputs", None if other is None else partial(json_rule, other)),
+            ("structured_outputs", None if more.regex is None else partial(regex_rule, more.regex)),
+            ("structured_outputs", None if more.choice is None else partial(choice_rule, more.choice)),
+        ]
 
     @property
     def token_limit(self) -> int:
@@ -223,19 +295,83 @@ class TextPart(StrictModel):
         return part
 
 
+class CalledFunction(StrictModel):
+    """What a call calls, with its arguments as JSON."""
+
+    name: str
+    arguments: str
+
+
+class Call(StrictModel):
+    """A call of a function by the assistant."""
+
+    id: str
+    function: CalledFunction
+
+
 class ChatMessage(StrictModel):
     """One message of a conversation."""
 
-    role: Literal["system", "developer", "user", "assistant"] = Field(
+    role: Literal["system", "developer", "user", "assistant", "tool"] = Field(
         description="developer is another word for system."
     )
-    content: str | Annotated[list[TextPart], Field(fail_fast=True)] = Field(
-        description="Text, or text parts that are joined."
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = Field(
+        None, description="Text, or text parts that are joined; null only beside tool_calls."
     )
+    tool_calls: Annotated[list[Call], Field(fail_fast=True, max_length=128)] | None = Field(
+        None, description="Of the assistant: the functions that it called."
+    )
+    tool_call_id: str | None = Field(None, description="Of a tool: the call that this is the answer to.")
+
+    @model_validator(mode="after")
+    def _refuse_halves(self) -> Self:
+        if self.content is None and not self.tool_calls:
+            raise ValueError("content is missing")
+        if (self.role == "tool") != (self.tool_call_id is not None):
+            raise ValueError("the role tool and the field tool_call_id go together")
+        return self
 
     @property
-    def text(self) -> str:
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+    def openai(self) -> Json:
+        """Content as one text, and a role of ours."""
+        text = "".join(part.text for part in self.content) if isinstance(self.content, list) else self.content
+        calls = [call.model_dump() for call in self.tool_calls or ()]
+        return {"role": "system" if self.role == "developer" else self.role, "content": text, "tool_calls": calls}
+
+
+class Function(StrictModel):
+    """A function that the model may call."""
+
+    name: str = Field(pattern=f"^{NAME.pattern}$")
+    description: str | None = None
+    parameters: Json | None = Field(None, description="A JSON schema of its arguments, which are an object.")
+    strict: bool | None = Field(None, description="Follow every keyword of the schema, or refuse it.")
+
+    @model_validator(mode="after")
+    def _refuse_other_arguments(self) -> Self:
+        if (self.parameters or {}).get("type", "object") != "object":
+            raise ValueError("parameters must describe an object")
+        return self
+
+
+class FunctionTool(StrictModel):
+    """A tool of the only kind that there is here."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class NamedFunction(StrictModel):
+    """Which function to call."""
+
+    name: str
+
+
+class NamedTool(StrictModel):
+    """Which tool to call."""
+
+    type: Literal["function"]
+    function: NamedFunction
 
 
 class ChatRequest(SamplingRequest):
@@ -247,13 +383,20 @@ class ChatRequest(SamplingRequest):
         min_length=1,
         max_length=1000,
         fail_fast=True,
-        description="Perhaps one of the system, then user and assistant in turn; the last is the user's.",
+        description="Perhaps one of the system, then user and assistant in turn, with the answers of tools to each "
+        "call; the last is the user's or a tool's.",
         examples=[[{"role": "user", "content": "What is 2 + 3?"}]],
     )
     logprobs: bool | None = Field(None, description="Say how likely each token was.")
     top_logprobs: Whole | None = Field(None, ge=0, le=20, description="Name the most likely tokens at each place.")
     experts: bool | None = Field(None, description="With logprobs: the experts of each token.")
-    response_format: dict[Literal["type"], Literal["text"]] | None = Field(None, description="Plain text alone.")
+    tools: Annotated[list[FunctionTool], Field(fail_fast=True, max_length=128)] | None = Field(
+        None, description="Functions that the model may call; the client runs them."
+    )
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = Field(
+        None, description="Whether it calls some, or which one. Default auto, where there are tools."
+    )
+    parallel_tool_calls: bool | None = Field(None, description="Whether several calls may come at once. Default true.")
 
     @model_validator(mode="after")
     def _refuse_details_without_logprobs(self) -> Self:
@@ -261,6 +404,29 @@ class ChatRequest(SamplingRequest):
             if getattr(self, name) and not self.logprobs:
                 raise ValueError(f"{name} expects logprobs to be true")
         return self
+
+    @model_validator(mode="after")
+    def _refuse_tools_that_are_not_there(self) -> Self:
+        names = [tool.function.name for tool in self.tools or ()]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"tools has the name {twice} twice")
+        if isinstance(self.tool_choice, NamedTool) and (name := self.tool_choice.function.name) not in names:
+            raise ValueError(f"tool_choice names {name[:MAX_ECHO]!r}, tools has {', '.join(names) or 'none'}")
+        if self.tool_choice == "required" and not names:
+            raise ValueError("tool_choice required expects tools, got none")
+        return self
+
+    @property
+    def callable_tools(self) -> list[FunctionTool]:
+        """The tools that this reply may call."""
+        if self.tool_choice == "none":
+            return []
+        named = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
+        return [tool for tool in self.tools or () if named in (None, tool.function.name)]
+
+    @property
+    def must_call(self) -> bool:
+        return self.tool_choice == "required" or isinstance(self.tool_choice, NamedTool)
 
     @property
     def engine_top_logprobs(self) -> int | None:
@@ -299,6 +465,7 @@ class TokenizeRequest(KnownFields):
     messages: list[ChatMessage] | None = Field(None, min_length=1, max_length=1000, fail_fast=True)
     add_special_tokens: bool = Field(True, description="Begin a prompt with <s>.")
     add_generation_prompt: Literal[True] = Field(True, description="The ids of messages end where the reply begins.")
+    tools: list[FunctionTool] | None = Field(None, description="As in a chat: the functions that messages may call.")
     return_token_strs: bool | None = Field(None, description="Name the pieces, too.")
 
     @model_validator(mode="after")

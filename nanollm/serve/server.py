@@ -230,6 +230,7 @@ def run(app: FastAPI, host: str, port: int) -> None:
     before = signal.signal(signal.SIGTERM, leave)  # uvicorn ends in good order, and then raises the signal again
     try:
         app.state.service.engine.start()  # here a mistake is still one line; within uvicorn it would be a traceback
+        app.state.service.examiner.start()
         gc.collect()
         gc.freeze()  # what is there by now stays; to look through all of it again would hold everybody up
         server.run(sockets=[listener])

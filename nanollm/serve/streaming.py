@@ -68,11 +68,14 @@ class LogprobEntry:
 
 @dataclass
 class Delta:
-    """What is new of a choice: all of its text was sampled, or all of it was given by a tool."""
+    """What is new of a choice: its text was sampled, or given by a tool, or belongs to the arguments of one call."""
 
     index: int
     text: str = ""
     is_given: bool = False
+    call: int | None = None  # the number of the call
+    name: str = ""  # of the function, where its call begins
+    calls: list[Json] = field(default_factory=list)  # of a whole answer
     entries: list[LogprobEntry] = field(default_factory=list)
     finish: FinishReason | None = None
 
@@ -85,18 +88,22 @@ class Choice:
         index: int,
         detokenizer: Detokenizer,
         stops: Sequence[str],
+        call_id: int | None = None,
         echo: Sequence[int] = (),
         *,
         has_reply: bool = True,
     ) -> None:
-        """has_reply: false where the echo is all, and the only token sampled is dropped."""
-        self.index = index
+        """call_id: the mark before a call, where there may be some; has_reply: false where the echo is all, and the
+        only token sampled is dropped."""
+        self.index, self._call_id = index, call_id
+        self._names: dict[int, str] = {}  # what is known of the name of each call; a space ends it
         self.tokens = 0  # tokens sampled, an end token among them not counted
         self._tokenizer, self._echo, self._has_reply = detokenizer.tokenizer, echo, has_reply
         self._shift = 0  # characters of the echo
         self._text = TextStream(self._tokenizer, stops)
         self._pending: deque[TokenEvent] = deque()
         self._is_given: list[bool] = []  # of each token
+        self._calls: list[int] = []  # the number of the call that each token belongs to; -1: none
         self._emitted = 0
 
     def take(self, events: Sequence[TokenEvent]) -> list[Delta]:
@@ -109,17 +116,21 @@ class Choice:
                 self.tokens += 1
                 self._pending.append(event)
                 self._is_given.append(event.is_given)
+                latest = self._calls[-1] if self._calls else -1
+                self._calls.append(latest + (event.token == self._call_id))
                 self._text.push(event.token)
             if event.finish is not None:
                 self._text.close()
                 is_cut = event.finish == "length" or not self._has_reply
                 finish = "length" if is_cut and not self._text.is_stopped else "stop"
-        deltas = self._parts(begin)
-        place, end = 0, self._shift + begin + len(deltas[0].text)
+        if finish == "stop" and not self._text.is_stopped and self._calls and self._calls[-1] >= 0:
+            finish = "tool_calls"
+        sizes, deltas = zip(*self._parts(begin), strict=True)
+        place, end = 0, self._shift + begin + sizes[0]
         for entry in self._emit(everything=finish is not None and not self._text.is_stopped):
             while entry.offset >= end and place < len(deltas) - 1:
                 place += 1
-                end += len(deltas[place].text)
+                end += sizes[place]
             deltas[place].entries.append(entry)
         deltas[-1].finish = finish
         return [*echo, *deltas]
@@ -136,16 +147,28 @@ class Choice:
         known = zip(ids, [None, *first.prompt_logprobs], stream.begins, strict=True) if first.logprobs else ()
         return [Delta(self.index, stream.text, entries=[LogprobEntry(*each) for each in known])]
 
-    def _parts(self, begin: int) -> list[Delta]:
-        """The text from there on, cut where the model and a tool take turns; at least one part."""
+    def _parts(self, begin: int) -> list[tuple[int, Delta]]:
+        """The text from there on, cut where the model and a tool take turns, and calls begin; with lengths."""
         text, begins = self._text.text, self._text.begins
 
-        def is_given(place: int) -> bool:
-            return self._is_given[bisect_right(begins, place) - 1]
+        def kind(place: int) -> tuple[bool, int]:
+            token = bisect_right(begins, place) - 1
+            return self._is_given[token], self._calls[token]
 
-        parts = groupby(range(begin, len(text)), is_given)
-        deltas = [Delta(self.index, "".join(text[place] for place in places), given) for given, places in parts]
-        return deltas or [Delta(self.index)]
+        deltas = list[tuple[int, Delta]]()
+        for (is_given, call), places in groupby(range(begin, len(text)), kind):
+            part = "".join(text[place] for place in places)
+            deltas.append((len(part), Delta(self.index, part, is_given) if call < 0 else self._call(call, part)))
+        return deltas or [(0, Delta(self.index))]
+
+    def _call(self, call: int, part: str) -> Delta:
+        """More of a call: its name is told when all of it is there."""
+        name, is_known = self._names.get(call, ""), " " in self._names.get(call, "")
+        if is_known:
+            return Delta(self.index, part, call=call)
+        name, space, arguments = (name + part).partition(" ")
+        self._names[call] = name + space
+        return Delta(self.index, arguments, call=call, name=name if space else "")
 
     def _emit(self, *, everything: bool) -> list[LogprobEntry]:
         """Of the pending tokens, those that begin in the text that is out, or all."""
@@ -200,7 +223,12 @@ class Generation:
         whole = [Delta(choice.index) for choice in self.choices]
         while self.unfinished:
             for delta in await self.next_deltas():
-                whole[delta.index].text += delta.text
+                if delta.name:
+                    whole[delta.index].calls.append(called(delta.name))
+                if delta.call is None:
+                    whole[delta.index].text += delta.text
+                elif whole[delta.index].calls:
+                    whole[delta.index].calls[-1]["function"]["arguments"] += delta.text
                 whole[delta.index].entries += delta.entries
                 whole[delta.index].finish = delta.finish
         return whole
@@ -221,6 +249,15 @@ class Generation:
 
 
 # --- text becomes JSON ---
+
+
+def called(name: str, arguments: str = "") -> Json:
+    """A call that begins, with an id to answer to."""
+    return {
+        "id": f"call_{uuid.uuid4().hex}",
+        "type": "function",
+        "function": {"name": name, "arguments": arguments},
+    }
 
 
 class Formatter(ABC):
@@ -244,7 +281,7 @@ class Formatter(ABC):
     def chunks(self, delta: Delta, *, is_first: bool) -> list[Json]:
         """Some of a choice, as one or two chunks of a stream: the reason why it ended comes by itself."""
         choices = []
-        if delta.text or delta.entries or is_first:
+        if delta.text or delta.entries or delta.name or is_first:
             choices.append(self.chunk_choice(replace(delta, finish=None), is_first=is_first))
         if delta.finish is not None:
             choices.append(self.chunk_choice(Delta(delta.index, finish=delta.finish), is_first=False))
@@ -269,13 +306,18 @@ class ChatFormatter(Formatter):
     kind, chunk_kind, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
 
     def choice(self, delta: Delta) -> Json:
-        message = {"role": "assistant", "content": delta.text, "refusal": None}
+        message: Json = {"role": "assistant", "content": delta.text, "refusal": None}
+        if delta.calls:
+            message |= {"content": delta.text or None, "tool_calls": delta.calls}
         logprobs = {"content": [self._token(entry) for entry in delta.entries]} if self.has_logprobs else None
         return {"index": delta.index, "message": message, "logprobs": logprobs, "finish_reason": delta.finish}
 
     def chunk_choice(self, delta: Delta, *, is_first: bool) -> Json:
-        message = {"role": "assistant"} if is_first else {}
-        if delta.finish is None:
+        message: Json = {"role": "assistant"} if is_first else {}
+        if delta.call is not None and (delta.name or delta.text):
+            part = called(delta.name, delta.text) if delta.name else {"function": {"arguments": delta.text}}
+            message["tool_calls"] = [{"index": delta.call} | part]
+        elif delta.finish is None:
             message["content"] = delta.text
         logprobs = {"content": [self._token(entry) for entry in delta.entries]} if delta.entries else None
         choice = {"index": delta.index, "delta": message, "logprobs": logprobs, "finish_reason": delta.finish}

@@ -4,6 +4,7 @@ The `datasets` library streams the rows one by one and keeps nothing. A dataset'
 Parquet files, which the same library reads in the same way.
 """
 
+import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 
 from nanollm.progress import say
 from nanollm.sources.files import BadRecord, OnBad, Row, find_files, need, problem, read_records, read_rows
-from nanollm.text.chat import Conversation, Message
+from nanollm.text.chat import Conversation, Message, ToolCall, function_text
 
 OPENWEBTEXT = "Skylion007/openwebtext"
 SUPER_NATURAL_INSTRUCTIONS = "andersonbcdefg/supernatural-instructions-2m"
@@ -38,8 +39,8 @@ def chats(inputs: Sequence[Path], on_bad: OnBad) -> Iterator[Conversation]:
     """Conversations in which the assistant says something that is trained.
 
     Records are {"messages": [{"role": ..., "content": ...}, ...]} as OpenAI writes them, {"conversations": [{"from":
-    ..., "value": ...}, ...]} (ShareGPT) or {"instruction": ..., "input": ..., "output": ...} (Alpaca). Fields of
-    messages that are not used are said at the end.
+    ..., "value": ...}, ...]} (ShareGPT) or {"instruction": ..., "input": ..., "output": ...} (Alpaca). "tools", a list
+    or its JSON, are functions that the assistant may call. Fields of messages that are not used are said at the end.
     """
     unused = Counter[str]()
     yield from read_records(find_files(inputs), [], lambda values: _parse_chat(values[0], unused), on_bad)
@@ -70,8 +71,15 @@ def _parse_chat(record: dict[str, Any], unused: Counter[str]) -> Conversation | 
         if isinstance(each := _parse_message(message, unused), str):
             return f"message {number}: {each}"
         parsed.append(each)
+    tools = record.get("tools") or []
     try:
-        conversation = Conversation(tuple(parsed))
+        tools = json.loads(tools) if isinstance(tools, str) else tools
+        if not isinstance(tools, list):
+            return f"tools must be a list, got {tools!r:.80}"
+        functions = tuple(map(function_text, tools))
+        if reason := problem(functions, ["tools"] * len(functions)):
+            return reason
+        conversation = Conversation(tuple(parsed), functions)
     except ValueError as error:
         return str(error)
     if not any(message.role == "assistant" and message.is_trained for message in conversation.messages):
@@ -81,7 +89,7 @@ def _parse_chat(record: dict[str, Any], unused: Counter[str]) -> Conversation | 
 
 ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant", "developer": "system"}
 """Other names for a role."""
-NOT_SUPPORTED = ("tool_calls", "function_call", "tool_call_id", "reasoning_content", "reasoning", "thinking", "audio")
+NOT_SUPPORTED = ("function_call", "reasoning_content", "reasoning", "thinking", "audio")
 """Fields without which a message means something else."""
 
 
@@ -92,8 +100,11 @@ def _parse_message(message: dict[str, Any], unused: Counter[str]) -> Message | s
     weight, train = given.pop("weight", 1), given.pop("train", True)
     if named := [name for name in NOT_SUPPORTED if given.get(name)]:
         return f"{named[0]} is not supported"
-    if role in ("tool", "function"):
-        return f"the role {role} is not supported"
+    if role == "function":
+        return "the role function is not supported, only tool"
+    calls, _ = given.pop("tool_calls", ()), given.pop("tool_call_id", None)  # answers come in the order of the calls
+    if not isinstance(calls, list | tuple):
+        return f"tool_calls must be a list, got {calls!r:.80}"
     if isinstance(content, list):
         kinds = [part.get("type") if isinstance(part, dict) else type(part).__name__ for part in content]
         if other := [kind for kind in kinds if kind != "text"]:
@@ -101,11 +112,16 @@ def _parse_message(message: dict[str, Any], unused: Counter[str]) -> Message | s
         content = "".join(str(part.get("text", "")) for part in content)
     if weight not in (0, 1) or not isinstance(train, bool):
         return f"weight must be 0 or 1 and train true or false, got {weight!r} and {train!r}"
-    if reason := problem([role, content], ["role", "content"]):
-        return reason
+    may_be_empty = not content and (calls or role == "tool")
     unused.update(given.keys())
     try:
-        return Message(ROLES.get(role, role), content, is_trained=bool(weight) and train)
+        made = tuple(map(ToolCall.of, calls))
+        texts = [("role", role), ("content", content)][: 1 if may_be_empty else 2] + [
+            ("call", each.text) for each in made
+        ]
+        if reason := problem([text for _, text in texts], [name for name, _ in texts]):
+            return reason
+        return Message(ROLES.get(role, role), content or "", is_trained=bool(weight) and train, tool_calls=made)
     except ValueError as error:
         return str(error)
 
@@ -197,6 +213,8 @@ def _parse_exchange(
     for number, message in enumerate([*before, last | {"content": "-"} if is_empty else last], start=1):
         if isinstance(each := _parse_message(message, unused), str):
             return f"message {number}: {each}"
+        if each.tool_calls:
+            return f"message {number}: tool_calls is not supported in preferences"
         parsed.append(replace(each, is_trained=False))
     try:
         Conversation(tuple(parsed))

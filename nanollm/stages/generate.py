@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from nanollm.generate.model import GenerateConfig, load
 from nanollm.generate.request import Quantize
@@ -24,6 +25,8 @@ class Config(GenerateConfig):
     """Treat each prompt as a user message and reply to it instead of continuing it."""
     json: bool = False
     """Print one JSON object per prompt instead of text."""
+    schema: Path | None = None
+    """File of a JSON schema that each continuation or reply follows."""
     tools: list[str] | None = None
     """Tools that the model may call while it writes, such as calculator. null: those the model was trained with; none:
     no tools."""
@@ -43,10 +46,22 @@ class Config(GenerateConfig):
 def run(c: Config) -> str:
     """The prompts with their continuations, in order."""
     model = load(c.bundle, tools=c.tools, quantize=c.quantize, device=c.device, dtype=c.dtype)
-    replies = model.complete(c.prompt, c, is_chat=c.chat)
+    schema = None if c.schema is None else read_schema(c.schema)
+    replies = model.complete(c.prompt, c, schema, is_chat=c.chat)
     lines = []
     for prompt, (text, completion) in zip(c.prompt, replies, strict=True):
         record = {"prompt": prompt, "text": text, "tokens": len(completion.ids), "finish": completion.finish}
         plain = text if c.chat else prompt + text
         lines.append(json.dumps(record, ensure_ascii=False) if c.json else plain)
     return ("\n" if c.json else f"\n{BETWEEN}\n").join(lines)
+
+
+def read_schema(path: Path) -> dict[str, Any]:
+    """A JSON schema from a file."""
+    try:
+        schema = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is no JSON that can be read: {error}") from None
+    if not isinstance(schema, dict):
+        raise ValueError(f"{path} must hold a JSON schema, which is an object, got {schema!r:.60}")
+    return schema

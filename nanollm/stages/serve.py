@@ -74,7 +74,7 @@ class Config:
 
 def run(c: Config) -> None:
     """Serve until a signal comes; prints the address when it is ready."""
-    require("serve", ("fastapi", "uvicorn", "prometheus_client"), "serve")
+    require("serve", ("fastapi", "uvicorn", "prometheus_client", "llguidance"), "serve")
     from nanollm.serve.app import build_app
     from nanollm.serve.server import checked_key
     from nanollm.serve.server import run as run_server

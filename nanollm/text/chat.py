@@ -2,21 +2,26 @@
 
 <s> then, for each message, <|role|> content <|end|>. The marks are control symbols and each content is encoded by
 itself, so no content can end a message or begin another. Trained: what the assistant says and the <|end|> after it.
+
+Functions that the assistant may call are told behind the system's message: TOOL, a line of JSON for each, <|end|>. It
+calls them behind its content: for each call CALL, a name, a space and a JSON object of arguments. What a function
+returns is a message between TOOL and <|end|>.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol, get_args
+from typing import Any, Literal, NamedTuple, Protocol, Self, get_args
 
 import numpy as np
 import numpy.typing as npt
 
-from nanollm.text.tokenizer import ASSISTANT, END, MARKS, SYSTEM, USER, Tokenizer
+from nanollm.text.tokenizer import ASSISTANT, CALL, END, MARKS, SYSTEM, TOOL, USER, Tokenizer
 
 Ids = npt.NDArray[np.integer]
 Trained = npt.NDArray[np.bool_]
-Role = Literal["system", "user", "assistant"]
+Role = Literal["system", "user", "assistant", "tool"]
 Cut = Literal["dropped turns", "cut reply", "cut question"]
 
 
@@ -30,10 +35,62 @@ class Tool(Protocol):
         ...
 
 
-MARK_OF: dict[str, str] = {"system": SYSTEM, "user": USER, "assistant": ASSISTANT}
+MARK_OF: dict[str, str] = {"system": SYSTEM, "user": USER, "assistant": ASSISTANT, "tool": TOOL}
 TURNS = "an optional system message, then user and assistant in turn"
-MIN_LIMIT = 7
-"""Ids that no cut can spare: <s>, the marks around system message and question, <|assistant|> and one id after it."""
+MIN_LIMIT = 9
+"""Ids that no cut can spare: <s>, the marks around system message, functions and question, <|assistant|> and one id
+after it."""
+NAME = re.compile("[a-zA-Z0-9_-]{1,64}")
+"""Of a function."""
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """The call of a function, of which somebody else takes care."""
+
+    name: str
+    arguments: str
+    """A JSON object."""
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.name, str) and NAME.fullmatch(self.name)):
+            raise ValueError(f"a function's name must be 1 to 64 letters, digits, _ and -, got {self.name!r:.80}")
+        if not self.arguments.startswith("{") or not isinstance(_parsed(self.arguments), dict):
+            raise ValueError(f"the arguments of {self.name} must be a JSON object, got {self.arguments!r:.80}")
+
+    @classmethod
+    def of(cls, call: Any) -> Self:
+        """From OpenAI's form; ValueError for any other. Its arguments may be a text or, as in data, an object."""
+        function = call.get("function") if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping) or not {"name", "arguments"} <= function.keys():
+            raise ValueError(f'a call must be {{"function": {{"name": ..., "arguments": ...}}}}, got {call!r:.80}')
+        arguments = function["arguments"]
+        return cls(function["name"], arguments.strip() if isinstance(arguments, str) else json_text(arguments))
+
+    @property
+    def text(self) -> str:
+        """As the assistant writes it behind the mark."""
+        return f"{self.name} {self.arguments}"
+
+
+def json_text(value: Any) -> str:
+    """A value as models read and write it."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def function_text(tool: Any) -> str:
+    """What a model reads of a function, from OpenAI's form: its name, description and parameters."""
+    function = tool.get("function") if isinstance(tool, Mapping) else None
+    if not isinstance(function, Mapping) or not NAME.fullmatch(str(function.get("name"))):
+        raise ValueError(f'a tool must be {{"type": "function", "function": {{"name": ...}}}}, got {tool!r:.80}')
+    return json_text(function)
 
 
 @dataclass(frozen=True)
@@ -42,29 +99,57 @@ class Message:
     content: str
     is_trained: bool = True
     """Of the assistant: whether a model learns to say it, or only sees it."""
+    tool_calls: tuple[ToolCall, ...] = ()
+    """Of the assistant, behind what it says."""
+
+    @classmethod
+    def of(cls, message: Mapping[str, Any]) -> Self:
+        """From OpenAI's form."""
+        calls = tuple(map(ToolCall.of, message.get("tool_calls") or ()))
+        content: Any = "" if calls and message.get("content") is None else message.get("content")
+        return cls(message["role"], content, tool_calls=calls)
 
     def __post_init__(self) -> None:
         if self.role not in get_args(Role):
             raise ValueError(f"a message's role must be one of {', '.join(get_args(Role))}, got {self.role!r}")
         if not isinstance(self.content, str):
             raise ValueError(f"a message's content must be text, got {type(self.content).__name__}")
-        if not self.content:
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError(f"only the assistant calls functions, got calls of the {self.role}")
+        if not (self.content or self.tool_calls or self.role == "tool"):
             raise ValueError(f"a message of the {self.role} is empty; give it at least one character, or leave it out")
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages in turn: perhaps one of the system, then user, assistant, user, ..."""
+    """Messages in turn: perhaps one of the system, then user, assistant, user, ...
+
+    Behind the assistant's calls comes a message of the tool for each, and then the assistant again.
+    """
 
     messages: tuple[Message, ...]
+    tools: tuple[str, ...] = ()
+    """What the model reads of each function that it may call (`function_text`)."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "messages", tuple(self.messages))
         roles = [message.role for message in self.messages]
         if roles.count("system") > 1:
             raise ValueError(f"a conversation has at most one system message, got {roles.count('system')}; join them")
-        turns = roles[1:] if roles[:1] == ["system"] else roles
-        if not turns or any(role != ("user", "assistant")[turn % 2] for turn, role in enumerate(turns)):
+        turns = self.messages[1:] if roles[:1] == ["system"] else self.messages
+        expected, calls = "user", 0  # calls that no message of the tool has answered yet
+        for turn in turns:
+            if turn.role != (expected := "tool" if calls else expected):
+                break
+            calls = calls - 1 if calls else len(turn.tool_calls)
+            expected = "user" if turn.role == "assistant" else "assistant"
+        else:
+            expected = ""
+        if (calls and roles[-1] != "assistant") or (expected and "tool" in roles):
+            raise ValueError(
+                f"behind each call comes one message of the tool, and nowhere else; got {', '.join(roles)}"
+            )
+        if not turns or expected:
             raise ValueError(f"a conversation is {TURNS}; got {', '.join(roles) or 'no messages'}")
 
     @classmethod
@@ -87,17 +172,22 @@ def encode_conversation(conversation: Conversation, tokenizer: Tokenizer, tools:
     engine appends it, and not trained."""
     ids, trained = [tokenizer.bos_id], [False]
     end = tokenizer.mark_id(END)
-    for message in conversation.messages:
-        ids.append(tokenizer.mark_id(MARK_OF[message.role]))
-        trained.append(False)
+
+    def add(encoded: list[int], is_trained: bool) -> None:
+        ids.extend(encoded)
+        trained.extend([is_trained] * len(encoded))
+
+    for place, message in enumerate(conversation.messages):
+        if conversation.tools and place == (conversation.messages[0].role == "system"):
+            add([tokenizer.mark_id(TOOL), *tokenizer.encode("\n".join(conversation.tools)), end], False)
+        add([tokenizer.mark_id(MARK_OF[message.role])], False)
         is_trained = message.role == "assistant" and message.is_trained
         parts = given_parts(message.content, tools) if tools and is_trained else [(message.content, False)]
         for part, is_given in parts:
-            encoded = tokenizer.encode(part)
-            ids += encoded
-            trained += [is_trained and not is_given] * len(encoded)
-        ids.append(end)
-        trained.append(is_trained)
+            add(tokenizer.encode(part), is_trained and not is_given)
+        for call in message.tool_calls:
+            add([tokenizer.mark_id(CALL), *tokenizer.encode(call.text)], is_trained)
+        add([end], is_trained)
     return Encoded(ids, trained)
 
 
@@ -120,8 +210,9 @@ def given_parts(text: str, tools: Sequence[Tool]) -> Iterator[tuple[str, bool]]:
 
 def encode_prompt(conversation: Conversation, tokenizer: Tokenizer) -> list[int]:
     """The ids after which the assistant replies: they end in <|assistant|>."""
-    if conversation.messages[-1].role != "user":
-        raise ValueError("a prompt must end with the user's message, this one ends with the assistant's")
+    last = conversation.messages[-1]
+    if last.role == "assistant":
+        raise ValueError("a prompt must end with the user's message or a tool's, this one ends with the assistant's")
     return [*encode_conversation(conversation, tokenizer).ids, tokenizer.mark_id(ASSISTANT)]
 
 
@@ -132,7 +223,7 @@ def reply_ends(tokenizer: Tokenizer) -> frozenset[int]:
 
 def reply_borders(tokenizer: Tokenizer) -> frozenset[int]:
     """The ids at which what the assistant says is over: those that end a reply, and the marks that begin a message."""
-    return reply_ends(tokenizer) | {tokenizer.mark_id(mark) for mark in MARK_OF.values()}
+    return reply_ends(tokenizer) | {token for token, name in tokenizer.symbols.items() if name in MARK_OF.values()}
 
 
 def reply_text(ids: Sequence[int], tokenizer: Tokenizer) -> str:
@@ -162,10 +253,13 @@ class Marks(NamedTuple):
     user: int
     assistant: int
     end: int
+    tool: int  # -1: a tokenizer that was imported may have none
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> "Marks":
-        return cls(*(tokenizer.mark_id(mark) for mark in (SYSTEM, USER, ASSISTANT, END)))
+        tool = next((token for token, name in tokenizer.symbols.items() if name == TOOL), -1)
+        system, user, assistant, end = map(tokenizer.mark_id, (SYSTEM, USER, ASSISTANT, END))
+        return cls(system, user, assistant, end, tool)
 
 
 @dataclass(frozen=True)
@@ -223,7 +317,7 @@ def _within_one_exchange(ids: Ids, limit: int, marks: Marks) -> tuple[Trained, t
     keep[head + kept :] = False
     cuts: tuple[Cut, ...] = ("cut reply",) if kept < reply else ()
     if (excess := head + kept - limit) > 0:
-        starts = np.flatnonzero((ids[:head] == marks.system) | (ids[:head] == marks.user)) + 1
+        starts = np.flatnonzero(np.isin(ids[:head], (marks.system, marks.tool, marks.user))) + 1
         ends = np.flatnonzero(ids[:head] == marks.end)
         for start, end, room in zip(starts, ends, _rooms(ends - starts, excess), strict=True):
             keep[start + (room + 1) // 2 : end - room // 2] = False
@@ -232,46 +326,70 @@ def _within_one_exchange(ids: Ids, limit: int, marks: Marks) -> tuple[Trained, t
 
 
 def _rooms(lengths: Ids, excess: int) -> list[int]:
-    """New lengths of one or two messages, `excess` less in all: the longer gives until both are equal."""
-    room = int(lengths.sum()) - excess
-    if len(lengths) == 1:
-        return [room]
-    first, second = map(int, lengths)
-    shorter = min(first, second, room // 2)
-    return [shorter, room - shorter] if first <= second else [room - shorter, shorter]
+    """New lengths of one to three messages, `excess` less in all: the longest give until they are equal."""
+    room, rooms = int(lengths.sum()) - excess, [0] * len(lengths)
+    for left, place in zip(range(len(lengths), 0, -1), np.argsort(lengths, kind="stable").tolist(), strict=True):
+        rooms[place] = min(int(lengths[place]), room // left)
+        room -= rooms[place]
+    return rooms
 
 
 # What transformers and the engines that read its templates render: tokenised with the marks recognised, the text gives
 # the ids of encode_conversation and encode_prompt. Those can hold a message that spells a mark, because each content is
 # encoded by itself; a template is one text and cannot, so it refuses such a message. There is no {% generation %}
 # around the assistant's words: only transformers knows that tag, and plain jinja2 stops at it.
-_TEMPLATE = """
+_TEMPLATE = r"""
 {%- set marks = MARKS -%}
 {%- set first = 1 if messages and messages[0]['role'] == 'system' else 0 -%}
 {%- if messages | length == first -%}
   {{- raise_exception('a conversation is TURNS; this one asks nothing') -}}
 {%- endif -%}
-{{- bos_token -}}
-{%- for message in messages -%}
-  {%- set number = loop.index -%}
-  {%- set turn = ['user', 'assistant'][(loop.index0 - first) % 2] -%}
-  {%- set role = 'system' if loop.index0 < first else turn -%}
-  {%- if message['role'] != role -%}
-    {{- raise_exception('a conversation is TURNS; message ' ~ number ~ ' must have the role ' ~ role) -}}
-  {%- endif -%}
-  {%- if message['content'] is not string or not message['content'] -%}
-    {{- raise_exception('the content of message ' ~ number ~ ' must be text of at least one character') -}}
-  {%- endif -%}
+{%- macro checked(text, number) -%}
   {%- for mark in marks -%}
-    {%- if mark in message['content'] -%}
+    {%- if mark in text -%}
       {{- raise_exception('message ' ~ number ~ ' spells the mark ' ~ mark ~ '; change it') -}}
     {%- endif -%}
   {%- endfor -%}
-  {{- '<|' ~ role ~ '|>' ~ message['content'] ~ '<|end|>' -}}
+  {{- text -}}
+{%- endmacro -%}
+{{- bos_token -}}
+{%- set state = namespace(expected='user', calls=0) -%}
+{%- for message in messages -%}
+  {%- set number = loop.index -%}
+  {%- set role = 'system' if loop.index0 < first else 'tool' if state.calls else state.expected -%}
+  {%- set calls = message['tool_calls'] if role == 'assistant' and message['tool_calls'] else [] -%}
+  {%- set content = '' if calls and not message['content'] else message['content'] -%}
+  {%- if message['role'] != role -%}
+    {{- raise_exception('a conversation is TURNS; message ' ~ number ~ ' must have the role ' ~ role) -}}
+  {%- endif -%}
+  {%- if content is not string or not (content or calls or role == 'tool') -%}
+    {{- raise_exception('the content of message ' ~ number ~ ' must be text of at least one character') -}}
+  {%- endif -%}
+  {%- if (tools or calls) and 'TOOL' not in marks -%}
+    {{- raise_exception('this model has no marks for tools') -}}
+  {%- endif -%}
+  {%- if tools and loop.index0 == first -%}
+    {{- 'TOOL' -}}
+    {%- for tool in tools -%}
+      {{- checked(tool['function'] | tojson, number) ~ ('' if loop.last else '\n') -}}
+    {%- endfor -%}
+    {{- '<|end|>' -}}
+  {%- endif -%}
+  {{- ('TOOL' if role == 'tool' else '<|' ~ role ~ '|>') ~ checked(content, number) -}}
+  {%- for call in calls -%}
+    {%- set arguments = call['function']['arguments'] -%}
+    {%- set text = arguments if arguments is string else arguments | tojson -%}
+    {{- 'CALL' ~ checked(call['function']['name'] ~ ' ' ~ text, number) -}}
+  {%- endfor -%}
+  {{- '<|end|>' -}}
+  {%- if role != 'system' -%}
+    {%- set state.calls = state.calls - 1 if state.calls else calls | length -%}
+    {%- set state.expected = 'user' if role == 'assistant' else 'assistant' -%}
+  {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}
-  {%- if messages[-1]['role'] != 'user' -%}
-    {{- raise_exception('a prompt must end with a message of the user') -}}
+  {%- if messages[-1]['role'] == 'assistant' or state.calls -%}
+    {{- raise_exception('a prompt must end with a message of the user or the tool') -}}
   {%- endif -%}
   {{- '<|assistant|>' -}}
 {%- endif -%}
@@ -280,7 +398,8 @@ _TEMPLATE = """
 
 def template_for(symbols: Iterable[str]) -> str:
     """The template that refuses these in a message: `Tokenizer.symbols`, since a model that was imported has others."""
-    return _TEMPLATE.replace("TURNS", TURNS).replace("MARKS", json.dumps(list(symbols), ensure_ascii=False))
+    text = _TEMPLATE.replace("TURNS", TURNS).replace("'TOOL'", repr(TOOL)).replace("'CALL'", repr(CALL))
+    return text.replace("MARKS", json.dumps(list(symbols), ensure_ascii=False))
 
 
 TEMPLATE = template_for(["<pad>", "<unk>", "<s>", "</s>", *MARKS])

@@ -27,6 +27,7 @@ PieceKind = Literal["normal", "unknown", "control", "user_defined", "unused", "b
 SYSTEM, USER, ASSISTANT, END = "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"
 RESERVED = tuple(f"<|reserved_{n}|>" for n in range(12))
 MARKS = (SYSTEM, USER, ASSISTANT, END, *RESERVED)
+CALL, TOOL = RESERVED[:2]  # by their old names, so that every tokenizer of ours has them
 MAX_VOCAB_SIZE = 65_536  # token files hold uint16
 MAX_BYTES = 2**25  # of a model's file; one of 65,536 pieces has about a million
 SPACE_MARK = "\u2581"  # how SentencePiece writes a space; a text may hold it literally

@@ -26,6 +26,7 @@ from tests.export.strings import (
     many_texts,
     texts,
 )
+from tests.text.test_chat import TOOLS, WITH_CALLS, with_calls
 
 CONTEXT_LENGTH = 64
 
@@ -141,6 +142,11 @@ def test_conversations_have_the_same_ids(tokenizer, theirs):
         if messages[-1]["role"] == "user":
             prompt = theirs.apply_chat_template(messages, add_generation_prompt=True).input_ids
             assert prompt == encode_prompt(conversation, tokenizer)
+
+
+def test_conversations_with_calls_of_functions_have_the_same_ids(tokenizer, theirs):
+    prompt = theirs.apply_chat_template(WITH_CALLS, tools=TOOLS, add_generation_prompt=True).input_ids
+    assert prompt == encode_prompt(with_calls(), tokenizer)
 
 
 @pytest.mark.parametrize("mark", ALL_MARKS)

@@ -18,15 +18,19 @@ CONTEXT = 192
 @pytest.fixture(scope="session")
 def bundle(tokenizer: Tokenizer) -> Bundle:
     """A random model of a few hundred thousand weights, which says nothing sensible and never the same thing long."""
+    return random_bundle(tokenizer, CONTEXT)
+
+
+def random_bundle(tokenizer: Tokenizer, context_length: int) -> Bundle:
     torch.manual_seed(0)
-    config = replace(TINY, vocab_size=tokenizer.vocab_size, context_length=CONTEXT)
+    config = replace(TINY, vocab_size=tokenizer.vocab_size, context_length=context_length)
     return Bundle(randomised(Transformer(config).init(0)).eval(), tokenizer, {})
 
 
 @pytest.fixture(scope="session")
 def serve_extra() -> None:
     """Skips the test where the packages of the extra `serve` are missing."""
-    for package in ("fastapi", "uvicorn", "prometheus_client"):
+    for package in ("fastapi", "uvicorn", "prometheus_client", "llguidance"):
         pytest.importorskip(package, reason=f'{package} is not installed: pip install -e ".[serve]"')
 
 

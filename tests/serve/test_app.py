@@ -179,9 +179,9 @@ def test_the_page_is_served_by_name_and_nothing_outside_it(client):
         ({"messages": [{"role": "assistant", "content": "a"}]}, "messages", "then user and assistant in turn"),
         ({"messages": [*MESSAGES, {"role": "assistant", "content": "a"}]}, "messages", "must be the user's"),
         ({"messages": [*MESSAGES, *MESSAGES]}, "messages", "then user and assistant in turn"),
-        ({"messages": [{"role": "tool", "content": "a"}]}, "messages.0", "'assistant', got 'tool'"),
-        ({"messages": [{"role": "user", "content": None}]}, "messages.0", "valid string, got None"),
-        ({"messages": [{"role": "user"}]}, "messages.0.content", "Field required"),
+        ({"messages": [{"role": "judge", "content": "a"}]}, "messages.0", "got 'judge'"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages.0", "content is missing"),
+        ({"messages": [{"role": "user"}]}, "messages.0", "content is missing"),
         ({"messages": [{"role": "user", "content": "a"}] * 1001}, "messages", "at most 1000 items"),
         ({"temperature": "1"}, "temperature", "a valid number, got '1'"),
         ({"max_tokens": 0}, None, "max_tokens expects at least 1 token, or -1 for as many as fit, got 0"),
@@ -196,13 +196,13 @@ def test_the_page_is_served_by_name_and_nothing_outside_it(client):
         ({"logit_bias": {str(number): 1 for number in range(301)}}, "logit_bias", "at most 300"),
         ({"presence_penalty": 0.5}, None, "use repetition_penalty"),
         ({"stream_options": {"include_usage": True}}, None, "expects stream"),
-        ({"tools": [{"type": "function"}]}, None, "tools is not supported"),
-        ({"tool_choice": "required"}, None, "tool_choice is not supported"),
+        ({"tools": [{"type": "function"}]}, "tools.0.function", "Field required"),
+        ({"tool_choice": "required"}, None, "tool_choice required expects tools, got none"),
         ({"function_call": {"name": "f"}}, None, "function_call is not supported"),
         ({"modalities": ["text", "audio"]}, None, "modalities is not supported"),
         ({"prediction": {"type": "content", "content": "a"}}, None, "prediction is not supported"),
         ({"echo": True}, None, "echo is not supported"),
-        ({"guided_choice": ["a", "b"]}, None, "guided_choice is not supported"),
+        ({"guided_grammar": "root ::= x"}, None, "guided_grammar is not supported"),
         (
             {
                 "messages": [
@@ -212,7 +212,7 @@ def test_the_page_is_served_by_name_and_nothing_outside_it(client):
             "messages.0.0",
             "image parts are not supported, only text",
         ),
-        ({"response_format": {"type": "json_object"}}, "response_format", "'text'"),
+        ({"response_format": {"type": "xml"}}, "response_format", "'text'"),
         ({"repetition_penalty": 0}, "repetition_penalty", "greater than or equal to 0.1"),
     ],
 )

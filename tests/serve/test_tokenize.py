@@ -28,8 +28,13 @@ def test_a_conversation_has_the_ids_that_a_chat_counts(server, bundle):
     tokens = post(server, "/tokenize", messages=messages).json()["tokens"]
     conversation = Conversation(tuple(Message(each["role"], each["content"]) for each in messages))
     assert tokens == encode_prompt(conversation, bundle.tokenizer)
-    chat = post(server, "/v1/chat/completions", messages=messages, max_tokens=1).json()
-    assert chat["usage"]["prompt_tokens"] == len(tokens)
+    tools = {"tools": [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]}
+    for asked, count in (
+        ({}, len(tokens)),
+        (tools, post(server, "/tokenize", messages=messages, **tools).json()["count"]),
+    ):
+        chat = post(server, "/v1/chat/completions", messages=messages, max_tokens=1, **asked).json()
+        assert chat["usage"]["prompt_tokens"] == count
 
 
 @pytest.mark.parametrize(
@@ -38,7 +43,7 @@ def test_a_conversation_has_the_ids_that_a_chat_counts(server, bundle):
         ("/tokenize", {}, "expected either prompt or messages"),
         ("/tokenize", {"prompt": "a", "messages": [{"role": "user", "content": "a"}]}, "either prompt or messages"),
         ("/tokenize", {"prompt": "a", "model": "other"}, "there is no model 'other' here"),
-        ("/tokenize", {"prompt": "a", "tools": [{}]}, "tools is not supported"),
+        ("/tokenize", {"prompt": "a", "functions": [{}]}, "functions is not supported"),
         ("/detokenize", {"tokens": [600]}, "expected ids from 0 to 599, got 600"),
         ("/detokenize", {"tokens": [-1]}, "greater than or equal to 0"),
     ],

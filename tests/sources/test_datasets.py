@@ -7,7 +7,7 @@ import pytest
 
 from nanollm.sources import gsm8k
 from nanollm.sources.datasets import _parse_chat, chats, openwebtext, stream_rows, super_natural_instructions
-from nanollm.text.chat import Conversation, Message
+from nanollm.text.chat import Conversation, Message, ToolCall
 
 QUESTION, ANSWER = {"role": "user", "content": "Who?"}, {"role": "assistant", "content": " Me.\n"}
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -119,6 +119,7 @@ def spoken(record):
 
 ASKED, SAID = ("user", "Who?", True), ("assistant", "Me.", True)
 SHAREGPT = [{"from": "human", "value": "Who?"}, {"from": "gpt", "value": "Me."}]
+CALL = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Oslo"}'}}
 
 
 @pytest.mark.parametrize(
@@ -154,12 +155,16 @@ def test_an_alpaca_record_asks_with_its_input_and_a_developer_is_the_system():
 @pytest.mark.parametrize(
     ("message", "reason"),
     [
-        ({"role": "assistant", "content": "x", "tool_calls": [{}]}, "message 2: tool_calls is not supported"),
+        ({"role": "assistant", "content": "x", "tool_calls": [{}]}, 'message 2: a call must be {"function": '),
+        ({"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"a": "\ud800"}}}]}, "surrogate"),
+        ({"role": "assistant", "content": "x", "tool_calls": 5}, "message 2: tool_calls must be a list"),
+        ({"role": "assistant", "tool_calls": [CALL | {"function": {"name": "f", "arguments": "[]"}}]}, "JSON object"),
         (
             {"role": "assistant", "content": "x", "reasoning_content": "y"},
             "message 2: reasoning_content is not supported",
         ),
-        ({"role": "tool", "content": "x"}, "message 2: the role tool is not supported"),
+        ({"role": "tool", "content": "x"}, "behind each call comes one message of the tool, and nowhere else"),
+        ({"role": "function", "content": "x"}, "message 2: the role function is not supported, only tool"),
         ({"role": "assistant", "content": [{"type": "image_url"}]}, "a part of type image_url is not supported"),
         ({"role": "assistant", "content": "x", "weight": 0.5}, "weight must be 0 or 1"),
         ({"role": "assistant", "content": None}, "message 2: content is missing"),
@@ -167,6 +172,23 @@ def test_an_alpaca_record_asks_with_its_input_and_a_developer_is_the_system():
 )
 def test_what_changes_the_meaning_of_a_message_is_refused_by_its_name(message, reason):
     assert reason in spoken({"messages": [SHAREGPT[0], message]})
+
+
+@pytest.mark.parametrize("wrap", [list, json.dumps])
+def test_calls_and_functions_come_along(wrap):
+    function = {"name": "weather", "parameters": {"type": "object"}}
+    said = [
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "tool", "tool_call_id": "c1", "content": ""},
+        {"role": "assistant", "content": "Cold."},
+    ]
+    record = {"messages": [SHAREGPT[0], *said], "tools": wrap([{"type": "function", "function": function}])}
+    conversation = _parse_chat(record, Counter())
+    assert conversation.tools == (json.dumps(function),)
+    assert conversation.messages[1] == Message("assistant", "", tool_calls=(ToolCall("weather", '{"city": "Oslo"}'),))
+    assert [message.role for message in conversation.messages] == ["user", "assistant", "tool", "assistant"]
+    assert "tools must be a list" in spoken(record | {"tools": "5"})
+    assert "a tool must be" in spoken(record | {"tools": [{"name": "weather"}]})
 
 
 def test_fields_that_are_not_used_are_said_once_with_their_number(tmp_path, capsys):

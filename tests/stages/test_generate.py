@@ -59,3 +59,29 @@ def test_a_prompt_longer_than_the_context_is_refused(bundle):
 def test_senseless_settings_are_refused(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         Config(bundle=tmp_path, **settings)
+
+
+def test_continuations_follow_the_schema_of_a_file(bundle, tmp_path):
+    pytest.importorskip("llguidance", reason='llguidance is not installed: pip install -e ".[serve]"')
+    path, schema = tmp_path / "schema.json", {"enum": [{"a": 1}, [True, None]]}
+    path.write_text(json.dumps(schema))
+    for record in records(bundle=bundle, prompt=["The", "A"], schema=path):
+        assert json.loads(record["text"]) in schema["enum"]
+        assert record["finish"] == "end"
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("{", "is no JSON that can be read"),
+        ("[1]", "must hold a JSON schema, which is an object"),
+        ('{"enum": []}', "schema: Unsatisfiable schema"),
+        ('{"$ref": "other.json"}', "schema: "),
+    ],
+)
+def test_a_file_that_holds_no_schema_is_refused(bundle, tmp_path, text, reason):
+    pytest.importorskip("llguidance", reason='llguidance is not installed: pip install -e ".[serve]"')
+    path = tmp_path / "schema.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=reason):
+        run(Config(bundle=bundle, prompt=["The"], schema=path))

@@ -51,7 +51,7 @@ def test_messages_are_read_as_a_conversation(model):
     assert model.tokenizer.decode_drawn(expected.ids).startswith(reply)
     assert reply
     assert model.chat([messages, "No"], temperature=0, max_tokens=8)[0] == reply
-    with pytest.raises(ValueError, match="role must be one of system, user, assistant"):
+    with pytest.raises(ValueError, match="behind each call comes one message of the tool, and nowhere else"):
         model.chat([*messages, {"role": "tool", "content": "5"}])
 
 
@@ -81,3 +81,12 @@ def test_log_probabilities_are_those_of_the_tokens_behind_each_other(model):
     assert model.logprobs("") == []
     with pytest.raises(ValueError, match="the model's context is 32"):
         model.logprobs("word " * 40)
+
+
+def test_a_schema_holds_in_replies_continuations_and_streams(model):
+    pytest.importorskip("llguidance", reason='llguidance is not installed: pip install -e ".[serve]"')
+    schema, settings = {"enum": [{"a": 1}, {"a": 22}]}, {"seed": 3, "max_tokens": 30}
+    reply = model.chat("Who?", schema=schema, **settings)
+    assert json.loads(reply) in schema["enum"]
+    assert json.loads(model.generate(["The"], schema=schema)[0]) in schema["enum"]
+    assert "".join(model.stream("Who?", schema=schema, **settings)) == reply

@@ -1,3 +1,4 @@
+import json
 import re
 from itertools import groupby
 
@@ -14,12 +15,15 @@ from nanollm.text.chat import (
     Conversation,
     Marks,
     Message,
+    ToolCall,
     encode_conversation,
     encode_prompt,
+    function_text,
     given_parts,
     reply_ends,
     reply_text,
     shorten,
+    template_for,
 )
 from tests.export.strings import ALL_MARKS, conversations
 
@@ -87,7 +91,7 @@ def test_messages_out_of_turn_are_refused():
 
 
 def test_unknown_roles_and_contents_are_refused():
-    with pytest.raises(ValueError, match="role must be one of system, user, assistant, got 'robot'"):
+    with pytest.raises(ValueError, match="role must be one of system, user, assistant, tool, got 'robot'"):
         Message("robot", "beep")
     with pytest.raises(ValueError, match="content must be text, got NoneType"):
         Message("user", None)
@@ -108,7 +112,7 @@ def test_two_system_messages_are_refused():
 
 
 def test_a_prompt_that_already_has_its_reply_is_refused(tokenizer):
-    with pytest.raises(ValueError, match="must end with the user's message"):
+    with pytest.raises(ValueError, match="must end with the user's message or a tool's"):
         encode_prompt(TALK, tokenizer)
 
 
@@ -138,11 +142,15 @@ def rendered(request):
     """rendered(messages, add_generation_prompt): the text that a program makes of the template."""
     environment = ImmutableSandboxedEnvironment(trim_blocks=request.param, lstrip_blocks=request.param)
     environment.globals["raise_exception"] = raise_exception
+    environment.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)  # as transformers
     template = environment.from_string(TEMPLATE)
 
-    def render(messages, add_generation_prompt=False):
-        plain = [{"role": role, "content": content} for role, content in messages]
-        return template.render(messages=plain, add_generation_prompt=add_generation_prompt, bos_token="<s>")
+    def render(messages, add_generation_prompt=False, **more):
+        plain = [
+            each if isinstance(each, dict) else dict(zip(("role", "content"), each, strict=True)) for each in messages
+        ]
+        settings = {"add_generation_prompt": add_generation_prompt, "bos_token": "<s>"}
+        return template.render(messages=plain, **settings, **more)
 
     return render
 
@@ -199,8 +207,86 @@ def test_the_template_refuses_what_it_cannot_say(rendered, messages, reason):
 
 
 def test_the_template_refuses_a_prompt_that_already_has_its_reply(rendered):
-    with pytest.raises(Refused, match="must end with a message of the user"):
+    with pytest.raises(Refused, match="must end with a message of the user or the tool"):
         rendered([("user", "u"), ("assistant", "a")], add_generation_prompt=True)
+
+
+# Functions.
+
+TOOLS = [
+    {
+        "type": "function",
+        "function": {"name": "add", "description": "Sums \u00e9 <b>.", "parameters": {"type": "object"}},
+    },
+    {"type": "function", "function": {"name": "now"}},
+]
+CALLS = [{"function": {"name": "add", "arguments": '{"a":1}'}}, {"function": {"name": "now", "arguments": {"z": [2]}}}]
+WITH_CALLS = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "1 and 2?"},
+    {"role": "assistant", "content": "Hm.", "tool_calls": CALLS},
+    {"role": "tool", "content": "3"},
+    {"role": "tool", "content": ""},
+    {"role": "assistant", "content": None, "tool_calls": CALLS[1:]},
+    {"role": "tool", "content": "noon"},
+]
+
+
+def with_calls(messages=WITH_CALLS):
+    made = [
+        Message(each["role"], each["content"] or "", tool_calls=tuple(map(ToolCall.of, each.get("tool_calls", ()))))
+        for each in messages
+    ]
+    return Conversation(tuple(made), tuple(map(function_text, TOOLS)))
+
+
+def test_calls_are_written_behind_the_words_and_functions_behind_the_system_message(tokenizer, rendered):
+    call, tool = (f"<|reserved_{n}|>" for n in (0, 1))
+    prompt = rendered(WITH_CALLS, add_generation_prompt=True, tools=TOOLS)
+    assert prompt == (
+        f"<s><|system|>Be brief.<|end|>"
+        f'{tool}{{"name": "add", "description": "Sums \u00e9 <b>.", "parameters": {{"type": "object"}}}}\n'
+        f'{{"name": "now"}}<|end|><|user|>1 and 2?<|end|>'
+        f'<|assistant|>Hm.{call}add {{"a":1}}{call}now {{"z": [2]}}<|end|>{tool}3<|end|>{tool}<|end|>'
+        f'<|assistant|>{call}now {{"z": [2]}}<|end|>{tool}noon<|end|><|assistant|>'
+    )
+    assert ids_of(prompt, tokenizer) == encode_prompt(with_calls(), tokenizer)
+
+
+def test_calls_are_trained_and_what_tools_say_is_not(tokenizer):
+    encoded = encode_conversation(with_calls(), tokenizer)
+    trained = [token for token, is_trained in zip(encoded.ids, encoded.trained, strict=True) if is_trained]
+    call, end = tokenizer.mark_id("<|reserved_0|>"), tokenizer.mark_id("<|end|>")
+    now = [call, *tokenizer.encode('now {"z": [2]}'), end]
+    assert trained == [*tokenizer.encode("Hm."), call, *tokenizer.encode('add {"a":1}'), *now, *now]
+
+
+@pytest.mark.parametrize("cut", [(3, 4), (2, 3), (3, 5), (6, 7)])
+def test_a_call_without_its_answer_and_an_answer_without_its_call_are_refused(tokenizer, rendered, cut):
+    messages = [*WITH_CALLS[: cut[0]], *WITH_CALLS[cut[1] :]]
+    with pytest.raises(ValueError, match=r"behind each call comes one message of the tool|or a tool's"):
+        encode_prompt(with_calls(messages), tokenizer)
+    with pytest.raises(Refused):
+        rendered(messages, add_generation_prompt=True, tools=TOOLS)
+
+
+def test_calls_that_are_none_are_refused():
+    for name in ("", "a b", "x" * 65, None):
+        with pytest.raises(ValueError, match="a function's name must be 1 to 64 letters"):
+            ToolCall(name, "{}")
+    for arguments in ("", "[1]", "{", "{" * 5000, '"a"'):
+        with pytest.raises(ValueError, match="must be a JSON object"):
+            ToolCall("add", arguments)
+    with pytest.raises(ValueError, match="only the assistant calls functions"):
+        Message("user", "u", tool_calls=(ToolCall("add", "{}"),))
+
+
+def test_a_template_without_marks_for_tools_refuses_them():
+    environment = ImmutableSandboxedEnvironment()
+    environment.globals["raise_exception"] = raise_exception
+    template = environment.from_string(template_for(["<s>", "<|end|>"]))
+    with pytest.raises(Refused, match="no marks for tools"):
+        template.render(messages=WITH_CALLS[1:2], tools=TOOLS)
 
 
 # Conversations that are too long.
@@ -315,7 +401,7 @@ def test_a_long_system_message_gives_before_a_short_question(tokenizer, marks):
 
 
 def test_too_little_room_for_any_conversation_is_refused(tokenizer, marks):
-    with pytest.raises(ValueError, match="needs room for at least 7 ids, got 6; give a longer context"):
+    with pytest.raises(ValueError, match="needs room for at least 9 ids, got 8; give a longer context"):
         shorten(*arrays(TALK, tokenizer), MIN_LIMIT - 1, marks)
 
 
