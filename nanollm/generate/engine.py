@@ -43,6 +43,10 @@ CHUNK = 512  # prompt tokens read in one pass, so that long prompts do not hold 
 LONGEST_CHUNK = 2048
 """Where nobody waits for a first token more is read at once, up to this much: buffers grow with it."""
 
+ALLOWED = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
+OF_BITS = np.where(ALLOWED, np.float32(0), -np.float32(np.inf))
+"""(256, 8): what a byte of a mask adds to the logits of its eight tokens."""
+
 WORTH_WAITING = 16
 """A request waits for another that is about to read at least this many tokens of the same beginning."""
 
@@ -356,9 +360,7 @@ def sample_each(logits: Tensor, completions: Sequence[Completion]) -> tuple[list
     ]
     if again:
         places = [index for index, _ in again]
-        masked = logits[places].masked_fill(
-            ~allowed_tokens([constraint for _, constraint in again], logits), -torch.inf
-        )
+        masked = logits[places] + mask_of([constraint for _, constraint in again], logits)
         drawn, _ = draw_each(masked, [completions[index] for index in places], REDRAWN)
         heat = np.array([completions[index].request.sampling.temperature or 1.0 for index in places])
         change = logits[places, drawn] - logits[places, ids[places]]
@@ -403,15 +405,14 @@ def choose(logits: Tensor, c: SamplingConfig, numbers: Tensor, members: Sequence
     return sample(logits, c, numbers, seen)
 
 
-def allowed_tokens(constraints: Sequence[Mask], logits: Tensor) -> Tensor:
-    """Which tokens may come next by each of these: (B, V) bool, where logits are."""
-    vocab_size = logits.shape[-1]
-    bits = np.zeros((len(constraints), -(-vocab_size // 32) * 4), dtype=np.uint8)
+def mask_of(constraints: Sequence[Mask], logits: Tensor) -> Tensor:
+    """What to add to logits (B, V): 0 for the tokens that may come next by each of these, minus infinity for others."""
+    bits = np.zeros((len(constraints), -(-logits.shape[-1] // 32) * 4), dtype=np.uint8)
     address, stride = bits.ctypes.data, bits.shape[1]
     for row, constraint in enumerate(constraints):
         constraint.allow(address + row * stride)
-    allowed = np.unpackbits(bits, axis=1, count=vocab_size, bitorder="little").view(np.bool_)
-    return torch.from_numpy(allowed).to(logits.device)
+    added = OF_BITS.take(bits, axis=0).reshape(len(constraints), -1)  # twenty times as fast as a mask of bools
+    return torch.from_numpy(added[:, : logits.shape[-1]]).to(logits.device)
 
 
 def token_logprobs(logits: Tensor, token: int, top: int, experts: list[list[int]]) -> TokenLogprobs:
