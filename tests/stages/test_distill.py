@@ -60,11 +60,11 @@ def run_config(folders, tmp_path):
 @pytest.mark.parametrize("data", [None, "lessons", "texts"])
 def test_the_student_moves_to_its_teacher(run_config, folders, data):
     changes = {} if data is None else {"mode": "logits", "data": folders / data}
-    c = run_config(steps=16, **changes)
+    c = run_config(steps=24, **changes)
     folder = distill.run(c)
     losses = [line["loss"] for line in told(c.out)[1:]]
     assert all(loss > 0 for loss in losses)
-    assert fmean(losses[-4:]) < 0.95 * fmean(losses[:4]), losses
+    assert losses[-1] < 0.9 * losses[0]
     assert "distill" in load_bundle(folder).provenance["made_by"]
     page = (c.out / "report.html").read_text()
     assert "Distillation on " in page
@@ -148,7 +148,7 @@ def test_what_has_no_effect_is_said(words, told, capsys):
 @pytest.mark.parametrize("data", [None, "lessons"])
 def test_an_adapter_learns_from_a_teacher(run_config, folders, data):
     changes = {} if data is None else {"mode": "logits", "data": folders / data}
-    c = run_config(steps=24, lora=LoraConfig(rank=8), **changes)
+    c = run_config(steps=24, **changes)
     distill.run(c)
     losses = [line["loss"] for line in told(c.out)[1:]]
     assert fmean(losses[-5:]) < fmean(losses[:5])
