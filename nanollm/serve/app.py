@@ -125,12 +125,15 @@ async def _answer_failure(request: HttpRequest, error: Exception) -> JSONRespons
         message, param = explain(error.errors(), error.body)
         return JSONResponse(error_body(400, message, param=param), 400)
     if isinstance(error, HTTPException):
-        known = {404: nothing_at(request), 405: f"{request.method} is not for this path"}
-        if request.method == "OPTIONS" and "origin" in request.headers:
-            known[405] += "; pages of other origins need the server's option --cors_origins"
-        if isinstance(error.__cause__, UnicodeDecodeError):  # FastAPI's, who does not say it
-            known[400] = f"the body is not valid JSON: {fault_of(error.__cause__)}"
-        detail = known.get(error.status_code, str(error.detail))
+        detail = str(error.detail)
+        if error.status_code == 404:
+            detail = nothing_at(request)
+        elif error.status_code == 405:
+            detail = f"{request.method} is not for this path"
+            if request.method == "OPTIONS" and "origin" in request.headers:
+                detail += "; pages of other origins need the server's option --cors_origins"
+        elif isinstance(error.__cause__, UnicodeDecodeError):  # FastAPI's, who does not say it
+            detail = f"the body is not valid JSON: {fault_of(error.__cause__)}"
         return JSONResponse(error_body(error.status_code, detail), error.status_code, error.headers)
     return JSONResponse(error_body(500, "the server failed; its log says why"), 500)
 
@@ -139,9 +142,7 @@ def nothing_at(request: HttpRequest) -> str:
     """That a path has no answer, and which path may have been meant."""
     path = request.url.path
     paths = [*request.app.openapi()["paths"]]
-    ends = [
-        known for known in paths if path.endswith(known.removeprefix("/v1"))
-    ]  # of too little before it, or too much
+    ends = [known for known in paths if path.endswith(known.removeprefix("/v1"))]  # too little or much before it
     meant = ends or get_close_matches(path[:200], paths, 1, 0.8)
     hint = f"; did you mean {meant[0]}?" if meant else ""
     return f"there is nothing at {path[:200]}{hint}"

@@ -117,9 +117,14 @@ UNSUPPORTED = {
     "chat_template": "the model has its own",
 }
 WITHOUT_EFFECT = {"function_call": ("none", "auto"), "modalities": (["text"],)}
-Whole = Annotated[
-    int, BeforeValidator(lambda n: int(n) if isinstance(n, float) and n.is_integer() else n)
-]  # 40.0 is 40
+
+
+def whole(number: Any) -> Any:
+    """40 for 40.0, as some clients write it."""
+    return int(number) if isinstance(number, float) and number.is_integer() else number
+
+
+Whole = Annotated[int, BeforeValidator(whole)]
 Id = Annotated[int, Field(ge=0, lt=2**31)]
 IdText = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 StopText = Annotated[str, Field(min_length=1, max_length=1000)]

@@ -257,7 +257,7 @@ class Marks(NamedTuple):
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> "Marks":
-        tool = next((token for token, name in tokenizer.symbols.items() if name == TOOL), -1)
+        tool = tokenizer.mark_id(TOOL) if TOOL in tokenizer.symbols.values() else -1
         system, user, assistant, end = map(tokenizer.mark_id, (SYSTEM, USER, ASSISTANT, END))
         return cls(system, user, assistant, end, tool)
 

@@ -157,8 +157,10 @@ class Run:
         SIGINT and SIGTERM save after the current step and leave with exit code 130 or 143; a second one leaves at once.
         Of several processes all do the same at the same step, whichever of them got the signal.
         """
-        check_writable(c.out, "--out")
         settings = dataclasses.asdict(c) | world.names  # what is really used instead of auto
+        if settings["optim"]["lr"] is None:
+            raise ValueError("optim.lr: expected a learning rate, got null; only pretrain chooses one")
+        check_writable(c.out, "--out")
         with lock_folder(c.out) if world.is_main else nullcontext():
             for newest in checkpoints(c.out / "checkpoints")[:1]:
                 if (done := int(newest.name.removeprefix("step-"))) > train.steps:

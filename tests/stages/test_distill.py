@@ -7,7 +7,6 @@ import pytest
 
 from nanollm.bundle import load_bundle, save_bundle
 from nanollm.cli import main
-from nanollm.model.lora import LoraConfig
 from nanollm.model.transformer import Transformer
 from nanollm.rl.rollout import RolloutConfig
 from nanollm.sources.tasks import TaskConfig

@@ -232,6 +232,13 @@ def test_conversations_of_another_tokenizer_are_refused_with_the_command_to_type
     assert f"--tokenizer_path {bundle / 'tokenizer.model'}" in str(error.value)
 
 
+def test_a_rate_that_nobody_chose_is_refused_and_nothing_is_made(run_config):
+    c = run_config(optim=OptimConfig(warmup_steps=2))
+    with pytest.raises(ValueError, match=r"optim\.lr: expected a learning rate, got null; only pretrain chooses one"):
+        sft.run(c)
+    assert not c.out.exists()
+
+
 def test_a_folder_that_is_not_there_is_refused_and_nothing_is_made(run_config, tmp_path):
     c = run_config(data=tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match="nowhere is not a prepared folder"):

@@ -159,8 +159,3 @@ def test_the_default_rate_falls_with_the_width_and_with_small_batches_and_is_low
     assert default_lr("muon", 128, 2**20) == 0.02
     assert default_lr("muon", 128, 1024) == default_lr("muon", 256, 4096) == 0.01
     assert default_lr("adamw", 128, 4096) == 0.0025
-
-
-def test_a_rate_that_nobody_chose_is_refused():
-    with pytest.raises(ValueError, match=r"optim\.lr: expected a learning rate, got null; only pretrain chooses one"):
-        lr_at(0, 10, OptimConfig())
