@@ -7,6 +7,7 @@ import pytest
 
 from nanollm.bundle import load_bundle, save_bundle
 from nanollm.cli import main
+from nanollm.model.lora import LoraConfig
 from nanollm.model.transformer import Transformer
 from nanollm.rl.rollout import RolloutConfig
 from nanollm.sources.tasks import TaskConfig
@@ -147,7 +148,7 @@ def test_what_has_no_effect_is_said(words, told, capsys):
 @pytest.mark.parametrize("data", [None, "lessons"])
 def test_an_adapter_learns_from_a_teacher(run_config, folders, data):
     changes = {} if data is None else {"mode": "logits", "data": folders / data}
-    c = run_config(steps=24, **changes)
+    c = run_config(steps=24, lora=LoraConfig(rank=8), **changes)
     distill.run(c)
     losses = [line["loss"] for line in told(c.out)[1:]]
     assert fmean(losses[-5:]) < fmean(losses[:5])
