@@ -10,10 +10,11 @@ Source of continuous batching: Orca, OSDI 2022.
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from time import monotonic
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -33,7 +34,7 @@ from nanollm.generate.request import (
     TokenLogprobs,
 )
 from nanollm.generate.runner import open_runner
-from nanollm.generate.sampling import DRAWN, REDRAWN, SamplingConfig, sample, uniforms
+from nanollm.generate.sampling import Bits, SamplingConfig, sample, uniforms
 from nanollm.model.lora import Pairs
 from nanollm.model.transformer import Transformer
 from nanollm.threads import watch_cores
@@ -43,9 +44,8 @@ CHUNK = 512  # prompt tokens read in one pass, so that long prompts do not hold 
 LONGEST_CHUNK = 2048
 """Where nobody waits for a first token more is read at once, up to this much: buffers grow with it."""
 
-ALLOWED = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
-OF_BITS = np.where(ALLOWED, np.float32(0), -np.float32(np.inf))
-"""(256, 8): what a byte of a mask adds to the logits of its eight tokens."""
+PATIENCE_S, CROWDED_STEPS = 0.001, 300
+"""Who waited this long for masks makes the next ones without their thread."""
 
 WORTH_WAITING = 16
 """A request waits for another that is about to read at least this many tokens of the same beginning."""
@@ -99,6 +99,7 @@ class Engine:
         self.prefilling: list[Row] = []
         self.decoding: list[Row] = []
         self.prompt_tokens = self.reused_tokens = self.drawn_tokens = 0
+        self.masker = Masker()
 
     @property
     def has_work(self) -> bool:
@@ -148,19 +149,22 @@ class Engine:
         chunks = list(self._schedule_chunks())
         decoding = sorted(self.decoding, key=lambda row: row.adapter)  # what shares an adapter stands together
         outputs = [row.prompt_output for row in reused if row.prompt_output is not None]
+        # As the outputs: those that begin from a kept one, those whose prompt ends now, those that are decoding.
+        rows = [*reused, *(self.rows[chunk.row] for chunk in chunks if chunk.is_last), *decoding]
+        completions = [row.completion for row in rows if row.completion is not None]
+        masks = self.masker.begin(completions, self.vocab_size)
         if chunks or decoding:
             output = self.runner.run(self._batch(chunks, decoding))
             outputs.append(self._score(chunks, output) if any(chunk.is_scored for chunk in chunks) else output)
         if not outputs:
             return []
-        # As _sample's rows: those that begin from a kept output, those whose prompt has just ended, those decoding.
         logits = outputs[0].logits if len(outputs) == 1 else torch.cat([part.logits for part in outputs])  # (W, V)
         experts = np.concatenate([part.experts for part in outputs])  # (W, M, K)
         prefilled = self._finish_chunks(chunks)
         for place, row in enumerate(prefilled, start=len(reused)):
             row.prompt_output = ModelOutput(logits[place : place + 1].clone(), experts[place : place + 1])
         self.decoding += [*reused, *prefilled]
-        return self._sample([*reused, *prefilled, *decoding], logits, experts)
+        return self._sample(rows, completions, logits, experts, masks())
 
     # --- schedule ---
 
@@ -270,10 +274,11 @@ class Engine:
 
     # --- postprocess ---
 
-    def _sample(self, rows: list[Row], logits: Tensor, experts: Ints) -> list[StepOutput]:
+    def _sample(
+        self, rows: list[Row], completions: list[Completion], logits: Tensor, experts: Ints, allowed: Bits | None
+    ) -> list[StepOutput]:
         """One token for each of these rows, from its logits (W, V)."""
-        completions = [row.completion for row in rows if row.completion is not None]
-        ids, logprobs = sample_each(logits, completions)
+        ids, logprobs = sample_each(logits, completions, allowed)
         outputs = []
         for index, (row, completion) in enumerate(zip(rows, completions, strict=True)):
             top, details = completion.request.top_logprobs, None
@@ -345,74 +350,82 @@ def check_prompt(prompt: Sequence[int], limit: int, vocab_size: int) -> None:
         raise ValueError(f"prompt ids must be from 0 to {vocab_size - 1:,}, got {min(prompt)} to {max(prompt)}")
 
 
-def sample_each(logits: Tensor, completions: Sequence[Completion]) -> tuple[list[int], list[float]]:
-    """A token and its log-probability for each row of logits (W, V).
+def sample_each(
+    logits: Tensor, completions: Sequence[Completion], allowed: Bits | None
+) -> tuple[list[int], list[float]]:
+    """A token and its log-probability for each row of logits (W, V); rows that choose alike are drawn together.
 
-    What a constraint refuses is drawn again, among what it allows: that gives a token as often as a single draw among
-    those would, and most masks are never made. Filters choose among what is allowed, so there it is made first.
+    allowed (W, bytes): what masks_of said of these completions; None: they have no constraints.
     """
-    ids, logprobs = draw_each(logits, completions, DRAWN)
-    again = [
-        (index, constraint)
-        for index, completion in enumerate(completions)
-        if (constraint := completion.request.constraint) is not None
-        and (completion.request.sampling.filters or not constraint.take(int(ids[index])))
-    ]
-    if again:
-        places = [index for index, _ in again]
-        masked = logits[places] + mask_of([constraint for _, constraint in again], logits)
-        drawn, _ = draw_each(masked, [completions[index] for index in places], REDRAWN)
-        heat = np.array([completions[index].request.sampling.temperature or 1.0 for index in places])
-        change = logits[places, drawn] - logits[places, ids[places]]
-        ids[places], logprobs[places] = drawn, logprobs[places] + change.cpu().numpy() / heat
-        for (index, constraint), token in zip(again, drawn.tolist(), strict=True):
-            if not constraint.take(token):
-                completions[index].failure = constraint.reason
-    return ids.tolist(), logprobs.tolist()
-
-
-def draw_each(
-    logits: Tensor, completions: Sequence[Completion], stream: np.uint64
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-    """A token and its log-probability for each row of logits (W, V); rows that choose alike are drawn together."""
-    alike: dict[int, list[int]] = {}
+    alike: dict[tuple[int, bool], list[int]] = {}
     settings: list[SamplingConfig] = []
     for index, completion in enumerate(completions):
         c = completion.request.sampling
         if c not in settings:
             settings.append(c)
-        alike.setdefault(settings.index(c), []).append(index)
-    ids, logprobs = np.empty(len(completions), dtype=np.int64), np.empty(len(completions), dtype=np.float64)
-    for number, indices in alike.items():
+        alike.setdefault((settings.index(c), completion.request.constraint is not None), []).append(index)
+    ids, logprobs = [0] * len(completions), [0.0] * len(completions)
+    for (number, is_constrained), indices in alike.items():
         members = [completions[index] for index in indices]
-        numbers = uniforms(
-            np.array([member.request.seed for member in members]),
-            np.array([len(member.logprobs) for member in members]),
-            stream,
+        seeds, draws = zip(*((member.request.seed, len(member.logprobs)) for member in members), strict=True)
+        numbers = uniforms(np.array(seeds), np.array(draws))
+        is_all = len(indices) == len(logits)
+        bits = allowed if allowed is None or is_all else allowed[indices]
+        drawn, likely = choose(
+            logits if is_all else logits[indices], settings[number], numbers, members, bits if is_constrained else None
         )
-        rows = logits if len(indices) == len(logits) else logits[indices]
-        drawn, likely = choose(rows, settings[number], numbers, members)
-        ids[indices], logprobs[indices] = drawn.cpu().numpy(), likely.cpu().numpy()
+        for index, token, logprob in zip(indices, drawn.tolist(), likely.tolist(), strict=True):
+            ids[index], logprobs[index] = token, logprob
     return ids, logprobs
 
 
-def choose(logits: Tensor, c: SamplingConfig, numbers: Tensor, members: Sequence[Completion]) -> tuple[Tensor, Tensor]:
+def choose(
+    logits: Tensor, c: SamplingConfig, numbers: Tensor, members: Sequence[Completion], allowed: Bits | None
+) -> tuple[Tensor, Tensor]:
     """As `sample`, by the fastest way of this machine; `members` are the requests whose rows these are."""
     device = logits.device
-    if c.is_plain and device.type == "cpu" and native.can_draw():
-        return native.draw(logits, c.temperature, numbers)
+    if not (c.filters or c.shifts) and device.type == "cpu" and native.can_draw():
+        return native.draw(logits, c.temperature, numbers, allowed)
     seen = (torch.tensor([*member.request.prompt, *member.ids], device=device).unique() for member in members)
-    return sample(logits, c, numbers, seen)
+    return sample(logits, c, numbers, seen, allowed)
 
 
-def mask_of(constraints: Sequence[Mask], logits: Tensor) -> Tensor:
-    """What to add to logits (B, V): 0 for the tokens that may come next by each of these, minus infinity for others."""
-    bits = np.zeros((len(constraints), -(-logits.shape[-1] // 32) * 4), dtype=np.uint8)
+class Masker:
+    """Makes masks in a thread of its own while the model computes."""
+
+    def __init__(self) -> None:
+        self.pool: ThreadPoolExecutor | None = None
+        self.crowded = 0  # steps for which no thread is asked: it would wait for a core, and the reply for it
+
+    def begin(self, completions: Sequence[Completion], vocab_size: int) -> Callable[[], Bits | None]:
+        """What gives the masks of these completions, None where nobody has a constraint."""
+        if all(completion.request.constraint is None for completion in completions):
+            return lambda: None
+        if self.crowded:
+            self.crowded -= 1
+            return lambda: masks_of(completions, vocab_size)
+        self.pool = self.pool or ThreadPoolExecutor(1, "masker")
+        masks = self.pool.submit(masks_of, completions, vocab_size)
+
+        def wait() -> Bits:
+            began = monotonic()
+            bits = masks.result()
+            if monotonic() - began > PATIENCE_S:
+                self.crowded = CROWDED_STEPS
+            return bits
+
+        return wait
+
+
+def masks_of(completions: Sequence[Completion], vocab_size: int) -> Bits:
+    """(W, bytes): what may come next by each one's constraint. Where one gives up the completion fails."""
+    bits = np.zeros((len(completions), -(-vocab_size // 64) * 8), dtype=np.uint8)
     address, stride = bits.ctypes.data, bits.shape[1]
-    for row, constraint in enumerate(constraints):
-        constraint.allow(address + row * stride)
-    added = OF_BITS.take(bits, axis=0).reshape(len(constraints), -1)  # twenty times as fast as a mask of bools
-    return torch.from_numpy(added[:, : logits.shape[-1]]).to(logits.device)
+    for row, completion in enumerate(completions):
+        constraint = completion.request.constraint
+        if constraint is not None and not constraint.follow(completion.ids[-1:], address + row * stride):
+            completion.failure, bits[row] = constraint.reason, 255
+    return bits
 
 
 def token_logprobs(logits: Tensor, token: int, top: int, experts: list[list[int]]) -> TokenLogprobs:

@@ -239,17 +239,24 @@ def test_what_the_library_cannot_do_runs_on_the_model_and_is_said(capsys):
         open_runner(half, 1, 8, 8, quantize="int8", kernels="torch")
 
 
-def test_tokens_are_drawn_as_pytorchs_operations_draw_them(rng):
+@pytest.mark.parametrize("share", [None, 0.5, 0.002])
+def test_tokens_are_drawn_as_pytorchs_operations_draw_them(rng, share):
+    """Among all, among half, and among so few that float32 holds none of their weights."""
     logits = torch.randn(500, 777, generator=rng) * 3  # a group of 64 is not full
     logits[:, 5] = -torch.inf
     logits[:100, 1:] = -torch.inf  # all probability on one token
     logits[100:200, :-1] = -torch.inf
     logits[200:300] *= 100  # most probabilities are 0 in float32
-    numbers = torch.rand(500, generator=rng)
-    for temperature in (1.0, 0.7, 1.9):
-        ids, logprobs = native.draw(logits, temperature, numbers)
-        expected, theirs = sample(logits, SamplingConfig(temperature=temperature), numbers)
+    numbers, allowed = torch.rand(500, generator=rng), None
+    if share is not None:
+        may = torch.rand(500, 832, generator=rng) < share  # 777 in multiples of 64
+        may[:, 0] = may[:, 776] = True
+        allowed = np.packbits(may.numpy(), axis=1, bitorder="little")
+    for temperature in (1.0, 0.7, 1.9, 0.0):
+        ids, logprobs = native.draw(logits, temperature, numbers, allowed)
+        expected, theirs = sample(logits, SamplingConfig(temperature=temperature), numbers, allowed=allowed)
         assert (ids != expected).sum() <= 1  # where rounding decides
+        assert allowed is None or may[range(500), ids].all()
         same = ids == expected
         torch.testing.assert_close(logprobs[same], theirs[same], atol=1e-5, rtol=1e-5)
 
