@@ -25,8 +25,10 @@ from nanollm.text.tokenizer import Tokenizer
 
 MAX_SIZE = 2**17
 """Characters of a grammar. One of this size takes about a second to compile, one that people write milliseconds."""
-MAX_COMPILE_S = 0.3
-"""Some short patterns take years: their compilation is tried out in a process that can be ended."""
+MAX_COMPILE_S, MAX_WAIT_S = 0.3, 5.0
+"""Some short patterns take years: their compilation is tried out in a process that ends after so many seconds of a
+processor, or, where others keep the processor busy, of the clock."""
+HAS_TIMER = hasattr(signal, "setitimer")  # not on Windows, where the clock decides
 LIMITS: dict[str, Any] = {
     "initial_lexer_fuel": 500_000,
     "step_lexer_fuel": 50_000,
@@ -181,13 +183,14 @@ class Examiner:
                 self._pipe.recv()
                 self._is_ready = True
             self._pipe.send(grammar)
-            if not self._pipe.poll(MAX_COMPILE_S):
+            if not self._pipe.poll(MAX_WAIT_S if HAS_TIMER else MAX_COMPILE_S):
                 raise TimeoutError
             reason = self._pipe.recv()
         except (EOFError, OSError) as error:  # TimeoutError is one
-            self.stop()
+            code = self.stop()
             self.start()  # for the next
-            what = f"takes longer than {MAX_COMPILE_S} s" if isinstance(error, TimeoutError) else "crashes"
+            is_slow = isinstance(error, TimeoutError) or (HAS_TIMER and code == -signal.SIGPROF)
+            what = f"takes longer than {MAX_COMPILE_S} s" if is_slow else "crashes"
             raise ValueError(f"compiling it {what}; ask for something simpler") from None
         if reason:
             raise ValueError(reason)
@@ -203,13 +206,15 @@ class Examiner:
             theirs.close()
             self._is_ready = False
 
-    def stop(self) -> None:
-        """End it at once: what it does need not be finished."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.join()
-            self._pipe.close()
-            self._process = None
+    def stop(self) -> int | None:
+        """End it at once: what it does need not be finished. Returns its exit code."""
+        if self._process is None:
+            return None
+        self._process.kill()
+        self._process.join()
+        self._pipe.close()
+        code, self._process = self._process.exitcode, None
+        return code
 
 
 def examine(tokenizer: Tokenizer, pipe: Connection) -> None:
@@ -224,8 +229,13 @@ def examine(tokenizer: Tokenizer, pipe: Connection) -> None:
             grammar = pipe.recv()
         except EOFError:
             return
+        if HAS_TIMER:
+            signal.setitimer(signal.ITIMER_PROF, MAX_COMPILE_S)
         try:
             compiler.compile(grammar)
-            pipe.send(None)
+            reason = None
         except ValueError as error:
-            pipe.send(str(error))
+            reason = str(error)
+        if HAS_TIMER:
+            signal.setitimer(signal.ITIMER_PROF, 0)
+        pipe.send(reason)
