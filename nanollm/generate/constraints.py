@@ -20,8 +20,8 @@ from multiprocessing.context import SpawnProcess
 from typing import Any
 
 from nanollm.extras import require
-from nanollm.text.chat import reply_ends
-from nanollm.text.tokenizer import Tokenizer
+from nanollm.text.chat import ToolChoice, reply_ends
+from nanollm.text.tokenizer import CALL, Tokenizer
 
 MAX_SIZE = 2**17
 """Characters of a grammar. One of this size takes about a second to compile, one that people write milliseconds."""
@@ -67,20 +67,30 @@ def choice_rule(choices: Sequence[str]) -> str:
     return " | ".join(map(json.dumps, choices))
 
 
-def call_grammar(
-    reply: str, functions: Mapping[str, str], call_id: int, *, is_required: bool, is_parallel: bool
+def reply_grammar(
+    reply: str,
+    tokenizer: Tokenizer,
+    functions: Sequence[Mapping[str, Any]] = (),
+    choice: ToolChoice = None,
+    *,
+    is_parallel: bool = True,
 ) -> str:
-    """A reply by its rule, or calls of functions; free text may come before calls.
+    """A reply by its rule, or calls of functions (of OpenAI's form); free text may come before calls.
 
-    functions: the rule of each one's arguments, by its name; call_id: the mark before a call.
+    Only where a call is certain, or a function is `strict`, is a schema refused that cannot be followed altogether.
     """
+    if not functions:
+        return f"start: {reply}"
+    is_required, is_parallel = choice not in (None, "auto"), is_parallel and not isinstance(choice, Mapping)
     number = {(True, True): "+", (True, False): "", (False, True): "*", (False, False): "?"}[is_required, is_parallel]
-    calls = f"(<[{call_id}]> call){number}"
+    calls = f"(<[{tokenizer.mark_id(CALL)}]> call){number}"
     start = calls if is_required else f"reply {calls}" if reply == TEXT else f"reply | {calls}"
     names = [f"call{place}" for place in range(len(functions))]
     lines = [f"start: {start}", f"reply: {reply}"[: None if "reply" in start else 0], f"call: {' | '.join(names)}"]
-    for rule, (name, arguments) in zip(names, functions.items(), strict=True):
-        lines += [f"{rule}: {json.dumps(name + ' ')} {rule}_arguments", f"{rule}_arguments: {arguments}"]
+    for rule, function in zip(names, functions, strict=True):
+        schema = {"type": "object", **(function.get("parameters") or {"additionalProperties": False})}
+        arguments = json_rule(schema, is_strict=is_required or bool(function.get("strict")))
+        lines += [f"{rule}: {json.dumps(function['name'] + ' ')} {rule}_arguments", f"{rule}_arguments: {arguments}"]
     return "\n".join(lines)
 
 
