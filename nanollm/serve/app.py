@@ -133,6 +133,8 @@ async def _answer_failure(request: HttpRequest, error: Exception) -> JSONRespons
                 detail += "; pages of other origins need the server's option --cors_origins"
         elif isinstance(error.__cause__, UnicodeDecodeError):  # FastAPI's, who does not say it
             detail = f"the body is not valid JSON: {fault_of(error.__cause__)}"
+        elif isinstance(error.__cause__, RecursionError):
+            detail = "the body is not valid JSON: it is nested too deeply"
         return JSONResponse(error_body(error.status_code, detail), error.status_code, error.headers)
     return JSONResponse(error_body(500, "the server failed; its log says why"), 500)
 
