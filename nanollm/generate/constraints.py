@@ -13,7 +13,6 @@ import os
 import re
 import signal
 from collections.abc import Mapping, Sequence
-from copy import copy
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
@@ -100,15 +99,18 @@ def reply_grammar(
 class Constraint:
     """What one reply may say, and how far it has come (`Request.constraint`)."""
 
-    def __init__(self, matcher: Any, size: int) -> None:
-        self._matcher, self._bytes = matcher, -(-size // 32) * 4
+    def __init__(self, matcher: Any, ends: frozenset[int], size: int) -> None:
+        self._matcher, self._ends, self._size = matcher, ends, size
 
-    def follow(self, tokens: Sequence[int], address: int) -> bool:
-        """Go on with these tokens, then set the bit of each that may come next, in a row of zeros there; false where
-        nothing may."""
-        self._matcher.try_consume_tokens(tokens)
-        self._matcher.unsafe_compute_mask_ptr(address, self._bytes)
-        return not self._matcher.is_error()
+    def allow(self, address: int) -> None:
+        """Set the bit of each token that may come next, in a row of zeros there with a bit for each token."""
+        self._matcher.unsafe_compute_mask_ptr(address, -(-self._size // 32) * 4)
+
+    def take(self, token: int) -> bool:
+        """Go on with this token, if it may come next."""
+        if token in self._ends:
+            return bool(self._matcher.is_accepting())
+        return token < self._size and self._matcher.try_consume_tokens([token]) == 1
 
     @property
     def reason(self) -> str:
@@ -117,9 +119,7 @@ class Constraint:
 
     def copy(self) -> "Constraint":
         """The same for another reply."""
-        other = copy(self)
-        other._matcher = self._matcher.deep_copy()
-        return other
+        return Constraint(self._matcher.deep_copy(), self._ends, self._size)
 
 
 class Compiler:
@@ -146,7 +146,7 @@ class Compiler:
             matcher.compute_bitmask()
         if matcher.is_stopped() and not matcher.is_accepting():
             raise ValueError(told(matcher))
-        return Constraint(matcher, self.tokenizer.vocab_size)
+        return Constraint(matcher, self.ends, self.tokenizer.vocab_size)
 
 
 class Vocabulary:

@@ -10,9 +10,7 @@ Source of continuous batching: Orca, OSDI 2022.
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from time import monotonic
 
 import numpy as np
 import torch
@@ -34,7 +32,7 @@ from nanollm.generate.request import (
     TokenLogprobs,
 )
 from nanollm.generate.runner import open_runner
-from nanollm.generate.sampling import Bits, SamplingConfig, sample, uniforms
+from nanollm.generate.sampling import DRAWN, REDRAWN, Bits, SamplingConfig, sample, uniforms
 from nanollm.model.lora import Pairs
 from nanollm.model.transformer import Transformer
 from nanollm.threads import watch_cores
@@ -43,9 +41,6 @@ CHUNK = 512  # prompt tokens read in one pass, so that long prompts do not hold 
 
 LONGEST_CHUNK = 2048
 """Where nobody waits for a first token more is read at once, up to this much: buffers grow with it."""
-
-PATIENCE_S, CROWDED_STEPS = 0.001, 300
-"""Who waited this long for masks makes the next ones without their thread."""
 
 WORTH_WAITING = 16
 """A request waits for another that is about to read at least this many tokens of the same beginning."""
@@ -99,7 +94,6 @@ class Engine:
         self.prefilling: list[Row] = []
         self.decoding: list[Row] = []
         self.prompt_tokens = self.reused_tokens = self.drawn_tokens = 0
-        self.masker = Masker()
 
     @property
     def has_work(self) -> bool:
@@ -149,22 +143,19 @@ class Engine:
         chunks = list(self._schedule_chunks())
         decoding = sorted(self.decoding, key=lambda row: row.adapter)  # what shares an adapter stands together
         outputs = [row.prompt_output for row in reused if row.prompt_output is not None]
-        # As the outputs: those that begin from a kept one, those whose prompt ends now, those that are decoding.
-        rows = [*reused, *(self.rows[chunk.row] for chunk in chunks if chunk.is_last), *decoding]
-        completions = [row.completion for row in rows if row.completion is not None]
-        masks = self.masker.begin(completions, self.vocab_size)
         if chunks or decoding:
             output = self.runner.run(self._batch(chunks, decoding))
             outputs.append(self._score(chunks, output) if any(chunk.is_scored for chunk in chunks) else output)
         if not outputs:
             return []
+        # As _sample's rows: those that begin from a kept output, those whose prompt has just ended, those decoding.
         logits = outputs[0].logits if len(outputs) == 1 else torch.cat([part.logits for part in outputs])  # (W, V)
         experts = np.concatenate([part.experts for part in outputs])  # (W, M, K)
         prefilled = self._finish_chunks(chunks)
         for place, row in enumerate(prefilled, start=len(reused)):
             row.prompt_output = ModelOutput(logits[place : place + 1].clone(), experts[place : place + 1])
         self.decoding += [*reused, *prefilled]
-        return self._sample(rows, completions, logits, experts, masks())
+        return self._sample([*reused, *prefilled, *decoding], logits, experts)
 
     # --- schedule ---
 
@@ -274,11 +265,10 @@ class Engine:
 
     # --- postprocess ---
 
-    def _sample(
-        self, rows: list[Row], completions: list[Completion], logits: Tensor, experts: Ints, allowed: Bits | None
-    ) -> list[StepOutput]:
+    def _sample(self, rows: list[Row], logits: Tensor, experts: Ints) -> list[StepOutput]:
         """One token for each of these rows, from its logits (W, V)."""
-        ids, logprobs = sample_each(logits, completions, allowed)
+        completions = [row.completion for row in rows if row.completion is not None]
+        ids, logprobs = sample_each(logits, completions)
         outputs = []
         for index, (row, completion) in enumerate(zip(rows, completions, strict=True)):
             top, details = completion.request.top_logprobs, None
@@ -350,81 +340,81 @@ def check_prompt(prompt: Sequence[int], limit: int, vocab_size: int) -> None:
         raise ValueError(f"prompt ids must be from 0 to {vocab_size - 1:,}, got {min(prompt)} to {max(prompt)}")
 
 
-def sample_each(
-    logits: Tensor, completions: Sequence[Completion], allowed: Bits | None
-) -> tuple[list[int], list[float]]:
-    """A token and its log-probability for each row of logits (W, V); rows that choose alike are drawn together.
+def sample_each(logits: Tensor, completions: Sequence[Completion]) -> tuple[list[int], list[float]]:
+    """A token and its log-probability for each row of logits (W, V).
 
-    allowed (W, bytes): what masks_of said of these completions; None: they have no constraints.
+    What a constraint refuses is drawn again, among what it allows: that gives a token as often as a single draw among
+    those would, and most masks are never made. Filters choose among what is allowed, so there it is made first.
     """
-    alike: dict[tuple[int, bool], list[int]] = {}
+    ids, logprobs = draw_each(logits, completions, range(len(completions)), DRAWN)
+    again = [
+        index
+        for index, completion in enumerate(completions)
+        if (constraint := completion.request.constraint) is not None
+        and (completion.request.sampling.filters or not constraint.take(ids[index]))
+    ]
+    if again:
+        members = [completions[index] for index in again]
+        drawn = draw_each(logits, members, again, REDRAWN, masks_of(members, logits.shape[-1]))
+        for index, completion, token, logprob in zip(again, members, *drawn, strict=True):
+            ids[index], logprobs[index] = token, logprob
+            constraint = completion.request.constraint
+            if constraint is not None and not constraint.take(token):
+                completion.failure = constraint.reason
+    return ids, logprobs
+
+
+def draw_each(
+    logits: Tensor,
+    completions: Sequence[Completion],
+    places: Sequence[int],
+    stream: np.uint64,
+    allowed: Bits | None = None,
+) -> tuple[list[int], list[float]]:
+    """A token and its log-probability for each completion, from its place in logits (W, V); those that choose alike are
+    drawn together. allowed: what each may draw; None: all."""
+    alike: dict[int, list[int]] = {}
     settings: list[SamplingConfig] = []
     for index, completion in enumerate(completions):
         c = completion.request.sampling
         if c not in settings:
             settings.append(c)
-        alike.setdefault((settings.index(c), completion.request.constraint is not None), []).append(index)
+        alike.setdefault(settings.index(c), []).append(index)
     ids, logprobs = [0] * len(completions), [0.0] * len(completions)
-    for (number, is_constrained), indices in alike.items():
+    for number, indices in alike.items():
         members = [completions[index] for index in indices]
         seeds, draws = zip(*((member.request.seed, len(member.logprobs)) for member in members), strict=True)
-        numbers = uniforms(np.array(seeds), np.array(draws))
-        is_all = len(indices) == len(logits)
-        bits = allowed if allowed is None or is_all else allowed[indices]
-        drawn, likely = choose(
-            logits if is_all else logits[indices], settings[number], numbers, members, bits if is_constrained else None
-        )
-        for index, token, logprob in zip(indices, drawn.tolist(), likely.tolist(), strict=True):
+        numbers = uniforms(np.array(seeds), np.array(draws), stream)
+        rows = [places[index] for index in indices]
+        drawn = choose(logits, rows, settings[number], numbers, members, None if allowed is None else allowed[indices])
+        for index, token, logprob in zip(indices, *(each.tolist() for each in drawn), strict=True):
             ids[index], logprobs[index] = token, logprob
     return ids, logprobs
 
 
 def choose(
-    logits: Tensor, c: SamplingConfig, numbers: Tensor, members: Sequence[Completion], allowed: Bits | None
+    logits: Tensor,
+    places: Sequence[int],
+    c: SamplingConfig,
+    numbers: Tensor,
+    members: Sequence[Completion],
+    allowed: Bits | None,
 ) -> tuple[Tensor, Tensor]:
-    """As `sample`, by the fastest way of this machine; `members` are the requests whose rows these are."""
+    """As `sample`, by the fastest way of this machine; `members` are the requests whose rows stand at these places."""
     device = logits.device
     if not (c.filters or c.shifts) and device.type == "cpu" and native.can_draw():
-        return native.draw(logits, c.temperature, numbers, allowed)
+        return native.draw(logits, c.temperature, numbers, places, allowed)
     seen = (torch.tensor([*member.request.prompt, *member.ids], device=device).unique() for member in members)
-    return sample(logits, c, numbers, seen, allowed)
-
-
-class Masker:
-    """Makes masks in a thread of its own while the model computes."""
-
-    def __init__(self) -> None:
-        self.pool: ThreadPoolExecutor | None = None
-        self.crowded = 0  # steps for which no thread is asked: it would wait for a core, and the reply for it
-
-    def begin(self, completions: Sequence[Completion], vocab_size: int) -> Callable[[], Bits | None]:
-        """What gives the masks of these completions, None where nobody has a constraint."""
-        if all(completion.request.constraint is None for completion in completions):
-            return lambda: None
-        if self.crowded:
-            self.crowded -= 1
-            return lambda: masks_of(completions, vocab_size)
-        self.pool = self.pool or ThreadPoolExecutor(1, "masker")
-        masks = self.pool.submit(masks_of, completions, vocab_size)
-
-        def wait() -> Bits:
-            began = monotonic()
-            bits = masks.result()
-            if monotonic() - began > PATIENCE_S:
-                self.crowded = CROWDED_STEPS
-            return bits
-
-        return wait
+    return sample(logits if len(places) == len(logits) else logits[places], c, numbers, seen, allowed)
 
 
 def masks_of(completions: Sequence[Completion], vocab_size: int) -> Bits:
-    """(W, bytes): what may come next by each one's constraint. Where one gives up the completion fails."""
+    """(B, bytes): what may come next by the constraint of each."""
     bits = np.zeros((len(completions), -(-vocab_size // 64) * 8), dtype=np.uint8)
     address, stride = bits.ctypes.data, bits.shape[1]
     for row, completion in enumerate(completions):
-        constraint = completion.request.constraint
-        if constraint is not None and not constraint.follow(completion.ids[-1:], address + row * stride):
-            completion.failure, bits[row] = constraint.reason, 255
+        assert completion.request.constraint is not None
+        completion.request.constraint.allow(address + row * stride)
     return bits
 
 

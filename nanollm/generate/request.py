@@ -18,9 +18,12 @@ Finish = Literal["end", "stop", "length", "cancelled", "failed"]
 class Mask(Protocol):
     """What a reply may say (generate/constraints.py)."""
 
-    def follow(self, tokens: Sequence[int], address: int, /) -> bool:
-        """Go on with these tokens, then set the bit of each that may come next, in a row of zeros there; false where
-        nothing may."""
+    def allow(self, address: int, /) -> None:
+        """Set the bit of each token that may come next, in a row of zeros there."""
+        ...
+
+    def take(self, token: int, /) -> bool:
+        """Go on with this token, if it may come next."""
         ...
 
     @property
@@ -46,7 +49,7 @@ class Request:
     """Told every sampled token in order; what it returns is appended behind that token, as far as there is room
     (generate/tools.py). A reply goes on where something follows its end token (generate/turns.py)."""
     constraint: Mask | None = None
-    """Asked before every token of this reply which may come. Not with a tool, which writes what it likes."""
+    """Asked of every token of this reply whether it may come. Not with a tool, which writes what it likes."""
     adapter: str | None = None
     """One of the engine's, by its name; None: the model itself."""
     seed: int = 0

@@ -18,7 +18,7 @@ from nanollm.data.order import Indices, mix
 
 MIN_TEMPERATURE = 1e-4  # below this, and above 0, logits over temperature may leave float32
 
-DRAWS = np.uint64(0x5A3B1E)  # keeps draws apart from other uses of the same hash
+DRAWN, REDRAWN = np.uint64(0x5A3B1E), np.uint64(0xC057A1)  # keep draws apart, and from other uses of the same hash
 
 Bits = npt.NDArray[np.uint8]
 """(B, bytes): a bit for each token that a row may draw, in multiples of 8 bytes, lowest first."""
@@ -72,12 +72,12 @@ class SamplingConfig:
         return self.repetition_penalty != 1 or bool(self.logit_bias)
 
 
-def uniforms(seeds: Indices, draws: Indices) -> Tensor:
+def uniforms(seeds: Indices, draws: Indices, stream: np.uint64 = DRAWN) -> Tensor:
     """A number in [0, 1) for each pair of a row's seed and the count of its earlier draws: (B,) float32.
 
     There is no state: a row's numbers depend on its own seed and on nothing else in the batch.
     """
-    words = mix(mix(seeds.astype(np.uint64), DRAWS), draws.astype(np.uint64))
+    words = mix(mix(seeds.astype(np.uint64), stream), draws.astype(np.uint64))
     return torch.from_numpy((words >> np.uint64(40)).astype(np.float32)) * 2.0**-24
 
 

@@ -700,16 +700,17 @@ void run_bf16(void* runner, const Pass* pass) { ((Runner<bf16>*)runner)->run(*pa
 void close_float(void* runner) { delete (Runner<float>*)runner; }
 void close_bf16(void* runner) { delete (Runner<bf16>*)runner; }
 
-// One token for each row of logits (rows, vocab), with a number of its own and, unless null, the bits of what is allowed.
-void draw(const float* logits, int64_t rows, int64_t vocab, float temperature, const float* numbers,
-          const uint8_t* allowed, int64_t* ids, float* logprobs, int64_t threads) {
+// One token for each of these places in logits (any, vocab), with a number of its own and, unless null, the bits of what
+// is allowed.
+void draw(const float* logits, const int64_t* places, int64_t rows, int64_t vocab, float temperature,
+          const float* numbers, const uint8_t* allowed, int64_t* ids, float* logprobs, int64_t threads) {
 #pragma omp parallel num_threads(int(threads))
     {
         std::vector<float> weights((vocab + GROUP - 1) / GROUP * GROUP);
         int64_t bytes = int64_t(weights.size()) / 8;
 #pragma omp for
         for (int64_t row = 0; row < rows; row++)
-            ids[row] = draw_one(logits + row * vocab, int(vocab), temperature, numbers[row],
+            ids[row] = draw_one(logits + places[row] * vocab, int(vocab), temperature, numbers[row],
                                 allowed ? allowed + row * bytes : nullptr, weights.data(), logprobs + row);
     }
 }

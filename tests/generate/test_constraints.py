@@ -9,7 +9,6 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from nanollm.generate import engine
 from nanollm.generate.engine import Engine, generate
 from nanollm.generate.request import Request
 from nanollm.generate.sampling import SamplingConfig
@@ -150,13 +149,6 @@ def test_a_constrained_row_and_its_neighbours_say_what_they_say_alone(ask, sampl
         assert (alone.ids, alone.logprobs, alone.finish) == (completion.ids, completion.logprobs, completion.finish)
 
 
-def test_masks_are_the_same_with_and_without_a_thread_of_their_own(ask, monkeypatch):
-    (expected,), _ = ask(json_rule(SCHEMA))
-    monkeypatch.setattr(engine, "PATIENCE_S", -1.0)  # from the second token on without
-    (completion,), _ = ask(json_rule(SCHEMA))
-    assert (completion.ids, completion.logprobs) == (expected.ids, expected.logprobs)
-
-
 def test_log_probabilities_are_those_of_the_model_without_the_mask(ask, model):
     (completion,), outputs = ask(json_rule(SCHEMA), sampling=GREEDY, top_logprobs=3)
     ids = [*completion.request.prompt, *completion.ids]
@@ -191,7 +183,8 @@ def test_no_bias_makes_a_token_that_is_not_allowed(ask, tokenizer):
 
 def names_allowed(constraint, tokenizer, text=""):
     bits = np.zeros(-(-tokenizer.vocab_size // 32) * 4, dtype=np.uint8)
-    assert constraint.follow(tokenizer.encode(text), bits.ctypes.data)
+    assert all(map(constraint.take, tokenizer.encode(text)))
+    constraint.allow(bits.ctypes.data)
     allowed = np.flatnonzero(np.unpackbits(bits, bitorder="little")).tolist()
     return {token: tokenizer.symbols.get(token) for token in allowed}
 
