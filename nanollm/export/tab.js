@@ -1,15 +1,15 @@
 /* The page's requests, answered in this tab: llama.cpp as WebAssembly. An export for the web has this as server.js.
  *
- * model.json, which the export wrote, tells of the model: {id, context_length, examples, file, bytes, edition}. What
- * is large is put into the browser's cache from here, so that it comes once and its progress can be told; the page
- * itself is kept by offline.js.
+ * model.json, which the export wrote, tells of the model: {id, context_length, examples, marks, file, bytes,
+ * edition}. What is large is put into the browser's cache from here, so that it comes once and its progress can be told;
+ * the page itself is kept by offline.js.
  */
 
 import { Wllama } from "../wllama/index.min.js";
 import { Trouble, sentence, tooLong } from "./trouble.js";
 
 const SIMD = Uint8Array.of(0, 97, 115, 109, 1, 0, 0, 0, 1, 5, 1, 96, 0, 1, 123, 3, 2, 1, 0, 10, 10, 1, 8, 0, 65, 0, 253, 15, 253, 98, 11);
-const MOST_THREADS = 4; // more are slower with models this small
+const MOST_THREADS = 4; // they wait for each other in loops: more, or one for each core, are slower
 const SAMPLERS = ["temperature", "top_k", "top_p"]; // as NanoLLM samples; llama.cpp has others, and their defaults
 
 let engine = null; // what becomes {wllama, model}
@@ -26,8 +26,10 @@ export async function readModel(tell) {
 }
 
 /** The chunks of a reply and when they came, {chunk, at_ms}, until it is over; AbortError when it was stopped. */
-export async function* streamReply({ model, experts, max_tokens, ...request }, signal) {
-    const { wllama } = await engine;
+export async function* streamReply({ model: name, experts, max_tokens, ...request }, signal) {
+    const { wllama, model } = await engine;
+    const mark = model.marks.find((each) => request.messages.some(({ content }) => content.includes(each)));
+    if (mark) throw new Trouble("The model cannot be asked this.", `The message spells the mark ${mark}; change it.`);
     const asked = { ...request, samplers: SAMPLERS, max_tokens: max_tokens ?? -1, abortSignal: signal };
     const options = { ...asked, stream: true, stream_options: { include_usage: true } };
     try {
@@ -45,7 +47,7 @@ async function start(tell = () => {}) {
     }
     keepPage();
     const model = await (await get("model.json")).json();
-    const quiet = { debug() {}, log() {}, warn() {}, error: console.error };
+    const quiet = { debug() {}, log() {}, warn() {}, error: console.info };
     const make = (wasm, worker, compatible) => {
         const wllama = new Wllama({ default: wasm }, { suppressNativeLog: true, logger: quiet });
         wllama.setCompat({ worker, wasm: compatible }); // for Safari and browsers before 2025; else from elsewhere
@@ -63,8 +65,8 @@ async function start(tell = () => {}) {
         n_ctx: model.context_length,
         n_parallel: 1,
         n_gpu_layers: 0,
-        n_threads: Math.min(MOST_THREADS, navigator.hardwareConcurrency), // 1 without the headers that isolate a page
-        ...{ cache_type_k: "f32", cache_type_v: "f32" }, // as precise as in NanoLLM
+        n_threads: Math.min(MOST_THREADS, Math.ceil(navigator.hardwareConcurrency / 2)), // without isolation it is 1
+        ...{ cache_type_k: "f32", cache_type_v: "f32", flash_attn: false }, // which rounds to float16
         ...{ skip_chat_parsing: true, reasoning_format: "none", warmup: false },
     });
     return { wllama, model };

@@ -7,27 +7,36 @@ Sources: ngxson/wllama, README and guides; w3.org/TR/service-workers.
 """
 
 import hashlib
-import json
 import shutil
 import tarfile
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from http.client import HTTPException
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from importlib import import_module
 from importlib.util import find_spec
+from itertools import chain, islice
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
 
+import torch
+
 from nanollm.bundle import Bundle
 from nanollm.durable import sha256_of, write_file, write_json
+from nanollm.export import verify
 from nanollm.export.dense_to_moe import Dtype
+from nanollm.export.engines import ask_llama_cpp
 from nanollm.export.gguf import file_name, write_gguf
+from nanollm.export.verify import Check, Ids
 from nanollm.kernels.build import cache_folder
-from nanollm.progress import say
+from nanollm.progress import Progress, say
+from nanollm.sources import builtin
+from nanollm.text.chat import Conversation, encode_prompt, reply_ends
+from nanollm.text.tokenizer import END
 
 VERSION = "3.8.1"
 ADDRESS = "https://registry.npmjs.org/@wllama/{name}/-/{name}-{version}.tgz"
@@ -50,6 +59,21 @@ RULES = (
 )
 """What the page may load: nothing from elsewhere, so that no word of a conversation can leave."""
 HEAD = "<head>\n"
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+INSTALL_BROWSER = "pip install playwright && playwright install chromium"
+OWN = ("data:", "blob:")  # addresses of what a page made itself
+ROUNDED = 0.1
+"""How far apart logits may be where each engine rounds what it computes with, in its own order."""
+Reply = list[tuple[int, float]]  # id and log-probability of each token, without the end
+ASK = """async ([content, count]) => {
+    const { readModel, streamReply } = await import("./page/server.js");
+    await readModel();
+    const messages = [{ role: "user", content }];
+    const asked = { messages, max_tokens: count, temperature: 0, logprobs: true, top_logprobs: 1 };
+    const found = [];
+    for await (const { chunk } of streamReply(asked)) found.push(...(chunk.choices[0]?.logprobs?.content ?? []));
+    return found.map(({ id, logprob }) => [id, logprob]);
+}"""
 
 
 def check_size(size: float, what: str) -> None:
@@ -108,9 +132,16 @@ def write_web(folder: Path, bundle: Bundle, dtype: Dtype, name: str, wllama: Pat
     for path, content in files.items():
         (folder / path).parent.mkdir(exist_ok=True)
         write_file(folder / path, content)
-    card = {"id": name, "context_length": bundle.model.config.context_length, "examples": bundle.examples}
-    stored = {"file": model.name, "bytes": model.stat().st_size, "edition": edition}
-    write_json(folder / "model.json", card | stored)
+    told = {
+        "id": name,
+        "context_length": bundle.model.config.context_length,
+        "examples": bundle.examples,
+        "marks": sorted(bundle.tokenizer.symbols.values()),
+        "file": model.name,
+        "bytes": model.stat().st_size,
+        "edition": edition,
+    }
+    write_json(folder / "model.json", told)
     return model.name
 
 
@@ -118,3 +149,90 @@ def guarded(page: str) -> str:
     """A page that may load nothing from elsewhere, whatever host it lies on."""
     assert HEAD in page
     return page.replace(HEAD, f'{HEAD}    <meta http-equiv="Content-Security-Policy" content="{RULES}">\n', 1)
+
+
+# --- the proof ---
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    """What python -m http.server is, without its log."""
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+@contextmanager
+def serving(folder: Path) -> Iterator[str]:
+    """The address of a folder on this machine, as any static host has it."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder))) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@contextmanager
+def chromium() -> Iterator[Any]:
+    """A browser without a window; ValueError that says how to install it."""
+    if find_spec("playwright") is None:
+        raise ValueError(f"checking a page needs playwright: {INSTALL_BROWSER}")
+    sync_api = import_module("playwright.sync_api")
+    program = next(filter(None, map(shutil.which, BROWSERS)), None)  # without one, playwright's own
+    with sync_api.sync_playwright() as playwright:
+        try:
+            browser = playwright.chromium.launch(executable_path=program)
+        except sync_api.Error as error:
+            raise ValueError(f"Chromium does not start ({str(error).splitlines()[0]}): {INSTALL_BROWSER}") from error
+        yield browser
+        browser.close()
+
+
+def compare_in_browser(model: Path, bundle: Bundle, dtype: str, prompts: int) -> Iterator[Check]:
+    """The table for the page around a GGUF, line by line: in Chromium it replies as llama.cpp does with this file."""
+    tokenizer, context = bundle.tokenizer, bundle.model.config.context_length
+    count = min(verify.REPLY_TOKENS, context // 2)
+    texts = chain(bundle.examples, (f"{text[:80]} {number}?" for number, text in enumerate(builtin.documents())))
+    asked = ((text, encode_prompt(Conversation.of(text), tokenizer)) for text in texts)
+    fitting = [*islice((pair for pair in asked if len(pair[1]) <= context - count), prompts)]
+    found, elsewhere, complaints = list[Reply](), list[str](), list[str]()
+    with serving(model.parent) as address, chromium() as browser, Progress("Chromium replies", prompts, "prompts") as bar:
+        page = browser.new_page()
+        page.on("request", lambda it: None if it.url.startswith((address, *OWN)) else elsewhere.append(it.url))
+        page.on("console", lambda it: complaints.append(it.text) if it.type in ("error", "warning") else None)
+        page.on("pageerror", lambda it: complaints.append(str(it)))
+        page.goto(address)
+        for text, _ in fitting:
+            found.append(page.evaluate(ASK, [text, count]))
+            bar.advance()
+    yield Check("requests to elsewhere", "none", ", ".join(elsewhere) or "none", not elsewhere)
+    yield Check("complaints of the browser", "none", "; ".join(complaints) or "none", not complaints)
+    tolerance = verify.TOLERANCE if dtype == "f32" else ROUNDED
+    yield from compare_replies(found, [ids for _, ids in fitting], model, bundle, count, tolerance)
+
+
+def compare_replies(
+    found: Sequence[Reply], begun: Sequence[Ids], model: Path, bundle: Bundle, count: int, tolerance: float
+) -> Iterator[Check]:
+    """Whether each token that the browser drew after a prompt, and the end, is llama.cpp's most likely one there."""
+    ends, end = reply_ends(bundle.tokenizer), bundle.tokenizer.mark_id(END)
+    drawn = [[token for token, _ in reply] + [end] * (len(reply) < count) for reply in found]
+    scored = [[*prompt, *ids] for prompt, ids in zip(begun, drawn, strict=True)]
+    scores = ask_llama_cpp(model, scored=scored, threads=torch.get_num_threads())["scores"]
+    gaps, differences = list[float](), list[float]()
+    for prompt, reply, seen in zip(begun, found, scores, strict=True):
+        gap, logprobs = (some[len(prompt) - 1 :] for some in (seen.highest - seen.logit, seen.logit - seen.log_total))
+        if len(reply) < len(gap) and int(seen.top[-1]) in ends:
+            gap = gap[:-1]  # it ended here, too
+        gaps.append(gap.max().item())
+        theirs = torch.tensor([logprob for _, logprob in reply])
+        differences.append((logprobs[: len(reply)] - theirs).abs().max().item())
+    same = f"{gaps.count(0):,} of {len(gaps):,} replies equal"
+    if max(gaps) > 0:
+        same += f"; the others differ where the two most likely tokens are at most {max(gaps):.1g} apart"
+    wanted = f"all equal, but for ties up to {tolerance:g}"
+    yield Check(f"greedy replies of {count} tokens", wanted, same, max(gaps) <= tolerance)
+    wanted, greatest = f"at most {tolerance:g}", max(differences)
+    yield Check("difference of a log-probability", wanted, f"{greatest:.2g}", greatest <= tolerance)

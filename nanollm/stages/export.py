@@ -4,6 +4,7 @@ What needs the packages of the extra `export` is imported late, so that a missin
 """
 
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -156,7 +157,8 @@ def check(c: Config) -> None:
     elif c.verify and c.format in ("gguf", "web"):
         engines.package_folder()
         if c.format == "web":
-            web.check_browser()
+            with web.chromium():
+                pass
     elif c.verify and c.adapter is not None:
         require("export --adapter --verify", ("peft",), "export")
 
@@ -209,10 +211,10 @@ def prove(c: Config, model: Path, bundle: Bundle, adapter: Adapter | None) -> No
 
     if c.engine != "auto":
         checks = engines.compare_in_python(c.engine, c.engine_python, c.folder, bundle, dtype_of(c), c.verify_prompts)
-    elif c.format == "web":
-        checks = web.compare_in_browser(model, bundle, dtype_of(c), c.verify_prompts)
-    elif c.format == "gguf":
+    elif c.format in ("gguf", "web"):
         checks = engines.compare_in_llama_cpp(model, bundle, dtype_of(c), c.verify_prompts, adapter)
+        if c.format == "web":
+            checks = chain(checks, web.compare_in_browser(model, bundle, dtype_of(c), c.verify_prompts))
     else:
         checks = engines.compare_in_transformers(c.folder, bundle, dtype_of(c), c.verify_prompts, adapter)
     holds = True
