@@ -11,6 +11,7 @@ import { Trouble, sentence, tooLong } from "./trouble.js";
 const SIMD = Uint8Array.of(0, 97, 115, 109, 1, 0, 0, 0, 1, 5, 1, 96, 0, 1, 123, 3, 2, 1, 0, 10, 10, 1, 8, 0, 65, 0, 253, 15, 253, 98, 11);
 const MOST_THREADS = 4; // they wait for each other in loops: more, or one for each core, are slower
 const SAMPLERS = ["temperature", "top_k", "top_p"]; // as NanoLLM samples; llama.cpp has others, and their defaults
+const HALF = "A likely token here is half a character, which wllama cannot tell. Ask again without looking inside.";
 
 let engine = null; // what becomes {wllama, model}
 
@@ -37,6 +38,7 @@ export async function* streamReply({ model: name, experts, max_tokens, ...reques
     } catch (error) {
         if (error.name === "AbortError") throw error;
         if (/context/.test(error.message)) throw tooLong(error.message);
+        if (request.logprobs) throw new Trouble("The rest cannot be looked into.", HALF);
         throw new Trouble("The model could not answer.", sentence(error.message));
     }
 }

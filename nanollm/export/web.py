@@ -64,15 +64,24 @@ INSTALL_BROWSER = "pip install playwright && playwright install chromium"
 OWN = ("data:", "blob:")  # addresses of what a page made itself
 ROUNDED = 0.1
 """How far apart logits may be where each engine rounds what it computes with, in its own order."""
-Reply = list[tuple[int, float]]  # id and log-probability of each token, without the end
+Reply = tuple[list[tuple[int, float]], str]  # id and log-probability of each token, and why there are no more
 ASK = """async ([content, count]) => {
     const { readModel, streamReply } = await import("./page/server.js");
     await readModel();
     const messages = [{ role: "user", content }];
     const asked = { messages, max_tokens: count, temperature: 0, logprobs: true, top_logprobs: 1 };
-    const found = [];
-    for await (const { chunk } of streamReply(asked)) found.push(...(chunk.choices[0]?.logprobs?.content ?? []));
-    return found.map(({ id, logprob }) => [id, logprob]);
+    const tokens = [];
+    let finish = null;
+    try {
+        for await (const { chunk } of streamReply(asked)) {
+            tokens.push(...(chunk.choices[0]?.logprobs?.content ?? []).map(({ id, logprob }) => [id, logprob]));
+            finish = chunk.choices[0]?.finish_reason ?? finish;
+        }
+    } catch (error) {
+        if (!error.title) throw error;
+        finish = `${error.title} ${error.advice}`;
+    }
+    return [tokens, finish];
 }"""
 
 
@@ -218,21 +227,21 @@ def compare_replies(
 ) -> Iterator[Check]:
     """Whether each token that the browser drew after a prompt, and the end, is llama.cpp's most likely one there."""
     ends, end = reply_ends(bundle.tokenizer), bundle.tokenizer.mark_id(END)
-    drawn = [[token for token, _ in reply] + [end] * (len(reply) < count) for reply in found]
+    drawn = [[token for token, _ in tokens] + [end] * (finish == "stop") for tokens, finish in found]
     scored = [[*prompt, *ids] for prompt, ids in zip(begun, drawn, strict=True)]
     scores = ask_llama_cpp(model, scored=scored, threads=torch.get_num_threads())["scores"]
-    gaps, differences = list[float](), list[float]()
-    for prompt, reply, seen in zip(begun, found, scores, strict=True):
+    gaps, differences = list[float](), [0.0]
+    for prompt, (tokens, finish), seen in zip(begun, found, scores, strict=True):
         gap, logprobs = (some[len(prompt) - 1 :] for some in (seen.highest - seen.logit, seen.logit - seen.log_total))
-        if len(reply) < len(gap) and int(seen.top[-1]) in ends:
-            gap = gap[:-1]  # it ended here, too
-        gaps.append(gap.max().item())
-        theirs = torch.tensor([logprob for _, logprob in reply])
-        differences.append((logprobs[: len(reply)] - theirs).abs().max().item())
+        if finish == "stop" and int(seen.top[-1]) in ends:
+            gap[-1] = 0.0  # it ends with another mark
+        gaps.append(gap.max().item() if len(gap) else 0.0)
+        differences += [abs(mine - theirs) for mine, (_, theirs) in zip(logprobs.tolist(), tokens, strict=False)]
     same = f"{gaps.count(0):,} of {len(gaps):,} replies equal"
     if max(gaps) > 0:
         same += f"; the others differ where the two most likely tokens are at most {max(gaps):.1g} apart"
-    wanted = f"all equal, but for ties up to {tolerance:g}"
-    yield Check(f"greedy replies of {count} tokens", wanted, same, max(gaps) <= tolerance)
+    for trouble in sorted({finish for _, finish in found} - {"stop", "length"}):
+        same += f"; {[finish for _, finish in found].count(trouble)} cut short: {trouble}"
+    yield Check(f"greedy replies of {count} tokens", f"all equal, but for ties up to {tolerance:g}", same, max(gaps) <= tolerance)
     wanted, greatest = f"at most {tolerance:g}", max(differences)
     yield Check("difference of a log-probability", wanted, f"{greatest:.2g}", greatest <= tolerance)
