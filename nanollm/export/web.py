@@ -174,6 +174,7 @@ class Quiet(SimpleHTTPRequestHandler):
 def serving(folder: Path) -> Iterator[str]:
     """The address of a folder on this machine, as any static host has it."""
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder))) as server:
+        server.handle_error = lambda *_: None  # type: ignore[method-assign]  # a browser breaks off what it needs no more
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         try:
