@@ -51,7 +51,8 @@ async function start(tell = () => {}) {
     const model = await (await get("model.json")).json();
     const quiet = { debug() {}, log() {}, warn() {}, error: console.info };
     const make = (wasm, worker, compatible) => {
-        const wllama = new Wllama({ default: wasm }, { suppressNativeLog: true, logger: quiet });
+        const options = { suppressNativeLog: true, logger: quiet, cacheManager: {} }; // over http it cannot make its own
+        const wllama = new Wllama({ default: wasm }, options);
         wllama.setCompat({ worker, wasm: compatible }); // for Safari and browsers before 2025; else from elsewhere
         return wllama;
     };

@@ -18,7 +18,6 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib import import_module
 from importlib.util import find_spec
 from itertools import chain, islice
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -208,7 +207,8 @@ def compare_in_browser(model: Path, bundle: Bundle, dtype: str, prompts: int) ->
     asked = ((text, encode_prompt(Conversation.of(text), tokenizer)) for text in texts)
     fitting = [*islice((pair for pair in asked if len(pair[1]) <= context - count), prompts)]
     found, elsewhere, complaints = list[Reply](), list[str](), list[str]()
-    with serving(model.parent) as address, chromium() as browser, Progress("Chromium replies", prompts, "prompts") as bar:
+    bar = Progress("Chromium replies", len(fitting), "prompts")
+    with serving(model.parent) as address, chromium() as browser, bar:
         page = browser.new_page()
         page.on("request", lambda it: None if it.url.startswith((address, *OWN)) else elsewhere.append(it.url))
         page.on("console", lambda it: complaints.append(it.text) if it.type in ("error", "warning") else None)
@@ -243,6 +243,7 @@ def compare_replies(
         same += f"; the others differ where the two most likely tokens are at most {max(gaps):.1g} apart"
     for trouble in sorted({finish for _, finish in found} - {"stop", "length"}):
         same += f"; {[finish for _, finish in found].count(trouble)} cut short: {trouble}"
-    yield Check(f"greedy replies of {count} tokens", f"all equal, but for ties up to {tolerance:g}", same, max(gaps) <= tolerance)
+    wanted = f"all equal, but for ties up to {tolerance:g}"
+    yield Check(f"greedy replies of {count} tokens", wanted, same, max(gaps) <= tolerance)
     wanted, greatest = f"at most {tolerance:g}", max(differences)
     yield Check("difference of a log-probability", wanted, f"{greatest:.2g}", greatest <= tolerance)

@@ -72,8 +72,8 @@ class Config:
             raise ValueError(
                 f"--adapter needs --format compact or gguf, got {self.format}; export the merged bundle instead"
             )
-        if self.dtype == "q8_0" and self.format not in ("gguf", "web"):
-            raise ValueError(f"--dtype q8_0 needs --format gguf or web; {self.format} takes f32, bf16 or f16")
+        if self.dtype.startswith("q") and self.format not in ("gguf", "web"):
+            raise ValueError(f"--dtype {self.dtype} needs --format gguf or web; {self.format} takes f32, bf16 or f16")
         if self.wllama is not None and self.format != "web":
             raise ValueError(f"--wllama needs --format web, got {self.format}")
         if self.push is not None and self.format == "web":

@@ -19,6 +19,7 @@ DONE = ".exchange:last-child:not([data-status=waiting]):not([data-status=streami
 REPLY = ".exchange:last-child .reply > .text"
 QUESTION = "Tom has 3 cups and 4 bowls. How many things are there?"
 OLD_BROWSER = "delete WebAssembly.Suspending; delete WebAssembly.promising;"
+OVER_HTTP = "delete globalThis.caches; delete Navigator.prototype.storage; delete Navigator.prototype.serviceWorker;"
 NO_SIMD = "WebAssembly.validate = () => false;"
 FOUR_CORES = "Object.defineProperty(Navigator.prototype, 'hardwareConcurrency', { get: () => 4 });"
 
@@ -123,7 +124,8 @@ def page_of(trained, tmp_path_factory):
         web.find_wllama(None)
     except ValueError as missing:
         pytest.skip(str(missing))
-    return run(Config(bundle=trained, format="web", dtype="f32", out=tmp_path_factory.mktemp("page") / "web", name="tiny"))
+    out = tmp_path_factory.mktemp("page") / "web"
+    return run(Config(bundle=trained, format="web", dtype="f32", out=out, name="tiny"))
 
 
 @pytest.fixture
@@ -166,7 +168,7 @@ def test_a_reply_can_be_looked_into_and_the_page_is_there_without_a_network(page
         page.click("#inside")
         reply = ask(page)
         tokens = page.locator(".token")
-        assert "".join(tokens.all_text_contents()).strip() == reply.strip() != ""  # llama.cpp tells it without the margin
+        assert "".join(tokens.all_text_contents()).strip() == reply.strip() != ""  # llama.cpp strips a reply
         tokens.nth(1).click()
         assert page.locator(".other").count() == 5
         assert re.fullmatch(r".*%", page.locator(".panel .chosen .share").text_content())
@@ -180,12 +182,16 @@ def test_a_reply_can_be_looked_into_and_the_page_is_there_without_a_network(page
 
 
 @pytest.mark.long
-def test_threads_and_older_browsers_change_nothing_in_a_reply(page_of, visit, monkeypatch):
+def test_threads_older_browsers_and_http_change_nothing_in_a_reply(page_of, visit, monkeypatch):
     with web.serving(page_of) as address:
         expected = ask(visit(address))
         old = visit(address, OLD_BROWSER)
         assert ask(old) == expected
-        assert "compat.wasm" in old.evaluate("performance.getEntriesByType('resource').map(({ name }) => name)").__str__()
+        loaded = old.evaluate("performance.getEntriesByType('resource').map(({ name }) => name)")
+        assert [name for name in loaded if name.endswith(".wasm")] == [f"{address}wllama/compat.wasm"]
+        insecure = visit(address, OVER_HTTP)
+        assert ask(insecure) == expected
+        assert insecure.evaluate("[typeof caches, typeof navigator.storage]") == ["undefined", "undefined"]
         send = web.Quiet.end_headers
 
         def isolated(handler):
