@@ -8,7 +8,11 @@
 import { Wllama } from "../wllama/index.min.js";
 import { Trouble, sentence, tooLong } from "./trouble.js";
 
-const SIMD = Uint8Array.of(0, 97, 115, 109, 1, 0, 0, 0, 1, 5, 1, 96, 0, 1, 123, 3, 2, 1, 0, 10, 10, 1, 8, 0, 65, 0, 253, 15, 253, 98, 11);
+// (module (func (result v128) i32.const 0 i8x16.splat i8x16.popcnt))
+const SIMD = Uint8Array.of(
+    ...[0, 97, 115, 109, 1, 0, 0, 0, 1, 5, 1, 96, 0, 1, 123, 3, 2, 1, 0],
+    ...[10, 10, 1, 8, 0, 65, 0, 253, 15, 253, 98, 11],
+);
 const MOST_THREADS = 4; // they wait for each other in loops: more, or one for each core, are slower
 const SAMPLERS = ["temperature", "top_k", "top_p"]; // as NanoLLM samples; llama.cpp has others, and their defaults
 const HALF = "A likely token here is half a character, which wllama cannot tell. Ask again without looking inside.";
@@ -38,7 +42,7 @@ export async function* streamReply({ model: name, experts, max_tokens, ...reques
     } catch (error) {
         if (error.name === "AbortError") throw error;
         if (/context/.test(error.message)) throw tooLong(error.message);
-        if (request.logprobs) throw new Trouble("The rest cannot be looked into.", HALF);
+        if (request.logprobs && /typed array/.test(error.message)) throw new Trouble("The rest cannot be looked into.", HALF);
         throw new Trouble("The model could not answer.", sentence(error.message));
     }
 }
@@ -53,7 +57,7 @@ async function start(tell = () => {}) {
     const make = (wasm, worker, compatible) => {
         const options = { suppressNativeLog: true, logger: quiet, cacheManager: {} }; // over http it cannot make its own
         const wllama = new Wllama({ default: wasm }, options);
-        wllama.setCompat({ worker, wasm: compatible }); // for Safari and browsers before 2025; else from elsewhere
+        wllama.setCompat({ worker, wasm: compatible }); // for Safari and older browsers; by default from elsewhere
         return wllama;
     };
     const probe = make(...["wllama.wasm", "compat.js", "compat.wasm"].map((name) => at(`wllama/${name}`)));

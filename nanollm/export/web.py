@@ -113,7 +113,7 @@ def unpacked(name: str) -> dict[str, bytes]:
             with urlopen(address, timeout=60) as answer:
                 content = answer.read()
         except (OSError, HTTPException) as error:
-            advice = f"where it can be, run {INSTALL}, and give --wllama node_modules"
+            advice = f"run {INSTALL} where there is a network, then give --wllama node_modules"
             raise ValueError(f"{address} cannot be loaded ({error}); {advice}") from error
         if (found := hashlib.sha256(content).hexdigest()) != SHA256[name]:
             raise ValueError(f"{address} must have the sha256 {SHA256[name]}, got {found}; does a proxy change it?")
@@ -241,9 +241,10 @@ def compare_replies(
     same = f"{gaps.count(0):,} of {len(gaps):,} replies equal"
     if max(gaps) > 0:
         same += f"; the others differ where the two most likely tokens are at most {max(gaps):.1g} apart"
-    for trouble in sorted({finish for _, finish in found} - {"stop", "length"}):
-        same += f"; {[finish for _, finish in found].count(trouble)} cut short: {trouble}"
-    wanted = f"all equal, but for ties up to {tolerance:g}"
-    yield Check(f"greedy replies of {count} tokens", wanted, same, max(gaps) <= tolerance)
+    cut = [finish for _, finish in found if finish not in ("stop", "length")]
+    if cut:
+        same += f"; {len(cut)} cut short: {' '.join(sorted(set(cut)))}"
+    wanted, holds = f"all equal, but for ties up to {tolerance:g}", max(gaps) <= tolerance and 2 * len(cut) < len(found)
+    yield Check(f"greedy replies of {count} tokens", wanted, same, holds)
     wanted, greatest = f"at most {tolerance:g}", max(differences)
     yield Check("difference of a log-probability", wanted, f"{greatest:.2g}", greatest <= tolerance)

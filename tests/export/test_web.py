@@ -102,9 +102,12 @@ def test_bad_input_costs_one_line_and_no_file(packages, complaint, monkeypatch, 
         raise OSError("no network")
 
     monkeypatch.setattr(web, "urlopen", unreachable)
-    assert "cannot be loaded (no network); where it can be, run npm install @wllama/wllama@" in complaint()
+    assert "cannot be loaded (no network); run npm install @wllama/wllama@" in complaint()
     monkeypatch.setattr(web, "MOST_BYTES", 1000)
     assert "choose a smaller --dtype" in complaint()
+    monkeypatch.setattr(web, "find_spec", lambda _: None)
+    with pytest.raises(ValueError, match="pip install playwright && playwright install chromium"), web.chromium():
+        pass
 
 
 def test_what_npm_gives_must_have_the_checksum_that_is_known(complaint, monkeypatch, tmp_path):
@@ -249,3 +252,5 @@ def test_the_proof_holds_and_finds_a_token_that_llama_cpp_would_not_draw(
     drawn = ([(bundle.tokenizer.unk_id, -0.5)], "length")
     checks = list(web.compare_replies([drawn], [prompt], model, bundle, 1, 1e-4))
     assert [check.holds for check in checks] == [False, False]
+    checks = list(web.compare_replies([([], "The model could not answer.")], [prompt], model, bundle, 1, 1e-4))
+    assert [check.holds for check in checks] == [False, True]
