@@ -24,7 +24,7 @@ from nanollm.text.tokenizer import CALL, Tokenizer
 
 MAX_SIZE = 2**17
 """Characters of a grammar. One of this size takes about a second to compile, one that people write milliseconds."""
-MAX_COMPILE_S, MAX_WAIT_S = 0.3, 1.0
+MAX_COMPILE_S, MAX_WAIT_S = 0.3, 3.0
 """Some short patterns take years: their compilation is tried out in a process that ends after so many seconds of a
 processor, or, where others keep the processor busy, of the clock."""
 HAS_TIMER = hasattr(signal, "setitimer")  # not on Windows, where the clock decides
