@@ -251,7 +251,7 @@ def test_pydantic_classes_are_parsed(client):
         ({"guided_json": "{"}, "guided_json"),
         ({"guided_json": '{"items":' * 5000 + "{}" + "}" * 5000}, "nested too deeply"),
         (
-            {"guided_json": {"type": "object", "properties": {f"p{n}": {"type": "integer"} for n in range(1500)}}},
+            {"guided_json": {"type": "object", "properties": {f"p{n}": {"type": "integer"} for n in range(700)}}},
             "the grammar cannot be followed any further",
         ),
         ({"guided_choice": ["a"], "guided_regex": "b"}, "both say what the reply must look like"),
