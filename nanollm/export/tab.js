@@ -14,6 +14,7 @@ const SIMD = Uint8Array.of(
     ...[10, 10, 1, 8, 0, 65, 0, 253, 15, 253, 98, 11],
 );
 const MOST_THREADS = 4; // they wait for each other in loops: more, or one for each core, are slower
+const NO_FORMS = "In a browser tab no reply follows a JSON schema or calls functions; empty both in the settings.";
 const SAMPLERS = ["temperature", "top_k", "top_p"]; // as NanoLLM samples; llama.cpp has others, and their defaults
 const HALF = "A likely token here is half a character, which wllama cannot tell. Ask again without looking inside.";
 
@@ -35,6 +36,7 @@ export async function* streamReply({ model: name, experts, max_tokens, ...reques
     const { wllama, model } = await engine;
     const mark = model.marks.find((each) => request.messages.some(({ content }) => content.includes(each)));
     if (mark) throw new Trouble("The model cannot be asked this.", `The message spells the mark ${mark}; change it.`);
+    if (request.response_format || request.tools) throw new Trouble("The model cannot be asked this.", NO_FORMS);
     const asked = { ...request, samplers: SAMPLERS, max_tokens: max_tokens ?? -1, abortSignal: signal };
     const options = { ...asked, stream: true, stream_options: { include_usage: true } };
     try {

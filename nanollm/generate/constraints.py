@@ -19,13 +19,15 @@ from multiprocessing.context import SpawnProcess
 from typing import Any
 
 from nanollm.extras import require
-from nanollm.text.chat import reply_ends
-from nanollm.text.tokenizer import Tokenizer
+from nanollm.text.chat import ToolChoice, reply_ends
+from nanollm.text.tokenizer import CALL, Tokenizer
 
 MAX_SIZE = 2**17
 """Characters of a grammar. One of this size takes about a second to compile, one that people write milliseconds."""
-MAX_COMPILE_S = 0.3
-"""Some short patterns take years: their compilation is tried out in a process that can be ended."""
+MAX_COMPILE_S, MAX_WAIT_S = 0.3, 3.0
+"""Some short patterns take years: their compilation is tried out in a process that ends after so many seconds of a
+processor, or, where others keep the processor busy, of the clock."""
+HAS_TIMER = hasattr(signal, "setitimer")  # not on Windows, where the clock decides
 LIMITS: dict[str, Any] = {
     "initial_lexer_fuel": 500_000,
     "step_lexer_fuel": 50_000,
@@ -64,20 +66,30 @@ def choice_rule(choices: Sequence[str]) -> str:
     return " | ".join(map(json.dumps, choices))
 
 
-def call_grammar(
-    reply: str, functions: Mapping[str, str], call_id: int, *, is_required: bool, is_parallel: bool
+def reply_grammar(
+    reply: str,
+    tokenizer: Tokenizer,
+    functions: Sequence[Mapping[str, Any]] = (),
+    choice: ToolChoice = None,
+    *,
+    is_parallel: bool = True,
 ) -> str:
-    """A reply by its rule, or calls of functions; free text may come before calls.
+    """A reply by its rule, or calls of functions (of OpenAI's form); free text may come before calls.
 
-    functions: the rule of each one's arguments, by its name; call_id: the mark before a call.
+    Only where a call is certain, or a function is `strict`, is a schema refused that cannot be followed altogether.
     """
+    if not functions:
+        return f"start: {reply}"
+    is_required, is_parallel = choice not in (None, "auto"), is_parallel and not isinstance(choice, Mapping)
     number = {(True, True): "+", (True, False): "", (False, True): "*", (False, False): "?"}[is_required, is_parallel]
-    calls = f"(<[{call_id}]> call){number}"
+    calls = f"(<[{tokenizer.mark_id(CALL)}]> call){number}"
     start = calls if is_required else f"reply {calls}" if reply == TEXT else f"reply | {calls}"
     names = [f"call{place}" for place in range(len(functions))]
     lines = [f"start: {start}", f"reply: {reply}"[: None if "reply" in start else 0], f"call: {' | '.join(names)}"]
-    for rule, (name, arguments) in zip(names, functions.items(), strict=True):
-        lines += [f"{rule}: {json.dumps(name + ' ')} {rule}_arguments", f"{rule}_arguments: {arguments}"]
+    for rule, function in zip(names, functions, strict=True):
+        schema = {"type": "object", **(function.get("parameters") or {"additionalProperties": False})}
+        arguments = json_rule(schema, is_strict=is_required or bool(function.get("strict")))
+        lines += [f"{rule}: {json.dumps(function['name'] + ' ')} {rule}_arguments", f"{rule}_arguments: {arguments}"]
     return "\n".join(lines)
 
 
@@ -181,13 +193,14 @@ class Examiner:
                 self._pipe.recv()
                 self._is_ready = True
             self._pipe.send(grammar)
-            if not self._pipe.poll(MAX_COMPILE_S):
+            if not self._pipe.poll(MAX_WAIT_S if HAS_TIMER else MAX_COMPILE_S):
                 raise TimeoutError
             reason = self._pipe.recv()
         except (EOFError, OSError) as error:  # TimeoutError is one
-            self.stop()
+            code = self.stop()
             self.start()  # for the next
-            what = f"takes longer than {MAX_COMPILE_S} s" if isinstance(error, TimeoutError) else "crashes"
+            is_slow = isinstance(error, TimeoutError) or (HAS_TIMER and code == -signal.SIGPROF)
+            what = f"takes longer than {MAX_COMPILE_S} s" if is_slow else "crashes"
             raise ValueError(f"compiling it {what}; ask for something simpler") from None
         if reason:
             raise ValueError(reason)
@@ -203,13 +216,15 @@ class Examiner:
             theirs.close()
             self._is_ready = False
 
-    def stop(self) -> None:
-        """End it at once: what it does need not be finished."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.join()
-            self._pipe.close()
-            self._process = None
+    def stop(self) -> int | None:
+        """End it at once: what it does need not be finished. Returns its exit code."""
+        if self._process is None:
+            return None
+        self._process.kill()
+        self._process.join()
+        self._pipe.close()
+        code, self._process = self._process.exitcode, None
+        return code
 
 
 def examine(tokenizer: Tokenizer, pipe: Connection) -> None:
@@ -224,8 +239,13 @@ def examine(tokenizer: Tokenizer, pipe: Connection) -> None:
             grammar = pipe.recv()
         except EOFError:
             return
+        if HAS_TIMER:
+            signal.setitimer(signal.ITIMER_PROF, MAX_COMPILE_S)
         try:
             compiler.compile(grammar)
-            pipe.send(None)
+            reason = None
         except ValueError as error:
-            pipe.send(str(error))
+            reason = str(error)
+        if HAS_TIMER:
+            signal.setitimer(signal.ITIMER_PROF, 0)
+        pipe.send(reason)

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nanollm.generate.request import ModelOutput, Quantize, ScheduledBatch
+from nanollm.generate.sampling import Bits
 from nanollm.kernels import build
 from nanollm.kernels.build import OPTIONS
 from nanollm.model.attention import LatentAttention
@@ -275,7 +276,7 @@ def library() -> ctypes.CDLL:
         getattr(loaded, f"open_{kind}").restype, getattr(loaded, f"open_{kind}").argtypes = c_void_p, [POINTER(Model)]
         getattr(loaded, f"run_{kind}").argtypes = [c_void_p, POINTER(Pass)]
         getattr(loaded, f"close_{kind}").argtypes = [c_void_p]
-    loaded.draw.argtypes = [c_void_p, c_int64, c_int64, c_float, c_void_p, c_void_p, c_void_p, c_int64]
+    loaded.draw.argtypes = [c_void_p, c_void_p, c_int64, c_int64, c_float, *[c_void_p] * 4, c_int64]
     return loaded
 
 
@@ -289,22 +290,26 @@ def can_draw() -> bool:
     return True
 
 
-def draw(logits: Tensor, temperature: float, numbers: Tensor) -> tuple[Tensor, Tensor]:
+def draw(
+    logits: Tensor, temperature: float, numbers: Tensor, places: Sequence[int], allowed: Bits | None = None
+) -> tuple[Tensor, Tensor]:
     """What `sampling.sample` gives without filters and shifts, in one pass instead of six.
 
-    logits (B, V) float32 on the CPU, numbers (B,) float32 in [0, 1); temperature above 0. Returns ids (B,) int64 and
-    their log-probabilities (B,) float32. A row's answer depends on that row alone. ValueError for logits that are no
-    numbers.
+    logits (W, V) float32 on the CPU, places: B of its rows; numbers (B,) float32 in [0, 1), allowed (B, V / 8 rounded
+    up to 8 bytes). Returns ids (B,) int64 and their log-probabilities (B,) float32. A row's answer depends on that row
+    alone. ValueError for logits that are no numbers.
     """
     logits, numbers = logits.contiguous(), numbers.contiguous()
-    rows, vocab_size = logits.shape
+    rows, vocab_size, numbered = len(places), logits.shape[1], np.array(places, dtype=np.int64)
     ids, logprobs = torch.empty(rows, dtype=torch.int64), torch.empty(rows)
     library().draw(
         logits.data_ptr(),
+        numbered.ctypes.data,
         rows,
         vocab_size,
         temperature,
         numbers.data_ptr(),
+        None if allowed is None else allowed.ctypes.data,
         ids.data_ptr(),
         logprobs.data_ptr(),
         min(rows, torch.get_num_threads()),

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -33,7 +32,7 @@ from nanollm.generate.request import (
     TokenLogprobs,
 )
 from nanollm.generate.runner import open_runner
-from nanollm.generate.sampling import DRAWN, REDRAWN, SamplingConfig, sample, uniforms
+from nanollm.generate.sampling import DRAWN, REDRAWN, Bits, SamplingConfig, sample, uniforms
 from nanollm.model.lora import Pairs
 from nanollm.model.transformer import Transformer
 from nanollm.threads import watch_cores
@@ -42,10 +41,6 @@ CHUNK = 512  # prompt tokens read in one pass, so that long prompts do not hold 
 
 LONGEST_CHUNK = 2048
 """Where nobody waits for a first token more is read at once, up to this much: buffers grow with it."""
-
-ALLOWED = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
-OF_BITS = np.where(ALLOWED, np.float32(0), -np.float32(np.inf))
-"""(256, 8): what a byte of a mask adds to the logits of its eight tokens."""
 
 WORTH_WAITING = 16
 """A request waits for another that is about to read at least this many tokens of the same beginning."""
@@ -351,30 +346,33 @@ def sample_each(logits: Tensor, completions: Sequence[Completion]) -> tuple[list
     What a constraint refuses is drawn again, among what it allows: that gives a token as often as a single draw among
     those would, and most masks are never made. Filters choose among what is allowed, so there it is made first.
     """
-    ids, logprobs = draw_each(logits, completions, DRAWN)
+    ids, logprobs = draw_each(logits, completions, range(len(completions)), DRAWN)
     again = [
-        (index, constraint)
+        index
         for index, completion in enumerate(completions)
         if (constraint := completion.request.constraint) is not None
-        and (completion.request.sampling.filters or not constraint.take(int(ids[index])))
+        and (completion.request.sampling.filters or not constraint.take(ids[index]))
     ]
     if again:
-        places = [index for index, _ in again]
-        masked = logits[places] + mask_of([constraint for _, constraint in again], logits)
-        drawn, _ = draw_each(masked, [completions[index] for index in places], REDRAWN)
-        heat = np.array([completions[index].request.sampling.temperature or 1.0 for index in places])
-        change = logits[places, drawn] - logits[places, ids[places]]
-        ids[places], logprobs[places] = drawn, logprobs[places] + change.cpu().numpy() / heat
-        for (index, constraint), token in zip(again, drawn.tolist(), strict=True):
-            if not constraint.take(token):
-                completions[index].failure = constraint.reason
-    return ids.tolist(), logprobs.tolist()
+        members = [completions[index] for index in again]
+        drawn = draw_each(logits, members, again, REDRAWN, masks_of(members, logits.shape[-1]))
+        for index, completion, token, logprob in zip(again, members, *drawn, strict=True):
+            ids[index], logprobs[index] = token, logprob
+            constraint = completion.request.constraint
+            if constraint is not None and not constraint.take(token):
+                completion.failure = constraint.reason
+    return ids, logprobs
 
 
 def draw_each(
-    logits: Tensor, completions: Sequence[Completion], stream: np.uint64
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-    """A token and its log-probability for each row of logits (W, V); rows that choose alike are drawn together."""
+    logits: Tensor,
+    completions: Sequence[Completion],
+    places: Sequence[int],
+    stream: np.uint64,
+    allowed: Bits | None = None,
+) -> tuple[list[int], list[float]]:
+    """A token and its log-probability for each completion, from its place in logits (W, V); those that choose alike are
+    drawn together. allowed: what each may draw; None: all."""
     alike: dict[int, list[int]] = {}
     settings: list[SamplingConfig] = []
     for index, completion in enumerate(completions):
@@ -382,37 +380,42 @@ def draw_each(
         if c not in settings:
             settings.append(c)
         alike.setdefault(settings.index(c), []).append(index)
-    ids, logprobs = np.empty(len(completions), dtype=np.int64), np.empty(len(completions), dtype=np.float64)
+    ids, logprobs = [0] * len(completions), [0.0] * len(completions)
     for number, indices in alike.items():
         members = [completions[index] for index in indices]
-        numbers = uniforms(
-            np.array([member.request.seed for member in members]),
-            np.array([len(member.logprobs) for member in members]),
-            stream,
-        )
-        rows = logits if len(indices) == len(logits) else logits[indices]
-        drawn, likely = choose(rows, settings[number], numbers, members)
-        ids[indices], logprobs[indices] = drawn.cpu().numpy(), likely.cpu().numpy()
+        seeds, draws = zip(*((member.request.seed, len(member.logprobs)) for member in members), strict=True)
+        numbers = uniforms(np.array(seeds), np.array(draws), stream)
+        rows = [places[index] for index in indices]
+        drawn = choose(logits, rows, settings[number], numbers, members, None if allowed is None else allowed[indices])
+        for index, token, logprob in zip(indices, *(each.tolist() for each in drawn), strict=True):
+            ids[index], logprobs[index] = token, logprob
     return ids, logprobs
 
 
-def choose(logits: Tensor, c: SamplingConfig, numbers: Tensor, members: Sequence[Completion]) -> tuple[Tensor, Tensor]:
-    """As `sample`, by the fastest way of this machine; `members` are the requests whose rows these are."""
+def choose(
+    logits: Tensor,
+    places: Sequence[int],
+    c: SamplingConfig,
+    numbers: Tensor,
+    members: Sequence[Completion],
+    allowed: Bits | None,
+) -> tuple[Tensor, Tensor]:
+    """As `sample`, by the fastest way of this machine; `members` are the requests whose rows stand at these places."""
     device = logits.device
-    if c.is_plain and device.type == "cpu" and native.can_draw():
-        return native.draw(logits, c.temperature, numbers)
+    if not (c.filters or c.shifts) and device.type == "cpu" and native.can_draw():
+        return native.draw(logits, c.temperature, numbers, places, allowed)
     seen = (torch.tensor([*member.request.prompt, *member.ids], device=device).unique() for member in members)
-    return sample(logits, c, numbers, seen)
+    return sample(logits if len(places) == len(logits) else logits[places], c, numbers, seen, allowed)
 
 
-def mask_of(constraints: Sequence[Mask], logits: Tensor) -> Tensor:
-    """What to add to logits (B, V): 0 for the tokens that may come next by each of these, minus infinity for others."""
-    bits = np.zeros((len(constraints), -(-logits.shape[-1] // 32) * 4), dtype=np.uint8)
+def masks_of(completions: Sequence[Completion], vocab_size: int) -> Bits:
+    """(B, bytes): what may come next by the constraint of each."""
+    bits = np.zeros((len(completions), -(-vocab_size // 64) * 8), dtype=np.uint8)
     address, stride = bits.ctypes.data, bits.shape[1]
-    for row, constraint in enumerate(constraints):
-        constraint.allow(address + row * stride)
-    added = OF_BITS.take(bits, axis=0).reshape(len(constraints), -1)  # twenty times as fast as a mask of bools
-    return torch.from_numpy(added[:, : logits.shape[-1]]).to(logits.device)
+    for row, completion in enumerate(completions):
+        assert completion.request.constraint is not None
+        completion.request.constraint.allow(address + row * stride)
+    return bits
 
 
 def token_logprobs(logits: Tensor, token: int, top: int, experts: list[list[int]]) -> TokenLogprobs:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,23 @@ import torch
 
 from nanollm.bundle import Bundle, load_bundle
 from nanollm.config import check_at_least
-from nanollm.generate.constraints import Compiler, Constraint, json_rule
+from nanollm.generate.constraints import TEXT, Compiler, Constraint, json_rule, reply_grammar
 from nanollm.generate.engine import Engine, check_finish, generate
 from nanollm.generate.request import Completion, Quantize, Request
 from nanollm.generate.sampling import SamplingConfig
 from nanollm.generate.tools import tool_caller, with_tools
-from nanollm.text.chat import Conversation, Message, encode_prompt, reply_borders, reply_ends
+from nanollm.text.chat import (
+    Conversation,
+    Message,
+    ToolChoice,
+    callable_functions,
+    encode_prompt,
+    function_text,
+    reply_borders,
+    reply_ends,
+)
 from nanollm.text.stream import TextStream, check_stops
-from nanollm.text.tokenizer import Tokenizer
+from nanollm.text.tokenizer import CALL, Tokenizer
 from nanollm.world import DeviceName, DtypeName, World
 
 Schema = Mapping[str, Any]
@@ -59,13 +69,29 @@ class LanguageModel:
         return texts[0] if is_one else texts
 
     def chat(
-        self, messages: str | Messages | Sequence[str | Messages], *, schema: Schema | None = None, **settings: Any
+        self,
+        messages: str | Messages | Sequence[str | Messages],
+        *,
+        schema: Schema | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
+        tool_choice: ToolChoice = None,
+        parallel_tool_calls: bool = True,
+        **settings: Any,
     ) -> Any:
-        """The reply to a question or to messages: str; to a list of these, in one batch, a list."""
+        """The reply to a question or to messages: str; to a list of these, in one batch, a list.
+
+        With tools, functions in OpenAI's form, a reply is a message in that form, with its `tool_calls`. It and then
+        {"role": "tool", "content": ...}, what each function returned, in the order of the calls, are the next messages.
+        """
         is_one = isinstance(messages, str) or isinstance(messages[0], Mapping)
         asked: Any = [messages] if is_one else messages
-        texts = [text for text, _ in self.complete(asked, GenerateConfig(**settings), schema, is_chat=True)]
-        return texts[0] if is_one else texts
+        c = GenerateConfig(**settings)
+        calls: Any = {"tools": tools, "choice": tool_choice, "is_parallel": parallel_tool_calls}
+        replies = [
+            message_of(each.ids, self.tokenizer, c.stop, has_calls=tool_choice != "none") if tools else text
+            for text, each in self.complete(asked, c, schema, is_chat=True, **calls)
+        ]
+        return replies[0] if is_one else replies
 
     def stream(
         self, asked: str | Messages, *, schema: Schema | None = None, is_chat: bool = True, **settings: Any
@@ -111,13 +137,23 @@ class LanguageModel:
         return [(self.tokenizer.pieces[token].text, each) for token, each in zip(ids[1:], likely, strict=True)]
 
     def complete(
-        self, asked: Sequence[str | Messages], c: GenerateConfig, schema: Schema | None = None, *, is_chat: bool
+        self,
+        asked: Sequence[str | Messages],
+        c: GenerateConfig,
+        schema: Schema | None = None,
+        *,
+        is_chat: bool,
+        tools: Sequence[Mapping[str, Any]] = (),
+        choice: ToolChoice = None,
+        is_parallel: bool = True,
     ) -> list[tuple[str, Completion]]:
         """Text and completion of each, in one batch."""
-        constraint = self._constraint(schema)
+        told = [*map(function_text, tools)]
+        functions = callable_functions(tools, choice)
+        constraint = self._constraint(schema, functions, choice, is_parallel)
         completions = generate(
             self.bundle.model,
-            [self._encode(each, is_chat) for each in asked],
+            [self._encode(each, is_chat, told if functions else ()) for each in asked],
             c,
             max_tokens=c.max_tokens,
             stop_token_ids=self._ends(is_chat),
@@ -133,13 +169,21 @@ class LanguageModel:
     def _compiler(self) -> Compiler:
         return Compiler(self.tokenizer)
 
-    def _constraint(self, schema: Schema | None) -> Constraint | None:
-        if schema is None:
+    def _constraint(
+        self,
+        schema: Schema | None,
+        functions: Sequence[Mapping[str, Any]] = (),
+        choice: ToolChoice = None,
+        is_parallel: bool = True,
+    ) -> Constraint | None:
+        if schema is None and not functions:
             return None
+        rule = TEXT if schema is None else json_rule(schema)
         try:
-            return self._compiler.compile(f"start: {json_rule(schema)}")
+            grammar = reply_grammar(rule, self.tokenizer, functions, choice, is_parallel=is_parallel)
+            return self._compiler.compile(grammar)
         except ValueError as error:
-            raise ValueError(f"schema: {error}") from None
+            raise ValueError(f"{'schema' if schema is not None else 'tools'}: {error}") from None
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -148,10 +192,10 @@ class LanguageModel:
     def _ends(self, is_chat: bool) -> frozenset[int]:
         return reply_borders(self.tokenizer) if is_chat else reply_ends(self.tokenizer)
 
-    def _encode(self, asked: str | Messages, is_chat: bool) -> list[int]:
+    def _encode(self, asked: str | Messages, is_chat: bool, functions: Sequence[str] = ()) -> list[int]:
         if is_chat:
             given = [Message("user", asked)] if isinstance(asked, str) else [Message.of(each) for each in asked]
-            return encode_prompt(Conversation(tuple(given)), self.tokenizer)
+            return encode_prompt(Conversation(tuple(given), tuple(functions)), self.tokenizer)
         if not isinstance(asked, str):
             raise TypeError(f"only a text can be continued, got {asked!r:.80}; messages are for chat")
         return [self.tokenizer.bos_id, *self.tokenizer.encode(asked)]
@@ -168,6 +212,21 @@ def load(
     """The model of a bundle; options as those of `nanollm generate`."""
     world = World.start(device, dtype)
     return LanguageModel(with_tools(load_bundle(Path(folder), world.dtype, world.device), tools), quantize)
+
+
+def message_of(ids: Sequence[int], tokenizer: Tokenizer, stops: Sequence[str], *, has_calls: bool) -> dict[str, Any]:
+    """The same text as a message in OpenAI's form, with its calls; the last may be cut in its arguments."""
+    stream = TextStream(tokenizer, stops)
+    text = "".join(map(stream.push, ids)) + stream.close()
+    call_id = tokenizer.mark_id(CALL) if has_calls else None
+    marks = [begin for token, begin in zip(ids, stream.begins, strict=False) if token == call_id]
+    content, *calls = [text[begin:end] for begin, end in pairwise([0, *marks, len(text)])]
+    made = [
+        {"type": "function", "function": {"name": name, "arguments": arguments}}
+        for name, space, arguments in (call.partition(" ") for call in calls)
+        if space
+    ]
+    return {"role": "assistant", "content": content or (None if made else ""), "tool_calls": made}
 
 
 def text_of(ids: Sequence[int], tokenizer: Tokenizer, stops: Sequence[str]) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -18,6 +19,12 @@ from nanollm.data.order import Indices, mix
 MIN_TEMPERATURE = 1e-4  # below this, and above 0, logits over temperature may leave float32
 
 DRAWN, REDRAWN = np.uint64(0x5A3B1E), np.uint64(0xC057A1)  # keep draws apart, and from other uses of the same hash
+
+Bits = npt.NDArray[np.uint8]
+"""(B, bytes): a bit for each token that a row may draw, in multiples of 8 bytes, lowest first."""
+IS_ALLOWED = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
+OF_BITS = np.where(IS_ALLOWED, np.float32(0), -np.float32(np.inf))
+"""(256, 8): what a byte of these adds to the logits of its eight tokens: twenty times as fast as a mask of bools."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,11 +67,6 @@ class SamplingConfig:
         return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
 
     @property
-    def is_plain(self) -> bool:
-        """Whether tokens are drawn from the model's distribution as it is, but for the temperature."""
-        return self.temperature > 0 and not self.filters and not self.shifts
-
-    @property
     def shifts(self) -> bool:
         """Whether some logits are changed before the draw."""
         return self.repetition_penalty != 1 or bool(self.logit_bias)
@@ -79,19 +81,25 @@ def uniforms(seeds: Indices, draws: Indices, stream: np.uint64 = DRAWN) -> Tenso
     return torch.from_numpy((words >> np.uint64(40)).astype(np.float32)) * 2.0**-24
 
 
-def sample(logits: Tensor, c: SamplingConfig, numbers: Tensor, seen: Iterable[Tensor] = ()) -> tuple[Tensor, Tensor]:
+def sample(
+    logits: Tensor, c: SamplingConfig, numbers: Tensor, seen: Iterable[Tensor] = (), allowed: Bits | None = None
+) -> tuple[Tensor, Tensor]:
     """One token per row, and its log-probability at this temperature (at 1 if that is 0) among all tokens.
 
     logits (B, V); numbers (B,) in [0, 1), one for each row to draw with; seen: for each row the ids (n,) that the
     repetition penalty falls on. Returns (B,) int64 and (B,) float32. A row's answer depends on that row alone.
     """
-    shifted = shift(logits.float(), c, seen) if c.shifts else logits.float()
-    logprobs = (logits.float() / (c.temperature or 1.0)).log_softmax(-1)
+    logits = logits.float()
+    shifted = shift(logits, c, seen) if c.shifts else logits
+    if allowed is not None:
+        added = OF_BITS.take(allowed, axis=0).reshape(len(allowed), -1)[:, : logits.shape[-1]]
+        shifted = shifted + torch.from_numpy(added).to(logits.device)
+    logprobs = (logits / (c.temperature or 1.0)).log_softmax(-1)
     if c.temperature == 0:
         ids = shifted.argmax(-1)
     else:
-        scaled = shifted / c.temperature
-        probabilities = filter_logits(scaled, c).softmax(-1) if c.filters or c.shifts else logprobs.exp()
+        is_plain = shifted is logits and not c.filters
+        probabilities = logprobs.exp() if is_plain else filter_logits(shifted / c.temperature, c).softmax(-1)
         ids = invert(probabilities, numbers.to(logits.device))
     return ids, logprobs.gather(-1, ids[:, None])[:, 0]
 

@@ -607,46 +607,77 @@ template <class T> class Runner {
 
 constexpr int GROUP = 64;  // neighbouring tokens whose weights are added up before one of them is looked for
 
-// Where `number`, in [0, 1), falls among the cumulated probabilities of softmax(logits / temperature), never a token of
-// probability 0; `logprob` is its log-probability. weights has room for the next multiple of GROUP. -1: there is none.
-int64_t draw_one(const float* logits, int vocab, float temperature, float number, float* weights, float* logprob) {
+// Where `number`, in [0, 1), falls among the cumulated probabilities of softmax(logits / temperature), of the tokens whose
+// bit is set in `allowed` (null: all) and whose probability is not 0; at temperature 0 the most likely of these.
+// `logprob` is its log-probability among all tokens. weights has room for the next multiple of GROUP. -1: there is none.
+int64_t draw_one(const float* logits, int vocab, float temperature, float number, const uint8_t* allowed,
+                 float* weights, float* logprob) {
     int room = (vocab + GROUP - 1) / GROUP * GROUP;
-    for (int i = 0; i < vocab; i++) weights[i] = logits[i] / temperature;
-    std::fill(weights + vocab, weights + room, -INFINITY);
-    f32x16 most = load(weights);
-    for (int i = 16; i < room; i += 16) most = load(weights + i) > most ? load(weights + i) : most;
-    float greatest = -INFINITY;
-    for (int i = 0; i < 16; i++) greatest = std::max(greatest, most[i]);
-    double total = 0;
+    float scale = temperature > 0 ? temperature : 1, greatest;
+    auto begin = [&] {
+        for (int i = 0; i < vocab; i++) weights[i] = logits[i] / scale;
+        std::fill(weights + vocab, weights + room, -INFINITY);
+    };
+    auto set_others = [&](float weight) {  // of tokens that are not allowed
+        i32x16 bits;
+        for (int lane = 0; lane < 16; lane++) bits[lane] = 1 << lane;
+        for (int i = 0; i < room; i += 16) {
+            int here = allowed[i / 8] | allowed[i / 8 + 1] << 8;
+            *(f32x16*)(weights + i) = ((i32x16{} + here) & bits) != 0 ? load(weights + i) : f32x16{} + weight;
+        }
+    };
+    auto find_greatest = [&] {
+        f32x16 most = load(weights);
+        for (int i = 16; i < room; i += 16) most = load(weights + i) > most ? load(weights + i) : most;
+        greatest = -INFINITY;
+        for (int i = 0; i < 16; i++) greatest = std::max(greatest, most[i]);
+    };
+    auto exponentiate = [&] {
+        for (int i = 0; i < room; i += 16) {
+            f32x16 away = load(weights + i) - greatest;  // exp stops at -87, so what is farther away is set to 0
+            *(f32x16*)(weights + i) = away < -87.0f ? f32x16{} : exp(away);
+        }
+    };
     auto sum_of = [&](int first) {
         f32x16 sums = load(weights + first);
         for (int i = 16; i < GROUP; i += 16) sums += load(weights + first + i);
         return double(sum(sums));
     };
-    for (int first = 0; first < room; first += GROUP) {
-        for (int i = first; i < first + GROUP; i += 16) {
-            f32x16 away = load(weights + i) - greatest;  // exp stops at -87, so what is farther away is set to 0
-            *(f32x16*)(weights + i) = away < -87.0f ? f32x16{} : exp(away);
-        }
-        total += sum_of(first);
-    }
-    double wanted = number * total, before = 0;
-    int first = 0, last = 0;  // groups with a weight: the one that is looked at, and, should rounding skip it, its end
-    for (int group = 0; group < room; group += GROUP) {
-        double here = sum_of(group);
-        if (here == 0) continue;
-        first = group;
-        if (before + here > wanted) break;
-        before += here;
-    }
+    auto sum_up = [&] {
+        double total = 0;
+        for (int first = 0; first < room; first += GROUP) total += sum_of(first);
+        return total;
+    };
+    begin(), find_greatest(), exponentiate();
+    double total = sum_up(), greatest_of_all = greatest, log_total = std::log(total);
     if (!(total > 0)) return -1;  // logits that are no numbers
-    for (int i = first; i < std::min(first + GROUP, vocab); i++) {
-        if (weights[i] == 0) continue;
-        last = i;
-        before += weights[i];
-        if (before > wanted) break;
+    if (allowed) set_others(0), total = sum_up();
+    if (allowed && (total == 0 || temperature == 0)) {
+        begin(), set_others(-INFINITY), find_greatest();
+        if (!(greatest > -INFINITY)) return -1;
+        if (temperature > 0) exponentiate(), total = sum_up();  // float32 held none of their weights
     }
-    *logprob = float(double(logits[last] / temperature) - greatest - std::log(total));
+    int last = 0;
+    if (temperature == 0) {
+        while (logits[last] != greatest || (allowed && !(allowed[last / 8] >> last % 8 & 1))) last++;
+    } else {
+        double wanted = number * total, before = 0;
+        int first = 0;  // groups with a weight: the one that is looked at, and, should rounding skip it, its end
+        for (int group = 0; group < room; group += GROUP) {
+            double here = sum_of(group);
+            if (here == 0) continue;
+            first = group;
+            if (before + here > wanted) break;
+            before += here;
+        }
+        for (int i = first; i < std::min(first + GROUP, vocab); i++) {
+            if (weights[i] == 0) continue;
+            last = i;
+            before += weights[i];
+            if (before > wanted) break;
+        }
+    }
+    *logprob = float(double(logits[last] / scale) - greatest_of_all - log_total);
     return last;
 }
 
@@ -669,16 +700,18 @@ void run_bf16(void* runner, const Pass* pass) { ((Runner<bf16>*)runner)->run(*pa
 void close_float(void* runner) { delete (Runner<float>*)runner; }
 void close_bf16(void* runner) { delete (Runner<bf16>*)runner; }
 
-// One token for each row of logits (rows, vocab), with a number of its own.
-void draw(const float* logits, int64_t rows, int64_t vocab, float temperature, const float* numbers, int64_t* ids,
-          float* logprobs, int64_t threads) {
+// One token for each of these places in logits (any, vocab), with a number of its own and, unless null, the bits of what
+// is allowed.
+void draw(const float* logits, const int64_t* places, int64_t rows, int64_t vocab, float temperature,
+          const float* numbers, const uint8_t* allowed, int64_t* ids, float* logprobs, int64_t threads) {
 #pragma omp parallel num_threads(int(threads))
     {
         std::vector<float> weights((vocab + GROUP - 1) / GROUP * GROUP);
+        int64_t bytes = int64_t(weights.size()) / 8;
 #pragma omp for
         for (int64_t row = 0; row < rows; row++)
-            ids[row] = draw_one(logits + row * vocab, int(vocab), temperature, numbers[row], weights.data(),
-                                logprobs + row);
+            ids[row] = draw_one(logits + places[row] * vocab, int(vocab), temperature, numbers[row],
+                                allowed ? allowed + row * bytes : nullptr, weights.data(), logprobs + row);
     }
 }
 }

@@ -110,7 +110,7 @@ class Collector:
     def _grade(self, groups: Sequence[Group]) -> list[Graded]:
         def judged(each: Rollout) -> RewardInput:
             text = said(each.reply_ids, each.outcome, self.tokenizer)
-            return RewardInput(text, len(each.reply_ids), each.stop == "end", each.outcome)
+            return RewardInput(text, len(each.reply_ids), each.stop == "end", each.outcome, each.reply_ids)
 
         replies = [(group.problem, judged(each)) for group in groups for each in group.rollouts]
         rewards, size = self.rewards(replies), self.c.group_size

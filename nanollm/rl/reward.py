@@ -29,7 +29,7 @@ class RewardConfig:
     """Name and weight of each part: correct (0 or 1, the task's own judgement), calculations (0 to 1: the share of
     the steps whose notes <<48/2=24>> are true), format (0 or 1: one answer after #### in the last line), length (0 to
     -1: too long, see soft_tokens), or package.module:function of your own, called with the problem and the reply's text
-    and returning a number."""
+    and returning a number, or in TRL's form (docs/post-training.md)."""
     soft_tokens: int = 32
     """For length: number of tokens before rollout.max_tokens over which the penalty grows from 0 to -1; a reply that is
     cut off has -1 (soft overlong punishment, DAPO, arXiv:2503.14476, equation 13)."""
@@ -60,6 +60,7 @@ class RewardInput:
     tokens: int  # with the end mark
     ended: bool
     outcome: Verdict | None = None  # of a conversation: its environment's verdict, in place of the task's grade
+    ids: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ class Rewards:
 
     def _verdicts(self, name: str, judged: Sequence[Judged]) -> list[Verdict]:
         if name in self._judges:
-            return self._judges[name]([(problem, reply.text) for problem, reply in judged])
+            return self._judges[name]([(problem, (reply.text, reply.ids, reply.ended)) for problem, reply in judged])
         return [_ask(self._ours[name], problem, reply) for problem, reply in judged]
 
     def _filled(self, name: str, verdicts: Sequence[Verdict]) -> list[float]:

@@ -20,7 +20,7 @@ from starlette.exceptions import HTTPException
 
 from nanollm import __version__
 from nanollm.bundle import Bundle
-from nanollm.generate.constraints import TEXT, Compiler, Constraint, Examiner, call_grammar, json_rule
+from nanollm.generate.constraints import TEXT, Compiler, Constraint, Examiner, reply_grammar
 from nanollm.generate.engine import Engine
 from nanollm.generate.request import Request
 from nanollm.generate.sampling import MIN_TEMPERATURE, SamplingConfig
@@ -35,7 +35,6 @@ from nanollm.serve.protocol import (
     DetokenizeRequest,
     FunctionTool,
     Json,
-    NamedTool,
     TokenizeRequest,
     error_body,
     explain,
@@ -134,6 +133,8 @@ async def _answer_failure(request: HttpRequest, error: Exception) -> JSONRespons
                 detail += "; pages of other origins need the server's option --cors_origins"
         elif isinstance(error.__cause__, UnicodeDecodeError):  # FastAPI's, who does not say it
             detail = f"the body is not valid JSON: {fault_of(error.__cause__)}"
+        elif isinstance(error.__cause__, RecursionError):
+            detail = "the body is not valid JSON: it is nested too deeply"
         return JSONResponse(error_body(error.status_code, detail), error.status_code, error.headers)
     return JSONResponse(error_body(500, "the server failed; its log says why"), 500)
 
@@ -288,13 +289,10 @@ class Service:
     async def _constraint(self, body: ChatRequest | CompletionRequest) -> Constraint | None:
         """What the replies must look like; one after the other, because a large schema takes a core for a while."""
         field, make_rule = next((form for form in body.forms if form[1] is not None), ("tools", None))
-        if make_rule is None and not body.callable_tools:
+        if make_rule is None and not body.calls:
             return None
         try:
-            rule = TEXT if make_rule is None else make_rule()
-            grammar = f"start: {rule}"
-            if isinstance(body, ChatRequest) and body.callable_tools:
-                grammar = self._calls(rule, body)
+            grammar = reply_grammar(make_rule() if make_rule else TEXT, self.tokenizer, **body.calls)
             async with self._compiling:
                 return await asyncio.to_thread(self.examiner.compile, grammar)
         except (ValueError, RecursionError) as error:
@@ -353,19 +351,6 @@ class Service:
         if (replies := prompts * (body.n or 1)) > self.engine.capacity:
             raise refusal("n", f"expected at most {self.engine.capacity} replies to all prompts, got {replies}")
 
-    def _calls(self, rule: str, body: ChatRequest) -> str:
-        """The grammar of a reply by this rule, or calls."""
-        arguments = {
-            each.function.name: json_rule(
-                {"type": "object", **(each.function.parameters or {"additionalProperties": False})},
-                is_strict=body.must_call or bool(each.function.strict),
-            )
-            for each in body.callable_tools
-        }
-        is_parallel = body.parallel_tool_calls is not False and not isinstance(body.tool_choice, NamedTool)
-        call_id = self.tokenizer.mark_id(CALL)
-        return call_grammar(rule, arguments, call_id, is_required=body.must_call, is_parallel=is_parallel)
-
     def _begin(
         self,
         body: ChatRequest | CompletionRequest,
@@ -398,7 +383,7 @@ class Service:
             for number, prompt in enumerate(prompt for prompt in prompts for _ in range(body.n or 1))
         ]
         submission = self.engine.submit(requests)
-        call_id = self.tokenizer.mark_id(CALL) if body.callable_tools else None
+        call_id = self.tokenizer.mark_id(CALL) if body.calls else None
         choices = [
             Choice(index, self.detokenizer, body.stops, call_id, request.prompt if is_echo else (), has_reply=limit > 0)
             for index, request in enumerate(requests)

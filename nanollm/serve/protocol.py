@@ -14,7 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from starlette.exceptions import HTTPException
 
 from nanollm.generate.constraints import OBJECT, choice_rule, json_rule, regex_rule
-from nanollm.text.chat import NAME
+from nanollm.text.chat import NAME, callable_functions
 
 Json = dict[str, Any]
 FinishReason = Literal["stop", "length", "tool_calls"]
@@ -248,9 +248,9 @@ class SamplingRequest(KnownFields):
         return self
 
     @property
-    def callable_tools(self) -> "list[FunctionTool]":
-        """The tools that a reply may call: only one to messages may."""
-        return []
+    def calls(self) -> Json:
+        """What reply_grammar must know of calls; nothing where a reply may call nothing."""
+        return {}
 
     @property
     def forms(self) -> list[tuple[str, Callable[[], str] | None]]:
@@ -352,12 +352,6 @@ class Function(StrictModel):
     parameters: Json | None = Field(None, description="A JSON schema of its arguments, which are an object.")
     strict: bool | None = Field(None, description="Follow every keyword of the schema, or refuse it.")
 
-    @model_validator(mode="after")
-    def _refuse_other_arguments(self) -> Self:
-        if (self.parameters or {}).get("type", "object") != "object":
-            raise ValueError("parameters must describe an object")
-        return self
-
 
 class FunctionTool(StrictModel):
     """A tool of the only kind that there is here."""
@@ -412,26 +406,15 @@ class ChatRequest(SamplingRequest):
 
     @model_validator(mode="after")
     def _refuse_tools_that_are_not_there(self) -> Self:
-        names = [tool.function.name for tool in self.tools or ()]
-        if twice := next((name for name in names if names.count(name) > 1), None):
-            raise ValueError(f"tools has the name {twice} twice")
-        if isinstance(self.tool_choice, NamedTool) and (name := self.tool_choice.function.name) not in names:
-            raise ValueError(f"tool_choice names {name[:MAX_ECHO]!r}, tools has {', '.join(names) or 'none'}")
-        if self.tool_choice == "required" and not names:
-            raise ValueError("tool_choice required expects tools, got none")
+        assert self.calls is not None
         return self
 
     @property
-    def callable_tools(self) -> list[FunctionTool]:
-        """The tools that this reply may call."""
-        if self.tool_choice == "none":
-            return []
-        named = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
-        return [tool for tool in self.tools or () if named in (None, tool.function.name)]
-
-    @property
-    def must_call(self) -> bool:
-        return self.tool_choice == "required" or isinstance(self.tool_choice, NamedTool)
+    def calls(self) -> Json:
+        choice = self.tool_choice.model_dump() if isinstance(self.tool_choice, NamedTool) else self.tool_choice
+        functions = callable_functions([tool.model_dump() for tool in self.tools or ()], choice)
+        is_parallel = self.parallel_tool_calls is not False
+        return {"functions": functions, "choice": choice, "is_parallel": is_parallel} if functions else {}
 
     @property
     def engine_top_logprobs(self) -> int | None:

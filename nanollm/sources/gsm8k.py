@@ -8,8 +8,8 @@ the problem, so a solution can be judged step by step.
 
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import takewhile
 from pathlib import Path
@@ -74,6 +74,8 @@ NOTE_MARK = "<<"
 class Problem:
     question: str
     answer: str  # the worked solution, ending in "#### 24"
+    columns: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """What else a task of your own knows of it, for its grader and rewards."""
 
     @property
     def conversation(self) -> Conversation:

@@ -90,7 +90,32 @@ def function_text(tool: Any) -> str:
     function = tool.get("function") if isinstance(tool, Mapping) else None
     if not isinstance(function, Mapping) or not NAME.fullmatch(str(function.get("name"))):
         raise ValueError(f'a tool must be {{"type": "function", "function": {{"name": ...}}}}, got {tool!r:.80}')
-    return json_text(function)
+    read = ("name", "description", "parameters")
+    return json_text({key: function[key] for key in read if function.get(key) is not None})
+
+
+ToolChoice = Literal["none", "auto", "required"] | Mapping[str, Any] | None
+"""OpenAI's; {"type": "function", "function": {"name": ...}}: this one. None: auto."""
+
+
+def callable_functions(tools: Sequence[Mapping[str, Any]], choice: ToolChoice) -> list[Mapping[str, Any]]:
+    """The functions of these tools that a reply may call. ValueError where tools and choice do not fit."""
+    functions = {tool["function"]["name"]: tool["function"] for tool in tools}
+    names = [tool["function"]["name"] for tool in tools]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ValueError(f"tools has the name {twice} twice")
+    for name, function in functions.items():
+        if (function.get("parameters") or {}).get("type", "object") != "object":
+            raise ValueError(f"tools: the parameters of {name} must describe an object")
+    if isinstance(choice, Mapping):
+        if (name := (choice.get("function") or {}).get("name")) not in functions:
+            raise ValueError(f"tool_choice names {name!r:.100}, tools has {', '.join(names) or 'none'}")
+        return [functions[name]]
+    if choice not in (None, "none", "auto", "required"):
+        raise ValueError(f"tool_choice must be none, auto, required or name a function, got {choice!r:.100}")
+    if choice == "required" and not names:
+        raise ValueError("tool_choice required expects tools, got none")
+    return [] if choice == "none" else [*functions.values()]
 
 
 @dataclass(frozen=True)

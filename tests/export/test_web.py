@@ -238,6 +238,10 @@ def test_what_cannot_work_is_said_on_the_page(page_of, visit):
             ask(page, question)
             assert page.locator(".exchange:last-child .trouble .title").text_content() == title
         assert ask(page)
+        page.evaluate("localStorage.setItem('nanollm.settings', JSON.stringify({ schema: '{}' }))")
+        page.reload()
+        ask(page)
+        assert "no reply follows a JSON schema" in page.locator(".exchange:last-child .trouble .advice").text_content()
 
 
 @pytest.mark.long

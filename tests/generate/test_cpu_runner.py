@@ -239,17 +239,24 @@ def test_what_the_library_cannot_do_runs_on_the_model_and_is_said(capsys):
         open_runner(half, 1, 8, 8, quantize="int8", kernels="torch")
 
 
-def test_tokens_are_drawn_as_pytorchs_operations_draw_them(rng):
+@pytest.mark.parametrize("share", [None, 0.5, 0.002])
+def test_tokens_are_drawn_as_pytorchs_operations_draw_them(rng, share):
+    """Among all, among half, and among so few that float32 holds none of their weights."""
     logits = torch.randn(500, 777, generator=rng) * 3  # a group of 64 is not full
     logits[:, 5] = -torch.inf
     logits[:100, 1:] = -torch.inf  # all probability on one token
     logits[100:200, :-1] = -torch.inf
     logits[200:300] *= 100  # most probabilities are 0 in float32
-    numbers = torch.rand(500, generator=rng)
-    for temperature in (1.0, 0.7, 1.9):
-        ids, logprobs = native.draw(logits, temperature, numbers)
-        expected, theirs = sample(logits, SamplingConfig(temperature=temperature), numbers)
+    numbers, allowed = torch.rand(500, generator=rng), None
+    if share is not None:
+        may = torch.rand(500, 832, generator=rng) < share  # 777 in multiples of 64
+        may[:, 0] = may[:, 776] = True
+        allowed = np.packbits(may.numpy(), axis=1, bitorder="little")
+    for temperature in (1.0, 0.7, 1.9, 0.0):
+        ids, logprobs = native.draw(logits, temperature, numbers, range(500), allowed)
+        expected, theirs = sample(logits, SamplingConfig(temperature=temperature), numbers, allowed=allowed)
         assert (ids != expected).sum() <= 1  # where rounding decides
+        assert allowed is None or may[range(500), ids].all()
         same = ids == expected
         torch.testing.assert_close(logprobs[same], theirs[same], atol=1e-5, rtol=1e-5)
 
@@ -258,16 +265,16 @@ def test_no_number_draws_what_has_no_probability():
     below_one = torch.tensor([0.0, 2.0**-24, 0.5, 1 - 2.0**-24])
     logits = torch.full((4, 300), -torch.inf)
     logits[:, [70, 140, 141, 260]] = torch.tensor([0.0, -80.0, -95.0, 0.0])  # the third is 0 in float32, as in exp()
-    ids, logprobs = native.draw(logits, 1.0, below_one)
+    ids, logprobs = native.draw(logits, 1.0, below_one, range(4))
     assert ids.tolist() == [70, 70, 260, 260]  # the second is lost in a sum of 2
     torch.testing.assert_close(logprobs[[0, 1, 3]], torch.tensor(0.5).log().expand(3))
 
 
 def test_a_drawn_row_depends_on_itself_alone(rng):
     logits, numbers = torch.randn(9, 1000, generator=rng), torch.rand(9, generator=rng)
-    ids, logprobs = native.draw(logits, 1.0, numbers)
+    ids, logprobs = native.draw(logits, 1.0, numbers, range(9))
     for row in range(9):
-        alone = native.draw(logits[row : row + 1], 1.0, numbers[row : row + 1])
+        alone = native.draw(logits, 1.0, numbers[row : row + 1], [row])
         assert torch.equal(alone[0], ids[row : row + 1])
         assert torch.equal(alone[1], logprobs[row : row + 1])
 
@@ -276,4 +283,4 @@ def test_a_drawn_row_depends_on_itself_alone(rng):
 @pytest.mark.parametrize("value", [torch.nan, -torch.inf])
 def test_logits_that_are_no_numbers_are_refused(vocab, value):
     with pytest.raises(ValueError, match="the model's logits are not numbers"):
-        native.draw(torch.full((2, vocab), value), 1.0, torch.tensor([0.2, 0.7]))
+        native.draw(torch.full((2, vocab), value), 1.0, torch.tensor([0.2, 0.7]), range(2))

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from dataclasses import replace
 
 import psutil
 import pytest
@@ -44,6 +45,17 @@ def penalty(problem, reply):
 
 def blocks(problem, reply):
     time.sleep(60)
+
+def trl(prompts, completions, completion_ids, level, answer, **columns):
+    assert prompts == ["How many?"] * 3 and answer == ["#### 3"] * 3 and level == ["hard"] * 3
+    longest = max(map(len, completions))  # the whole group
+    return [None if not done else len(text) / longest + len(ids) for text, ids, done in zip(
+        completions, completion_ids, columns["ended"])]
+
+def trl_faulty(completions, **columns):
+    if "exit" in completions:
+        os._exit(3)
+    return [1.0]
 
 def process(problem, reply):
     time.sleep(0.02)
@@ -104,6 +116,23 @@ def test_a_function_of_ones_own_is_a_part_like_any_other(own):
     got, faults = totals({f"{own}:vowels": 10.0, "correct": 1.0}, ["aabb", "xyz"])
     assert got == [2.0 + 1.0, 0.0]
     assert not faults
+
+
+def test_a_function_in_trls_form_sees_columns_ids_and_the_whole_group(own):
+    problem, twin = (replace(PROBLEM, columns={"level": "hard"}) for _ in range(2))
+    replies = [RewardInput(text, 2, ended, ids=[7, 8]) for text, ended in (("aa", True), ("b", True), ("c", False))]
+    weights = {f"{own}:trl": 1.0}
+    with Rewards(RewardConfig(weights=weights), EndsSoon(), max_tokens=40) as rewards:
+        got = rewards([(each, reply) for each in (problem, twin) for reply in replies])
+    assert [reward.total for reward in got] == [3.0, 2.5, 0.0] * 2
+    assert not rewards.faults
+
+
+def test_a_function_in_trls_form_that_fails_costs_its_group_alone(own):
+    got, faults = totals({f"{own}:trl_faulty": 1.0}, ["exit", "fine"])
+    assert got == [0.0, 0.0] and faults == {f"{own}:trl_faulty ended its process": 2}
+    got, faults = totals({f"{own}:trl_faulty": 1.0}, ["fine", "fine"])
+    assert faults == {f"{own}:trl_faulty raised ValueError: 1 rewards for 2 completions": 2}
 
 
 def test_a_function_that_fails_costs_its_reply_the_part_and_nothing_else(own):

@@ -295,6 +295,7 @@ def test_a_slash_at_the_end_is_no_other_path_and_near_misses_are_told(client):
     [
         (b'{"model": }', "Expecting value, at character 10"),
         (b'{"model": "a\n"}', "Invalid control character, at character 12"),
+        (b'{"a":' * 5000 + b"1" + b"}" * 5000, "it is nested too deeply"),
         (gzip.compress(b"{}", mtime=0), "it is compressed by gzip; send it as it is"),
         ('{"model": "Perch\u00e9"}'.encode("latin-1"), "it is not UTF-8 (byte 0xe9 at place 16)"),
     ],

@@ -6,12 +6,14 @@ import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
 from nanollm.bundle import Bundle
 from nanollm.model.transformer import Transformer
 from tests.conftest import STORY
+from tests.serve.conftest import random_bundle
 from tests.serve.running import MODEL_NAME, serving
 
 openai = pytest.importorskip("openai", reason="the openai client is not installed: pip install openai")
@@ -107,6 +109,35 @@ def test_instructor_reads_an_object_from_a_plain_reply_and_asks_again_without_on
         with pytest.raises(InstructorRetryException, match="street") as caught:
             asks.chat.completions.create(response_model=Place, max_retries=1, **asked)
     assert caught.value.n_attempts == 2
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
+def test_libraries_get_objects_of_their_classes_by_calls_and_by_schemas(tokenizer, serve_extra, monkeypatch):
+    monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")
+    instructor = pytest.importorskip("instructor", reason="pip install --no-deps instructor")
+    langchain = pytest.importorskip("langchain_openai", reason="pip install langchain-openai")
+    litellm = pytest.importorskip("litellm", reason="pip install litellm")
+    from pydantic import BaseModel, Field
+
+    class Event(BaseModel, extra="forbid"):
+        name: str = Field(max_length=9)
+        day: Literal["Monday", "Friday"]
+
+    with serving(random_bundle(tokenizer, 2048)) as running:
+        url, asked = f"{running.url}/v1", {"model": MODEL_NAME, "messages": MESSAGES, "max_tokens": 200}
+        with openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client:
+            for mode in (instructor.Mode.TOOLS, instructor.Mode.JSON_SCHEMA):
+                asks = instructor.from_openai(client, mode=mode)
+                assert isinstance(asks.chat.completions.create(response_model=Event, max_retries=0, **asked), Event)
+        chat = langchain.ChatOpenAI(model=MODEL_NAME, base_url=url, api_key="none", max_tokens=200, max_retries=0)
+        for method in ("json_schema", "function_calling"):
+            assert isinstance(chat.with_structured_output(Event, method=method).invoke(MESSAGES), Event)
+        (call,) = chat.bind_tools([Event], tool_choice="Event").invoke(MESSAGES).tool_calls
+        assert Event(**call["args"])
+        asked |= {"model": f"openai/{MODEL_NAME}", "api_base": url, "api_key": "none"}
+        reply = litellm.completion(response_format=Event, **asked)
+        assert Event.model_validate_json(reply.choices[0].message.content)
 
 
 def test_the_ai_package_of_npm_replies_streams_and_tells_mistakes(server, expected):

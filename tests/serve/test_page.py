@@ -300,6 +300,52 @@ def test_settings_that_make_no_sense_are_refused_and_never_kept(visit, server):
     ]
 
 
+ADD = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "required": ["a"]}}}
+
+
+def test_a_schema_makes_replies_json_and_one_that_is_refused_says_why(visit, server):
+    page = visit(server)
+    page.click("#settings")
+    page.fill("#schema", "{'enum': 1}")
+    assert page.locator("#schema-help").text_content() == 'JSON as {"type": "object"}, or nothing.'
+    page.fill("#schema", '{"enum": [{"a": 1}, {"a": 22}]}')
+    page.click("text=Done")
+    ask(page)
+    assert json.loads(page.locator(REPLY).text_content()) in ({"a": 1}, {"a": 22})
+    set_up(page, schema='{"$ref": "https://example.org/x.json"}')
+    ask(page)
+    title, advice = (page.locator(f".exchange:last-child .{name}").text_content() for name in ("title", "advice"))
+    assert title == "The server did not accept this."
+    assert advice.startswith("Response_format: ") and "retrieving it failed" in advice
+
+
+def test_calls_of_functions_are_shown_also_after_a_reload_and_not_told_to_the_model(visit, server):
+    page = visit(server)
+    set_up(page, tools=json.dumps([ADD]))
+    pieces = [
+        {"index": 0, "function": {"name": "add", "arguments": '{"a":'}},
+        {"index": 0, "function": {"arguments": "1}"}},
+    ]
+    pieces += [{"index": 1, "function": {"name": HOSTILE[1], "arguments": HOSTILE[0]}}]
+    chunks = [{"choices": [{"index": 0, "delta": {"tool_calls": [piece]}, "finish_reason": None}]} for piece in pieces]
+    chunks.append({"choices": [{"index": 0, "delta": {}, "finish_reason": "tool_calls"}]})
+    answer_with(page, "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks) + "data: [DONE]\n\n")
+    with page.expect_request(CHAT) as asked:
+        ask(page, "One?")
+    assert asked.value.post_data_json["tools"] == [ADD]
+    expected = ['add({"a":1})', f"{HOSTILE[1]}({HOSTILE[0]})"]
+    assert page.locator(".calls li").all_text_contents() == expected
+    assert "the page runs no functions" in page.locator(".numbers").text_content()
+    page.reload()
+    assert page.locator(".calls li").all_text_contents() == expected
+    page.unroute(CHAT)
+    with page.expect_request(CHAT) as asked:
+        ask(page, "Two?")
+    assert [message["content"] for message in asked.value.post_data_json["messages"]] == ["Two?"]
+    assert page.locator(FINISHED).get_attribute("data-status") == "done"
+    assert page.evaluate("window.ran") is None
+
+
 # --- looking inside ---
 
 
@@ -323,6 +369,8 @@ def test_looking_inside_shows_each_token_its_rivals_and_its_experts(visit, serve
     rows = [row.locator("td").all_text_contents() for row in page.locator(".shares tr").all()[1:]]
     for row in rows:  # each token has that many experts in each block; the shares are rounded
         assert sum(map(int, row)) == pytest.approx(100 * config.experts_per_token, abs=config.n_routed_experts)
+    page.reload()
+    assert page.locator(".token").first.is_visible()
     page.click("#inside")
     assert not page.locator(".token").first.is_visible() and page.locator(REPLY).is_visible()
 
@@ -418,6 +466,7 @@ def test_a_conversation_beyond_the_context_leads_to_a_new_chat(visit, server):
     page = visit(server)
     ask(page, "a word, " * CONTEXT)
     assert "too long" in page.locator(".trouble .title").text_content()
+    assert page.locator(".retry").is_hidden()  # it cannot help
     page.click(".fresh")
     assert page.locator(".exchange").count() == 0
     ask(page)

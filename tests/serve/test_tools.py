@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from nanollm.generate.model import LanguageModel
 from tests.serve.conftest import random_bundle
 from tests.serve.running import MODEL_NAME, serving
 
@@ -95,6 +96,37 @@ def test_a_stream_of_calls_joined_is_the_answer_at_once(client, tokenizer, choic
         assert [entry.logprob for entry in tokens] == [entry.logprob for entry in whole.logprobs.content]
         kinds.add((bool(text), bool(calls)))
     assert (choice == "auto", True) in kinds
+
+
+@pytest.mark.parametrize("choice", ["auto", "none", "required", NAMED])
+def test_python_gives_the_servers_messages(client, tokenizer, choice):
+    mark, kinds = tokenizer.mark_id("<|reserved_0|>"), set()
+    model = LanguageModel(random_bundle(tokenizer, 600))
+    for seed in range(6):
+        both = {"tools": [NOW, ADD], "tool_choice": choice, "seed": seed, "max_tokens": 60, "stop": ["e\n"]}
+        expected = chat(client, **both, logit_bias={str(mark): 4.0}).choices[0].message
+        reply = model.chat(ASKED, **both, logit_bias={mark: 4.0}, temperature=1.0)
+        calls = [each.function.model_dump() for each in expected.tool_calls or ()]
+        assert (reply["content"], [each["function"] for each in reply["tool_calls"]]) == (expected.content, calls)
+        kinds.add(bool(calls))
+    assert kinds == ({False} if choice == "none" else kinds | {True})
+    call = model.chat(ASKED, tools=[ADD], tool_choice=NAMED, max_tokens=60, seed=1)
+    assert model.chat([*ASKED, call, {"role": "tool", "content": "3"}], max_tokens=5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"tools": [ADD, ADD]}, "tools has the name add twice"),
+        ({"tools": [{"name": "add"}]}, "a tool must be"),
+        ({"tools": [NOW], "tool_choice": NAMED}, "tool_choice names 'add', tools has now"),
+        ({"tools": [NOW], "tool_choice": "always"}, "tool_choice must be none, auto, required or name a function"),
+        ({"tool_choice": "required"}, "tool_choice required expects tools"),
+    ],
+)
+def test_python_refuses_tools_in_the_servers_words(tokenizer, settings, reason):
+    with pytest.raises(ValueError, match=reason):
+        LanguageModel(random_bundle(tokenizer, 600)).chat(ASKED, **settings)
 
 
 def test_a_conversation_with_answers_of_tools_is_replied_to(client):
@@ -219,7 +251,7 @@ def test_pydantic_classes_are_parsed(client):
         ({"guided_json": "{"}, "guided_json"),
         ({"guided_json": '{"items":' * 5000 + "{}" + "}" * 5000}, "nested too deeply"),
         (
-            {"guided_json": {"type": "object", "properties": {f"p{n}": {"type": "integer"} for n in range(1500)}}},
+            {"guided_json": {"type": "object", "properties": {f"p{n}": {"type": "integer"} for n in range(700)}}},
             "the grammar cannot be followed any further",
         ),
         ({"guided_choice": ["a"], "guided_regex": "b"}, "both say what the reply must look like"),

@@ -11,6 +11,7 @@ import { finish, hear, hush, say } from "./spoken.js";
 import { Trouble } from "./trouble.js";
 
 const KEPT = "nanollm.conversation"; // in this tab only, so that a reload loses nothing
+const LOOKS = "nanollm.inside"; // the same
 const NEAR_END = 48; // pixels from the end of the conversation that still count as its end
 const FULL_SHARE = 0.85; // of the context, from which the gauge warns
 
@@ -108,7 +109,8 @@ function troubleFor(error) {
 function ending(exchange) {
     const { trouble, status } = exchange;
     if (trouble) return `${trouble.title} ${trouble.advice}`;
-    return `${status === "stopped" ? "Stopped" : "End of the reply"}: ${numbersOf(exchange)[0]}.`;
+    const called = exchange.calls.map((call) => `It calls ${call.name}. `).join("");
+    return `${called}${status === "stopped" ? "Stopped" : "End of the reply"}: ${numbersOf(exchange)[0]}.`;
 }
 
 function stop() {
@@ -155,6 +157,7 @@ function exampleOf(question) {
 
 function keep() {
     try {
+        sessionStorage.setItem(LOOKS, isInside());
         sessionStorage.setItem(KEPT, JSON.stringify(views.map((view) => view.exchange)));
     } catch {
         console.info("the conversation is too large for this browser to keep: a reload will lose it");
@@ -163,6 +166,7 @@ function keep() {
 
 function restore() {
     try {
+        lookInside(sessionStorage.getItem(LOOKS) === "true");
         for (const exchange of JSON.parse(sessionStorage.getItem(KEPT) ?? "[]")) {
             if (isOpen(exchange)) exchange.status = "stopped";
             addView(exchange);
@@ -207,11 +211,16 @@ function isInside() {
     return page.inside.getAttribute("aria-pressed") === "true";
 }
 
-function toggleInside() {
-    page.inside.setAttribute("aria-pressed", String(!isInside()));
-    document.body.classList.toggle("looks-inside", isInside());
-    say(isInside() ? "Looking inside, from the next reply on." : "No longer looking inside.");
+function lookInside(isWanted) {
+    page.inside.setAttribute("aria-pressed", String(isWanted));
+    document.body.classList.toggle("looks-inside", isWanted);
     follow();
+}
+
+function toggleInside() {
+    lookInside(!isInside());
+    say(isInside() ? "Looking inside, from the next reply on." : "No longer looking inside.");
+    keep();
 }
 
 function follow() {

@@ -18,6 +18,7 @@ export function unanswered() {
     return {
         ...{ status: "waiting", reply: "", tokens: [], usage: null, finish: null, trouble: null, seed: null },
         given: [], // [begin, end] of what tools wrote into the reply
+        calls: [], // {name, arguments} of functions, which nobody runs here
         ...{ first_s: null, last_s: null, pieces: 0, laterPieces: 0 }, // later: not at the same moment as the first
     };
 }
@@ -34,7 +35,12 @@ export function take(exchange, chunk, now_s) {
     if (!choice) return { text: "", tokens: [] };
     const fresh = { text: choice.delta?.content ?? "", isGiven: choice.given === true, tokens: tokensOf(choice) };
     if (fresh.isGiven && exchange.tokens.length) fresh.tokens.push(givenToken(fresh.text));
-    if (fresh.text || fresh.tokens.length) {
+    for (const { index, function: called } of choice.delta?.tool_calls ?? []) {
+        const call = (exchange.calls[index] ??= { name: "", arguments: "" });
+        call.name += called.name ?? "";
+        call.arguments += called.arguments;
+    }
+    if (fresh.text || fresh.tokens.length || choice.delta?.tool_calls) {
         exchange.status = "streaming";
         exchange.first_s ??= now_s;
         exchange.last_s = now_s;
@@ -91,6 +97,7 @@ export class ExchangeView {
         const find = (selector) => this.element.querySelector(selector);
         this.reply = find(".reply");
         this.text = find(".reply > .text");
+        this.calls = find(".calls");
         this.place = find(".inside-view");
         this.trouble = find(".trouble");
         this.retry = find(".retry");
@@ -146,17 +153,19 @@ export class ExchangeView {
     }
 
     update() {
-        const { status, trouble, reply, tokens } = this.exchange;
+        const { status, trouble, reply, tokens, calls } = this.exchange;
         this.element.dataset.status = status;
         this.element.dataset.has = tokens.length ? "tokens" : "text";
         this.reply.setAttribute("aria-busy", String(isOpen(this.exchange)));
+        this.calls.replaceChildren(...calls.map(callOf));
         this.trouble.hidden = !trouble;
         if (trouble) {
             this.trouble.querySelector(".title").textContent = trouble.title;
             this.trouble.querySelector(".advice").textContent = trouble.advice;
             this.trouble.querySelector(".fresh").hidden = !trouble.isTooLong;
+            this.retry.hidden = trouble.isTooLong; // it cannot help
         }
-        this.under.hidden = status === "waiting" || (!reply && !tokens.length && Boolean(trouble));
+        this.under.hidden = status === "waiting" || (!reply && !tokens.length && !calls.length && Boolean(trouble));
         this.under.querySelector(".copy").hidden = !reply;
         this.#drawNumbers();
     }
@@ -170,10 +179,11 @@ export class ExchangeView {
     }
 
     #ending(count) {
-        const { status, reply, finish, usage } = this.exchange;
+        const { status, reply, finish, usage, calls } = this.exchange;
         const context = this.actions.model().context_length;
         if (status === "stopped") return "stopped";
-        if (status === "done" && !reply) return "the model had nothing to say";
+        if (status === "done" && !reply && !calls.length) return "the model had nothing to say";
+        if (finish === "tool_calls") return "the page runs no functions";
         if (status !== "done" || finish !== "length") return "";
         if (context && usage?.total_tokens >= context) return "the context is full: begin a new chat";
         return `ended at the limit of ${count?.toLocaleString("en") ?? "its"} tokens`;
@@ -202,6 +212,11 @@ export class ExchangeView {
             button.title = "Copy";
         }, 1600);
     }
+}
+
+/** A call of a function as a program would write it. */
+function callOf(call) {
+    return Object.assign(document.createElement("li"), { textContent: `${call.name}(${call.arguments})` });
 }
 
 /** Text in the colour of what no model wrote. */

@@ -9,6 +9,8 @@ const FORGETFUL = "This browser keeps nothing: the settings hold until the page 
 
 export const DEFAULTS = Object.freeze({
     system: "",
+    schema: "", // of a reply: JSON, kept as it was typed
+    tools: "", // functions that may be called, the same
     temperature: 0.8,
     top_p: 1,
     top_k: 0,
@@ -24,15 +26,32 @@ const NUMBERS = {
     seed: { least: 0, most: 2_147_483_647, isWhole: true, mayBeNull: true },
 };
 
+const TEXTS = {
+    system: { fits: () => true, advice: "At most 100,000 characters." },
+    schema: { fits: (value) => value?.constructor === Object, advice: 'JSON as {"type": "object"}, or nothing.' },
+    tools: { fits: Array.isArray, advice: 'JSON as [{"type": "function", "function": {"name": "add"}}], or nothing.' },
+};
+
+function parse(text) {
+    try {
+        return JSON.parse(text);
+    } catch {
+        return undefined; // which no field takes
+    }
+}
+
 function fits(name, value) {
-    if (name === "system") return typeof value === "string" && value.length <= 100_000;
+    if (name in TEXTS) {
+        const isShort = typeof value === "string" && value.length <= 100_000;
+        return isShort && (!value.trim() || TEXTS[name].fits(parse(value)));
+    }
     const { least, most, isWhole, mayBeNull } = NUMBERS[name];
     if (value === null) return Boolean(mayBeNull);
     return Number.isFinite(value) && value >= least && value <= most && (!isWhole || Number.isInteger(value));
 }
 
 function advice(name) {
-    if (name === "system") return "At most 100,000 characters.";
+    if (name in TEXTS) return TEXTS[name].advice;
     const { least, most, isWhole, mayBeNull } = NUMBERS[name];
     const kind = isWhole ? "A whole number" : "A number";
     return `${kind} from ${least} to ${most.toLocaleString("en")}${mayBeNull ? ", or nothing" : ""}.`;
@@ -65,7 +84,12 @@ function keep(settings) {
 export function samplingOf(settings, attempt) {
     const { temperature, top_p, top_k, max_tokens, seed } = settings;
     const drawn = seed === null ? crypto.getRandomValues(new Uint32Array(1))[0] % 2_147_483_648 : seed + attempt;
-    return { temperature, top_p, top_k, max_tokens, seed: drawn };
+    const [schema, tools] = [parse(settings.schema), parse(settings.tools)];
+    return {
+        ...{ temperature, top_p, top_k, max_tokens, seed: drawn },
+        ...(schema && { response_format: { type: "json_schema", json_schema: { name: "page", schema } } }),
+        ...(tools && { tools }),
+    };
 }
 
 /** Fill the dialog from `settings`, and write every change that fits into it and into the browser's memory. */
@@ -97,7 +121,7 @@ export function bindSettings(dialog, settings) {
     function take(field) {
         const typed = field.value.trim();
         const isBroken = field.validity.badInput; // letters in a number field: its value reads as empty
-        const value = field.name === "system" ? field.value : typed === "" ? null : Number(typed);
+        const value = field.name in TEXTS ? field.value : typed === "" ? null : Number(typed);
         const isGood = !isBroken && fits(field.name, value);
         judge(field, isGood);
         if (!isGood) return;
