@@ -36,8 +36,9 @@ class Config:
     adapter: Path | None = None
     """A LoRA adapter of the bundle, to be written beside its weights: compact: the folder adapter, for PEFT; gguf:
     adapter.gguf, for llama.cpp. --verify then compares both together with ours."""
-    dtype: Literal["auto", "f32", "bf16", "f16", "q8_0"] = "auto"
-    """Type of the weights; auto: as the bundle keeps them. q8_0 (8.5 bits per weight) is for gguf only."""
+    dtype: Literal["auto", "f32", "bf16", "f16", "q8_0", "q5_0", "q4_0"] = "auto"
+    """Type of the weights; auto: as the bundle keeps them. q8_0, q5_0 and q4_0 (8.5, 5.5 and 4.5 bits per
+    weight) are for gguf only."""
     out: Path | None = None
     """Folder to write; null: export/FORMAT beside the bundle."""
     force: bool = False
@@ -68,8 +69,8 @@ class Config:
             raise ValueError(
                 "--adapter needs --format compact or gguf, got deepseek-v3; export the merged bundle instead"
             )
-        if self.dtype == "q8_0" and self.format != "gguf":
-            raise ValueError(f"--dtype q8_0 needs --format gguf; {self.format} takes f32, bf16 or f16")
+        if self.dtype.startswith("q") and self.format != "gguf":
+            raise ValueError(f"--dtype {self.dtype} needs --format gguf; {self.format} takes f32, bf16 or f16")
         if self.engine != "auto" and (self.format != "deepseek-v3" or not self.verify):
             raise ValueError(f"--engine {self.engine} needs --verify and --format deepseek-v3, got {self.format}")
         check_at_least(1, self, "verify_prompts", prefix="--")
