@@ -84,7 +84,7 @@ def write_gguf(path: Path, bundle: Bundle, dtype: Dtype, name: str = "nanollm") 
 
 
 def read_weights(path: Path, config: ModelConfig) -> dict[str, Tensor]:
-    """The numbers in a file that `write_gguf` made of a model of this shape, by the names of Transformer's state_dict."""
+    """The numbers in a file that `write_gguf` made of a model of this shape, by the names of its state_dict."""
     from gguf import GGUFReader
     from gguf.quants import dequantize
 

@@ -14,7 +14,6 @@ from nanollm.text.train_tokenizer import Sample, train_on
 from tests.conftest import STORY
 from tests.model.conftest import TINY, randomised
 
-
 FEW_BITS = ["q8_0", "q5_0", "q4_0"]
 
 
