@@ -183,10 +183,10 @@ def compare_in_llama_cpp(
     """
     lora = None if adapter is None else model.with_name(gguf.ADAPTER)
     if dtype in ("q5_0", "q4_0"):
-        texts = verify.own_texts(bundle)
-        before = [TokenScores.of(verify.our_logits(bundle, ids), ids) for ids in texts]
+        windows = verify.own_texts(bundle)
+        before = [TokenScores.of(verify.our_logits(bundle, ids), ids) for ids in windows]
         bundle.model.load_state_dict(gguf.read_weights(model, bundle.model.config))
-        after = [TokenScores.of(verify.our_logits(bundle, ids), ids) for ids in texts]
+        after = [TokenScores.of(verify.our_logits(bundle, ids), ids) for ids in windows]
         cost = verify.check_perplexity(before, after)
         yield replace(cost, what=f"perplexity lost by {dtype}", wanted="for information", holds=True)
     merge(bundle, adapter)

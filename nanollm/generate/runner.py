@@ -81,7 +81,7 @@ class TorchRunner:
         weight = model.head.weight
         # Chunks of different lengths are padded to the longest: behind the last slot there is room for that.
         self.cache = LatentCache.empty(model.config, rows, length + max_chunk, weight.dtype, weight.device)
-        self.cache_bytes, self.weight_bytes = self.cache.slots.nbytes, weight.itemsize
+        self.cache_bytes, self.weight_bytes = self.cache.slots.nbytes, float(weight.itemsize)
         self.cache_bytes_per_token = self.cache.slots[:, 0, 0].nbytes
 
     def run(self, batch: ScheduledBatch) -> ModelOutput:

@@ -1,4 +1,4 @@
-"""Four bits per weight, as q4_0 of llama.cpp has them: a scale d for 32 neighbouring inputs, and numbers d * (0..15 - 8).
+"""Four bits per weight, as in llama.cpp's q4_0: a scale d for 32 neighbouring inputs, and numbers d * (0..15 - 8).
 
 d is the number of greatest magnitude / -8 in float16 (gguf.quants.Q4_0, bit for bit). Latents' matrices and the router
 stay as they are: little of a model, and all of it passes through them.
