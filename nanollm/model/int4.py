@@ -1,9 +1,14 @@
 """Four bits per weight, as in llama.cpp's q4_0: a scale d for 32 neighbouring inputs, and numbers d * (0..15 - 8).
 
 d is the number of greatest magnitude / -8 in float16 (gguf.quants.Q4_0, bit for bit). Latents' matrices and the router
-stay as they are: little of a model, and all of it passes through them.
+are not int4: little of a model, and all of it passes through them.
+
+A model can learn to be rounded so (quantization-aware training, arXiv:1712.05877, with the straight-through estimator
+of arXiv:1308.3432): the forward pass sees its weights rounded, and their gradients move the weights themselves.
 Letters: O outputs, I inputs, G groups of 32 inputs.
 """
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -11,6 +16,7 @@ from torch import Tensor
 from nanollm.model.config import ModelConfig
 
 GROUP = 32
+SMALLEST = 2.0**-19  # of five bits, and half of it too, in float16
 WIDE = ("q_a_proj.weight", "kv_a_proj.weight", "kv_b_proj.weight", "centroids")
 
 
@@ -19,7 +25,7 @@ def check_widths(c: ModelConfig) -> None:
     names = ("d_model", "q_lora_rank", "d_ff", "d_expert")
     widths = {name: getattr(c, name) for name in names} | {"n_heads x v_head_dim": c.n_heads * c.v_head_dim}
     if odd := [f"{name} is {width}" for name, width in widths.items() if width % GROUP]:
-        raise ValueError(f"int4 needs widths that {GROUP} divides, and {', '.join(odd)}; int8 takes any even width")
+        raise ValueError(f"int4 needs widths that {GROUP} divides, but {', '.join(odd)}; int8 takes any even width")
 
 
 def is_int4(name: str, weight: Tensor) -> bool:
@@ -32,6 +38,30 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     groups, scales = with_scales(weight)
     inverse = torch.where(scales == 0, 0, 1 / scales)
     return (groups * inverse + 8.5).floor().clamp(0, 15).to(torch.uint8).flatten(-2), scales[..., 0].half()
+
+
+def rounded(name: str, weight: Tensor) -> Tensor:
+    """A parameter as int4 training has it, in float32. Rounding it again, to q4_0, q5_0, bfloat16 or float16, changes
+    nothing: scales have five bits here, so that their products with 4-bit numbers fit into the eight of bfloat16, and
+    those that float16 would round are 0."""
+    if weight.dim() == 1:
+        return weight.float()
+    if not is_int4(name, weight):
+        return weight.bfloat16().half().float()
+    groups, scales = with_scales(weight)
+    mantissa, exponent = torch.frexp(scales)
+    scales = torch.where(scales.abs() < SMALLEST, 0, torch.ldexp((mantissa * 32).round() / 32, exponent))
+    inverse = torch.where(scales == 0, 0, 1 / scales)
+    return (((groups * inverse + 8.5).floor().clamp(0, 15) - 8) * scales).flatten(-2)
+
+
+def was_trained_for_it(weights: Mapping[str, Tensor]) -> bool:
+    """Whether weights, by the names of Transformer's state_dict, are already as `rounded` leaves them."""
+    return all(
+        weight.shape[-1] % GROUP == 0 and torch.equal(rounded(name, weight), weight)
+        for name, weight in weights.items()
+        if is_int4(name, weight)
+    )
 
 
 def with_scales(weight: Tensor) -> tuple[Tensor, Tensor]:
