@@ -14,6 +14,7 @@ from nanollm.export.dense_to_moe import STORED, Dtype, Format, exported_shape
 from nanollm.export.hub import check_metadata, check_push, push
 from nanollm.export.widen import Widen
 from nanollm.extras import require
+from nanollm.model.int4 import was_trained_for_it
 from nanollm.model.lora import Adapter
 from nanollm.progress import say
 
@@ -127,6 +128,8 @@ def run(c: Config) -> Path:
         write_file(draft / card.CARD, text.encode())
     parameters = exported_shape(bundle.model.config, c.format, c.widen).total_parameters
     say(f"{c.format}, {dtype}, {parameters:,} parameters, written to {c.folder}")
+    if dtype == "q8_0" and was_trained_for_it(bundle.model.state_dict()):
+        say("this bundle was trained for int4: --dtype q4_0 keeps its weights as they are, q8_0 rounds them once more")
     if c.verify:
         prove(c, c.folder / model_file, bundle, adapter)
     if c.push:

@@ -4,7 +4,8 @@ The model computes in its compute type; the float32 masters are what the optimiz
 
 In one process the masters are tensors beside the model's parameters, and each gradient goes to its master as soon as
 the backward pass has made it, so the model's gradients are never there all at once. In float32 they are the parameters
-themselves, but for what the model sees changed: rows divided, or matrices rounded to int4 (model/int4.py). Frozen parameters (model/lora.py) have no masters.
+themselves, but for matrices that the model sees changed: rows divided, or all rounded to int4 (model/int4.py). Frozen
+parameters (model/lora.py) have no masters.
 
 In several processes the masters are the parameters, each rank holding its part (DTensors, made by FSDP2): they are
 whole, in the compute type, only while a function is called through `run`. With int4 they lie beside them here too.

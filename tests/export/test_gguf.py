@@ -8,6 +8,7 @@ from gguf import GGUFReader
 
 from nanollm.bundle import Bundle, load_bundle
 from nanollm.export import gguf
+from nanollm.model import int4
 from nanollm.model.lora import LoraConfig, add_lora, plain_name
 from nanollm.model.transformer import Transformer
 from nanollm.text.train_tokenizer import Sample, train_on
@@ -41,6 +42,18 @@ def test_what_stands_in_a_file_is_read_as_it_was_written(d_ff, tokenizer, tmp_pa
     found, expected = gguf.read_weights(tmp_path / "model.gguf", model.config), model.state_dict()
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("d_ff", [256, 384], ids=["into the shared expert", "into routed experts too"])
+def test_of_a_model_trained_for_int4_nothing_is_lost(d_ff, trained, tokenizer, tmp_path):
+    config = replace(load_bundle(trained).model.config, d_ff=d_ff)
+    model = randomised(Transformer(config).init(0))
+    exact = {name: int4.rounded(name, weight) for name, weight in model.state_dict().items()}
+    model.load_state_dict(exact)
+    for dtype in ("q4_0", "q5_0", "f16", "bf16"):
+        gguf.write_gguf(tmp_path / "model.gguf", Bundle(model, tokenizer, {}), dtype)
+        found = gguf.read_weights(tmp_path / "model.gguf", config)
+        assert all(torch.equal(found[name], exact[name]) for name in exact)
 
 
 @pytest.mark.parametrize("dtype", ["f16", *FEW_BITS])

@@ -115,6 +115,16 @@ def test_int4_computes_what_the_model_with_the_weights_of_q4_0_computes():
     assert (got - expected).square().mean().sqrt() < 0.02 * expected.std()  # what bfloat16 activations are off
 
 
+@torch.inference_mode()
+def test_int4_of_a_model_trained_for_it_has_the_weights_of_its_bfloat16():
+    model = model_of("preset")
+    for name, parameter in model.named_parameters():
+        parameter.copy_(int4.rounded(name, parameter))
+    model.to(torch.bfloat16)
+    (expected, _), (got, _) = (talk(NativeRunner(model, ROWS, LENGTH, LENGTH, each)) for each in ("none", "int4"))
+    assert (got - expected).square().mean().sqrt() < 0.01 * expected.std()
+
+
 KINDS = [(torch.float32, "none"), (torch.bfloat16, "none"), (torch.bfloat16, "int8")]
 CASES = [*((shape, *kind) for shape in SHAPES for kind in KINDS), ("preset", torch.bfloat16, "int4")]
 

@@ -31,6 +31,8 @@ def test_what_training_rounds_every_type_holds(weight):
     assert torch.equal(int4.rounded("head.weight", rounded), rounded)
     for dtype in (torch.bfloat16, torch.float16):
         assert torch.equal(rounded.to(dtype).float(), rounded)
+        numbers, scales = int4.quantize(rounded.to(dtype))
+        assert torch.equal((numbers.unflatten(-1, (-1, 32)).float() - 8).mul(scales[..., None]).flatten(-2), rounded)
     for kind in (GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q5_0):
         assert np.array_equal(dequantize(quantize(rounded.numpy(), kind), kind), rounded.numpy())
     error, step = (rounded - weight).abs().unflatten(-1, (-1, 32)), weight.unflatten(-1, (-1, 32)).abs().amax(-1) / 8

@@ -88,7 +88,8 @@ def test_from_its_step_on_the_model_sees_int4_and_the_masters_move_on(batch_at, 
             assert all(torch.equal(seen[name], kept[name]) for name, weight in masters.items() if weight.dim() > 1)
         if step == 2:  # resumed where it begins
             save_checkpoint(tmp_path, state, keep_last=1)
-            assert load_newest(tmp_path, state := started(dtype, c=DIVISIBLE, int4_from=2), World())
+            state = started(dtype, c=DIVISIBLE, int4_from=2)
+            assert load_newest(tmp_path, state, World())
         before = masters[EMBED].clone()
         trained(state, [batch_at(step)])
         assert not torch.equal(state.weights()[EMBED], before)
