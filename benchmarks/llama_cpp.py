@@ -1,7 +1,7 @@
 """How fast does the engine write beside llama.cpp?
 
-One reply after a short prompt, for nano-327m and nano-327m-fine with random weights: the engine in bfloat16 and int8,
-llama.cpp with the GGUFs that `nanollm export` writes of the same weights, in bf16 and q8_0; about three minutes. All
+One reply after a short prompt, for nano-327m and nano-327m-fine with random weights: the engine in bfloat16, int8 and
+int4, llama.cpp with the GGUFs that `nanollm export` writes of them, in bf16, q8_0 and q4_0; about four minutes. All
 run in turns in one process (llama.cpp as the llama-server of the package xllamacpp) with the same number of threads.
 llama.cpp counts its own time per token; what this machine reads per second is measured in the same turns. Both read
 other amounts: dense blocks behind the first Mixture of Experts are padded in a GGUF (docs/decisions/0011-export.md).
@@ -32,7 +32,7 @@ from nanollm.text.train_tokenizer import Sample, train_on
 
 PRESETS = ("nano-327m", "nano-327m-fine")
 PROMPT, REPLY = 16, 32
-KINDS: tuple[tuple[Dtype, Quantize], ...] = (("bf16", "none"), ("q8_0", "int8"))
+KINDS: tuple[tuple[Dtype, Quantize], ...] = (("bf16", "none"), ("q8_0", "int8"), ("q4_0", "int4"))
 """What llama.cpp reads, and ours with as many bits."""
 Rate = Callable[[], float]  # tokens/s, measured once
 

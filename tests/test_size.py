@@ -15,12 +15,12 @@ from nanollm.config import SWITCHES, kinds_of
 from tests.test_floor_plan import PACKAGE, Imports, read_imports
 
 LIMITS = {
-    "package, lines of Python": 25_000,
-    "package, files": 146,
-    "options of all verbs": 452,
-    "modules behind pretrain": 48,
-    "modules behind rl.grpo": 50,
-    "modules behind serve": 33,
+    "package, lines of Python": 25_200,
+    "package, files": 147,
+    "options of all verbs": 454,
+    "modules behind pretrain": 49,
+    "modules behind rl.grpo": 51,
+    "modules behind serve": 34,
 }
 """What was reached, plus 3 %."""
 

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -177,9 +177,19 @@ def ask_llama_cpp(
 def compare_in_llama_cpp(
     model: Path, bundle: Bundle, dtype: str, prompts: int, adapter: Adapter | None = None
 ) -> Iterator[Check]:
-    """The table for llama.cpp, line by line; with f32 it computes in float32 as the bundle must."""
-    merge(bundle, adapter)
+    """The table for llama.cpp, line by line; with f32 it computes in float32 as the bundle must.
+
+    With 4 or 5 bits it is compared with our model of the file's own weights, and what rounding them cost is told.
+    """
     lora = None if adapter is None else model.with_name(gguf.ADAPTER)
+    if dtype in ("q5_0", "q4_0"):
+        windows = verify.own_texts(bundle)
+        before = [TokenScores.of(verify.our_logits(bundle, ids), ids) for ids in windows]
+        bundle.model.load_state_dict(gguf.read_weights(model, bundle.model.config))
+        after = [TokenScores.of(verify.our_logits(bundle, ids), ids) for ids in windows]
+        cost = verify.check_perplexity(before, after)
+        yield replace(cost, what=f"perplexity lost by {dtype}", wanted="for information", holds=True)
+    merge(bundle, adapter)
     samples, is_exact, threads = Samples.of(bundle, prompts), dtype == "f32", torch.get_num_threads()
     spoken = [rendered(conversation, bundle) for conversation in samples.conversations]
     answer = ask_llama_cpp(model, texts=samples.texts, texts_with_marks=spoken)

@@ -15,7 +15,8 @@ from nanollm.export.tokenizer_json import write_tokenizer
 from nanollm.export.web import write_web
 from nanollm.export.widen import Widen
 
-BYTES = {"f32": 4.0, "bf16": 2.0, "f16": 2.0, "q8_0": 34 / 32}  # of a number; 32 of q8_0 share a scale of two bytes
+BYTES = {"f32": 4.0, "bf16": 2.0, "f16": 2.0, "q8_0": 34 / 32, "q5_0": 22 / 32, "q4_0": 18 / 32}
+"""Of a number; 32 of q8_0, q5_0 or q4_0 share a scale of two bytes."""
 EXPORT = "export"  # the word of provenance.json that says which files this export wrote
 
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from nanollm.bundle import Bundle
-from nanollm.export.dense_to_moe import Dtype, Placement, dense_to_moe, pairs_to_moe
+from nanollm.export.dense_to_moe import Dtype, Placement, dense_to_moe, moe_to_dense, pairs_to_moe
 from nanollm.export.hf import check_finite
 from nanollm.export.names import names
 from nanollm.generate.sampling import SamplingConfig
@@ -34,9 +34,11 @@ from nanollm.text.tokenizer import END, Tokenizer
 
 KIND_NUMBERS = {"normal": 1, "unknown": 2, "control": 3, "user_defined": 4, "unused": 5, "byte": 6}
 ALWAYS_F32 = ("ffn_gate_inp.weight", "exp_probs_b.bias")  # a rounded router chooses other experts
-F16_IN_Q8_0 = ("attn_q_a.weight", "attn_kv_a_mqa.weight", "attn_k_b.weight", "attn_v_b.weight", "output.weight")
+LATENTS = ("attn_q_a.weight", "attn_kv_a_mqa.weight", "attn_k_b.weight", "attn_v_b.weight")
+IN_F16: dict[Dtype, tuple[str, ...]] = {"q8_0": (*LATENTS, "output.weight"), "q5_0": LATENTS, "q4_0": LATENTS}
 """What everything passes through: in q8_0 these few change up to half a percent of the greedy tokens (docs/log.md)."""
-BLOCK = 32  # numbers that share a scale in q8_0
+BLOCK = 32  # numbers that share a scale in these
+STEPS = {"F16": 1, "Q8_0": 127, "Q5_0": 16, "Q4_0": 8}  # from 0 to the greatest number, in scales, which are float16
 LITE = (26, 27)
 """With these numbers of blocks llama.cpp takes a model for DeepSeek-V2-Lite and does not read q_a_proj."""
 ADAPTER = "adapter.gguf"
@@ -70,16 +72,31 @@ def write_gguf(path: Path, bundle: Bundle, dtype: Dtype, name: str = "nanollm") 
 
     check_fits(bundle.model.config, bundle.tokenizer)
     placement = Placement.of(bundle.model.config)
-    kinds = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
     writer = GGUFWriter(path, "deepseek2")
     writer.add_name(name)
-    writer.add_file_type(LlamaFileType[kinds[dtype]])
+    writer.add_file_type(LlamaFileType["ALL_F32" if dtype == "f32" else f"MOSTLY_{dtype.upper()}"])
     writer.add_quantization_version(2)
     add_shape(writer, placement.after)
     add_tokenizer(writer, bundle.tokenizer, placement.after.vocab_size)
     for tensor_name, tensor in tensors(dense_to_moe(bundle.model.state_dict(), placement), placement.after):
         add_tensor(writer, tensor_name, tensor, dtype)
     finish(writer, path)
+
+
+def read_weights(path: Path, config: ModelConfig) -> dict[str, Tensor]:
+    """The numbers in a file that `write_gguf` made of a model of this shape, by the names of its state_dict."""
+    from gguf import GGUFReader
+    from gguf.quants import dequantize
+
+    found = {t.name: torch.tensor(dequantize(t.data, t.tensor_type)) for t in GGUFReader(path).tensors}
+    placement, weights = Placement.of(config), dict[str, Tensor]()
+    for ours, theirs in their_names(placement.after):
+        if "kv_b" in theirs:
+            w_uk, w_uv = (found[theirs.replace("kv_b", part)] for part in ("k_b", "v_b"))  # (H, C, N), (H, V, C)
+            weights[ours] = torch.cat((w_uk.transpose(1, 2), w_uv), dim=1).flatten(0, 1)
+        else:
+            weights[ours] = found[theirs]
+    return moe_to_dense(weights, placement)
 
 
 def check_adapter(names: Iterable[str]) -> None:
@@ -205,17 +222,17 @@ def add_tensor(writer: Any, name: str, tensor: Tensor, dtype: Dtype) -> None:
     from gguf.quants import quantize
 
     kind = GGMLQuantizationType[type_of(name, tensor, dtype).upper()]
-    if kind in (GGMLQuantizationType.F16, GGMLQuantizationType.Q8_0):  # whose scales are float16
-        check_finite(name, (tensor / 127 if kind == GGMLQuantizationType.Q8_0 else tensor).half())
+    if kind.name in STEPS:
+        check_finite(name, (tensor / STEPS[kind.name]).half())
     numbers = quantize(tensor.detach().to(torch.float32).contiguous().numpy(), kind)
     writer.add_tensor(name, numbers, raw_dtype=kind)
 
 
 def type_of(name: str, tensor: Tensor, dtype: Dtype) -> Dtype:
-    """Vectors and the router stay in float32, and with q8_0 some matrices in float16."""
+    """Vectors and the router stay in float32, and with 8 bits or fewer some matrices in float16."""
     if tensor.dim() == 1 or name.endswith(ALWAYS_F32):
         return "f32"
-    if dtype == "q8_0" and (name.endswith(F16_IN_Q8_0) or tensor.shape[-1] % BLOCK):
+    if dtype in IN_F16 and (name.endswith(IN_F16[dtype]) or tensor.shape[-1] % BLOCK):
         return "f16"
     return dtype
 

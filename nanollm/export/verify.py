@@ -2,9 +2,10 @@
 
 Three comparisons: the ids of texts and conversations, how both see every position of some texts, and greedy replies.
 If weights and arithmetic are of one kind (f32; bf16 and f16 in transformers, which then computes in float32) both must
-agree to TOLERANCE and in every token. Where llama.cpp rounds what it computes with (bf16, f16, q8_0) the most likely
+agree to TOLERANCE and in every token. Where llama.cpp rounds what it computes with (all other types) the most likely
 token must be the same at ROUNDED_AGREEMENT of the positions (within the 95 % interval), and the perplexity within
-ROUNDED_PERPLEXITY.
+ROUNDED_PERPLEXITY. In q5_0 and q4_0 the weights themselves are rounded so far that the comparison is with those in the
+file, and what this rounding costs is a line of its own.
 """
 
 from collections.abc import Iterator, Sequence

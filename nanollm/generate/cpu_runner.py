@@ -1,8 +1,8 @@
 """A runner for CPUs: binds kernels/decoding.cpp, the forward pass in C++, and packs the weights for it.
 
 The file is compiled on this machine when it is needed for the first time. Weights are copied into the panels that it
-reads from the first byte to the last; with int8 every output of a matrix has its own scale. Adapters lie beside them,
-as pairs of thin matrices that are never int8.
+reads from the first byte to the last; with int8 every output of a matrix has its own scale, with int4 (model/int4.py)
+every 32 inputs of it. Adapters lie beside them, as pairs of thin matrices that are never quantized.
 """
 
 import ctypes
@@ -22,6 +22,7 @@ from nanollm.generate.request import ModelOutput, Quantize, ScheduledBatch
 from nanollm.generate.sampling import Bits
 from nanollm.kernels import build
 from nanollm.kernels.build import OPTIONS
+from nanollm.model import int4
 from nanollm.model.attention import LatentAttention
 from nanollm.model.layers import rotary_table
 from nanollm.model.lora import Pair, Pairs, per_head, stacked
@@ -39,7 +40,7 @@ class PairWeights(ctypes.Structure):
 class Matrix(ctypes.Structure):
     _fields_ = (
         *(("panels", c_void_p), ("scales", c_void_p), ("outputs", c_int64), ("inputs", c_int64)),
-        ("pairs", c_void_p),
+        *(("is_int4", c_int64), ("pairs", c_void_p)),
     )
 
 
@@ -85,7 +86,7 @@ class Pass(ctypes.Structure):
 
 
 class NativeRunner:
-    """Runs passes through decoding.cpp: float32 and bfloat16 weights, and int8 ones."""
+    """Runs passes through decoding.cpp: float32 and bfloat16 weights, int8 and int4 ones."""
 
     def __init__(
         self,
@@ -105,14 +106,16 @@ class NativeRunner:
         own = dict(model.named_parameters())
         self.adapters = [{id(own[name]): pair for name, pair in each.items()} for each in adapters]
         self.rank = 0  # the greatest of a pair, padded
-        self.quantize, self.dtype = quantize, torch.bfloat16 if quantize == "int8" else dtype
+        self.quantize, self.dtype = quantize, dtype if quantize == "none" else torch.bfloat16
         self.kind, self.together = ("float", 1) if self.dtype == torch.float32 else ("bf16", 2)
         self.slots = torch.empty(c.n_blocks, rows, length, c.cache_width, dtype=self.dtype)
-        self.cache_bytes, self.weight_bytes = self.slots.nbytes, 1 if quantize == "int8" else self.dtype.itemsize
-        self.cache_bytes_per_token = self.slots[:, 0, 0].nbytes
+        self.cache_bytes, self.cache_bytes_per_token = self.slots.nbytes, self.slots[:, 0, 0].nbytes
+        self.bytes_of_matrices: list[tuple[int, int]] = []  # and how many weights they have
         self.handle = getattr(self.library, f"open_{self.kind}")(byref(self._describe(model, rows, length, longest)))
         if not self.handle:
             raise MemoryError(f"no room for passes of {longest:,} tokens; fewer rows or a shorter length need less")
+        n_bytes, n_weights = map(sum, zip(*self.bytes_of_matrices, strict=True))
+        self.weight_bytes = n_bytes / n_weights
 
     def __del__(self) -> None:
         if getattr(self, "handle", None):
@@ -188,7 +191,7 @@ class NativeRunner:
             q_norm=self._numbers(attention.q_a_norm.weight),
             kv_norm=self._numbers(attention.kv_a_norm.weight),
             ffn_norm=self._numbers(block.ffn_norm.weight),
-            low=self._matrix(torch.cat(lows), low_pairs),
+            low=self._matrix(torch.cat(lows), low_pairs, is_wide=True),
             q_up=self._matrix(attention.q_b_proj.weight),
             **self._per_head(attention),
             out=self._matrix(attention.o_proj.weight),
@@ -217,7 +220,9 @@ class NativeRunner:
         pairs = [per_head(pair, c) for pair in self._pairs(attention.kv_b_proj.weight)]
         return {
             name: self._matrix(
-                F.pad(part, (0, 0, 0, -part.shape[1] % PANEL)).flatten(0, 1), [each.get(name) for each in pairs]
+                F.pad(part, (0, 0, 0, -part.shape[1] % PANEL)).flatten(0, 1),
+                [each.get(name) for each in pairs],
+                is_wide=True,
             )
             for name, part in heads.items()
         }
@@ -227,18 +232,23 @@ class NativeRunner:
         own = [each.get(id(weight)) for each in self.adapters]
         return own if expert is None else [pair and (pair[0][expert], pair[1][expert]) for pair in own]
 
-    def _matrix(self, weight: Tensor, pairs: Sequence[Pair | None] | None = None) -> Matrix:
-        """A weight (outputs, inputs) in panels, with these pairs (None: those of this parameter)."""
+    def _matrix(self, weight: Tensor, pairs: Sequence[Pair | None] | None = None, *, is_wide: bool = False) -> Matrix:
+        """A weight (outputs, inputs) in panels, with these pairs (None: those of this parameter). is_wide: not int4."""
         outputs, inputs = weight.shape
         pairs = self._pairs(weight) if pairs is None else pairs
         records = [self._pair(*pair) if pair else PairWeights() for pair in pairs] if any(pairs) else None
         beside = records and self._array(PairWeights, records)
-        padded = F.pad(weight.detach(), (0, 0, 0, -outputs % PANEL))
+        padded, scales, is_int4 = F.pad(weight.detach(), (0, 0, 0, -outputs % PANEL)), None, False
         if self.quantize == "int8":
-            scales = padded.float().abs().amax(1).clamp(min=1e-12) / 127
-            padded = (padded.float() / scales[:, None]).round().to(torch.int8)
-            return Matrix(self._at(panels(padded, 2)), self._at(scales), outputs, inputs, beside)
-        return Matrix(self._at(panels(padded.to(self.dtype), self.together)), None, outputs, inputs, beside)
+            scale = padded.float().abs().amax(1).clamp(min=1e-12) / 127
+            packed = panels((padded.float() / scale[:, None]).round().to(torch.int8), 2)
+            scales = self._at(scale)
+        elif is_int4 := self.quantize == "int4" and not is_wide:
+            packed = int4_panels(padded)
+        else:
+            packed = panels(padded.to(self.dtype), self.together)
+        self.bytes_of_matrices.append((packed.nbytes, padded.numel()))
+        return Matrix(self._at(packed), scales, outputs, inputs, is_int4, beside)
 
     def _pair(self, a: Tensor, b: Tensor) -> PairWeights:
         """A and B in panels, of one matrix or of heads."""
@@ -266,6 +276,16 @@ def panels(weight: Tensor, together: int) -> Tensor:
     """(outputs, inputs) to (outputs / 32, inputs / together, 32, together): neighbouring inputs stay together."""
     outputs, inputs = weight.shape
     return weight.view(outputs // PANEL, PANEL, inputs // together, together).transpose(1, 2).contiguous()
+
+
+def int4_panels(weight: Tensor) -> Tensor:
+    """(outputs, inputs) to (outputs / 32, inputs / 32, 576) bytes: pairs of numbers, then the scales of the outputs."""
+    numbers, scales = int4.quantize(weight)
+    outputs, inputs = numbers.shape
+    low, high = numbers.view(outputs // PANEL, 2, PANEL // 2, inputs // 2, 2).transpose(2, 3).unbind(1)
+    both = (low | high << 4).reshape(outputs // PANEL, inputs // int4.GROUP, -1)
+    scales = scales.view(outputs // PANEL, PANEL, -1).transpose(1, 2).contiguous().view(torch.uint8)
+    return torch.cat((both, scales), dim=-1)
 
 
 @cache

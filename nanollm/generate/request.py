@@ -109,7 +109,7 @@ class StepOutput:
 
 
 Ints = npt.NDArray[np.int64]
-Quantize = Literal["none", "int8"]
+Quantize = Literal["none", "int8", "int4"]
 Kernels = Literal["auto", "native", "torch"]
 
 
@@ -154,7 +154,7 @@ class Runner(Protocol):
 
     cache_bytes: int
     cache_bytes_per_token: int
-    weight_bytes: int  # bytes of one weight
+    weight_bytes: float  # bytes of one weight, on average
 
     def run(self, batch: ScheduledBatch) -> ModelOutput:
         """Read the tokens and remember them."""

@@ -15,6 +15,7 @@ from nanollm.generate.cpu_runner import NativeRunner
 from nanollm.generate.request import Ints, Kernels, ModelOutput, PromptChunk, Quantize, Runner, ScheduledBatch
 from nanollm.kernels.build import NoCompilerError
 from nanollm.model.cache import LatentCache
+from nanollm.model.int4 import check_widths
 from nanollm.model.lora import Pairs, with_pairs
 from nanollm.model.transformer import Transformer
 from nanollm.progress import say
@@ -37,6 +38,8 @@ def open_runner(
         if quantize != "none":
             raise ValueError(f"quantize {quantize} needs kernels native, got torch")
         return TorchRunner(model, rows, length, chunk, adapters)
+    if quantize == "int4":
+        check_widths(model.config)
     reason = why_not_native(model)
     if reason is None:
         try:
@@ -78,7 +81,7 @@ class TorchRunner:
         weight = model.head.weight
         # Chunks of different lengths are padded to the longest: behind the last slot there is room for that.
         self.cache = LatentCache.empty(model.config, rows, length + max_chunk, weight.dtype, weight.device)
-        self.cache_bytes, self.weight_bytes = self.cache.slots.nbytes, weight.itemsize
+        self.cache_bytes, self.weight_bytes = self.cache.slots.nbytes, float(weight.itemsize)
         self.cache_bytes_per_token = self.cache.slots[:, 0, 0].nbytes
 
     def run(self, batch: ScheduledBatch) -> ModelOutput:

@@ -5,8 +5,9 @@
 // own that depends on nothing else in the pass: a row's answer is the same, bit for bit, in any company.
 //
 // A matrix lies in panels of 32 outputs: [panel][input / 2][32][2] for bfloat16 and int8, [panel][input][32] for
-// float32; a thread reads its panels from the first byte to the last. Activations between matrices are rounded to the
-// weights' type (bfloat16 for int8), sums and the residual stream stay float32.
+// float32, [panel][input / 32] groups for int4; a thread reads its panels from the first byte to the last. Activations
+// between matrices are rounded to the weights' type (bfloat16 for int8 and int4), sums and the residual stream stay
+// float32.
 // A token may have an adapter (LoRA, arXiv:2106.09685): then y = W x + B (A x), with a B that has its scale within.
 // Letters as in the model: D width, H heads, Q query latent, C key-value latent, N width without position, R rotary
 // width, V value width, S slots. T is the type of activations and cache: float or bf16.
@@ -30,7 +31,7 @@ struct Pair {
 struct Matrix {
     const void* panels;
     const float* scales;  // of each output, for int8; null: none
-    int64_t outputs, inputs;
+    int64_t outputs, inputs, is_int4;
     const Pair* pairs;  // of each adapter; null: no adapter has one
     int count() const { return int((outputs + PANEL - 1) / PANEL); }
 };
@@ -39,6 +40,7 @@ struct Matrix {
 template <class T> struct Scratch {
     std::vector<T> panel;        // an unpacked panel
     std::vector<float> out;      // (rows, 32)
+    std::vector<float> group;    // (rows, 32) of a group of int4
     std::vector<float> gate;     // the same for a second product
     std::vector<float> scores;   // (heads of a group or queries of a tile, S)
     std::vector<T> shares;       // the same, softened
@@ -47,10 +49,38 @@ template <class T> struct Scratch {
     std::vector<int64_t> whose;  // adapters of rows
 };
 
+// The same as `product`, for int4: the sums of each group, times its scales, one group after another.
+void product_int4(const bf16* a, int64_t stride, int rows, const Matrix& w, int panel, Scratch<bf16>& own, float* out) {
+    const Group* group = (const Group*)w.panels + panel * w.inputs / SHARE;
+    float* sums = own.group.data();
+    std::fill_n(out, rows * PANEL, 0.0f);
+    for (int k = 0; k < w.inputs; k += SHARE, group++) {
+        if (rows == 1) {
+            tile<1>(a + k, stride, group->numbers, SHARE, sums);
+        } else if (rows <= 2 * TALL) {
+            tiles(a + k, stride, rows, group->numbers, SHARE, sums);
+        } else {  // unpacked once for all tiles
+            for (int i = 0; i < SHARE / 2; i++) {
+                auto* two = (u32x16*)&own.panel[i * 2 * PANEL];
+                pairs(group->numbers + i * PANEL, two[0], two[1]);
+            }
+            tiles(a + k, stride, rows, own.panel.data(), SHARE, sums);
+        }
+        f32x16 low = load_f16(group->scales), high = load_f16(group->scales + 16);
+        for (int row = 0; row < rows; row++) {
+            auto *total = (f32x16*)(out + row * PANEL), *more = (f32x16*)(sums + row * PANEL);
+            total[0] += low * more[0];
+            total[1] += high * more[1];
+        }
+    }
+}
+
 // out (rows, 32) = a times panel number `panel` of w.
 template <class T>
 void product(const T* a, int64_t stride, int rows, const Matrix& w, int panel, Scratch<T>& own, float* out) {
     int inputs = int(w.inputs);
+    if constexpr (sizeof(T) == 2)
+        if (w.is_int4) return product_int4(a, stride, rows, w, panel, own, out);
     int64_t start = int64_t(panel) * PANEL * inputs;
     if (!w.scales) return tiles(a, stride, rows, (const T*)w.panels + start, inputs, out);
     if constexpr (sizeof(T) == 2) {
@@ -238,6 +268,7 @@ template <class T> class Runner {
         Scratch<T> s;
         s.panel.resize(PANEL * inputs);
         s.out.resize(padded(std::max(m.max_tokens, m.slots)) * PANEL);
+        s.group.resize(s.out.size());
         s.gate.resize(m.max_tokens * PANEL);
         s.scores.resize(QUERIES * padded(m.slots));
         s.shares.resize(QUERIES * padded(m.slots));

@@ -1,7 +1,7 @@
 // Numbers, vectors of sixteen of them, and products of rows with a panel of 32 outputs: what our C++ files share.
 //
-// A panel holds 32 outputs of a matrix: [input / 2][32][2] for bfloat16 and int8, [input][32] for float32. Sums are
-// float32, and the order of each depends on nothing but its own row and output.
+// A panel holds 32 outputs of a matrix: [input / 2][32][2] for bfloat16 and int8, [input][32] for float32, groups of 32
+// inputs for int4. Sums are float32, and the order of each depends on nothing but its own row and output.
 
 #pragma once
 
@@ -18,13 +18,21 @@ namespace {
 struct bf16 {
     uint16_t bits;
 };
+struct int4 {  // of one input of two outputs, number j and j + 16: lower and upper bits, 0 to 15 for -8 to 7
+    uint8_t both;
+};
 
 using f32x16 = float __attribute__((vector_size(64), aligned(4), may_alias));
 using u32x16 = uint32_t __attribute__((vector_size(64), aligned(4), may_alias));
 using i32x16 = int32_t __attribute__((vector_size(64), aligned(4), may_alias));
 using u16x16 = uint16_t __attribute__((vector_size(32), aligned(2), may_alias));
 
-constexpr int PANEL = 32;    // outputs of a panel: two vectors
+constexpr int PANEL = 32;  // outputs of a panel: two vectors
+constexpr int SHARE = 32;  // inputs whose int4 share a scale, one of each output, float16
+struct Group {
+    int4 numbers[SHARE * PANEL / 2];
+    uint16_t scales[PANEL];
+};
 #ifdef __AVX512F__
 constexpr int TALL = 12;  // rows of a tile, as many as the registers hold
 #else
@@ -49,6 +57,11 @@ inline uint32_t rounded(float x) {  // the upper half, to the nearest, ties to e
 inline void narrow(float x, bf16& y) { y.bits = uint16_t(rounded(x)); }
 inline f32x16 load(const float* p) { return *(const f32x16*)p; }
 inline f32x16 load(const bf16* p) { return (f32x16)(__builtin_convertvector(*(const u16x16*)p, u32x16) << 16); }
+
+inline f32x16 load_f16(const uint16_t* p) {  // exact, subnormal ones too
+    u32x16 bits = __builtin_convertvector(*(const u16x16*)p, u32x16);
+    return (f32x16)((bits & 0x7fff) << 13 | (bits & 0x8000) << 16) * 0x1p112f;
+}
 
 inline float sum(f32x16 x) {
     float parts[16];
@@ -107,12 +120,37 @@ inline u32x16 pairs(const int8_t* p) {
 #endif
 }
 
+// Two inputs of all outputs, and how many W they are.
+template <class W> inline void pairs(const W* p, u32x16& low, u32x16& high) { low = pairs(p), high = pairs(p + PANEL); }
+inline void pairs(const int4* p, u32x16& low, u32x16& high) {
+#ifdef __AVX512BF16__
+    // -8 to 7 in bfloat16, twice: the fifth bit of an index is a bit of another number.
+    const __m512i table = _mm512_broadcast_i64x4(
+        _mm256_setr_epi16(short(0xc100), short(0xc0e0), short(0xc0c0), short(0xc0a0), short(0xc080), short(0xc040),
+                          short(0xc000), short(0xbf80), 0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0));
+    __m512i bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)p));
+    low = (u32x16)_mm512_permutexvar_epi16(bytes, table);
+    high = (u32x16)_mm512_permutexvar_epi16(_mm512_srli_epi16(bytes, 4), table);
+#else
+    auto widened = [](i32x16 two) {
+        f32x16 first = __builtin_convertvector((two & 15) - 8, f32x16),
+               second = __builtin_convertvector((two >> 8 & 15) - 8, f32x16);
+        return ((u32x16)first >> 16) | ((u32x16)second & 0xffff0000u);
+    };
+    i32x16 bytes = __builtin_convertvector(*(const u16x16*)p, i32x16);
+    low = widened(bytes), high = widened(bytes >> 4);
+#endif
+}
+template <class W> constexpr int PAIRS = 2 * PANEL;
+template <> constexpr int PAIRS<int4> = PANEL;
+
 // Row m's inputs k and k + 1 lie at a + m * stride + k / 2 * step.
 template <int M, class W>
 inline void tile(const bf16* a, int64_t stride, const W* panel, int inputs, float* out, int64_t step = 2) {
     f32x16 acc[M][2] = {};
-    for (int k = 0; k < inputs; k += 2, panel += 2 * PANEL, a += step) {
-        u32x16 low = pairs(panel), high = pairs(panel + PANEL);
+    for (int k = 0; k < inputs; k += 2, panel += PAIRS<W>, a += step) {
+        u32x16 low, high;
+        pairs(panel, low, high);
         for (int m = 0; m < M; m++) {
             uint32_t pair;
             std::memcpy(&pair, a + m * stride, 4);

@@ -61,8 +61,13 @@ def run(c: Config) -> Path:
     trained, _ = parse_options("pretrain", pretrain, [f"--config={settings}"])
     counters = [verify(path) for path in found]
     state = TrainState.start(
-        Transformer(trained.model), trained.optim, World.start("cpu", "float32"), pretrain.UNIT_ROWS[trained.start]
+        Transformer(trained.model),
+        trained.optim,
+        World.start("cpu", "float32"),
+        pretrain.UNIT_ROWS[trained.start],
+        trained.train.int4_from,
     )
+    state.step = int(counters[0]["step"])
     means = read_weights(found[0])
     for number, path in enumerate(found[1:], start=2):
         for name, weights in read_weights(path).items():

@@ -76,7 +76,7 @@ class Decoding:
         experts = min(c.n_routed_experts, self.rows * c.experts_per_token)  # met in each Mixture of Experts
         met = c.multiplied_parameters + (experts - c.experts_per_token) * c.n_moe_blocks * c.expert_parameters
         runner = self.engine.runner
-        return met * runner.weight_bytes + self.rows * self.context * runner.cache_bytes_per_token
+        return round(met * runner.weight_bytes) + self.rows * self.context * runner.cache_bytes_per_token
 
     def step(self) -> float:
         """Seconds of one step of all rows."""
@@ -163,7 +163,7 @@ class Config:
     tokens: int = 8
     """Tokens decoded per reply and repetition."""
     quantize: Quantize = "none"
-    """int8: weights in one byte each, with a scale per output."""
+    """int8: weights in one byte each, with a scale per output; int4: in four bits, with a scale for every 32."""
     kernels: Kernels = "auto"
     """native: the compiled forward pass for CPUs; torch: the model's own operations."""
     json: bool = False

@@ -15,6 +15,7 @@ from nanollm.export.dense_to_moe import STORED, Dtype, Format, exported_shape
 from nanollm.export.hub import check_metadata, check_push, push
 from nanollm.export.widen import Widen
 from nanollm.extras import require
+from nanollm.model.int4 import was_trained_for_it
 from nanollm.model.lora import Adapter
 from nanollm.progress import say
 
@@ -39,9 +40,9 @@ class Config:
     adapter: Path | None = None
     """A LoRA adapter of the bundle, to be written beside its weights: compact: the folder adapter, for PEFT; gguf:
     adapter.gguf, for llama.cpp. --verify then compares both together with ours."""
-    dtype: Literal["auto", "f32", "bf16", "f16", "q8_0"] = "auto"
-    """Type of the weights; auto: as the bundle keeps them, for web q8_0. q8_0 (8.5 bits per weight) is for gguf and web
-    only."""
+    dtype: Literal["auto", "f32", "bf16", "f16", "q8_0", "q5_0", "q4_0"] = "auto"
+    """Type of the weights; auto: as the bundle keeps them, for web q8_0. q8_0, q5_0 and q4_0 (8.5, 5.5 and 4.5 bits per
+    weight) are for gguf and web only."""
     out: Path | None = None
     """Folder to write; null: export/FORMAT beside the bundle."""
     force: bool = False
@@ -130,6 +131,8 @@ def run(c: Config) -> Path:
         )
         write_file(draft / card.CARD, text.encode())
     say(f"{c.format}, {dtype}, {parameters_of(c):,} parameters, written to {c.folder}")
+    if dtype == "q8_0" and was_trained_for_it(bundle.model.state_dict()):
+        say("this bundle was trained for int4: --dtype q4_0 keeps its weights as they are, q8_0 rounds them once more")
     if c.verify:
         prove(c, c.folder / model_file, bundle, adapter)
     if c.push:

@@ -17,6 +17,7 @@ from nanollm.evals.bits_per_byte import BitsPerByte, bits_per_byte
 from nanollm.generate.engine import generate
 from nanollm.generate.sampling import SamplingConfig
 from nanollm.model.config import ModelConfig
+from nanollm.model.int4 import check_widths
 from nanollm.model.transformer import StartName, Transformer
 from nanollm.progress import say
 from nanollm.report.page import write_report
@@ -77,6 +78,8 @@ class Config(RunConfig):
         if self.sample_prompts == ["none"]:
             object.__setattr__(self, "sample_prompts", [])
         check_at_least(0, self, "validation_windows")
+        if self.train.qat_fraction:
+            check_widths(self.model)
         if self.optim.lr is None:
             lr = default_lr(self.optim.name, self.model.d_model, self.train.batch_size * self.model.context_length)
             object.__setattr__(self, "optim", dataclasses.replace(self.optim, lr=lr))
@@ -127,7 +130,7 @@ def run(c: Config) -> Path:
 
         def make_state() -> TrainState:
             model = Transformer(c.model).init(c.seed, c.start).to(world.device)
-            return TrainState.start(model, c.optim, world, UNIT_ROWS[c.start])
+            return TrainState.start(model, c.optim, world, UNIT_ROWS[c.start], c.train.int4_from)
 
         fingerprints = {folder: split.shards.fingerprint for folder, split in splits.items()}
         is_mixed = len(splits) > 1
@@ -158,6 +161,8 @@ def run(c: Config) -> Path:
                 )
                 stats = train_step(state, batches, loss_of, lr_at(step, c.train.steps, c.optim), c.optim, world)
                 run.record(stats, windows.names(step, c.train.batch_size))
+                if state.step == c.train.int4_from:
+                    state.copy_to_model()  # from here on the model sees its weights in int4
                 if run.due(c.train.validate_every):
                     run.log(validate(c, state, tokenizer, validation, world))
                 if run.due(c.train.sample_every):

@@ -15,6 +15,7 @@ from nanollm.data.shards import Shards, Verification, read_manifest
 from nanollm.generate.engine import generate
 from nanollm.generate.sampling import SamplingConfig
 from nanollm.generate.tools import tool_caller
+from nanollm.model.int4 import check_widths
 from nanollm.model.lora import LoraConfig, add_lora
 from nanollm.progress import say
 from nanollm.report.page import write_report
@@ -22,7 +23,7 @@ from nanollm.text.chat import Conversation, Marks, encode_prompt, reply_ends, re
 from nanollm.text.tokenizer import Tokenizer
 from nanollm.train.loss import next_token_loss
 from nanollm.train.optim import OptimConfig, lr_at
-from nanollm.train.run import LoopConfig, Run, RunConfig
+from nanollm.train.run import QatConfig, Run, RunConfig
 from nanollm.train.state import TrainState
 from nanollm.train.step import SIGMAS, train_step
 from nanollm.world import World
@@ -39,7 +40,7 @@ Splits = Mapping[str, ChatShards]  # by folder
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChatTrainConfig(LoopConfig):
+class ChatTrainConfig(QatConfig):
     """How long, in which batches, and how often to look, log and save."""
 
     batch_size: int = 32
@@ -78,6 +79,10 @@ class Config(RunConfig):
         if self.sample_prompts == ["none"]:
             object.__setattr__(self, "sample_prompts", [])
         check_at_least(0, self, "validation_conversations")
+        if self.train.qat_fraction and self.lora.rank is not None:
+            raise ValueError(
+                f"train.qat_fraction trains every weight, got lora.rank {self.lora.rank}; leave one of them out"
+            )
 
     @property
     def weights(self) -> dict[str, float]:
@@ -112,7 +117,7 @@ def run(c: Config) -> Path:
         }
 
         def make_state() -> TrainState:
-            return TrainState.start(bundle.model.to(world.device), c.optim, world)
+            return TrainState.start(bundle.model.to(world.device), c.optim, world, int4_from=c.train.int4_from)
 
         with Run.open(c, c.train, world, inputs=inputs, fixed=FIXED, make_state=make_state) as run:
             state = run.state
@@ -133,6 +138,8 @@ def run(c: Config) -> Path:
                 )
                 stats = train_step(state, batches, loss_of, lr_at(step, c.train.steps, c.optim), c.optim, world)
                 run.record(stats, conversations.names(step, c.train.batch_size))
+                if state.step == c.train.int4_from:
+                    state.copy_to_model()  # from here on the model sees its weights in int4
                 if run.due(c.train.validate_every):
                     run.log(validate(c, state, validation, world))
                 if run.due(c.train.sample_every):
@@ -230,6 +237,8 @@ def describe(c: Config, splits: Splits) -> list[str]:
 def _open(c: Config, world: World) -> tuple[Bundle, Splits, Splits]:
     """The bundle, the training splits and those validation splits that hold something, held to each other."""
     bundle, tools = load_bundle(c.bundle), set[str]()
+    if c.train.qat_fraction:
+        check_widths(bundle.model.config)
     add_lora(bundle.model, c.lora, c.seed)
     context, fingerprint = bundle.model.config.context_length, bundle.tokenizer.fingerprint
     for prompt in c.sample_prompts:

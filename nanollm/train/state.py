@@ -4,10 +4,11 @@ The model computes in its compute type; the float32 masters are what the optimiz
 
 In one process the masters are tensors beside the model's parameters, and each gradient goes to its master as soon as
 the backward pass has made it, so the model's gradients are never there all at once. In float32 they are the parameters
-themselves, but for matrices whose rows the model sees divided. Frozen parameters (model/lora.py) have no masters.
+themselves, but for matrices that the model sees changed: rows divided, or all rounded to int4 (model/int4.py). Frozen
+parameters (model/lora.py) have no masters.
 
 In several processes the masters are the parameters, each rank holding its part (DTensors, made by FSDP2): they are
-whole, in the compute type, only while a function is called through `run`.
+whole, in the compute type, only while a function is called through `run`. With int4 they lie beside them here too.
 """
 
 import weakref
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nanollm.bundle import build_model
+from nanollm.model import int4
 from nanollm.model.lora import adapters, merged, plain_name
 from nanollm.model.transformer import Transformer
 from nanollm.train.dtensor import full_tensor, is_dtensor, to_local
@@ -52,6 +54,8 @@ class TrainState:
     """Of the last steps, outliers cut; see spike_threshold in step.py."""
     unit_rows: frozenset[str] = frozenset()
     """Matrices of which the model sees every row divided by its root mean square."""
+    int4_from: int | None = None
+    """Finished steps from which on the model sees its matrices rounded to int4; None: never."""
     dtype: torch.dtype = torch.float32  # what the model computes in
     is_replicated: bool = True  # whether this process holds all of the masters
     wrapped: ForwardWrapper = field(init=False)
@@ -61,7 +65,12 @@ class TrainState:
 
     @classmethod
     def start(
-        cls, model: Transformer, optim: OptimConfig, world: World, unit_rows: Collection[str] = ()
+        cls,
+        model: Transformer,
+        optim: OptimConfig,
+        world: World,
+        unit_rows: Collection[str] = (),
+        int4_from: int | None = None,
     ) -> "TrainState":
         """Take a float32 model, the same on every rank, and let it compute in the world's type."""
         dtype = world.dtype
@@ -71,18 +80,23 @@ class TrainState:
             [],
             loss_scale=2.0**16 if dtype == torch.float16 else 1.0,
             unit_rows=frozenset(unit_rows),
+            int4_from=int4_from,
             dtype=dtype,
             is_replicated=world.is_replicated,
         )
         if world.mesh is not None:
-            for name in unit_rows:
+            for name in unit_rows if int4_from is None else ():
                 model.get_submodule(name.rpartition(".")[0]).register_forward_hook(_divide_rows)
             world.fully_shard(state.wrapped, model.trunk.blocks)
-            state.masters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad:
+                    is_own = int4_from is None or parameter.dim() == 1
+                    state.masters[name] = parameter if is_own else parameter.detach().clone()
             state.optimizers = build_optimizers(state.masters, optim, dtype)
+            state.copy_to_model()
             return state
         for name, parameter in model.named_parameters():
-            is_own = dtype == parameter.dtype and name not in unit_rows
+            is_own = dtype == parameter.dtype and name not in unit_rows and (int4_from is None or parameter.dim() == 1)
             master = parameter if is_own or not parameter.requires_grad else parameter.detach().clone()
             parameter.data = parameter.data.to(dtype)  # not a new parameter: the model's modules hold this one
             if parameter.requires_grad:
@@ -115,6 +129,12 @@ class TrainState:
 
     def gradients(self) -> list[Tensor]:
         """Those of the masters, unscaled, as far as this rank holds them, to be changed in place."""
+        for name, parameter in self.model.named_parameters() if self.is_sharded else ():
+            if (master := self.masters.get(name, parameter)) is not parameter and parameter.grad is not None:
+                if name in self.unit_rows:
+                    whole = to_local(parameter.grad)
+                    whole.copy_(_of_rows(to_local(master), whole))
+                master.grad, parameter.grad = parameter.grad, None
         grads = [to_local(master.grad) for master in self.masters.values() if master.grad is not None]
         grads = [grad for grad in grads if grad.numel()]
         if self.is_sharded and self.loss_scale != 1:
@@ -140,7 +160,9 @@ class TrainState:
     def copy_to_model(self) -> None:
         """Round the masters into the model's parameters."""
         pairs = [
-            (p, self._seen(name)) for name, p in self.model.named_parameters() if p is not self.masters.get(name, p)
+            (to_local(p), self._as_seen(name, to_local(self.masters[name])))
+            for name, p in self.model.named_parameters()
+            if p is not self.masters.get(name, p)
         ]
         if pairs:
             parameters, masters = zip(*pairs, strict=True)
@@ -199,8 +221,14 @@ class TrainState:
 
     def _seen(self, name: str) -> Tensor:
         """A master as the model sees it, whole and in float32."""
-        master = full_tensor(self.masters[name])
-        return master * _per_row(master) if name in self.unit_rows else master
+        return self._as_seen(name, full_tensor(self.masters[name]))
+
+    def _as_seen(self, name: str, master: Tensor) -> Tensor:
+        """Whole rows of a master as the model sees them."""
+        if name in self.unit_rows:
+            master = master * _per_row(master)
+        is_rounded = self.int4_from is not None and self.step >= self.int4_from
+        return int4.rounded(name, master) if is_rounded else master
 
 
 def _divide_rows(embedding: nn.Module, inputs: tuple[Tensor, ...], rows: Tensor) -> Tensor:
@@ -212,6 +240,13 @@ def _divide_rows(embedding: nn.Module, inputs: tuple[Tensor, ...], rows: Tensor)
 def _per_row(matrix: Tensor) -> Tensor:
     """(..., D) to (..., 1): one over the root mean square of each row."""
     return (matrix.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+
+
+def _of_rows(master: Tensor, grad: Tensor) -> Tensor:
+    """The gradient of rows from that of the same rows divided by their root mean square."""
+    factor = _per_row(master)
+    unit = master * factor
+    return factor * (grad - unit * (grad * unit).mean(-1, keepdim=True))
 
 
 def _moving(
@@ -227,10 +262,8 @@ def _moving(
         state, grad = owner(), parameter.grad
         if state is None or grad is None:
             return
-        if has_unit_rows:  # of the row that was divided to the row itself
-            factor = _per_row(master)
-            unit = master * factor
-            grad = factor * (grad - unit * (grad * unit).mean(-1, keepdim=True))
+        if has_unit_rows:
+            grad = _of_rows(master, grad)
         if master.grad is None:
             master.grad = grad.float() if state.loss_scale == 1 else grad.float().div_(state.loss_scale)
         else:

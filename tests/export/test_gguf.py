@@ -3,18 +3,25 @@
 from dataclasses import replace
 
 import pytest
+import torch
 from gguf import GGUFReader
 
 from nanollm.bundle import Bundle, load_bundle
 from nanollm.export import gguf
+from nanollm.model import int4
 from nanollm.model.lora import LoraConfig, add_lora, plain_name
 from nanollm.model.transformer import Transformer
 from nanollm.text.train_tokenizer import Sample, train_on
 from tests.conftest import STORY
-from tests.model.conftest import TINY
+from tests.model.conftest import TINY, randomised
+
+FEW_BITS = ["q8_0", "q5_0", "q4_0"]
 
 
-@pytest.mark.parametrize("dtype, types", [("f32", {"F32"}), ("f16", {"F16", "F32"}), ("q8_0", {"Q8_0", "F16", "F32"})])
+@pytest.mark.parametrize(
+    "dtype, types",
+    [("f32", {"F32"}), ("f16", {"F16", "F32"}), *((dtype, {dtype.upper(), "F16", "F32"}) for dtype in FEW_BITS)],
+)
 def test_every_number_of_the_model_is_there(trained, tmp_path, dtype, types):
     bundle = load_bundle(trained)
     gguf.write_gguf(tmp_path / "model.gguf", bundle, dtype)
@@ -28,7 +35,28 @@ def test_every_number_of_the_model_is_there(trained, tmp_path, dtype, types):
     assert {kinds["attn_k_b.weight"], kinds["attn_kv_a_mqa.weight"]} <= exact
 
 
-@pytest.mark.parametrize("dtype", ["f16", "q8_0"])
+@pytest.mark.parametrize("d_ff", [40, 72], ids=["into the shared expert", "into routed experts too"])
+def test_what_stands_in_a_file_is_read_as_it_was_written(d_ff, tokenizer, tmp_path):
+    model = randomised(Transformer(replace(TINY, vocab_size=tokenizer.vocab_size, d_ff=d_ff)).init(0))
+    gguf.write_gguf(tmp_path / "model.gguf", Bundle(model, tokenizer, {}), "f32")
+    found, expected = gguf.read_weights(tmp_path / "model.gguf", model.config), model.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("d_ff", [256, 384], ids=["into the shared expert", "into routed experts too"])
+def test_of_a_model_trained_for_int4_nothing_is_lost(d_ff, trained, tokenizer, tmp_path):
+    config = replace(load_bundle(trained).model.config, d_ff=d_ff)
+    model = randomised(Transformer(config).init(0))
+    exact = {name: int4.rounded(name, weight) for name, weight in model.state_dict().items()}
+    model.load_state_dict(exact)
+    for dtype in ("q4_0", "q5_0", "f16", "bf16"):
+        gguf.write_gguf(tmp_path / "model.gguf", Bundle(model, tokenizer, {}), dtype)
+        found = gguf.read_weights(tmp_path / "model.gguf", config)
+        assert all(torch.equal(found[name], exact[name]) for name in exact)
+
+
+@pytest.mark.parametrize("dtype", ["f16", *FEW_BITS])
 def test_numbers_that_the_type_cannot_hold_are_refused(dtype, trained, tmp_path):
     bundle = load_bundle(trained)
     bundle.model.head.weight.data[0, 0] = 1e8

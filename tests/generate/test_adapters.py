@@ -14,7 +14,7 @@ from nanollm.generate.runner import TorchRunner
 from nanollm.model import lora
 from nanollm.model.lora import TARGETS, merged, pairs_of, targeted
 from nanollm.model.transformer import Transformer
-from tests.generate.test_cpu_runner import KINDS, LENGTH, SHAPES, decode, model_of, prefill, prompt
+from tests.generate.test_cpu_runner import CASES, LENGTH, SHAPES, decode, model_of, prefill, prompt
 from tests.generate.test_engine import GREEDY, answers, request
 
 SCALE = 1.5
@@ -87,8 +87,7 @@ def test_an_adapter_answers_as_its_merged_model(shape):
     an_adapter_answers_as_its_merged_model(shape)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(("dtype", "quantize"), KINDS, ids=str)
+@pytest.mark.parametrize(("shape", "dtype", "quantize"), CASES, ids=str)
 @torch.inference_mode()
 def test_several_in_one_batch_are_each_alone_to_the_bit(shape, dtype, quantize):
     model = model_of(shape, dtype)

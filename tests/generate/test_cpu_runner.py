@@ -6,6 +6,8 @@ import platform
 import numpy as np
 import pytest
 import torch
+from gguf import GGMLQuantizationType
+from gguf import quants as gguf_quants
 
 from nanollm.generate import cpu_runner as native
 from nanollm.generate.cpu_runner import NativeRunner
@@ -14,6 +16,7 @@ from nanollm.generate.runner import TorchRunner, open_runner
 from nanollm.generate.sampling import SamplingConfig, sample
 from nanollm.kernels import build
 from nanollm.kernels.build import NoCompilerError
+from nanollm.model import int4
 from nanollm.model.config import ModelConfig
 from nanollm.model.transformer import Transformer
 from tests.model.conftest import TINY, randomised
@@ -99,11 +102,34 @@ def test_smaller_types_come_close(shape, dtype, quantize, tolerance):
     assert (got - expected).square().mean().sqrt() < tolerance * expected.std()
 
 
+@torch.inference_mode()
+def test_int4_computes_what_the_model_with_the_weights_of_q4_0_computes():
+    model = model_of("preset")
+    runner = NativeRunner(model, ROWS, LENGTH, LENGTH, "int4")
+    for name, parameter in model.named_parameters():
+        if int4.is_int4(name, parameter) and name != "trunk.embed.weight":  # whose rows are looked up
+            blocks = gguf_quants.quantize(parameter.numpy(), GGMLQuantizationType.Q4_0)
+            parameter.copy_(torch.tensor(gguf_quants.dequantize(blocks, GGMLQuantizationType.Q4_0)))
+    (expected, chosen), (got, experts) = talk(TorchRunner(model, ROWS, LENGTH, LENGTH)), talk(runner)
+    assert (experts == chosen).all()
+    assert (got - expected).square().mean().sqrt() < 0.02 * expected.std()  # what bfloat16 activations are off
+
+
+@torch.inference_mode()
+def test_int4_of_a_model_trained_for_it_has_the_weights_of_its_bfloat16():
+    model = model_of("preset")
+    for name, parameter in model.named_parameters():
+        parameter.copy_(int4.rounded(name, parameter))
+    model.to(torch.bfloat16)
+    (expected, _), (got, _) = (talk(NativeRunner(model, ROWS, LENGTH, LENGTH, each)) for each in ("none", "int4"))
+    assert (got - expected).square().mean().sqrt() < 0.01 * expected.std()
+
+
 KINDS = [(torch.float32, "none"), (torch.bfloat16, "none"), (torch.bfloat16, "int8")]
+CASES = [*((shape, *kind) for shape in SHAPES for kind in KINDS), ("preset", torch.bfloat16, "int4")]
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(("dtype", "quantize"), KINDS, ids=str)
+@pytest.mark.parametrize(("shape", "dtype", "quantize"), CASES, ids=str)
 @torch.inference_mode()
 def test_company_pieces_and_reuse_change_no_bit(shape, dtype, quantize):
     model = model_of(shape, dtype)
@@ -178,10 +204,11 @@ def older_processor(monkeypatch, request):
 def test_older_processors_keep_the_promises():
     for shape in SHAPES:
         test_it_computes_what_the_model_computes(shape)
-        for dtype, quantize in KINDS:
-            test_company_pieces_and_reuse_change_no_bit(shape, dtype, quantize)
         test_smaller_types_come_close(shape, "bfloat16", "none", 0.05)
         test_smaller_types_come_close(shape, "float32", "int8", 0.05)
+    for case in CASES:
+        test_company_pieces_and_reuse_change_no_bit(*case)
+    test_int4_computes_what_the_model_with_the_weights_of_q4_0_computes()
 
 
 @torch.inference_mode()
@@ -237,6 +264,9 @@ def test_what_the_library_cannot_do_runs_on_the_model_and_is_said(capsys):
         open_runner(odd, 1, 8, 8, kernels="native")
     with pytest.raises(ValueError, match="quantize int8 needs kernels native, got torch"):
         open_runner(half, 1, 8, 8, quantize="int8", kernels="torch")
+    odd = "and d_model is 40, q_lora_rank is 28, d_ff is 73, d_expert is 24, n_heads x v_head_dim is 48; int8 takes any"
+    with pytest.raises(ValueError, match=f"int4 needs widths that 32 divides, {odd}"):
+        open_runner(Transformer(dataclasses.replace(TINY, d_ff=73)), 1, 8, 8, quantize="int4")
 
 
 @pytest.mark.parametrize("share", [None, 0.5, 0.002])

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 
 from nanollm.data.batches import Batch
+from nanollm.model import int4
 from nanollm.model.transformer import Transformer
 from nanollm.train import checkpoint
 from nanollm.train.checkpoint import Checkpoints, checkpoints, load_newest, save_checkpoint
@@ -41,6 +42,12 @@ def begin(world: World, dtype: torch.dtype = torch.float32) -> TrainState:
     return TrainState.start(Transformer(CONFIG).init(0), OPTIM, world, [EMBED])
 
 
+def begin_int4(world: World) -> TrainState:
+    """The model sees int4 after two steps."""
+    c = dataclasses.replace(CONFIG, d_model=64, q_lora_rank=32, v_head_dim=32, d_ff=96, d_expert=32)
+    return TrainState.start(Transformer(c).init(0), OPTIM, dataclasses.replace(world, dtype=torch.float32), [EMBED], 2)
+
+
 def steps(state: TrainState, world: World, count: int, **options: bool) -> list[float]:
     def loss_of(model, batch):
         return next_token_loss(model, batch, OPTIM.balance_weight, **options)
@@ -50,6 +57,8 @@ def steps(state: TrainState, world: World, count: int, **options: bool) -> list[
         stats = train_step(state, rows(state.step, world), loss_of, 1e-2, OPTIM, world)
         losses += [stats.loss, stats.grad_norm, *stats.expert_load[0]]
         state.step += 1
+        if state.step == state.int4_from:
+            state.copy_to_model()
     return losses
 
 
@@ -82,6 +91,7 @@ def train_in_all_ways(world, folder):
             "weights": weights,
             "looked_at": looked_at,
             "half": steps(half, own, 3, recompute=True),
+            "int4": (steps(few := begin_int4(own), own, 4), few.bundle_weights()),
         }
     return found
 
@@ -128,7 +138,7 @@ def alone(tmp_path_factory):
     looked_at = {name: tensor.clone() for name, tensor in state.whole_model().state_dict().items()}
     numbers += steps(state, World(), 2)
     half = steps(begin(World(dtype=torch.bfloat16)), World(dtype=torch.bfloat16), 3)
-    return folder, numbers, state.bundle_weights(), looked_at, half
+    return folder, numbers, state.bundle_weights(), looked_at, half, steps(begin_int4(World()), World(), 4)
 
 
 @pytest.fixture(scope="module")
@@ -140,13 +150,16 @@ def both(alone):
 @pytest.mark.long
 @pytest.mark.parametrize("parallel", MESHES)
 def test_two_processes_train_as_one_does(alone, both, parallel):
-    _, numbers, weights, looked_at, half = alone
+    _, numbers, weights, looked_at, half, few_bits = alone
     for of_rank in both:
         found = of_rank[parallel]
         torch.testing.assert_close(torch.tensor(found["numbers"]), torch.tensor(numbers), atol=1e-5, rtol=1e-5)
         close(found["weights"], weights)
         close(found["looked_at"], looked_at)
         torch.testing.assert_close(torch.tensor(found["half"]), torch.tensor(half), atol=0.02, rtol=0.02)
+        got, lattice = found["int4"]  # a weight between two numbers of the lattice may go to either
+        torch.testing.assert_close(torch.tensor(got), torch.tensor(few_bits), atol=2e-3, rtol=2e-3)
+        assert int4.was_trained_for_it(lattice)
 
 
 @pytest.mark.dist
@@ -162,7 +175,8 @@ def test_four_processes_train_as_one_does_and_go_on_from_what_they_saved(alone):
 @pytest.mark.parametrize("parallel", MESHES)
 def test_all_ranks_hold_the_same_bits(both, parallel):
     first, second = (of_rank[parallel] for of_rank in both)
-    assert first["numbers"] == second["numbers"] and first["half"] == second["half"]
+    assert all(first[name] == second[name] for name in ("numbers", "half"))
+    assert first["int4"][0] == second["int4"][0]
     assert all(torch.equal(tensor, second["weights"][name]) for name, tensor in first["weights"].items())
 
 

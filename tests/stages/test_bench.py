@@ -9,7 +9,7 @@ from nanollm.cli import main
 QUICK = ["--rows", "1", "2", "--context", "16", "--prompt", "20", "--tokens", "1"]
 
 
-@pytest.mark.parametrize("quantize", ["none", "int8"])
+@pytest.mark.parametrize("quantize", ["none", "int8", "int4"])
 def test_a_preset_is_measured_and_told_as_json(capsys, quantize):
     assert main(["bench", "nano-1m", *QUICK, "--quantize", quantize, "--dtype", "bfloat16", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
@@ -34,7 +34,8 @@ def test_a_bundle_is_measured_and_told_as_a_table(capsys, bundle):
         (["nano-1m", "--tokens", "0"], "tokens must be at least 1, got 0"),
         (["nano-1m", "--tokens", "90"], "tokens x repeats must stay below the context of 256, got 90 x 5"),
         (["nano-1m", "--quantize", "int8", "--kernels", "torch"], "quantize int8 needs kernels native, got torch"),
-        (["nano-1m", "--quantize", "int9"], "quantize: expected none|int8, got int9"),
+        (["nano-1m", "--quantize", "int4", "--kernels", "torch"], "quantize int4 needs kernels native, got torch"),
+        (["nano-1m", "--quantize", "int9"], "quantize: expected none|int8|int4, got int9"),
     ],
 )
 def test_a_mistake_is_one_line(capsys, words, message):

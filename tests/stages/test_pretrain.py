@@ -15,17 +15,19 @@ import torch
 from safetensors.torch import load_file
 
 from nanollm.bundle import load_bundle
+from nanollm.cli import main
 from nanollm.config import parse_options, read_mapping, to_yaml
 from nanollm.data.batches import TextShards
 from nanollm.data.shards import Shards
 from nanollm.durable import lock_folder
+from nanollm.model import int4
 from nanollm.stages import preprocess, pretrain
 from nanollm.stages.pretrain import Config
-from nanollm.train.checkpoint import checkpoints
+from nanollm.train.checkpoint import checkpoints, read_weights
 from nanollm.train.metrics import read_metrics
 from nanollm.train.optim import OptimConfig
 from nanollm.train.step import train_step
-from tests.stages.conftest import FILES_OF_A_RUN, told, weights_of
+from tests.stages.conftest import FILES_OF_A_RUN, MODEL, interrupted, told, weights_of
 
 
 def launch(config: Config, folder: Path) -> subprocess.Popen[str]:
@@ -71,6 +73,28 @@ def test_stopped_by_a_signal_it_saves_and_the_same_command_ends_with_the_same_bi
     assert reference.communicate(timeout=240)[0].strip() == str(expected.out / "bundle")
     assert weights_of(stopped.out) == weights_of(expected.out)
     assert told(stopped.out) == told(expected.out)
+
+
+def test_stopped_where_int4_begins_it_ends_with_the_same_bits_which_int4_keeps(run_config, monkeypatch, capsys):
+    shape = dataclasses.replace(MODEL, q_lora_rank=32)
+    expected, stopped = (run_config(model=shape, out=out) for out in ("expected", "stopped"))
+    expected, stopped = (
+        dataclasses.replace(c, train=dataclasses.replace(c.train, qat_fraction=0.5)) for c in (expected, stopped)
+    )
+    assert stopped.train.int4_from == 6
+    pretrain.run(expected)
+    with interrupted(monkeypatch, pretrain, "train_step", after=6):
+        pretrain.run(stopped)
+    bundle = pretrain.run(stopped)
+    assert weights_of(stopped.out) == weights_of(expected.out)
+    assert told(stopped.out) == told(expected.out)
+    assert int4.was_trained_for_it(load_file(bundle / "model.safetensors"))
+    assert not int4.was_trained_for_it(read_weights(checkpoints(stopped.out / "checkpoints")[0]))
+    for dtype, says in (("q4_0", False), ("q8_0", True)):
+        assert main(["export", str(bundle), "--format", "gguf", "--dtype", dtype, "--force"]) == 0
+        assert ("trained for int4: --dtype q4_0 keeps its weights" in capsys.readouterr().err) == says
+    with pytest.raises(ValueError, match="int4 needs widths that 32 divides, but q_lora_rank is 16"):
+        dataclasses.replace(expected, model=MODEL)
 
 
 def wait_for_step(run: Path, step: int) -> None:

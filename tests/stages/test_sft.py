@@ -11,6 +11,8 @@ from nanollm import cli
 from nanollm.bundle import load_bundle
 from nanollm.config import parse_options, read_mapping, to_yaml
 from nanollm.data.batches import IGNORE
+from nanollm.model import int4
+from nanollm.model.lora import LoraConfig
 from nanollm.stages import preprocess, sft
 from nanollm.stages.sft import ChatTrainConfig, Config
 from nanollm.text.train_tokenizer import train as train_tokenizer
@@ -218,6 +220,19 @@ def test_a_run_is_not_continued_as_another_one(run_config, folders, tokenizer, t
             sft.run(dataclasses.replace(c, **change))
         assert "choose another --out" in str(error.value)
     assert sft.run(c)  # nothing was lost
+
+
+def test_a_run_of_int4_from_its_first_step_leaves_what_int4_keeps(run_config, tokenizer, tmp_path):
+    c = run_config(steps=2, bundle=untrained(tmp_path / "wide", dataclasses.replace(SHAPE, q_lora_rank=32), tokenizer))
+    every = dataclasses.replace(c.train, qat_fraction=1.0)
+    made = sft.run(dataclasses.replace(c, train=every))
+    assert int4.was_trained_for_it(load_bundle(made).model.state_dict())
+    with pytest.raises(ValueError, match="int4 needs widths that 32 divides, but q_lora_rank is 16"):
+        sft.run(run_config(train=every, out="narrow"))
+    with pytest.raises(ValueError, match=r"train.qat_fraction trains every weight, got lora\.rank 4"):
+        dataclasses.replace(c, train=every, lora=LoraConfig(rank=4))
+    with pytest.raises(ValueError, match=r"train\.qat_fraction must be between 0 and 1, got 1\.5"):
+        dataclasses.replace(every, qat_fraction=1.5)
 
 
 # What the user gets wrong.

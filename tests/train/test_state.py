@@ -1,11 +1,14 @@
 """Masters are what optimizers move; the model sees them rounded, and some of them with unit rows."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
 from benchmarks.variants import NormedEmbedding
 from nanollm.data.batches import Batch
+from nanollm.model import int4
 from nanollm.model.transformer import Transformer
 from nanollm.train.checkpoint import load_newest, save_checkpoint
 from nanollm.train.loss import next_token_loss
@@ -16,16 +19,25 @@ from nanollm.world import World
 from tests.train.conftest import CONFIG
 
 EMBED = "trunk.embed.weight"
+DIVISIBLE = replace(CONFIG, d_model=64, q_lora_rank=32, v_head_dim=32, d_ff=96, d_expert=32)  # by 32, for int4
 
 
-def started(dtype: torch.dtype = torch.float32, unit_rows=(EMBED,), embedding=nn.Embedding) -> TrainState:
-    model = Transformer(CONFIG)
-    model.trunk.embed = embedding(CONFIG.vocab_size, CONFIG.d_model)
-    return TrainState.start(model.init(0), OptimConfig(), World(dtype=dtype), unit_rows)
+def started(
+    dtype: torch.dtype = torch.float32, unit_rows=(EMBED,), embedding=nn.Embedding, c=CONFIG, int4_from=None
+) -> TrainState:
+    model = Transformer(c)
+    model.trunk.embed = embedding(c.vocab_size, c.d_model)
+    return TrainState.start(model.init(0), OptimConfig(), World(dtype=dtype), unit_rows, int4_from)
 
 
 def trained(state: TrainState, batches: list[Batch]) -> list[float]:
-    return [train_step(state, [batch], next_token_loss, 1e-2, OptimConfig(), World()).loss for batch in batches]
+    losses = []
+    for batch in batches:
+        losses.append(train_step(state, [batch], next_token_loss, 1e-2, OptimConfig(), World()).loss)
+        state.step += 1
+        if state.step == state.int4_from:
+            state.copy_to_model()
+    return losses
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -58,8 +70,37 @@ def test_micro_batches_give_unit_rows_the_gradient_of_one_batch(batch_at):
 def test_a_checkpoint_holds_the_rows_themselves(batch_at, tmp_path):
     state, later = started(), started()
     trained(state, [batch_at(0)])
-    state.step = 1
     save_checkpoint(tmp_path, state, keep_last=1)
     assert load_newest(tmp_path, later, World())
     assert trained(later, [batch_at(1)]) == trained(state, [batch_at(1)])
     assert all(map(torch.equal, later.weights().values(), state.weights().values()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_from_its_step_on_the_model_sees_int4_and_the_masters_move_on(batch_at, dtype, tmp_path):
+    state = started(dtype, c=DIVISIBLE, int4_from=2)
+    for step in range(4):
+        seen = {name: weight.float() for name, weight in state.model.state_dict().items()}
+        kept, masters = state.bundle_weights(), state.weights()
+        assert int4.was_trained_for_it(seen) == int4.was_trained_for_it(kept) == (step >= 2)
+        assert not int4.was_trained_for_it(masters)
+        if step >= 2:
+            assert all(torch.equal(seen[name], kept[name]) for name, weight in masters.items() if weight.dim() > 1)
+        if step == 2:  # resumed where it begins
+            save_checkpoint(tmp_path, state, keep_last=1)
+            state = started(dtype, c=DIVISIBLE, int4_from=2)
+            assert load_newest(tmp_path, state, World())
+        before = masters[EMBED].clone()
+        trained(state, [batch_at(step)])
+        assert not torch.equal(state.weights()[EMBED], before)
+
+
+def test_gradients_go_straight_through_the_rounding(batch_at):
+    state = started(unit_rows=(), c=DIVISIBLE, int4_from=0)
+    rounded = Transformer(DIVISIBLE)
+    rounded.load_state_dict(state.bundle_weights())
+    batch = batch_at(0)
+    for model in (state.model, rounded):
+        next_token_loss(model, batch)[0].backward()
+    for name, parameter in rounded.named_parameters():
+        torch.testing.assert_close(state.masters[name].grad, parameter.grad)
