@@ -30,8 +30,8 @@ from benchmarks.measuring import ROOT, spread_of, tell
 PIECES, CONTEXT, ROWS = 8192, 512, 4
 CUT = 2400
 """Characters of a piece: nearly always less than a window of 512 tokens, and more than half of it."""
-TIMED = 60
-"""Steps of the short run."""
+TIMED, EVERY = 60, 10
+"""Steps of the short run, and those after which ours writes its seconds."""
 OURS = ("--model", "nano-1m", "--start", "fast", "--speed.compile", "on")
 NANOCHAT = "--depth=2 --matrix-lr=0.08 --embedding-lr=1.2 --unembedding-lr=0.032 --weight-decay=0.07"
 """Rates for steps of 2,048 tokens: its own are for 524,288, and what it makes of them here learns slowly."""
@@ -242,7 +242,7 @@ def all_sides(options: argparse.Namespace, work: Path) -> list[Side]:
             "--optim.warmup_steps",
             "50",
         ]
-        quiet = ["--validation_windows", "8", "--train.validate_every", "100000", "--train.log_every", "10"]
+        quiet = ["--validation_windows", "8", "--train.validate_every", "100000", "--train.log_every", str(EVERY)]
         words = [sys.executable, "-m", "nanollm", "pretrain", *OURS, *shape, *text, *length, *quiet]
         return [*words, "--seed", str(seed), "--out", str(work / name), *shlex.split(options.ours)]
 
@@ -261,8 +261,8 @@ def all_sides(options: argparse.Namespace, work: Path) -> list[Side]:
 
     def logged(folder: Path, _: str) -> float:
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        rates = [line["tokens_per_s"] for line in lines if line.get("step", 0) > 20 and "tokens_per_s" in line]
-        return ROWS * CONTEXT / statistics.median(rates)
+        seconds = [line["seconds"] for line in lines if line.get("step", 0) > 20 and "seconds" in line]
+        return statistics.median(seconds) / EVERY
 
     def printed(pattern: str) -> Callable[[Path, str], float]:
         return lambda _, words: statistics.median([float(ms) for ms in re.findall(pattern, words)][20:]) / 1000
