@@ -100,7 +100,7 @@ def test_a_step_that_was_begun_before_its_turn_answers_as_one_in_its_turn(tiny_m
         assert got[2] == pytest.approx(expected[2], abs=1e-4)
 
 
-def test_steps_follow_each_other_without_a_wait_and_one_alone_is_in_vain(tiny_model, monkeypatch):
+def test_steps_follow_each_other_without_a_wait_and_only_the_last_is_dropped(tiny_model, monkeypatch):
     steps, engine = [], Engine(tiny_model, rows=4, kernels="torch")
     engine.runner.draws = engine.runner.runs_ahead = True
     watched(monkeypatch, DecodeStep, "run", lambda _, step, columns, *__: steps.append(columns[1].tolist()))
