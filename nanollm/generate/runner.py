@@ -71,6 +71,7 @@ tell_once = cache(say)
 
 STEP_SLOTS = 256
 """The slots that a step of decoding reads are rounded up to a multiple of this: each number of them has its graph."""
+CAPTURE_AFTER = 4  # steps of a bucket: to capture a graph takes about as long as these save
 Columns = npt.NDArray[np.int32]
 """(5, B): row, newest token (-1: the one drawn in the step before), position, and the bits of two float32, temperature
 and random number, of each row that is decoding."""
@@ -105,8 +106,8 @@ class TorchRunner:
         columns = columns_of(batch.rows, batch.tokens, batch.positions)
         for number, indices in groupby(range(len(batch.rows)) if drawn is None else (), batch.adapters.__getitem__):
             with self._adapted(number):
-                step, lines = self._decode(columns[:, [*indices]], is_adapted=number >= 0)
-                outputs.append(ModelOutput(step.logits[lines], step.experts[lines]))
+                decoded, lines = self._decode(columns[:, [*indices]], is_adapted=number >= 0)
+                outputs.append(ModelOutput(decoded.logits[lines], decoded.experts[lines]))
         return joined(outputs or [self.nothing], drawn)
 
     def copy(self, source: int, targets: Sequence[int], count: int) -> None:
@@ -153,8 +154,8 @@ class TorchRunner:
 
     # --- decoding ---
 
-    def _decode(self, columns: Columns, is_adapted: bool = False) -> tuple["DecodeStep", npt.NDArray[np.int64] | slice]:
-        """Decode a token of each of these rows; the step that did it, and the lines of its output that are theirs."""
+    def _decode(self, columns: Columns, is_adapted: bool = False) -> tuple["Decoded", npt.NDArray[np.int64] | slice]:
+        """Decode a token of each of these rows; what that gives, and the lines of it that are theirs."""
         bucket = self._bucket(columns.shape[1])
         is_whole = self._bucket(int(columns[0].max()) + 1) == bucket  # all rows run, or nearly all: none is gathered
         in_use = int(columns[2].max()) + 1
@@ -162,8 +163,7 @@ class TorchRunner:
         if key not in self.steps:
             self.steps[key] = DecodeStep(self, *key)
         lines = columns[0].astype(np.int64) if is_whole else slice(0, columns.shape[1])
-        self.steps[key].run(columns, lines, is_adapted)
-        return self.steps[key], lines
+        return self.steps[key].run(columns, lines, is_adapted), lines
 
     def _bucket(self, count: int) -> int:
         return min(1 << (count - 1).bit_length(), self.rows)
@@ -188,10 +188,10 @@ class TorchRunner:
         return ids.tolist(), logprobs.view(np.float32).tolist()
 
     def _launch(self, columns: Columns) -> "Flight":
-        step, lines = self._decode(columns)
-        is_cuda = step.output.is_cuda
-        host = torch.empty(step.output.shape, dtype=torch.int32, pin_memory=is_cuda)
-        host.copy_(step.output, non_blocking=True)
+        decoded, lines = self._decode(columns)
+        is_cuda = decoded.drawn.is_cuda
+        host = torch.empty(decoded.drawn.shape, dtype=torch.int32, pin_memory=is_cuda)
+        host.copy_(decoded.drawn, non_blocking=True)
         event = torch.cuda.Event() if is_cuda else None
         if event is not None:
             event.record()
@@ -226,15 +226,19 @@ class Flight(NamedTuple):
         return answer
 
 
+class Decoded(NamedTuple):
+    """What a step of decoding gives, line by line."""
+
+    logits: Tensor  # (B, V) float32
+    experts: Tensor  # (B, M, K)
+    drawn: Tensor  # (2, B) int32: ids, and the bits of their log-probabilities
+
+
 class DecodeStep:
     """One token of each row of a bucket, in buffers that stay where they are, so that a CUDA graph can replay it.
 
     A line that no row takes is written where nobody reads.
     """
-
-    logits: Tensor  # (B, V) float32
-    experts: Tensor  # (B, M, K)
-    output: Tensor  # (2, B) int32: ids drawn, and the bits of their log-probabilities
 
     def __init__(self, runner: TorchRunner, lines: int, in_use: int, is_whole: bool) -> None:
         """For rows that hold `in_use` tokens at most; is_whole: line i is row i."""
@@ -242,19 +246,27 @@ class DecodeStep:
         self.idle = np.zeros((5, lines), dtype=np.int32)
         self.idle[0] = runner.rows
         self.inputs = torch.from_numpy(self.idle).to(runner.newest.device, copy=True)
-        self.graph = self._captured() if runner.pool is not None else None
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.captured: Decoded | None = None  # what the graph writes
+        self.runs = 0
 
-    def run(self, columns: Columns, lines: npt.NDArray[np.int64] | slice, is_adapted: bool) -> None:
-        """Fill the buffers; an adapter's weights are in no graph."""
+    def run(self, columns: Columns, lines: npt.NDArray[np.int64] | slice, is_adapted: bool) -> "Decoded":
+        """Fill the buffers and compute; an adapter's weights are in no graph."""
         filled = self.idle.copy()
         filled[:, lines] = columns
-        self.inputs.copy_(torch.from_numpy(filled), non_blocking=True)
-        if self.graph is None or is_adapted:
-            self.compute()
-        else:
-            self.graph.replay()
+        host = torch.from_numpy(filled)
+        self.inputs.copy_(host.pin_memory() if self.inputs.is_cuda else host, non_blocking=True)
+        self.runs += not is_adapted
+        if is_adapted or self.runner.pool is None or self.runs <= CAPTURE_AFTER:
+            return self.compute()
+        if self.graph is None or self.captured is None:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, pool=self.runner.pool, capture_error_mode="thread_local"):
+                self.captured = self.compute()
+        self.graph.replay()
+        return self.captured
 
-    def compute(self) -> None:
+    def compute(self) -> "Decoded":
         """Trunk, head and plain sampling, without a word to the host."""
         runner = self.runner
         rows, tokens, positions = self.inputs[:3].long()  # (B,) each
@@ -264,23 +276,11 @@ class DecodeStep:
         held = None if self.is_whole else rows.clamp(max=runner.rows - 1)
         places = runner.cache.places(positions[:, None], targets, self.in_use, held)
         hidden, routings = runner.model.trunk.routed(tokens[:, None], runner.cache, places=places)  # (B, 1, D)
-        self.logits = runner._logits(hidden[:, 0])
-        self.experts = torch.stack([routing.experts[:, 0] for routing in routings], dim=1)
-        ids, logprobs = draw(self.logits, temperatures, numbers)
+        logits = runner._logits(hidden[:, 0])
+        ids, logprobs = draw(logits, temperatures, numbers)
         runner.newest.index_copy_(0, rows, ids)
-        self.output = torch.stack((ids.int(), logprobs.view(torch.int32)))
-
-    def _captured(self) -> torch.cuda.CUDAGraph:
-        """The graph of `compute`, after it has run once, with lines that are all idle, on a stream of its own."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self.compute()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.runner.pool, capture_error_mode="thread_local"):
-            self.compute()
-        return graph
+        experts = torch.stack([routing.experts[:, 0] for routing in routings], dim=1)
+        return Decoded(logits, experts, torch.stack((ids.int(), logprobs.view(torch.int32))))
 
 
 def can_capture(model: Transformer) -> bool:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nanollm.generate import cpu_runner
 from nanollm.generate.engine import Engine
 from nanollm.generate.request import ModelOutput, Request
-from nanollm.generate.runner import STEP_SLOTS, DecodeStep, TorchRunner, alike
+from nanollm.generate.runner import CAPTURE_AFTER, STEP_SLOTS, DecodeStep, TorchRunner, alike
 from nanollm.generate.sampling import SamplingConfig
 from nanollm.model.cache import LatentCache
 from nanollm.model.transformer import Transformer, Trunk
@@ -129,8 +130,9 @@ def test_a_step_of_decoding_costs_few_operations_outside_its_graph(tiny_model, m
 
     def in_graph(step):
         operations.is_in_graph = True
-        compute(step)
+        decoded = compute(step)
         operations.is_in_graph = False
+        return decoded
 
     monkeypatch.setattr(DecodeStep, "compute", in_graph)
     for seed in range(8):
@@ -188,3 +190,35 @@ def test_samples_of_many_prompts_are_admitted_in_a_tenth_of_a_second(monkeypatch
             engine.step()
         assert engine.reused_tokens == 64 * 15 * 150
     assert min(seconds) < 0.1
+
+
+class Recorder:
+    """Stands for a CUDA graph: it computes again what was computed while it was captured, into the same places."""
+
+    def replay(self):
+        for place, value in zip(self.places, self.compute(), strict=True):
+            place.copy_(value)
+
+
+def test_a_bucket_that_is_often_used_is_captured_once_and_replayed(tiny_model, monkeypatch):
+    expected, computed, compute = told(tiny_model, draws=True), [], DecodeStep.compute
+
+    @contextmanager
+    def graph(recorder, *, pool, capture_error_mode):
+        computed.clear()
+        yield
+        ((step, recorder.places),) = computed
+        recorder.compute = lambda: compute(step)
+
+    def noting(step):
+        computed.append((step, compute(step)))
+        return computed[-1][1]
+
+    monkeypatch.setattr(DecodeStep, "compute", noting)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Recorder)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    engine = Engine(tiny_model, rows=7, chunk=11, kernels="torch")
+    engine.runner.draws, engine.runner.pool = True, object()
+    assert answers(engine, [engine.submit(each) for each in ASKED]) == expected
+    steps = engine.runner.steps.values()
+    assert {(step.graph is not None, step.runs > CAPTURE_AFTER) for step in steps} == {(True, True), (False, False)}
