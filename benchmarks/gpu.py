@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 NEEDS_GPU = True
 TESTS_S = 60
+WARM_UP = 6  # steps, after which a graph is captured
 Facts = Iterator[tuple[str, Any]]
 
 
@@ -58,7 +59,7 @@ class Sizes:
     repeats: int = 2
 
 
-TINY = Sizes("nano-1m", (1, 3), 24, 3, 3, 9, 4, 0.5, 2, 3, 5, 2, 32, 1, 1)
+TINY = Sizes("nano-1m", (1, 3), 24, 5, 3, 9, 4, 0.5, 2, 3, 5, 2, 32, 1, 1)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -115,8 +116,8 @@ def correctness(z: Sizes) -> Facts:
             told[how] = replies(model, prompts, z.reply)
     graph, eager = ([logprob for _, logprobs in each for logprob in logprobs] for each in told.values())
     apart = [abs(own - other) for own, other in zip(graph, eager, strict=True)]
-    same = [ids for ids, _ in told["graph"]] == [ids for ids, _ in told["eager"]]
-    yield "graph and eager", {"same ids": same, "greatest difference, nats": max(apart)}
+    same = {how: sum(own[0] == other[0] for own, other in zip(told[how], told["eager"], strict=True)) for how in HOW}
+    yield "graph and eager", {"replies of the same ids": same, "greatest difference, nats": max(apart)}
     prompt, ids, logprobs = prompts[0], *told["graph"][0]
     with torch.no_grad():
         logits = model(torch.tensor([[*prompt, *ids]], device=world.device))[0, len(prompt) - 1 : -1]
@@ -132,22 +133,43 @@ def correctness(z: Sizes) -> Facts:
 def decode(z: Sizes) -> Facts:
     """Tokens/s of rows that decode together, with graphs and without, and where the time of a step goes."""
     from benchmarks.train_gpu import profile
-    from nanollm.stages.bench import Decoding
 
     world, model, _ = ours(z)
     for rows in z.rows:
         for how in HOW:
             with decoding(how):
-                started = time.perf_counter()
-                own = Decoding(model, rows, z.context, 3 * z.tokens, kernels="torch")
-                own.step()
-                ready = time.perf_counter()
-                elapsed = seconds(lambda own=own: [own.step() for _ in range(z.tokens)])  # type: ignore[misc]
-                facts = {"tokens_per_s": rows * z.tokens / elapsed, "ms_per_step": 1e3 * elapsed / z.tokens}
-                yield f"{rows} rows, {how}", facts | {"prompt_and_first_step_s": ready - started}
+                facts, step = decoded(z, model, rows)
+                yield f"{rows} rows, {how}", facts
                 if world.device.type == "cuda" and rows == z.rows[1]:
-                    run = lambda own=own: [own.step() for _ in range(8)]  # noqa: E731
-                    yield f"{rows} rows, {how}, ms by kind", profile(run, 8)  # type: ignore[arg-type]
+                    yield f"{rows} rows, {how}, ms by kind", profile(lambda step=step: [step() for _ in range(8)], 8)  # type: ignore[misc]
+
+
+def fused(z: Sizes) -> Facts:
+    """The same with graphs of fused operations: whether it is worth the minute that each takes to compile."""
+    import torch
+
+    from nanollm.generate.runner import DecodeStep
+
+    world, model, _ = ours(z)
+    backend = "inductor" if world.device.type == "cuda" else "eager"
+    compute = torch.compile(DecodeStep.compute, backend=backend, dynamic=False)
+    with mock.patch.object(DecodeStep, "compute", compute):
+        for rows in z.rows[::2]:
+            yield f"{rows} rows", decoded(z, model, rows)[0]
+
+
+def decoded(z: Sizes, model: "Transformer", rows: int) -> tuple[dict[str, float], Callable[[], float]]:
+    """Speed of so many rows, and one more step of them."""
+    from nanollm.stages.bench import Decoding
+
+    started = time.perf_counter()
+    own = Decoding(model, rows, z.context, 3 * z.tokens, kernels="torch")
+    for _ in range(WARM_UP):
+        own.step()
+    ready = time.perf_counter()
+    elapsed = seconds(lambda: [own.step() for _ in range(z.tokens)])
+    facts = {"tokens_per_s": rows * z.tokens / elapsed, "ms_per_step": 1e3 * elapsed / z.tokens}
+    return facts | {"prompt_and_warm_up_s": ready - started}, own.step
 
 
 def serving(z: Sizes) -> Facts:
@@ -303,13 +325,14 @@ def peers(z: Sizes) -> Facts:
 
 
 PARTS: dict[str, tuple[Callable[[Sizes], Facts], float]] = {
-    "correctness": (correctness, 1.5),
-    "decode": (decode, 2.5),
-    "serving": (serving, 1),
-    "grpo": (grpo, 2),
-    "train": (train, 2),
-    "sft": (sft, 1.5),
-    "peers": (peers, 1.5),
+    "correctness": (correctness, 1.2),
+    "decode": (decode, 1.6),
+    "serving": (serving, 0.8),
+    "grpo": (grpo, 1.6),
+    "train": (train, 1.8),
+    "sft": (sft, 1.0),
+    "peers": (peers, 1.0),
+    "fused": (fused, 3.0),
 }
 """What is measured, in this order, and the minutes of twelve that it may take."""
 

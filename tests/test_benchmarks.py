@@ -172,12 +172,15 @@ def test_a_side_that_the_system_ended_is_told(monkeypatch):
         train_step.in_a_process("nanollm", SimpleNamespace(preset="nano-1m", rows=1, context=8, compile="auto"))
 
 
-@pytest.mark.parametrize("part", gpu.PARTS)
-def test_every_part_of_the_day_with_a_gpu_runs_on_a_cpu(part, monkeypatch):
+@pytest.mark.filterwarnings("default")  # of torch's own compiler
+@pytest.mark.parametrize(
+    "part", [pytest.param(part, marks=[pytest.mark.long] if part == "fused" else []) for part in gpu.PARTS]
+)
+def test_every_part_of_the_day_with_a_gpu_runs_on_a_cpu(part):
     facts = dict(gpu.PARTS[part][0](gpu.TINY))
     assert facts
     if part == "correctness":
-        assert facts["graph and eager"]["same ids"]
+        assert {*facts["graph and eager"]["replies of the same ids"].values()} == {4}
         assert facts["engine to whole pass, nats"]["greatest"] < 0.2
 
 
