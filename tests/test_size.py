@@ -15,9 +15,9 @@ from nanollm.config import SWITCHES, kinds_of
 from tests.test_floor_plan import PACKAGE, Imports, read_imports
 
 LIMITS = {
-    "package, lines of Python": 24_620,
-    "package, files": 145,
-    "options of all verbs": 451,
+    "package, lines of Python": 24_870,
+    "package, files": 146,
+    "options of all verbs": 452,
     "modules behind pretrain": 48,
     "modules behind rl.grpo": 50,
     "modules behind serve": 33,

@@ -60,9 +60,9 @@ def card(
     metadata = ModelCardData(
         license=license,
         language=language,
-        library_name="llama.cpp" if form == "gguf" else "transformers",
+        library_name="llama.cpp" if form in ("gguf", "web") else "transformers",
         pipeline_tag="text-generation",
-        tags=["nanollm", "mixture-of-experts", "multi-head-latent-attention", *["gguf"] * (form == "gguf")],
+        tags=["nanollm", "mixture-of-experts", "multi-head-latent-attention", *["gguf"] * (form in ("gguf", "web"))],
     )
     environment = Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     text = environment.from_string(TEMPLATE.read_text("utf-8")).render(

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from nanollm.export.widen import Widen, widened_shape
 from nanollm.model.config import ModelConfig
 
-Format = Literal["compact", "deepseek-v3", "gguf"]
+Format = Literal["compact", "deepseek-v3", "gguf", "web"]
 Dtype = Literal["f32", "bf16", "f16", "q8_0"]
 STORED: dict[torch.dtype, Dtype] = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 """As which type an export keeps numbers of a type without a change."""

@@ -4,6 +4,7 @@ What needs the packages of the extra `export` is imported late, so that a missin
 """
 
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -29,7 +30,9 @@ class Config:
     """Folder of a bundle, such as runs/demo/grpo/bundle."""
     format: Format = "compact"
     """compact: for transformers, with no added parameters; deepseek-v3: also for vLLM and SGLang; gguf: for llama.cpp
-    and Ollama."""
+    and Ollama; web: a chat page for any static host, with the GGUF and llama.cpp as WebAssembly."""
+    wllama: Path | None = None
+    """Folder node_modules with npm's @wllama/wllama and @wllama/wllama-compat, for web; null: loaded from npm."""
     widen: Widen = "auto"
     """auto: deepseek-v3 gets the width that vLLM has kernels of latent attention for, with the same results; off: it
     keeps its own."""
@@ -37,7 +40,8 @@ class Config:
     """A LoRA adapter of the bundle, to be written beside its weights: compact: the folder adapter, for PEFT; gguf:
     adapter.gguf, for llama.cpp. --verify then compares both together with ours."""
     dtype: Literal["auto", "f32", "bf16", "f16", "q8_0"] = "auto"
-    """Type of the weights; auto: as the bundle keeps them. q8_0 (8.5 bits per weight) is for gguf only."""
+    """Type of the weights; auto: as the bundle keeps them, for web q8_0. q8_0 (8.5 bits per weight) is for gguf and web
+    only."""
     out: Path | None = None
     """Folder to write; null: export/FORMAT beside the bundle."""
     force: bool = False
@@ -64,12 +68,16 @@ class Config:
     """Number of prompts that both engines continue by 64 tokens, for --verify."""
 
     def __post_init__(self) -> None:
-        if self.adapter is not None and self.format == "deepseek-v3":
+        if self.adapter is not None and self.format in ("deepseek-v3", "web"):
             raise ValueError(
-                "--adapter needs --format compact or gguf, got deepseek-v3; export the merged bundle instead"
+                f"--adapter needs --format compact or gguf, got {self.format}; export the merged bundle instead"
             )
-        if self.dtype == "q8_0" and self.format != "gguf":
-            raise ValueError(f"--dtype q8_0 needs --format gguf; {self.format} takes f32, bf16 or f16")
+        if self.dtype.startswith("q") and self.format not in ("gguf", "web"):
+            raise ValueError(f"--dtype {self.dtype} needs --format gguf or web; {self.format} takes f32, bf16 or f16")
+        if self.wllama is not None and self.format != "web":
+            raise ValueError(f"--wllama needs --format web, got {self.format}")
+        if self.push is not None and self.format == "web":
+            raise ValueError("--push needs a format for engines, got web; upload its folder to a static host")
         if self.engine != "auto" and (self.format != "deepseek-v3" or not self.verify):
             raise ValueError(f"--engine {self.engine} needs --verify and --format deepseek-v3, got {self.format}")
         check_at_least(1, self, "verify_prompts", prefix="--")
@@ -84,13 +92,10 @@ class Config:
 def plan(c: Config) -> str:
     """What would be written, and where."""
     check(c)
-    from nanollm.export.folder import BYTES
-
     if c.adapter is not None:
         open_adapter(c, load_bundle(c.bundle))
-    parameters, dtype = exported_shape(read_config(c.bundle), c.format, c.widen).total_parameters, dtype_of(c)
-    size = f"about {parameters * BYTES[dtype] / 1e6:,.1f} MB"
-    return f"{c.format}, {dtype}, {parameters:,} parameters ({size}), into {c.folder}"
+    parameters, size = parameters_of(c), f"about {size_of(c) / 1e6:,.1f} MB"
+    return f"{c.format}, {dtype_of(c)}, {parameters:,} parameters ({size}), into {c.folder}"
 
 
 def run(c: Config) -> Path:
@@ -111,7 +116,7 @@ def run(c: Config) -> Path:
             gguf.write_adapter(draft / gguf.ADAPTER, bundle.model.config, *adapter)
         elif adapter is not None:
             peft.write_peft(draft / peft.ADAPTER, bundle.model.config, *adapter)
-        model_file = folder.write_export(draft, bundle, c.format, dtype, name, c.widen)
+        model_file = folder.write_export(draft, bundle, c.format, dtype, name, c.widen, c.wllama)
         text = card.card(
             bundle,
             c.format,
@@ -124,8 +129,7 @@ def run(c: Config) -> Path:
             evaluations=card.find_evaluations(c.bundle),
         )
         write_file(draft / card.CARD, text.encode())
-    parameters = exported_shape(bundle.model.config, c.format, c.widen).total_parameters
-    say(f"{c.format}, {dtype}, {parameters:,} parameters, written to {c.folder}")
+    say(f"{c.format}, {dtype}, {parameters_of(c):,} parameters, written to {c.folder}")
     if c.verify:
         prove(c, c.folder / model_file, bundle, adapter)
     if c.push:
@@ -139,16 +143,22 @@ def check(c: Config) -> None:
     exported_shape(read_config(c.bundle), c.format, c.widen)
     if c.bundle.resolve().is_relative_to(c.folder.resolve()):
         raise ValueError(f"{c.folder} holds the bundle; choose another --out")
-    from nanollm.export import engines, folder
+    from nanollm.export import engines, folder, web
 
     if not only_verifies(c):
         check_replaceable(c.folder, folder.read_made(c.folder).get("files", []), force=c.force, what="an export")
+        if c.format == "web":
+            web.check_size(size_of(c), f"this model in {dtype_of(c)}")
+            web.find_wllama(c.wllama)
     if c.push:
         check_push(c.push)
     if c.engine != "auto":
         engines.find_python(c.engine, c.engine_python)
-    elif c.verify and c.format == "gguf":
+    elif c.verify and c.format in ("gguf", "web"):
         engines.package_folder()
+        if c.format == "web":
+            with web.chromium():
+                pass
     elif c.verify and c.adapter is not None:
         require("export --adapter --verify", ("peft",), "export")
 
@@ -178,17 +188,33 @@ def only_verifies(c: Config) -> list[str]:
 
 def dtype_of(c: Config) -> Dtype:
     """The type to write."""
-    return STORED[stored_dtype(c.bundle)] if c.dtype == "auto" else c.dtype
+    if c.dtype != "auto":
+        return c.dtype
+    return "q8_0" if c.format == "web" else STORED[stored_dtype(c.bundle)]
+
+
+def parameters_of(c: Config) -> int:
+    """Numbers in the file, with those that fill it up."""
+    return exported_shape(read_config(c.bundle), c.format, c.widen).total_parameters
+
+
+def size_of(c: Config) -> float:
+    """Bytes of the weights, about."""
+    from nanollm.export.folder import BYTES
+
+    return parameters_of(c) * BYTES[dtype_of(c)]
 
 
 def prove(c: Config, model: Path, bundle: Bundle, adapter: Adapter | None) -> None:
     """Print the table of --verify; SystemExit, which is exit code 1, if a line of it does not hold."""
-    from nanollm.export import engines, verify
+    from nanollm.export import engines, verify, web
 
     if c.engine != "auto":
         checks = engines.compare_in_python(c.engine, c.engine_python, c.folder, bundle, dtype_of(c), c.verify_prompts)
-    elif c.format == "gguf":
+    elif c.format in ("gguf", "web"):
         checks = engines.compare_in_llama_cpp(model, bundle, dtype_of(c), c.verify_prompts, adapter)
+        if c.format == "web":
+            checks = chain(checks, web.compare_in_browser(model, bundle, dtype_of(c), c.verify_prompts))
     else:
         checks = engines.compare_in_transformers(c.folder, bundle, dtype_of(c), c.verify_prompts, adapter)
     holds = True

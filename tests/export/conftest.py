@@ -1,4 +1,4 @@
-"""A small model that was really trained, as a bundle."""
+"""A small model that was really trained, as a bundle, and llama.cpp where it is installed."""
 
 from itertools import islice
 from pathlib import Path
@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from nanollm.bundle import save_bundle
 from nanollm.config import load_preset
+from nanollm.export import engines
 from nanollm.model.config import ModelConfig
 from nanollm.model.transformer import Transformer
 from nanollm.sources.tasks import TaskConfig, open_task
@@ -18,6 +19,15 @@ from tests.model.conftest import rng
 __all__ = ["rng"]
 
 STEPS, ROWS, LENGTH = 120, 8, 64
+
+
+@pytest.fixture(scope="session")
+def with_llama():
+    """llama.cpp; what needs it skips with what would install it."""
+    try:
+        engines.package_folder()
+    except ValueError as missing:
+        pytest.skip(str(missing))
 
 
 @pytest.fixture(scope="session")

@@ -33,15 +33,6 @@ FORMS = [
 ]
 
 
-@pytest.fixture(scope="session")
-def with_llama():
-    """llama.cpp; what needs it skips with what would install it."""
-    try:
-        engines.package_folder()
-    except ValueError as missing:
-        pytest.skip(str(missing))
-
-
 def exported(bundle, form, dtype, folder):
     """The path that `compare` of the engine takes."""
     run(Config(bundle=bundle, format=form, dtype=dtype, out=folder))

@@ -140,8 +140,8 @@ def test_bad_input_costs_one_line_and_no_file(bundle, tmp_path, complaint):
     assert "model.safetensors is missing" in complaint(source=torn)
     assert "is not a bundle (no such folder)" in complaint(source=tmp_path / "nothing")
     assert "is not a bundle (no config.json in it)" in complaint(source=bundle.parent)
-    assert "--dtype q8_0 needs --format gguf; compact takes f32, bf16 or f16" in complaint("--dtype", "q8_0")
-    assert "format: expected compact|deepseek-v3|gguf, got" in complaint("--format", "onnx")
+    assert "--dtype q8_0 needs --format gguf or web; compact takes f32, bf16 or f16" in complaint("--dtype", "q8_0")
+    assert "format: expected compact|deepseek-v3|gguf|web, got" in complaint("--format", "onnx")
     for words in (["--verify"], ["--format", "deepseek-v3"]):
         assert "--engine mlx needs --verify and --format deepseek-v3" in complaint("--engine", "mlx", *words)
     words = ["--format", "deepseek-v3", "--verify", "--engine", "vllm", "--engine_python", str(tmp_path / "none")]

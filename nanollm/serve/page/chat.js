@@ -5,9 +5,10 @@
  */
 
 import { ExchangeView, isOpen, newExchange, numbersOf, take, unanswered } from "./exchange.js";
-import { Trouble, readModel, streamReply } from "./server.js";
+import { readModel, streamReply } from "./server.js";
 import { bindSettings, readSettings, samplingOf } from "./settings.js";
 import { finish, hear, hush, say } from "./spoken.js";
+import { Trouble } from "./trouble.js";
 
 const KEPT = "nanollm.conversation"; // in this tab only, so that a reload loses nothing
 const NEAR_END = 48; // pixels from the end of the conversation that still count as its end
@@ -126,12 +127,17 @@ function renew() {
 }
 
 async function meetModel() {
-    model = await readModel();
+    model = await readModel(announce);
     byId("model-name").textContent = model.id;
     document.title = `${model.id} · NanoLLM`;
     byId("examples").replaceChildren(...(model.examples ?? []).map(exampleOf));
     for (const view of views) if (view.inside) view.restart(); // it was drawn before the names of its blocks were known
     refresh();
+}
+
+/** Say something in the place of the questions to choose from. */
+function announce(words) {
+    byId("examples").textContent = words;
 }
 
 /** A button that asks a question the model was trained for. */
@@ -266,4 +272,7 @@ page.scroller.addEventListener("scroll", () => {
 restore();
 resize();
 refresh();
-meetModel().catch((error) => console.info(`${error.message} It is asked again with the first message.`));
+meetModel().catch((error) => {
+    const { title, advice } = troubleFor(error);
+    announce(`${title} ${advice}`); // the model is asked for again with the first message
+});

@@ -4,15 +4,9 @@
  * Chunks of the network may end anywhere: in a line, in a character, between \r and \n.
  */
 
-const ROUTES = new URL("../v1/", import.meta.url);
+import { Trouble, sentence, tooLong } from "./trouble.js";
 
-/** Something went wrong that the reader should know: a title, what to do, and how. */
-export class Trouble extends Error {
-    constructor(title, advice, { wait_s = 0, isTooLong = false, status = 0 } = {}) {
-        super(title);
-        Object.assign(this, { title, advice, wait_s, isTooLong, status });
-    }
-}
+const ROUTES = new URL("../v1/", import.meta.url);
 
 function lost() {
     return new Trouble("The connection was lost in the middle of the reply.", "What had come until then stays.");
@@ -69,10 +63,7 @@ async function troubleOf(response) {
         const advice = "Others are being answered. Your message waits here.";
         return new Trouble("The server is busy.", advice, { wait_s: wait_s || 2 });
     }
-    if (response.status === 413 || code === "context_length_exceeded") {
-        const advice = `${sentence(message)} Begin a new chat, or ask in fewer words.`;
-        return new Trouble("The conversation is too long for this model.", advice, { isTooLong: true });
-    }
+    if (response.status === 413 || code === "context_length_exceeded") return tooLong(message);
     const title = response.status < 500 ? "The server did not accept this." : "The server could not answer.";
     return new Trouble(title, sentence(message), { wait_s, status: response.status });
 }
@@ -83,11 +74,6 @@ function readError(text) {
     } catch {
         return {}; // a proxy between us and the server answered in its own words; the status says enough
     }
-}
-
-function sentence(text) {
-    const words = String(text ?? "It gave no reason").trim();
-    return words.charAt(0).toUpperCase() + words.slice(1) + (/[.!?]$/.test(words) ? "" : ".");
 }
 
 /** The events of a byte stream as {data, at_ms}; those that the browser hands over together have one time. */
