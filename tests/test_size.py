@@ -15,7 +15,7 @@ from nanollm.config import SWITCHES, kinds_of
 from tests.test_floor_plan import PACKAGE, Imports, read_imports
 
 LIMITS = {
-    "package, lines of Python": 24_870,
+    "package, lines of Python": 25_270,
     "package, files": 146,
     "options of all verbs": 452,
     "modules behind pretrain": 48,

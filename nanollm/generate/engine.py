@@ -286,11 +286,13 @@ class Engine:
     def _batch(self, chunks: list[PromptChunk], decoding: list[Row]) -> ScheduledBatch:
         columns = [(row.number, row.last_token, row.num_tokens - 1, row.adapter) for row in decoding]
         rows, tokens, positions, adapters = np.array(columns, dtype=np.int64).reshape(-1, 4).T
-        completions, draws = [row.completion for row in decoding if row.completion is not None], None
-        if self.runner.draws and completions and all(each.request.is_plain for each in completions):
-            temperatures = [each.request.sampling.temperature for each in completions]
-            seeds = np.array([each.request.seed for each in completions])
-            draws = Draws(temperatures, seeds, np.array([len(each.logprobs) for each in completions]))
+        draws = None
+        if self.runner.draws and decoding:
+            completions = [row.completion for row in decoding if row.completion is not None]
+            if all(each.request.is_plain for each in completions):
+                temperatures = [each.request.sampling.temperature for each in completions]
+                seeds = np.array([each.request.seed for each in completions])
+                draws = Draws(temperatures, seeds, np.array([len(each.logprobs) for each in completions]))
         return ScheduledBatch(chunks, rows, tokens, positions, adapters, draws)
 
     def _score(self, chunks: list[PromptChunk], output: ModelOutput) -> ModelOutput:
@@ -336,7 +338,9 @@ class Engine:
             ids, logprobs = ids + output.drawn[0], logprobs + output.drawn[1]
         tops = [completion.request.top_logprobs for completion in completions]
         details = dict[int, TokenLogprobs]()
-        for top in {each for each in tops if each is not None}:
+        for top in set(tops):
+            if top is None:
+                continue
             own = [index for index, each in enumerate(tops) if each == top]
             details |= zip(own, token_logprobs(output, own, [ids[index] for index in own], top), strict=True)
         outputs = []

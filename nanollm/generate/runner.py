@@ -148,7 +148,7 @@ class TorchRunner:
     def _logits(self, hidden: Tensor) -> Tensor:
         """hidden (N, D) to (N, V) float32: rounded to bfloat16, the likeliest tokens would tie."""
         head = self.model.head
-        if hidden.is_cuda and hidden.dtype != torch.float32:
+        if hidden.is_cuda and hidden.dtype != torch.float32 and len(hidden):
             return torch.mm(hidden, head.weight.T, out_dtype=torch.float32)
         return head(hidden).float()
 
@@ -177,7 +177,7 @@ class TorchRunner:
         at = None if flight is None else flight.find(columns)
         if flight is None or at is None:
             flight, at = self._launch(columns), np.arange(columns.shape[1])
-        if self.runs_ahead:
+        if self.runs_ahead and not any(chunk.is_last for chunk in batch.chunks):  # those join the next step
             later = columns_of(batch.rows, np.full_like(batch.rows, -1), batch.positions + 1)
             later[3], later[4] = columns[3], uniforms(draws.seeds, draws.counts + 1).numpy().view(np.int32)
             goes_on = later[2] < self.cache.length
@@ -231,7 +231,7 @@ class Decoded(NamedTuple):
 
     logits: Tensor  # (B, V) float32
     experts: Tensor  # (B, M, K)
-    drawn: Tensor  # (2, B) int32: ids, and the bits of their log-probabilities
+    drawn: Tensor  # (2, B) int32: ids, and the bits of their log-probabilities; of no use where the runner draws none
 
 
 class DecodeStep:
@@ -277,9 +277,11 @@ class DecodeStep:
         places = runner.cache.places(positions[:, None], targets, self.in_use, held)
         hidden, routings = runner.model.trunk.routed(tokens[:, None], runner.cache, places=places)  # (B, 1, D)
         logits = runner._logits(hidden[:, 0])
+        experts = torch.stack([routing.experts[:, 0] for routing in routings], dim=1)
+        if not runner.draws:
+            return Decoded(logits, experts, self.inputs[:2])
         ids, logprobs = draw(logits, temperatures, numbers)
         runner.newest.index_copy_(0, rows, ids)
-        experts = torch.stack([routing.experts[:, 0] for routing in routings], dim=1)
         return Decoded(logits, experts, torch.stack((ids.int(), logprobs.view(torch.int32))))
 
 

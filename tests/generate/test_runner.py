@@ -222,3 +222,14 @@ def test_a_bucket_that_is_often_used_is_captured_once_and_replayed(tiny_model, m
     assert answers(engine, [engine.submit(each) for each in ASKED]) == expected
     steps = engine.runner.steps.values()
     assert {(step.graph is not None, step.runs > CAPTURE_AFTER) for step in steps} == {(True, True), (False, False)}
+
+
+def test_no_step_is_begun_early_where_a_prompt_ends_and_its_reply_joins(tiny_model, monkeypatch):
+    steps, engine = [], Engine(tiny_model, rows=4, kernels="torch")
+    engine.runner.draws = engine.runner.runs_ahead = True
+    watched(monkeypatch, DecodeStep, "run", lambda _, step, columns, *__: steps.append(columns.shape[1]))
+    for number in range(3):
+        engine.submit(request(number, prompt=[number], max_tokens=6, sampling=GREEDY, **PLAIN))
+        engine.step()
+        engine.step()
+    assert steps == [1, 1, 2, 2, 3, 3]  # each early step is used while the next prompt is read
