@@ -294,11 +294,12 @@ def can_capture(model: Transformer) -> bool:
 
 
 def alike(lengths: Sequence[int]) -> list[list[int]]:
-    """Numbers of chunks in groups, each of which, padded to its longest, is less than twice as large as it is."""
+    """Numbers of chunks in groups, each of which, padded to its longest, is half as large again as it is at most: few
+    passes, and a long prompt alone."""
     groups, longest, real = list[list[int]](), 0, 0
     for index in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
         real += lengths[index]
-        if not groups or longest * (len(groups[-1]) + 1) >= 2 * real:
+        if not groups or 2 * longest * (len(groups[-1]) + 1) > 3 * real:
             groups.append([])
             longest = real = lengths[index]
         groups[-1].append(index)

@@ -49,7 +49,8 @@ def test_mixed_prompts_are_padded_to_less_than_twice_their_tokens(tiny_model, mo
         lengths = (5 * spread ** rng.random(64)).astype(int).tolist()
         groups = alike(lengths)
         assert sorted(index for group in groups for index in group) == [*range(64)]
-        assert sum(len(group) * max(lengths[index] for index in group) for group in groups) < 2 * sum(lengths)
+        assert sum(len(group) * max(lengths[index] for index in group) for group in groups) <= 1.5 * sum(lengths)
+    assert alike([8, 1500, 8, 8]) == [[1], [0, 2, 3]]
 
 
 @pytest.mark.parametrize(("rows", "length"), [(1, 40), (1, 64), (96, 33)])
