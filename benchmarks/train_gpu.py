@@ -44,11 +44,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     import torch
 
-    from nanollm.world import World
-
     if not torch.cuda.is_available():
         raise ValueError("this benchmark needs a CUDA device, found none")
-    world, c = World.start("cuda"), shape_of(options.preset, options.context)
+    return measured(options)
+
+
+def measured(options: argparse.Namespace) -> dict[str, Any]:
+    """On a CPU too, though it says nothing there."""
+    import torch
+
+    from nanollm.world import World
+
+    world, c = World.start(), shape_of(options.preset, options.context)
     tokens, flops = options.rows * options.context, c.training_flops_per_token()
     sides = {
         side: steps_of(side, c, world, options) for side in ["experts", *([] if options.without_dense else ["dense"])]
@@ -56,10 +63,11 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     facts = in_turns(
         {side: lambda run=run: options.steps * tokens / seconds(run) for side, run in sides.items()},  # type: ignore[misc]
         options.repeats,
-        roof={"matmul_gflop_per_s": lambda: matmul_roof(model_shapes(c, tokens), world.dtype, "cuda")},
+        roof={"matmul_gflop_per_s": lambda: matmul_roof(model_shapes(c, tokens), world.dtype, world.device.type)},
         warm_up=True,
     )
-    peak = PEAK_TFLOPS.get(torch.cuda.get_device_name())
+    is_cuda = world.device.type == "cuda"
+    peak = PEAK_TFLOPS.get(torch.cuda.get_device_name()) if is_cuda else None
     rates, roofs = facts["sides"]["experts"]["values"], facts["roof"]["matmul_gflop_per_s"]["values"]
     facts = {"unit": "tokens/s", **facts, "flops_per_token": flops}
     if peak:
@@ -68,8 +76,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     if "dense" in sides:
         overhead = [d / e - 1 for e, d in zip(rates, facts["sides"]["dense"]["values"], strict=True)]
         facts["overhead_of_experts"] = spread_of(overhead)
-    facts["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
-    facts["profile_ms_per_step"] = profile(sides["experts"], options.steps)
+    if is_cuda:
+        facts["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        facts["profile_ms_per_step"] = profile(sides["experts"], options.steps)
     return facts
 
 

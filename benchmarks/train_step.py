@@ -45,7 +45,7 @@ LEARNING_RATE, WEIGHT_DECAY, BETAS, MAX_GRAD_NORM = 1e-4, 0.1, (0.9, 0.95), 1.0
 TOLERANCE = 0.01  # nats: what computing in bfloat16 may change of a mean loss
 
 Compile = Literal["auto", "on", "off"]
-Step = Callable[["Tensor"], float]
+Step = Callable[[Any], float]
 """One optimizer step on ids (B, T + 1), of which each predicts the next; its mean loss in nats."""
 
 
@@ -187,8 +187,8 @@ def nanollm(
     state = TrainState.start(model.init(0).to(world.device), optim, world)
     compile_blocks(state.model, SpeedConfig(compile=compile), world.device)
 
-    def step(ids: "Tensor") -> float:
-        batch = Batch(ids[:, :-1], ids[:, 1:])
+    def step(ids: "Tensor | Batch") -> float:
+        batch = ids if isinstance(ids, Batch) else Batch(ids[:, :-1], ids[:, 1:])
         return train_step(
             state,
             [batch],

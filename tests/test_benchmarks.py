@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import measuring, moe, run, train_step
+from benchmarks import gpu, measuring, moe, run, train_step
 from nanollm.model.transformer import Transformer
 from tests.model.conftest import TINY
 
@@ -170,3 +170,28 @@ def test_a_side_that_the_system_ended_is_told(monkeypatch):
     monkeypatch.setattr(train_step.subprocess, "run", lambda *args, **kwargs: ended)
     with pytest.raises(ValueError, match=r"nanollm ended with status -9 .*: some trace"):
         train_step.in_a_process("nanollm", SimpleNamespace(preset="nano-1m", rows=1, context=8, compile="auto"))
+
+
+@pytest.mark.filterwarnings("default")  # of torch's own compiler
+@pytest.mark.parametrize(
+    "part", [pytest.param(part, marks=[pytest.mark.long] if part == "fused" else []) for part in gpu.PARTS]
+)
+def test_every_part_of_the_day_with_a_gpu_runs_on_a_cpu(part):
+    facts = dict(gpu.PARTS[part][0](gpu.TINY))
+    assert facts
+    if part == "correctness":
+        assert {*facts["graph and eager"]["replies of the same ids"].values()} == {4}
+        assert facts["engine to whole pass, nats"]["greatest"] < 0.2
+
+
+def test_what_a_part_has_measured_is_kept_though_it_fails_or_is_stopped(tmp_path, monkeypatch):
+    options = SimpleNamespace(minutes=1.0, tiny=True, parts=["serving", "decode"], out=tmp_path / "gpu.json")
+    monkeypatch.setattr(gpu, "PARTS", {"serving": (None, 1e3), "decode": (None, 1)})  # which has no time to begin
+    facts = gpu.measure(options)
+    assert facts["serving"]["3 streams"]["tokens_per_s"] > 0
+    assert facts["decode"]["failure"] == "stopped after 0 s"
+    assert json.loads(options.out.read_text()) == facts
+    options.parts = ["unknown"]
+    monkeypatch.setattr(gpu, "PARTS", {"unknown": (None, 1)})
+    assert "KeyError: 'unknown'" in gpu.measure(options)["unknown"]["failure"]
+    assert [path.name for path in tmp_path.iterdir()] == ["gpu.json"]

@@ -15,7 +15,7 @@ from nanollm.config import SWITCHES, kinds_of
 from tests.test_floor_plan import PACKAGE, Imports, read_imports
 
 LIMITS = {
-    "package, lines of Python": 25_200,
+    "package, lines of Python": 25_600,
     "package, files": 147,
     "options of all verbs": 454,
     "modules behind pretrain": 49,

@@ -7,7 +7,9 @@ Letters: B rows, T context length.
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -18,6 +20,7 @@ from nanollm.data.order import Indices, Mixture, mixed_indices
 from nanollm.data.packing import PackedLayout, pack
 from nanollm.data.shards import Shards
 from nanollm.text.chat import Cut, Marks, Shortened, shorten
+from nanollm.world import World
 
 IGNORE = -100  # a target that is not trained
 PACKED_TOGETHER = 512  # conversations, for validation
@@ -36,8 +39,11 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device."""
-        positions = None if self.positions is None else self.positions.to(device)
-        return Batch(self.tokens.to(device), self.targets.to(device), positions)
+        return Batch(*(tensor.to(device, non_blocking=device.type == "cuda") for tensor in self._known))
+
+    def pin_memory(self) -> "Batch":
+        """The same batch where a GPU can fetch it by itself."""
+        return Batch(*(tensor.pin_memory() for tensor in self._known))
 
     @property
     def count(self) -> int:
@@ -278,6 +284,26 @@ class Conversations:
         conversations = self.draw(step, batch_size)
         layout = layout_of(conversations, self.context_length, micro_batch_size * world)
         return Batch.of(conversations, layout).split_micro_batches(micro_batch_size)[rank::world]
+
+
+class Fetcher:
+    """What this rank reads at a step. For a GPU a thread makes the next step's batches meanwhile."""
+
+    def __init__(self, source: Windows | Conversations, batch_size: int, micro_batch_size: int, world: World) -> None:
+        self._make = partial(source.micro_batches, rank=world.rank, world=world.size)
+        self._sizes = batch_size, micro_batch_size
+        self._thread = ThreadPoolExecutor(1) if world.device.type == "cuda" else None
+        self._ahead = dict[int, Future[list[Batch]]]()  # by step
+
+    def __call__(self, step: int) -> list[Batch]:
+        if self._thread is None:
+            return self._make(step, *self._sizes)
+        own = self._ahead.get(step) or self._thread.submit(self._pinned, step)
+        self._ahead = {step + 1: self._thread.submit(self._pinned, step + 1)}
+        return own.result()
+
+    def _pinned(self, step: int) -> list[Batch]:
+        return [batch.pin_memory() for batch in self._make(step, *self._sizes)]
 
 
 def _numbers(drawn: Windows | Conversations, step: int, batch_size: int) -> list[tuple[int, int]]:

@@ -8,10 +8,12 @@ opens:
     train-00000.flags.npy     uint8, conversations only: 1 where the model is trained to say this token
 
 A document is never cut across two files. The manifest carries its own sha256. A folder that also holds `progress.json`
-is not finished, and is refused.
+is not finished, and is refused. `verified.json` remembers which files were read to the last byte and found right: as
+long as they are not written to, they are not read again at every start.
 """
 
 import io
+import time
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,15 +23,21 @@ import numpy as np
 import numpy.typing as npt
 
 from nanollm import durable
+from nanollm.progress import say
 
 FORMAT = "nanollm-shards-2"
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 2**28  # it lists every file of the source
 PROGRESS = "progress.json"
+VERIFIED, VERIFIED_FORMAT = "verified.json", "nanollm-verified-1"
+SETTLED_NS = 2 * 10**9
+"""A file that was changed a shorter time ago may be changed again without a new time: clocks of file systems tick."""
 
 Verification = Literal["size", "sha256"]
 """How closely files are held to their manifest: by their size, or by every byte."""
 
+Stamp = list[int]
+"""Of a file: see `_stamp`."""
 Ids = npt.NDArray[np.uint16]
 Flags = npt.NDArray[np.uint8]
 
@@ -183,8 +191,17 @@ def _header(dtype: np.dtype[Any], count: int) -> bytes:
 class Shards:
     """One split of a prepared folder, memory-mapped: it reads as one long vector of ids."""
 
-    def __init__(self, folder: Path, split: str, manifest: dict[str, Any], fingerprint: str, verify: Verification):
-        """Map the files and check them; KeyError or TypeError for a manifest that is none."""
+    def __init__(
+        self,
+        folder: Path,
+        split: str,
+        manifest: dict[str, Any],
+        fingerprint: str,
+        verify: Verification,
+        known: Mapping[str, Stamp],
+    ):
+        """Map the files and check them, by their size if they are known; KeyError or TypeError for a manifest that is
+        none."""
         entry: SplitEntry = manifest["splits"][split]
         self.folder, self.split, self.fingerprint = folder, split, fingerprint
         self.kind: str = manifest["kind"]
@@ -194,16 +211,20 @@ class Shards:
         self._tokens: list[Ids] = []
         self._offsets: list[npt.NDArray[np.int64]] = []
         self._flags: list[Flags] = []
+        self.verified: dict[str, Stamp] = {}  # files that were read to the last byte
         for number, shard in enumerate(entry["shards"]):
             # The names are ours, not the manifest's, which may be another's and name files elsewhere.
             file = folder / f"{split}-{number:05d}.npy"
-            tokens = _map(file, "<u2", shard["tokens"], shard, verify)
-            offsets = _map(file.with_suffix(".offsets.npy"), "<i8", shard["documents"], shard, verify)
+            paths = [file.with_suffix(end) for end in (".npy", ".offsets.npy", ".flags.npy")[: 2 + self.has_flags]]
+            stamps = {path.name: _stamp(path) for path in paths}  # before they are read
+            how = "size" if stamps.items() <= known.items() else verify
+            tokens = _map(file, "<u2", shard["tokens"], shard, how)
+            offsets = _map(file.with_suffix(".offsets.npy"), "<i8", shard["documents"], shard, how)
             self._tokens.append(tokens)
             self._offsets.append(offsets)
             if self.has_flags:
-                self._flags.append(_map(file.with_suffix(".flags.npy"), "|u1", shard["tokens"], shard, verify))
-            if verify == "size":
+                self._flags.append(_map(file.with_suffix(".flags.npy"), "|u1", shard["tokens"], shard, how))
+            if how == "size":
                 continue
             if (largest := int(tokens.max())) >= self.vocab_size:
                 raise ValueError(
@@ -212,6 +233,7 @@ class Shards:
                 )
             if offsets[0] != 0 or (np.diff(offsets) <= 0).any() or offsets[-1] >= len(tokens):
                 raise ValueError(f"{file.with_suffix('.offsets.npy')} holds wrong places; prepare the folder again")
+            self.verified |= stamps
         self._starts = [0, *np.cumsum([*map(len, self._tokens)]).tolist()]
         self.tokens_total, self.documents = self._starts[-1], sum(map(len, self._offsets))
 
@@ -226,7 +248,8 @@ class Shards:
     ) -> "Shards":
         """Check the folder against its manifest and this run's tokenizer (None: whichever it was), and map it.
 
-        verify: "size" is for processes beside one that reads every byte.
+        verify: sha256 reads every byte that was changed since it was last read; "size" is for processes beside one that
+        does.
         """
         manifest, fingerprint = read_manifest(folder)
         try:
@@ -244,7 +267,10 @@ class Shards:
                     f"Prepare it again (nanollm preprocess ... --save_dir NEW_FOLDER) or point --tokenizer_path at the "
                     f"old one."
                 )
-            return cls(folder, split, manifest, fingerprint, verify)
+            known = _read_verified(folder, fingerprint)
+            shards = cls(folder, split, manifest, fingerprint, verify, known)
+            _write_verified(folder, fingerprint, known, shards.verified)
+            return shards
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{folder / MANIFEST} is no manifest of ours ({error}); prepare the folder again"
@@ -298,6 +324,37 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
     whole = {"format": FORMAT, **manifest}
     durable.write_sealed_json(folder / MANIFEST, whole)
     return whole
+
+
+def _stamp(path: Path) -> Stamp:
+    """What changes with a file: size, times and inode; nothing of a file that is not there."""
+    if not path.is_file():
+        return []
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+
+
+def _read_verified(folder: Path, fingerprint: str) -> dict[str, Stamp]:
+    """The files that were found to be as this manifest says; none where the list itself is not as it was written."""
+    try:
+        found = durable.read_sealed_json(folder / VERIFIED, VERIFIED_FORMAT, most_bytes=MAX_MANIFEST_BYTES)
+    except (OSError, ValueError):
+        return {}  # they are read once more
+    is_ours = (found.get("format"), found.get("manifest")) == (VERIFIED_FORMAT, fingerprint)
+    return found["files"] if is_ours else {}
+
+
+def _write_verified(folder: Path, fingerprint: str, known: Mapping[str, Stamp], verified: Mapping[str, Stamp]) -> None:
+    settled = {name: stamp for name, stamp in verified.items() if time.time_ns() - stamp[1] > SETTLED_NS}
+    if not settled:
+        return
+    files = {**known, **settled}
+    try:
+        durable.write_sealed_json(
+            folder / VERIFIED, {"format": VERIFIED_FORMAT, "manifest": fingerprint, "files": files}
+        )
+    except OSError as error:
+        say(f"{folder} takes no {VERIFIED} ({error.strerror}): its files are read to the last byte at every start")
 
 
 def _map(path: Path, dtype: str, length: int, shard: ShardEntry, verify: Verification) -> npt.NDArray[Any]:

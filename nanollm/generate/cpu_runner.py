@@ -88,6 +88,8 @@ class Pass(ctypes.Structure):
 class NativeRunner:
     """Runs passes through decoding.cpp: float32 and bfloat16 weights, int8 and int4 ones."""
 
+    draws = False
+
     def __init__(
         self,
         model: Transformer,
@@ -151,10 +153,10 @@ class NativeRunner:
             threads=torch.get_num_threads(),
         )
         getattr(self.library, f"run_{self.kind}")(self.handle, byref(call))
-        return ModelOutput(logits, experts[wanted])
+        return ModelOutput(logits, torch.from_numpy(experts[wanted]))
 
-    def copy(self, source: int, target: int, count: int) -> None:
-        self.slots[:, target, :count] = self.slots[:, source, :count]
+    def copy(self, source: int, targets: Sequence[int], count: int) -> None:
+        self.slots[:, targets, :count] = self.slots[:, source, None, :count]
 
     # --- the model as the library wants it ---
 

@@ -10,7 +10,9 @@ Source of continuous batching: Orca, OSDI 2022.
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +21,7 @@ from torch import Tensor
 from nanollm.generate import cpu_runner as native
 from nanollm.generate.request import (
     Completion,
+    Draws,
     Ints,
     Kernels,
     MakeTool,
@@ -31,7 +34,7 @@ from nanollm.generate.request import (
     StepOutput,
     TokenLogprobs,
 )
-from nanollm.generate.runner import open_runner
+from nanollm.generate.runner import joined, open_runner
 from nanollm.generate.sampling import DRAWN, REDRAWN, Bits, SamplingConfig, sample, uniforms
 from nanollm.model.lora import Pairs
 from nanollm.model.transformer import Transformer
@@ -42,8 +45,9 @@ CHUNK = 512  # prompt tokens read in one pass, so that long prompts do not hold 
 LONGEST_CHUNK = 2048
 """Where nobody waits for a first token more is read at once, up to this much: buffers grow with it."""
 
-WORTH_WAITING = 16
-"""A request waits for another that is about to read at least this many tokens of the same beginning."""
+BLOCK = 16
+"""Rows are found by the beginnings of what they have read, this many tokens at a time: to share less is not worth a
+search, nor to wait for it."""
 
 
 @dataclass(eq=False)
@@ -61,6 +65,21 @@ class Row:
     """The model's output after the whole prompt, for others with the same prompt."""
     last_token: int = 0  # the token sampled last, which the next pass reads
     adapter: int = -1  # with which it was read; -1: none
+    keys: list[int] = field(default_factory=list)
+    """By which it is found: see `keys_of`."""
+
+    @property
+    def is_prefilling(self) -> bool:
+        return self.completion is not None and self.num_cached_prompt_tokens < self.num_prompt_tokens
+
+
+class Waiting(NamedTuple):
+    """A request without a row."""
+
+    completion: Completion
+    prompt: Ints
+    adapter: int
+    keys: list[int]
 
 
 class Engine:
@@ -88,8 +107,9 @@ class Engine:
         self.runner = open_runner(model, rows, self.length, chunk, quantize, kernels, [*adapters.values()])
         self.adapters = {name: number for number, name in enumerate(adapters)}
         self.rows = [Row(number) for number in range(rows)]
-        self.prompts = np.full((rows, self.length), -1, dtype=np.int64)  # what each row has read or will read
-        self.queue: deque[Completion] = deque()
+        self.prompts = np.zeros((rows, self.length), dtype=np.int64)  # what each row has read or will read
+        self.rows_of: dict[int, dict[Row, None]] = {}  # by key, in the order in which they came
+        self.queue: deque[Waiting] = deque()
         self.free = deque(self.rows)  # least recently used first
         self.prefilling: list[Row] = []
         self.decoding: list[Row] = []
@@ -121,8 +141,9 @@ class Engine:
             raise ValueError(f"logit_bias speaks of token {greatest}, the model has {self.vocab_size:,} tokens")
         if request.adapter is not None and request.adapter not in self.adapters:
             raise ValueError(f"there is no adapter {request.adapter!r}, only {', '.join(self.adapters) or 'the model'}")
-        completion = Completion(request)
-        self.queue.append(completion)
+        completion, prompt = Completion(request), np.array(request.prompt, dtype=np.int64)
+        adapter = -1 if request.adapter is None else self.adapters[request.adapter]
+        self.queue.append(Waiting(completion, prompt, adapter, keys_of(prompt, adapter)))
         return completion
 
     def cancel(self, completion: Completion) -> None:
@@ -130,8 +151,7 @@ class Engine:
         if completion.finish is not None:
             return
         completion.finish = "cancelled"
-        if completion in self.queue:
-            self.queue.remove(completion)
+        self.queue = deque(each for each in self.queue if each.completion is not completion)
         for row in self.rows:
             if row.completion is completion:
                 self._release(row)
@@ -149,13 +169,13 @@ class Engine:
         if not outputs:
             return []
         # As _sample's rows: those that begin from a kept output, those whose prompt has just ended, those decoding.
-        logits = outputs[0].logits if len(outputs) == 1 else torch.cat([part.logits for part in outputs])  # (W, V)
-        experts = np.concatenate([part.experts for part in outputs])  # (W, M, K)
+        output = joined(outputs, outputs[-1].drawn)
         prefilled = self._finish_chunks(chunks)
         for place, row in enumerate(prefilled, start=len(reused)):
-            row.prompt_output = ModelOutput(logits[place : place + 1].clone(), experts[place : place + 1])
+            own = slice(place, place + 1)
+            row.prompt_output = ModelOutput(output.logits[own].clone(), output.experts[own].clone())
         self.decoding += [*reused, *prefilled]
-        return self._sample([*reused, *prefilled, *decoding], logits, experts)
+        return self._sample([*reused, *prefilled, *decoding], output)
 
     # --- schedule ---
 
@@ -165,52 +185,82 @@ class Engine:
         Returns the rows whose whole prompt was computed before, so that their reply can begin at once.
         """
         reused: list[Row] = []
-        held_back: list[Completion] = []
+        copies: list[tuple[int, int, int]] = []  # source, tokens, target
+        held_back: list[Waiting] = []
+        awaited: set[int] = set()  # prompts of those held back
         while self.queue and len(held_back) < len(self.free):
-            completion = self.queue.popleft()
-            prompt = np.array(completion.request.prompt, dtype=np.int64)
-            adapter = self._number_of(completion)
-            # Any row will do, also one in use: what it has read of its prompt does not change until it is given away.
-            is_same = self.prompts[:, : len(prompt)] == prompt  # (rows, n)
-            is_same[[row.adapter != adapter for row in self.rows]] = False
-            shared = np.where(is_same.all(1), len(prompt), is_same.argmin(1))
-            if completion.request.prompt_logprobs is not None:
-                shared[:] = 0
-            ready = np.minimum(shared, [row.num_cached_prompt_tokens for row in self.rows])
-            coming = max((int(shared[row.number]) for row in self.prefilling), default=0)
-            # Of eight samples of a long prompt one reads it, and seven copy it from there a step or two later.
-            if coming - ready.max() >= WORTH_WAITING:
-                held_back.append(completion)
-                continue
-            source = self.rows[int(ready.argmax())]
+            waiting, source, ready = self.queue.popleft(), None, 0
+            if waiting.completion.request.prompt_logprobs is None:
+                if waiting.keys[-1] not in awaited:
+                    source, ready, coming = self._find(waiting)
+                # Of eight samples of a long prompt one reads it, and seven copy it from there a step or two later.
+                if waiting.keys[-1] in awaited or coming - ready >= BLOCK:
+                    held_back.append(waiting)
+                    awaited.add(waiting.keys[-1])
+                    continue
             # Continue in the row itself if nobody uses it and little of what it holds would be lost; else copy.
-            is_spare = source.completion is None and source.num_cached_prompt_tokens - ready.max() < WORTH_WAITING
-            row = source if is_spare else self.free[0]
+            row = self.free[0]
+            if source is not None and source.completion is None and source.num_cached_prompt_tokens - ready < BLOCK:
+                row = source
             self.free.remove(row)
-            if self._begin(row, completion, prompt, source, int(ready.max())):
+            if self._begin(row, waiting, source, ready):
                 reused.append(row)
             else:
                 self.prefilling.append(row)
+            if row is not source and row.num_cached_prompt_tokens:
+                assert source is not None
+                copies.append((source.number, row.num_cached_prompt_tokens, row.number))
         self.queue.extendleft(reversed(held_back))
+        for (number, count), several in groupby(copies, lambda each: each[:2]):
+            self.runner.copy(number, [target for *_, target in several], count)
         return reused
 
-    def _number_of(self, completion: Completion) -> int:
-        return -1 if completion.request.adapter is None else self.adapters[completion.request.adapter]
+    def _find(self, waiting: Waiting) -> tuple[Row | None, int, int]:
+        """The row that holds most of a prompt, how many tokens that is, and how many another is about to hold.
 
-    def _begin(self, row: Row, completion: Completion, prompt: Ints, source: Row, ready: int) -> bool:
+        Any row will do, also one in use: what it has read of its prompt does not change until it is given away.
+        """
+        best, ready, coming = None, 0, 0
+        for place in reversed(range(len(waiting.keys))):
+            end = min((place + 1) * BLOCK, len(waiting.prompt))
+            for row in self.rows_of.get(waiting.keys[place], ()):
+                if row.is_prefilling:
+                    coming = max(coming, end)
+                if (held := min(row.num_cached_prompt_tokens, end)) > ready:
+                    best, ready = row, held
+                if ready == end:  # what is found by a shorter beginning holds less
+                    break
+            if ready == end:
+                break
+        if best is not None:
+            most = min(best.num_cached_prompt_tokens, len(waiting.prompt))
+            is_same = self.prompts[best.number, :most] == waiting.prompt[:most]
+            ready = most if is_same.all() else int(is_same.argmin())
+        return best, ready, coming
+
+    def _begin(self, row: Row, waiting: Waiting, source: Row | None, ready: int) -> bool:
         """Put a request into a row, with what `source` holds of its prompt; true if that is all of it."""
-        is_whole = ready == len(prompt) == source.num_prompt_tokens
+        completion, prompt, adapter, keys = waiting
+        is_whole = source is not None and ready == len(prompt) == source.num_prompt_tokens
         # The last token of a prompt is computed anew unless the output after it was kept: its logits are needed.
-        output, reused = (source.prompt_output, ready) if is_whole else (None, min(ready, len(prompt) - 1))
-        if reused and row is not source:
-            self.runner.copy(source.number, row.number, reused)
-        row.completion, row.prompt_output = completion, output
+        output, reused = (source.prompt_output, ready) if source and is_whole else (None, min(ready, len(prompt) - 1))
+        row.completion, row.prompt_output, row.adapter = completion, output, adapter
         row.num_tokens = row.num_prompt_tokens = len(prompt)
-        row.num_cached_prompt_tokens, row.adapter = reused, self._number_of(completion)
-        self.prompts[row.number] = -1
-        self.prompts[row.number, : len(prompt)] = prompt
+        row.num_cached_prompt_tokens = reused
+        self._remember(row, prompt, keys)
         self.reused_tokens += reused
         return is_whole
+
+    def _remember(self, row: Row, prompt: Ints, keys: list[int]) -> None:
+        """Note what a row has read or will read, so that it is found."""
+        self.prompts[row.number, : len(prompt)] = prompt
+        for key in row.keys:
+            del self.rows_of[key][row]
+            if not self.rows_of[key]:
+                del self.rows_of[key]
+        row.keys = keys
+        for key in keys:
+            self.rows_of.setdefault(key, {})[row] = None
 
     def _schedule_chunks(self) -> Iterator[PromptChunk]:
         """The next chunks of the prompts that are being prefilled, no more than `chunk` tokens together.
@@ -230,7 +280,15 @@ class Engine:
 
     def _batch(self, chunks: list[PromptChunk], decoding: list[Row]) -> ScheduledBatch:
         columns = [(row.number, row.last_token, row.num_tokens - 1, row.adapter) for row in decoding]
-        return ScheduledBatch(chunks, *np.array(columns, dtype=np.int64).reshape(-1, 4).T)
+        rows, tokens, positions, adapters = np.array(columns, dtype=np.int64).reshape(-1, 4).T
+        draws = None
+        if self.runner.draws and decoding:
+            completions = [row.completion for row in decoding if row.completion is not None]
+            if all(each.request.is_plain for each in completions):
+                temperatures = [each.request.sampling.temperature for each in completions]
+                seeds = np.array([each.request.seed for each in completions])
+                draws = Draws(temperatures, seeds, np.array([len(each.logprobs) for each in completions]))
+        return ScheduledBatch(chunks, rows, tokens, positions, adapters, draws)
 
     def _score(self, chunks: list[PromptChunk], output: ModelOutput) -> ModelOutput:
         """Note how likely the tokens of prompts are that want to know; the output without what they alone need."""
@@ -238,14 +296,16 @@ class Engine:
         for chunk in chunks:
             completion = self.rows[chunk.row].completion
             assert completion is not None
-            targets = self.prompts[chunk.row, chunk.start + 1 :][: len(chunk.ids) - chunk.is_last].tolist()
-            for index, token in enumerate(targets if chunk.is_scored else (), start=place):
-                top, experts = completion.request.prompt_logprobs or 0, output.experts[index].tolist()
-                completion.prompt_logprobs.append(token_logprobs(output.logits[index], token, top, experts))
+            if chunk.is_scored:
+                targets = self.prompts[chunk.row, chunk.start + 1 :][: len(chunk.ids) - chunk.is_last].tolist()
+                own = range(place, place + len(targets))
+                completion.prompt_logprobs += token_logprobs(
+                    output, own, targets, completion.request.prompt_logprobs or 0
+                )
             place += len(chunk.wanted)
             kept += [place - 1] * chunk.is_last
         kept += range(place, len(output.logits))
-        return ModelOutput(output.logits[kept], output.experts[kept])
+        return ModelOutput(output.logits[kept], output.experts[kept], output.drawn)
 
     def _finish_chunks(self, chunks: list[PromptChunk]) -> list[Row]:
         """Count what was computed; returns the rows whose prompt ended."""
@@ -253,7 +313,7 @@ class Engine:
             self.rows[chunk.row].num_cached_prompt_tokens += len(chunk.ids)
             self.prompt_tokens += len(chunk.ids)
         prefilled = [self.rows[chunk.row] for chunk in chunks if chunk.is_last]
-        self.prefilling = [row for row in self.prefilling if row not in prefilled]
+        self.prefilling = [row for row in self.prefilling if row.is_prefilling]
         return prefilled
 
     def _release(self, row: Row) -> None:
@@ -265,17 +325,23 @@ class Engine:
 
     # --- postprocess ---
 
-    def _sample(self, rows: list[Row], logits: Tensor, experts: Ints) -> list[StepOutput]:
-        """One token for each of these rows, from its logits (W, V)."""
+    def _sample(self, rows: list[Row], output: ModelOutput) -> list[StepOutput]:
+        """One token for each of these rows, from its logits; those of the last ones may be drawn already."""
         completions = [row.completion for row in rows if row.completion is not None]
-        ids, logprobs = sample_each(logits, completions)
+        ids, logprobs = sample_each(output.logits, completions[: len(output.logits)])
+        if output.drawn is not None:
+            ids, logprobs = ids + output.drawn[0], logprobs + output.drawn[1]
+        tops = [completion.request.top_logprobs for completion in completions]
+        details = dict[int, TokenLogprobs]()
+        for top in set(tops):
+            if top is None:
+                continue
+            own = [index for index, each in enumerate(tops) if each == top]
+            details |= zip(own, token_logprobs(output, own, [ids[index] for index in own], top), strict=True)
         outputs = []
         for index, (row, completion) in enumerate(zip(rows, completions, strict=True)):
-            top, details = completion.request.top_logprobs, None
-            if top is not None:
-                details = token_logprobs(logits[index], ids[index], top, experts[index].tolist())
             given = self._append_token(row, completion, ids[index], logprobs[index])
-            outputs.append(StepOutput(completion, ids[index], details, given))
+            outputs.append(StepOutput(completion, ids[index], details.get(index), given))
         self.drawn_tokens += len(outputs)
         return outputs
 
@@ -315,10 +381,19 @@ class Engine:
         self._extend(row, completion, given, is_sampled=False)
         completion.logprobs += [0.0] * len(given)
         if completion.finish is None:
-            self.prompts[row.number, : row.num_tokens] = [*completion.request.prompt, *completion.ids]
+            prompt = np.array([*completion.request.prompt, *completion.ids], dtype=np.int64)
+            self._remember(row, prompt, keys_of(prompt, row.adapter))
             row.num_prompt_tokens, row.num_cached_prompt_tokens, row.prompt_output = row.num_tokens, cached, None
             self.decoding.remove(row)
             self.prefilling.append(row)
+
+
+def keys_of(prompt: Ints, adapter: int) -> list[int]:
+    """A number for each beginning of a prompt by which it is found: of every BLOCK tokens, and the whole."""
+    keys = [adapter]
+    for start in range(0, len(prompt), BLOCK):
+        keys.append(hash((keys[-1], prompt[start : start + BLOCK].tobytes())))
+    return keys[1:]
 
 
 def is_scored(row: Row, end: int) -> bool:
@@ -418,12 +493,13 @@ def masks_of(completions: Sequence[Completion], vocab_size: int) -> Bits:
     return bits
 
 
-def token_logprobs(logits: Tensor, token: int, top: int, experts: list[list[int]]) -> TokenLogprobs:
-    """Log-probabilities of `token` and of the most likely tokens, from logits (V,)."""
-    logprobs = logits.log_softmax(-1)
-    top_tokens = logprobs.topk(min(top, len(logprobs)))
-    pairs = list(zip(top_tokens.indices.tolist(), top_tokens.values.tolist(), strict=True))
-    return TokenLogprobs(logprobs[token].item(), pairs, experts)
+def token_logprobs(output: ModelOutput, places: Sequence[int], tokens: Sequence[int], top: int) -> list[TokenLogprobs]:
+    """Log-probabilities of each of `tokens` and of the `top` most likely ones at its place in the output."""
+    logprobs = output.logits[[*places]].log_softmax(-1)  # (N, V)
+    most = logprobs.topk(min(top, logprobs.shape[-1]))
+    own = logprobs.gather(-1, torch.tensor([tokens], dtype=torch.int64, device=logprobs.device).T)[:, 0]
+    pairs = [[*zip(*each, strict=True)] for each in zip(most.indices.tolist(), most.values.tolist(), strict=True)]
+    return [*map(TokenLogprobs, own.tolist(), pairs, output.experts[[*places]].tolist())]
 
 
 def generate(

@@ -59,6 +59,12 @@ class Request:
     prompt_logprobs: int | None = None
     """The same of the prompt's tokens, which are then read anew even where another row holds them."""
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether its tokens are drawn from the whole distribution, and nothing else is asked of it."""
+        is_free = self.constraint is None and self.top_logprobs is None and self.adapter is None
+        return is_free and not (self.sampling.filters or self.sampling.shifts)
+
     def __post_init__(self) -> None:
         assert self.constraint is None or self.tool is None
         if self.max_tokens < 1:
@@ -131,6 +137,15 @@ class PromptChunk:
 
 
 @dataclass(frozen=True)
+class Draws:
+    """How the next token of each decoding row is drawn, from the whole distribution."""
+
+    temperatures: list[float]  # 0: the most likely
+    seeds: Ints
+    counts: Ints  # of tokens drawn before
+
+
+@dataclass(frozen=True)
 class ScheduledBatch:
     """What one pass reads: chunks of prompts, and the last token of each row that is decoding."""
 
@@ -139,14 +154,16 @@ class ScheduledBatch:
     tokens: Ints  # (B,) their last tokens
     positions: Ints  # (B,) where these stand
     adapters: Ints  # (B,) as in PromptChunk
+    draws: Draws | None = None  # for a runner that draws, where all rows are plain
 
 
 @dataclass(frozen=True)
 class ModelOutput:
-    """First for the `wanted` tokens of each chunk, in order, then for each decoding row."""
+    """First for the `wanted` tokens of each chunk, in order, then, unless they are drawn, for each decoding row."""
 
     logits: Tensor  # (W, V) float32
-    experts: Ints  # (W, M, K): the K experts chosen in each of M MoE blocks
+    experts: Tensor  # (W, M, K): the K experts chosen in each of M MoE blocks
+    drawn: tuple[list[int], list[float]] | None = None  # ids and log-probabilities of the decoding rows
 
 
 class Runner(Protocol):
@@ -155,11 +172,12 @@ class Runner(Protocol):
     cache_bytes: int
     cache_bytes_per_token: int
     weight_bytes: float  # bytes of one weight, on average
+    draws: bool  # whether it draws the tokens of plain requests
 
     def run(self, batch: ScheduledBatch) -> ModelOutput:
         """Read the tokens and remember them."""
         ...
 
-    def copy(self, source: int, target: int, count: int) -> None:
-        """Let row `target` begin with the first `count` tokens of row `source`."""
+    def copy(self, source: int, targets: Sequence[int], count: int) -> None:
+        """Let the rows `targets` begin with the first `count` tokens of row `source`."""
         ...

@@ -104,6 +104,15 @@ def sample(
     return ids, logprobs.gather(-1, ids[:, None])[:, 0]
 
 
+def draw(logits: Tensor, temperatures: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """What `sample` gives without filters and shifts, of rows at temperatures (B,) of their own, without a word to the
+    host. logits (B, V) float32."""
+    is_drawn = temperatures > 0
+    logprobs = (logits / torch.where(is_drawn, temperatures, 1.0)[:, None]).log_softmax(-1)
+    ids = torch.where(is_drawn, invert(logprobs.exp(), numbers), logits.argmax(-1))
+    return ids, logprobs.gather(-1, ids[:, None])[:, 0]
+
+
 def shift(logits: Tensor, c: SamplingConfig, seen: Iterable[Tensor]) -> Tensor:
     """Logits (B, V) after the bias and the repetition penalty on the ids that each row has seen."""
     logits = logits.clone()

@@ -71,6 +71,16 @@ def rotary_table(positions: Tensor, width: int, theta: float) -> tuple[Tensor, T
 
 
 @dataclass(frozen=True)
+class CachePlaces:
+    """Where a cache keeps the tokens of a forward pass, and what they may look at there."""
+
+    positions: Tensor  # (B, T) int64
+    targets: Tensor  # (B * T,) int64: the slots that they are written to
+    mask: Tensor  # (B, T, S'): which of the first S' slots of its row each may look at
+    rows: Tensor | None = None  # (B,) int64: the rows that they look at; None: the first B, in order
+
+
+@dataclass(frozen=True)
 class AttentionMetadata:
     """Where the tokens of a forward pass stand, and what each of them may see."""
 
@@ -80,6 +90,7 @@ class AttentionMetadata:
     is_text: Tensor | None  # (B, T), false where a packed row is empty; None: everywhere
     spans: Tensor | None = None  # (B, T, 3) int32 as in transformer.text_spans, for fused attention only
     is_fused: bool = False  # attention.cpp serves this pass
+    places: CachePlaces | None = None  # with a cache
 
 
 def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:

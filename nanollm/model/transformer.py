@@ -17,7 +17,7 @@ from nanollm.kernels import attention as fused
 from nanollm.model.attention import LatentAttention
 from nanollm.model.cache import LatentCache
 from nanollm.model.config import ModelConfig
-from nanollm.model.layers import AttentionMetadata, RMSNorm, SwiGLU, rotary_table
+from nanollm.model.layers import AttentionMetadata, CachePlaces, RMSNorm, SwiGLU, rotary_table
 from nanollm.model.moe import MoE, Routing
 
 StartName = Literal["gpt2", "fast"]
@@ -98,10 +98,12 @@ class Trunk(nn.Module):
         cache: LatentCache | None = None,
         positions: Tensor | None = None,
         *,
+        places: CachePlaces | None = None,
         recompute: bool = False,
     ) -> tuple[Tensor, list[Routing]]:
         """The same, and how each Mixture of Experts routed the tokens, first block first.
 
+        places: of the tokens in the cache, whose lengths then stay; None: they continue its rows.
         recompute: keep only what enters each block, and compute the rest again in the backward pass.
         """
         count = tokens.shape[1]
@@ -110,8 +112,8 @@ class Trunk(nn.Module):
         is_fused = cache is None and fused.serves(*self.config.head_widths, x.dtype, x.device)
         if cache is not None:
             assert positions is None, "a cache knows where its rows go on"
-            positions = cache.next_positions(count)
-            mask = cache.mask(positions)
+            places = places or cache.next_places(count)
+            positions, mask = places.positions, places.mask
         elif positions is not None:
             is_text = ~is_empty(positions)
             if is_fused:
@@ -121,7 +123,7 @@ class Trunk(nn.Module):
         else:
             positions = torch.arange(count, device=tokens.device)
         table = rotary_table(positions, self.config.qk_rope_head_dim, self.config.rope_theta)
-        metadata = AttentionMetadata(positions, table, mask, is_text, spans, is_fused)
+        metadata = AttentionMetadata(positions, table, mask, is_text, spans, is_fused, places)
         recompute, routings = recompute and torch.is_grad_enabled(), list[Routing]()
         for block in self.blocks:
             if recompute:
@@ -132,8 +134,6 @@ class Trunk(nn.Module):
                 x, routing = block.forward(x, metadata, cache)  # never a compiled one: caches come in too many shapes
             if routing is not None:
                 routings.append(routing)
-        if cache is not None:
-            cache.lengths += count
         return self.norm(x), routings
 
 

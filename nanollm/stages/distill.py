@@ -13,7 +13,7 @@ import torch
 
 from nanollm.bundle import WEIGHTS, Bundle, load_reference
 from nanollm.config import check_at_least
-from nanollm.data.batches import ChatShards, Conversations, TextShards, Windows
+from nanollm.data.batches import ChatShards, Conversations, Fetcher, TextShards, Windows
 from nanollm.data.order import Mixture
 from nanollm.data.shards import Shards, Verification, read_manifest
 from nanollm.generate.tools import tool_caller
@@ -196,12 +196,8 @@ def from_texts(c: Config, bundle: Bundle, shards: Shards, world: World) -> Draw:
     else:
         source = Windows([TextShards(shards, context)], Mixture([1.0]), c.seed)
         source.check(c.train.batch_size, c.train.micro_batch_size, world.size)
-    size, rows = c.train.batch_size, c.train.micro_batch_size
-    return lambda step: (
-        source.micro_batches(step, size, rows, rank=world.rank, world=world.size),
-        source.names(step, size),
-        {},
-    )
+    fetch = Fetcher(source, c.train.batch_size, c.train.micro_batch_size, world)
+    return lambda step: (fetch(step), source.names(step, c.train.batch_size), {})
 
 
 def from_replies(

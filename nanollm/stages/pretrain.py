@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from nanollm.config import check_at_least
-from nanollm.data.batches import Documents, TextShards, Windows
+from nanollm.data.batches import Documents, Fetcher, TextShards, Windows
 from nanollm.data.order import Mixture, sources_of
 from nanollm.data.shards import Shards, Verification, read_manifest
 from nanollm.evals.bits_per_byte import BitsPerByte, bits_per_byte
@@ -155,11 +155,9 @@ def run(c: Config) -> Path:
             if run.is_new:
                 run.log(validate(c, state, tokenizer, validation, world))
                 run.log(sample(c, state, tokenizer, world))
+            fetch = Fetcher(windows, c.train.batch_size, c.train.micro_batch_size, world)
             for step in run.steps():
-                batches = windows.micro_batches(
-                    step, c.train.batch_size, c.train.micro_batch_size, rank=world.rank, world=world.size
-                )
-                stats = train_step(state, batches, loss_of, lr_at(step, c.train.steps, c.optim), c.optim, world)
+                stats = train_step(state, fetch(step), loss_of, lr_at(step, c.train.steps, c.optim), c.optim, world)
                 run.record(stats, windows.names(step, c.train.batch_size))
                 if state.step == c.train.int4_from:
                     state.copy_to_model()  # from here on the model sees its weights in int4

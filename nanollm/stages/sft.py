@@ -9,7 +9,7 @@ import torch
 
 from nanollm.bundle import TOKENIZER, WEIGHTS, Bundle, load_bundle
 from nanollm.config import check_at_least
-from nanollm.data.batches import ChatShards, Conversations, layout_of
+from nanollm.data.batches import ChatShards, Conversations, Fetcher, layout_of
 from nanollm.data.order import Mixture, sources_of
 from nanollm.data.shards import Shards, Verification, read_manifest
 from nanollm.generate.engine import generate
@@ -132,11 +132,9 @@ def run(c: Config) -> Path:
             if run.is_new:
                 run.log(validate(c, state, validation, world))
                 run.log(sample(c, state, bundle, world))
+            fetch = Fetcher(conversations, c.train.batch_size, c.train.micro_batch_size, world)
             for step in run.steps():
-                batches = conversations.micro_batches(
-                    step, c.train.batch_size, c.train.micro_batch_size, rank=world.rank, world=world.size
-                )
-                stats = train_step(state, batches, loss_of, lr_at(step, c.train.steps, c.optim), c.optim, world)
+                stats = train_step(state, fetch(step), loss_of, lr_at(step, c.train.steps, c.optim), c.optim, world)
                 run.record(stats, conversations.names(step, c.train.batch_size))
                 if state.step == c.train.int4_from:
                     state.copy_to_model()  # from here on the model sees its weights in int4

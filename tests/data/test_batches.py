@@ -12,6 +12,7 @@ from nanollm.data.batches import (
     ChatShards,
     Conversations,
     Documents,
+    Fetcher,
     TextShards,
     Windows,
     layout_of,
@@ -24,6 +25,7 @@ from nanollm.data.shards import Shards
 from nanollm.model.transformer import Transformer
 from nanollm.text.chat import Conversation, Marks, encode_conversation
 from nanollm.train.loss import next_token_loss
+from nanollm.world import World
 from tests.model.conftest import TINY, randomised
 
 T = 16
@@ -107,6 +109,25 @@ def test_only_the_assistants_words_are_targets_of_conversations(tmp_path, conver
     said = "".join(each.messages[1].content for each in conversations)
     assert tokenizer.decode(targets[targets != IGNORE].tolist()) == said
     assert sum(batch.count for batch in batches) == int(shards.flags_read(1, shards.tokens_total - 1).sum())
+
+
+def test_for_a_gpu_a_thread_makes_the_batches_of_the_next_step_and_they_are_the_same(shards, monkeypatch):
+    windows, made = windows_of(shards, T, seed=3), []
+    slowly = windows.micro_batches
+    monkeypatch.setattr(
+        windows, "micro_batches", lambda *given, **ranks: made.append(given[0]) or slowly(*given, **ranks)
+    )
+    monkeypatch.setattr(Batch, "pin_memory", lambda batch: batch)  # that takes a GPU
+    fetch = Fetcher(windows, 4, 2, World(rank=1, size=2, device=torch.device("cuda")))
+    for step in (0, 1, 2, 7, 8):  # a run that goes back, or on from a checkpoint, asks for another step
+        got = fetch(step)
+        assert step + 1 in fetch._ahead
+        for batch, expected in zip(got, slowly(step, 4, 2, rank=1, world=2), strict=True):
+            assert torch.equal(batch.tokens, expected.tokens)
+    fetch._ahead[9].result()
+    assert made == [0, 1, 2, 3, 7, 8, 9]
+    Fetcher(windows, 4, 2, World())(0)
+    assert made[7:] == [0]
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 1000])

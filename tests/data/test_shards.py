@@ -1,8 +1,10 @@
 import json
+import os
 
 import numpy as np
 import pytest
 
+from nanollm import durable
 from nanollm.data.shards import Shards, ShardWriter
 from tests.data.conftest import content, documents_of, manifest_of
 
@@ -60,6 +62,35 @@ def test_conversations_come_back_with_their_flags(tmp_path, conversations, prepa
     ids, flags = shards.read(0, shards.tokens_total), shards.flags_read(0, shards.tokens_total)
     assert flags.dtype == np.uint8 and len(flags) == len(ids)
     assert tokenizer.decode(ids[flags == 1]) == "".join(each.messages[1].content for each in conversations)
+
+
+def test_files_that_were_verified_are_read_again_only_after_they_were_written_to(folder, monkeypatch):
+    read, sha256_of = [], durable.sha256_of
+
+    def open_it():
+        read.clear()
+        return Shards.open(folder, tokenizer_fingerprint=None)
+
+    monkeypatch.setattr(durable, "sha256_of", lambda path: read.append(path.name) or sha256_of(path))
+    open_it()
+    open_it()
+    files = [path for path in folder.iterdir() if path.name.startswith("train-")]
+    assert {path.name for path in files} < {*read}  # just written: their times are not settled
+    for path in files:
+        os.utime(path, (10**9, 10**9))
+    open_it()
+    open_it()
+    assert read == ["manifest.json"]
+    path = folder / "train-00001.npy"
+    raw = path.read_bytes()
+    path.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+    os.utime(path, (10**9, 10**9))  # the time of before
+    with pytest.raises(ValueError, match=r"train-00001.npy has sha256"):
+        open_it()
+    path.write_bytes(raw)
+    (folder / "verified.json").write_text("{}")
+    open_it()
+    assert {path.name for path in files} < {*read}
 
 
 def test_plain_text_has_no_flags_to_read(folder):

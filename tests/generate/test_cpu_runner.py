@@ -86,7 +86,7 @@ def talk(runner):
 @torch.inference_mode()
 def test_it_computes_what_the_model_computes(shape):
     model = model_of(shape)
-    expected, expected_experts = talk(TorchRunner(model, ROWS, LENGTH, LENGTH))
+    expected, expected_experts = talk(TorchRunner(model, ROWS, LENGTH))
     got, experts = talk(NativeRunner(model, ROWS, LENGTH, LENGTH))
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
     assert (experts == expected_experts).all()
@@ -96,7 +96,7 @@ def test_it_computes_what_the_model_computes(shape):
 @pytest.mark.parametrize(("dtype", "quantize", "tolerance"), [("bfloat16", "none", 0.05), ("float32", "int8", 0.05)])
 @torch.inference_mode()
 def test_smaller_types_come_close(shape, dtype, quantize, tolerance):
-    expected, _ = talk(TorchRunner(model_of(shape), ROWS, LENGTH, LENGTH))
+    expected, _ = talk(TorchRunner(model_of(shape), ROWS, LENGTH))
     got, _ = talk(NativeRunner(model_of(shape, getattr(torch, dtype)), ROWS, LENGTH, LENGTH, quantize))
     # A choice of experts near a tie may turn; the logits as a whole must not move.
     assert (got - expected).square().mean().sqrt() < tolerance * expected.std()
@@ -157,7 +157,7 @@ def test_company_pieces_and_reuse_change_no_bit(shape, dtype, quantize):
         for start, end in zip([0, *cuts], [*cuts, 41], strict=True):
             seen = pieced.run(prefill((0, start, ids[start:end])))
         assert torch.equal(seen.logits, expected[0].logits)
-        pieced.copy(0, 5, 33)
+        pieced.copy(0, [5], 33)
         assert torch.equal(pieced.run(prefill((5, 33, ids[33:]))).logits, expected[0].logits)
         assert torch.equal(pieced.run(decode((5, 11, 41))).logits, expected[1].logits)
 

@@ -71,7 +71,7 @@ def test_the_cache_holds_latent_and_rotary_key_and_nothing_else(tiny_model):
     c = tiny_model.config
     cache = LatentCache.empty(c, rows=2, length=9)
     tiny_model(torch.zeros(2, 9, dtype=torch.int64), cache=cache)
-    assert cache.slots.numel() == c.n_blocks * 2 * 9 * (c.kv_lora_rank + c.qk_rope_head_dim)
+    assert cache.slots.numel() == c.n_blocks * (2 * 9 + 1) * (c.kv_lora_rank + c.qk_rope_head_dim)
 
 
 def test_training_keeps_no_cache(tiny_model):
