@@ -144,6 +144,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     if not steps_of:
         for pair in in_pairs(sides.values()):
             names = [f"timed-{side.name}" for side in pair]
+            shutil.rmtree(work / "timed-ours", ignore_errors=True)
             for side, name, words in zip(pair, names, at_once(pair, names, [TIMED] * 2, 0), strict=True):
                 per_step = side.step_s(work / name, words)
                 steps_of[side.name] = int(options.minutes * 60 / per_step)
