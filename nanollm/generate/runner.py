@@ -3,6 +3,7 @@
 The engine says which tokens to read. On CPUs decoding.cpp runs them, elsewhere the model itself.
 """
 
+import weakref
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
@@ -245,7 +246,8 @@ class DecodeStep:
 
     def __init__(self, runner: TorchRunner, lines: int, in_use: int, is_whole: bool) -> None:
         """For rows that hold `in_use` tokens at most; is_whole: line i is row i."""
-        self.runner, self.in_use, self.is_whole = runner, in_use, is_whole
+        self.runner = weakref.proxy(runner)  # a cycle would keep its cache until it is looked for
+        self.in_use, self.is_whole = in_use, is_whole
         self.idle = np.zeros((5, lines), dtype=np.int32)
         self.idle[0] = runner.rows
         self.inputs = torch.from_numpy(self.idle).to(runner.newest.device, copy=True)

@@ -1,7 +1,9 @@
 """The runner for GPUs does no more than the requests need: counted here, where there is none."""
 
 import dataclasses
+import gc
 import time
+import weakref
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -234,3 +236,17 @@ def test_no_step_is_begun_early_where_a_prompt_ends_and_its_reply_joins(tiny_mod
         engine.step()
         engine.step()
     assert steps == [1, 1, 2, 2, 3, 3]  # each early step is used while the next prompt is read
+
+
+@pytest.mark.parametrize("kernels", ["torch", "native"])
+def test_the_memory_of_an_engine_is_free_as_soon_as_the_engine_is(tiny_model, kernels):
+    """GRPO opens one for each step: a cache that waits for the garbage collector would lie beside the next one."""
+    engine = Engine(tiny_model, rows=2, kernels=kernels)
+    answers(engine, [engine.submit(request(0, **PLAIN))])
+    runner = weakref.ref(engine.runner)
+    gc.disable()
+    try:
+        del engine
+        assert runner() is None
+    finally:
+        gc.enable()
