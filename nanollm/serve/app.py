@@ -288,7 +288,7 @@ class Service:
 
     async def _constraint(self, body: ChatRequest | CompletionRequest) -> Constraint | None:
         """What the replies must look like; one after the other, because a large schema takes a core for a while."""
-        field, make_rule = next((form for form in body.forms if form[1] is not None), ("tools", None))
+        field, make_rule = next(iter(body.forms), ("tools", None))
         if make_rule is None and not body.calls:
             return None
         try:
@@ -419,11 +419,9 @@ def conversation_of(given: Sequence[ChatMessage], tools: Sequence[FunctionTool] 
                 raise refusal("messages", f"the message before has no call with the tool_call_id {stray[0]!r:.80}")
             members.sort(key=lambda each: ids.index(str(each.tool_call_id)))
         messages += members
-    functions = [tool.model_dump(exclude_none=True, exclude={"function": {"strict"}}) for tool in tools]
     try:
-        conversation = Conversation(
-            tuple(Message.of(message.openai) for message in messages), tuple(map(function_text, functions))
-        )
+        functions = tuple(function_text(tool.model_dump()) for tool in tools)
+        conversation = Conversation(tuple(Message.of(message.openai) for message in messages), functions)
     except ValueError as error:
         raise refusal("messages", str(error)) from error
     if conversation.messages[-1].role == "assistant":
