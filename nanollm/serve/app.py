@@ -289,10 +289,10 @@ class Service:
     async def _constraint(self, body: ChatRequest | CompletionRequest) -> Constraint | None:
         """What the replies must look like; one after the other, because a large schema takes a core for a while."""
         field, make_rule = next(iter(body.forms), ("tools", None))
-        if make_rule is None and not body.calls:
+        if make_rule is None and not body.calls.functions:
             return None
         try:
-            grammar = reply_grammar(make_rule() if make_rule else TEXT, self.tokenizer, **body.calls)
+            grammar = reply_grammar(make_rule() if make_rule else TEXT, self.tokenizer, body.calls)
             async with self._compiling:
                 return await asyncio.to_thread(self.examiner.compile, grammar)
         except (ValueError, RecursionError) as error:
@@ -383,7 +383,7 @@ class Service:
             for number, prompt in enumerate(prompt for prompt in prompts for _ in range(body.n or 1))
         ]
         submission = self.engine.submit(requests)
-        call_id = self.tokenizer.mark_id(CALL) if body.calls else None
+        call_id = self.tokenizer.mark_id(CALL) if body.calls.functions else None
         choices = [
             Choice(index, self.detokenizer, body.stops, call_id, request.prompt if is_echo else (), has_reply=limit > 0)
             for index, request in enumerate(requests)

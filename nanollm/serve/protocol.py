@@ -14,7 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from starlette.exceptions import HTTPException
 
 from nanollm.generate.constraints import OBJECT, choice_rule, json_rule, regex_rule
-from nanollm.text.chat import NAME, callable_functions
+from nanollm.text.chat import NAME, Calls
 
 Json = dict[str, Any]
 FinishReason = Literal["stop", "length", "tool_calls"]
@@ -248,9 +248,9 @@ class SamplingRequest(KnownFields):
         return self
 
     @property
-    def calls(self) -> Json:
-        """What reply_grammar must know of calls; nothing where a reply may call nothing."""
-        return {}
+    def calls(self) -> Calls:
+        """What a reply may call: nothing but in a chat."""
+        return Calls()
 
     @property
     def forms(self) -> list[tuple[str, Callable[[], str]]]:
@@ -406,15 +406,14 @@ class ChatRequest(SamplingRequest):
 
     @model_validator(mode="after")
     def _refuse_tools_that_are_not_there(self) -> Self:
-        assert self.calls is not None
+        _ = self.calls  # which checks them
         return self
 
     @property
-    def calls(self) -> Json:
+    def calls(self) -> Calls:
         choice = self.tool_choice.model_dump() if isinstance(self.tool_choice, NamedTool) else self.tool_choice
-        functions = callable_functions([tool.model_dump() for tool in self.tools or ()], choice)
-        is_parallel = self.parallel_tool_calls is not False
-        return {"functions": functions, "choice": choice, "is_parallel": is_parallel} if functions else {}
+        tools = [tool.model_dump() for tool in self.tools or ()]
+        return Calls.of(tools, choice, is_parallel=self.parallel_tool_calls is not False)
 
     @property
     def engine_top_logprobs(self) -> int | None:
