@@ -8,7 +8,6 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from nanollm.config import check_at_least, check_seed
 from nanollm.generate.sampling import SamplingConfig
 
 MakeTool = Callable[[], Callable[[int], Sequence[int]]]
@@ -68,8 +67,10 @@ class Request:
 
     def __post_init__(self) -> None:
         assert self.constraint is None or self.tool is None
-        check_at_least(1, self, "max_tokens")
-        check_seed(self.seed)
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be from 0 to 2**63 - 1, got {self.seed}")
 
 
 @dataclass(eq=False)
