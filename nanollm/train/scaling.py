@@ -229,12 +229,8 @@ def tokens_per_step(tokens: float) -> float:
 
 def seconds_of(budget: str) -> float:
     """The seconds in 90s, 10m or 1h30m."""
-    found = re.fullmatch(r"(?:([\d.]+)h)?(?:([\d.]+)m)?(?:([\d.]+)s)?", budget)
-    try:
-        parts = [float(n or 0) for n in found.groups()] if found else [0.0]
-    except ValueError:
-        parts = [0.0]
-    seconds = sum(n * unit for n, unit in zip(parts, (3600, 60, 1), strict=False))
-    if not seconds:
+    parts = re.findall(r"(\d+(?:\.\d+)?)([hms])", budget)
+    seconds = sum(float(number) * {"h": 3600, "m": 60, "s": 1}[unit] for number, unit in parts)
+    if not seconds or "".join(map("".join, parts)) != budget:
         raise ValueError(f"--budget: expected a time such as 90s, 10m or 1h30m, got {budget}")
     return seconds
