@@ -273,6 +273,13 @@ def time_facts(m: ModelConfig, h: Hardware, layout: Layout, steps: int) -> dict[
     }
 
 
+def tokens_per_s(m: ModelConfig, h: Hardware) -> float | None:
+    """In one process; None where the smallest step does not fit."""
+    layout = choose(m, h, 1, 1)
+    facts = layout and time_facts(m, h, layout, 1)
+    return facts["tokens_per_s"] if facts else None
+
+
 def nothing_fits(m: ModelConfig, h: Hardware, batch_size: int, gpus: int, name: str) -> str:
     """The message that says what would fit instead."""
     assert h.memory is not None

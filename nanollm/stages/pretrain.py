@@ -155,8 +155,7 @@ def within(budget: str, given: Mapping[str, Any], parse: Callable[[Mapping[str, 
     for preset in presets:
         model = {"model": preset | {"vocab_size": vocab_size}}
         m = parse({**model, **base}).model
-        if layout := planning.choose(m, machine, 1, 1):
-            rate = planning.time_facts(m, machine, layout, 1)["tokens_per_s"]
+        if rate := planning.tokens_per_s(m, machine):
             loss = ladder.law.value(m.multiplied_parameters, seen(rate * seconds, ladder.text_tokens))
             fitting.append((loss, rate, model, m))
     if not fitting:

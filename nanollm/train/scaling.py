@@ -66,7 +66,7 @@ class Expected:
 
 @dataclass(frozen=True)
 class Law:
-    """Many fits (E, A, B) with their covariances, exponents, noise and weights; N and D relative to the runs' centre."""
+    """Many fits (E, A, B) with covariances, exponents, noise and weights; N and D relative to the runs' centre."""
 
     center: tuple[float, float]
     exponents: Floats  # (K, 2)
@@ -97,6 +97,13 @@ class Law:
                 f"would be {found.low:.2f} to {found.high:.2f}; train larger sizes, or longer"
             )
         return found
+
+    def best(self) -> dict[str, float]:
+        """The coefficients of the heaviest fit, for people, and the noise of a run."""
+        k = int(self.weights.argmax())
+        (alpha, beta), (e, a, b) = self.exponents[k].tolist(), self.means[k].tolist()
+        a, b = a * self.center[0] ** alpha, b * self.center[1] ** beta
+        return {"E": e, "A": a, "alpha": alpha, "B": b, "beta": beta, "noise": float(self.weights @ self.noise)}
 
     def _parts(self, parameters: float, tokens: float) -> tuple[Floats, Floats]:
         """Mean and variance of a run, of each fit: (K,), (K,)."""
@@ -201,7 +208,10 @@ class Ladder:
 WEB = Ladder(
     "OpenWebText",
     [
-        *(Point(1_156_864, tokens, loss) for tokens, loss in ((409_600, 2.286), (1_228_800, 2.022), (3_686_400, 1.802))),
+        *(
+            Point(1_156_864, tokens, loss)
+            for tokens, loss in ((409_600, 2.286), (1_228_800, 2.022), (3_686_400, 1.802))
+        ),
         *(Point(1_681_152, tokens, loss) for tokens, loss in ((1_433_600, 1.976), (3_481_600, 1.785))),
         Point(2_927_104, 3_481_600, 1.739),
         Point(4_527_296, 409_600, 2.255),
