@@ -36,7 +36,7 @@ from nanollm.train.loss import next_token_loss
 from nanollm.train.metrics import read_metrics
 from nanollm.train.optim import OptimConfig, default_lr, lr_at
 from nanollm.train.run import Run, RunConfig, TrainConfig, flat
-from nanollm.train.scaling import WEB, Ladder, seconds_of, seen
+from nanollm.train.scaling import Ladder, seconds_of, seen
 from nanollm.train.state import TrainState
 from nanollm.train.step import SIGMAS, train_step
 from nanollm.world import World
@@ -72,8 +72,8 @@ class Config(RunConfig):
     """Time to train in on this machine, such as 10m or 1h30m, which is measured first: chooses the preset, the batch,
     the steps and what goes with them, as far as they are not given."""
     scale: Path | None = None
-    """With --budget: a ladder on the same text, the scale.json of nanollm scale, to choose by and to say which loss to
-    expect; null: runs on English web text."""
+    """With --budget: a ladder on the same text, the scale.json of nanollm scale, to choose the preset by and to say
+    which loss to expect; null: the smallest preset that sees at most 20 tokens per parameter."""
     anneal: dict[float, dict[str, float]] = field(default_factory=dict)
     """Other mixtures from a fraction of the run on, {fraction: {folder: weight, ...}, ...}: {0.8: {data/books: 1}}
     reads books alone in the last fifth."""
@@ -150,14 +150,18 @@ def within(budget: str, given: Mapping[str, Any], parse: Callable[[Mapping[str, 
     vocab_size = Tokenizer.load(c.tokenizer_path).vocab_size
     text = sum(read_manifest(Path(folder))[0]["splits"]["train"]["tokens"] for folder in c.folders)
     machine = planning.this_machine(c.device == "cpu")
-    ladder = Ladder.read(c.scale) if c.scale else dataclasses.replace(WEB, text_tokens=text)
+    ladder = Ladder.read(c.scale) if c.scale else None
     fitting = []
     for preset in presets:
         model = {"model": preset | {"vocab_size": vocab_size}}
         m = parse({**model, **base}).model
         if rate := planning.tokens_per_s(m, machine):
-            loss = ladder.law.value(m.multiplied_parameters, seen(rate * seconds, ladder.text_tokens))
-            fitting.append((loss, rate, model, m))
+            tokens = rate * seconds
+            if ladder:
+                worth = ladder.law.value(m.multiplied_parameters, seen(tokens, ladder.text_tokens))
+            else:  # the first one with enough parameters, or the largest
+                worth = max(0.0, tokens / m.total_parameters - planning.TOKENS_PER_PARAMETER)
+            fitting.append((worth, rate, model, m))
     if not fitting:
         raise ValueError(planning.nothing_fits(m, machine, 1, 1, "the model"))
     _, rate, model, m = min(fitting, key=lambda each: each[0])
@@ -177,10 +181,10 @@ def within(budget: str, given: Mapping[str, Any], parse: Callable[[Mapping[str, 
         least = (MIN_STEPS * per_step / rate + spent) / 0.95
         raise ValueError(f"--budget {budget} is too small: {MIN_STEPS} steps take {math.ceil(least)}s here")
     tokens = t.steps * per_step
+    expected = planning.told(planning.loss_facts(ladder, m, tokens)) if ladder else "unknown without --scale"
     say(
         f"{budget}: {m.total_parameters:,} parameters, {t.steps:,} steps of {t.batch_size} x {m.context_length} = "
-        f"{tokens:,} tokens ({tokens / text:.2f} epochs) at {rate:,.0f} tokens/s; expected in the end: "
-        f"{planning.told(planning.loss_facts(ladder, m, tokens))}"
+        f"{tokens:,} tokens ({tokens / text:.2f} epochs) at {rate:,.0f} tokens/s; loss to expect: {expected}"
     )
     return chosen
 
@@ -190,7 +194,8 @@ def measure(c: Config, guess: float) -> tuple[float, float]:
 
     guess: tokens per second, to choose the length of the run by.
     """
-    steps = max(8, round(MEASURED_S * guess / c.train.batch_size / c.model.context_length))
+    steps = round(MEASURED_S * guess / c.train.batch_size / c.model.context_length)
+    steps = min(max(steps, 8), 60)
     began = time.monotonic()
     make_folder(c.out.parent)
     with TemporaryDirectory(dir=c.out.parent) as folder, redirect_stderr(StringIO()):

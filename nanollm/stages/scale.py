@@ -70,8 +70,8 @@ class Config:
 
     def __post_init__(self) -> None:
         seconds_of(self.budget)
-        if len(self.models) < MIN_SIZES or len(set(self.models)) < len(self.models):
-            raise ValueError(f"models: expected at least {MIN_SIZES} different sizes, got {' '.join(self.models)}")
+        if len(names := {Path(name).stem for name in self.models}) < max(MIN_SIZES, len(self.models)):
+            raise ValueError(f"models: expected at least {MIN_SIZES} different names, got {' '.join(sorted(names))}")
 
 
 def run(c: Config) -> Path:
@@ -123,25 +123,23 @@ def planned(c: Config, text: int) -> Iterator[dict[str, Any]]:
     began, seconds = time.monotonic(), seconds_of(c.budget)
     vocab_size, machine = Tokenizer.load(c.tokenizer_path).vocab_size, plan.this_machine()
     timed: list[tuple[str, ModelConfig, float, float]] = []
+    least, left = 0.0, 0.0  # seconds that a size needs, and that are left for all
     for name in c.models:
         preset, changes = SIZES.get(name, (name, {}))
         more = {"vocab_size": vocab_size, "context_length": c.context_length}
         m = ModelConfig(**load_preset("model", preset) | changes | more)
         say(f"measuring how fast {name} trains here")
         trial = plan.recipe(m, machine, plan.good_batch_size(m, LONGEST), LONGEST)
-        rate, rest_s = pretrain.measure(config_of(c, name, m, trial), plan.tokens_per_s(m, machine) or 0.0)
-        rest_s *= len(PARTS)
-        least = (LONGEST * sum(PARTS) / rate + rest_s) * max(MIN_SIZES, len(timed) + 1)
+        rate, rest_s = pretrain.measure(config_of(c, "trial", m, trial), plan.tokens_per_s(m, machine) or 0.0)
+        least = max(least, LONGEST * sum(PARTS) / rate + len(PARTS) * rest_s)
         left = 0.95 * seconds - (time.monotonic() - began)
-        if least > left and len(timed) < MIN_SIZES:
-            needed = math.ceil((least + time.monotonic() - began) / 0.95 / 60)
-            raise ValueError(
-                f"--budget {c.budget} is too small for {MIN_SIZES} sizes: with {name} they take {needed}m here"
-            )
-        if least > left:
-            say(f"{name} and what is larger is left out: {len(timed) + 1} sizes would take {duration(least)}")
+        if len(timed) >= MIN_SIZES and least * (len(timed) + 1) > left:
+            say(f"{name} is left out, and what is larger: {len(timed) + 1} sizes take {duration(least)} each")
             break
-        timed.append((name, m, rate, rest_s))
+        timed.append((name, m, rate, len(PARTS) * rest_s))
+        if len(timed) == MIN_SIZES and least * MIN_SIZES > left:
+            needed = math.ceil((least * MIN_SIZES + time.monotonic() - began) / 0.95 / 60)
+            raise ValueError(f"--budget {c.budget} is too small: {MIN_SIZES} sizes take {needed}m here")
     for name, m, rate, rest_s in timed:
         longest = min(rate * (left / len(timed) - rest_s) / sum(PARTS), MAX_EPOCHS * text)
         say(f"{name}: {rate:,.0f} tokens/s, up to {longest:,.0f} tokens ({longest / text:.2f} epochs of the text)")
@@ -150,7 +148,7 @@ def planned(c: Config, text: int) -> Iterator[dict[str, Any]]:
             options = plan.recipe(m, machine, plan.good_batch_size(m, tokens), tokens)
             tokens = options["train.steps"] * options["train.batch_size"] * m.context_length
             yield {
-                "name": f"{name}-{tokens}",
+                "name": f"{Path(name).stem}-{tokens}",
                 "parameters": m.multiplied_parameters,
                 "tokens": tokens,
                 "seen": seen(tokens, text),
@@ -179,9 +177,7 @@ def conclude(c: Config, ladder: dict[str, Any]) -> None:
     try:
         law = known.law
         ladder["law"] = law.best()
-        say(
-            "bits per byte = {E:.3f} + {A:.4g} / N^{alpha:.2f} + {B:.4g} / D^{beta:.2f}".format(**law.best())
-        )
+        say("bits per byte = {E:.3f} + {A:.4g} / N^{alpha:.2f} + {B:.4g} / D^{beta:.2f}".format(**law.best()))
     except ValueError as reason:
         ladder["law"] = {"unknown": str(reason)}
         say(f"no law: {reason}")
