@@ -18,9 +18,10 @@ from tests.stages.conftest import MODEL, interrupted
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch):
+def pace(monkeypatch):
+    """So many tokens per second are measured, however busy the machine is."""
     monkeypatch.setattr(scale, "LONGEST", 3_000)
-    monkeypatch.setattr(pretrain, "MEASURED_S", 0.05)
+    monkeypatch.setattr(pretrain, "measure", lambda c, guess: (400.0, 0.1))
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def sizes(tmp_path_factory):
 @pytest.fixture
 def ladder(token_files, tokenizer_path, sizes, tmp_path):
     def make(**options) -> scale.Config:
-        given = {"budget": "30s", "models": [str(size) for size in sizes], "context_length": 32, "out": tmp_path / "l"}
+        given = {"budget": "2m", "models": [str(size) for size in sizes], "context_length": 32, "out": tmp_path / "l"}
         return scale.Config(data=token_files, tokenizer_path=tokenizer_path, **given | options)
 
     return make
@@ -44,7 +45,7 @@ def ladder(token_files, tokenizer_path, sizes, tmp_path):
 @pytest.mark.long
 def test_a_ladder_resumes_without_repeating_a_run_and_says_what_it_found(ladder, monkeypatch, capsys):
     c = ladder()
-    with interrupted(monkeypatch, pretrain, "run", after=3 + 4):  # three are measured
+    with interrupted(monkeypatch, pretrain, "run", after=4):
         scale.run(c)
     with pytest.raises(ValueError, match="5 of its 9 runs are missing; nanollm scale goes on with them"):
         Ladder.read(c.out / "scale.json").predict(MODEL, 1e6)
@@ -65,10 +66,12 @@ def test_a_ladder_resumes_without_repeating_a_run_and_says_what_it_found(ladder,
         scale.run(dataclasses.replace(c, seed=1))
 
 
-@pytest.mark.long
-def test_a_budget_too_small_for_three_sizes_says_the_least(ladder):
-    with pytest.raises(ValueError, match=r"--budget 2s is too small: 3 sizes take \d+m here"):
-        scale.run(ladder(budget="2s"))
+def test_a_budget_too_small_for_three_sizes_says_the_least_and_one_too_small_for_all_leaves_sizes_out(ladder, capsys):
+    with pytest.raises(ValueError, match="--budget 20s is too small: 3 sizes take 1m here"):
+        scale.run(ladder(budget="20s"))
+    runs = list(scale.planned(ladder(budget="1m", models=[*scale.SIZES]), 10**6))
+    assert len({one["parameters"] for one in runs}) == len(runs) / 3 == 5
+    assert "nano-20m is left out" in capsys.readouterr().err
 
 
 def test_a_text_too_small_for_a_ladder_is_refused_before_anything_is_trained(ladder, monkeypatch):
@@ -133,11 +136,11 @@ def model_words(tmp_path) -> list[str]:
 def test_a_budget_chooses_what_is_not_given_says_what_to_expect_and_the_same_command_resumes(
     token_files, tokenizer_path, tmp_path, capsys
 ):
-    given = ["--budget", "20s", *model_words(tmp_path), "--optim.lr", "0.005", "--train.batch_size", "6"]
+    given = ["--budget", "5m", *model_words(tmp_path), "--optim.lr", "0.005", "--train.batch_size", "6"]
     command = words(token_files, tokenizer_path, tmp_path / "run", *given)
     assert cli.main(command) == 0
     said = capsys.readouterr().err
-    assert "61,664 parameters" not in said and "parameters train here" in said
+    assert "measuring how fast 83,936 parameters train here" in said
     assert "loss to expect: unknown without --scale" in said
     settings = read_mapping(tmp_path / "run" / "config.yaml")
     assert (settings["start"], settings["optim"]["lr"], settings["train"]["batch_size"]) == ("fast", 0.005, 6)
@@ -147,7 +150,15 @@ def test_a_budget_chooses_what_is_not_given_says_what_to_expect_and_the_same_com
     assert cli.main(command) == 0
     assert "was begun before: what was chosen then holds" in capsys.readouterr().err
     assert read_mapping(tmp_path / "run" / "config.yaml") == settings
-    assert [file.name for file in tmp_path.iterdir() if file.name.startswith("tmp")] == []
+
+
+def test_measuring_tells_tokens_per_second_and_leaves_nothing(run_config, tmp_path, monkeypatch):
+    monkeypatch.undo()
+    c = run_config()
+    before = sorted(tmp_path.iterdir())
+    rate, rest_s = pretrain.measure(c, 1.0)
+    assert 0 < rate < 1e6 and rest_s > 0
+    assert sorted(tmp_path.iterdir()) == before
 
 
 @pytest.mark.parametrize(
@@ -160,10 +171,7 @@ def test_a_budget_chooses_what_is_not_given_says_what_to_expect_and_the_same_com
         (["--scale", "nowhere.json"], "--train.steps"),
     ],
 )
-def test_a_budget_that_cannot_be_kept_is_refused_in_one_line(
-    more, said, token_files, tokenizer_path, tmp_path, capsys, monkeypatch
-):
-    monkeypatch.setattr(pretrain, "measure", lambda c, guess: (1000.0, 0.1))
+def test_a_budget_that_cannot_be_kept_is_refused_in_one_line(more, said, token_files, tokenizer_path, tmp_path, capsys):
     assert cli.main(words(token_files, tokenizer_path, tmp_path / "run", *model_words(tmp_path), *more)) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
