@@ -30,7 +30,7 @@ from nanollm.train.metrics import read_metrics
 from nanollm.train.scaling import LEVEL, MAX_EPOCHS, MIN_SIZES, Ladder, Law, seconds_of, seen
 
 SIZES: dict[str, tuple[str, dict[str, int]]] = {
-    "nano-0.5m": (
+    "nano-500k": (
         "nano-1m",
         {"d_model": 64, "n_heads": 2, "q_lora_rank": 16, "kv_lora_rank": 32, "d_ff": 128, "d_expert": 64},
     ),
