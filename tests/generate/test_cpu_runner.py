@@ -264,7 +264,7 @@ def test_what_the_library_cannot_do_runs_on_the_model_and_is_said(capsys):
         open_runner(odd, 1, 8, 8, kernels="native")
     with pytest.raises(ValueError, match="quantize int8 needs kernels native, got torch"):
         open_runner(half, 1, 8, 8, quantize="int8", kernels="torch")
-    odd = "and d_model is 40, q_lora_rank is 28, d_ff is 73, d_expert is 24, n_heads x v_head_dim is 48; int8 takes any"
+    odd = "but d_model is 40, q_lora_rank is 28, d_ff is 73, d_expert is 24, n_heads x v_head_dim is 48; int8 takes any"
     with pytest.raises(ValueError, match=f"int4 needs widths that 32 divides, {odd}"):
         open_runner(Transformer(dataclasses.replace(TINY, d_ff=73)), 1, 8, 8, quantize="int4")
 

@@ -475,7 +475,7 @@ def test_a_fault_of_a_route_is_a_500_and_in_the_log(serve, capsys, monkeypatch):
 def test_a_server_that_stops_tells_those_whose_replies_it_cannot_finish(serve, monkeypatch):
     monkeypatch.setattr("nanollm.serve.server.GRACE_S", 0.3)
     with serve() as running, httpx.Client(base_url=running.url, timeout=30) as client:
-        slow = slowed(running, 0.1)
+        slow = slowed(running, 0.3)
         with client.stream("POST", "/v1/chat/completions", json=body(stream=True, **LONG)) as stream:
             lines = stream.iter_lines()
             next(lines)

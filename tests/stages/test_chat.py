@@ -67,7 +67,7 @@ def test_the_lines_of_a_pipe_are_one_conversation(piped, bundle):
         (b"word " * 100, [], "the model's context is 32 and a reply needs at least one; shorten the prompt"),
         (b"\xff\n", [], "line 1 of stdin is not UTF-8; convert it"),
         (b"Who?", ["--dtype", "float16", "--quantize", "int8"], "quantize int8 and kernels native need"),
-        (b"Who?", ["--quantize", "int4"], "int4 needs widths that 32 divides, and"),
+        (b"Who?", ["--quantize", "int4"], "int4 needs widths that 32 divides, but"),
     ],
 )
 def test_a_mistake_in_a_pipe_is_one_line_and_exit_code_2(piped, stdin, words, message):
