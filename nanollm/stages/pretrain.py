@@ -72,8 +72,8 @@ class Config(RunConfig):
     """Time to train in on this machine, such as 10m or 1h30m, which is measured first: chooses the preset, the batch,
     the steps and what goes with them, as far as they are not given."""
     scale: Path | None = None
-    """With --budget: a ladder on the same text, the scale.json of nanollm scale, to choose the preset by and to say
-    which loss to expect; null: the smallest preset that sees at most 20 tokens per parameter."""
+    """A ladder on the same text, the scale.json of nanollm scale: says which loss to expect, and chooses --budget's
+    preset; null: the smallest preset that sees at most 20 tokens per parameter."""
     anneal: dict[float, dict[str, float]] = field(default_factory=dict)
     """Other mixtures from a fraction of the run on, {fraction: {folder: weight, ...}, ...}: {0.8: {data/books: 1}}
     reads books alone in the last fifth."""
@@ -181,10 +181,9 @@ def within(budget: str, given: Mapping[str, Any], parse: Callable[[Mapping[str, 
         least = (MIN_STEPS * per_step / rate + spent) / 0.95
         raise ValueError(f"--budget {budget} is too small: {MIN_STEPS} steps take {math.ceil(least)}s here")
     tokens = t.steps * per_step
-    expected = planning.told(planning.loss_facts(ladder, m, tokens)) if ladder else "unknown without --scale"
     say(
         f"{budget}: {m.total_parameters:,} parameters, {t.steps:,} steps of {t.batch_size} x {m.context_length} = "
-        f"{tokens:,} tokens ({tokens / text:.2f} epochs) at {rate:,.0f} tokens/s; loss to expect: {expected}"
+        f"{tokens:,} tokens ({tokens / text:.2f} epochs) at {rate:,.0f} tokens/s"
     )
     return chosen
 
@@ -285,9 +284,12 @@ def mixture_of(c: Config) -> Mixture:
 
 
 def describe(c: Config, splits: Splits) -> list[str]:
-    """What will be seen of each folder."""
+    """What will be seen of each folder, and which loss to expect."""
     rows = c.train.steps * c.train.batch_size
     lines = []
+    if c.scale:
+        expected = planning.loss_facts(Ladder.read(c.scale), c.model, rows * c.model.context_length)
+        lines.append(f"loss to expect: {planning.told(expected)}")
     for (folder, split), drawn in zip(splits.items(), mixture_of(c).drawn(rows).tolist(), strict=True):
         line = f"{folder}: {drawn / rows:.1%} of the rows seen, {drawn / len(split):.2f} epochs of its {len(split):,}"
         lines.append(line + (f", which are {split.fill:.1%} full" if split.is_packed else ""))
