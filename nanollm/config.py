@@ -180,7 +180,7 @@ def parse_options(verb: str, stage: types.ModuleType, words: Sequence[str]) -> t
     chosen = {}
     if hasattr(stage, "within") and SWITCHES["help"] not in switches:
         budget = [layer.pop("budget") for layer in (above, below) if "budget" in layer]
-        if budget and budget[0] != "null":
+        if budget and budget[0] not in (None, "null"):
             chosen = stage.within(budget[0], below | above, lambda given: parse(given)[0])
     return parse(chosen, *switches)
 
