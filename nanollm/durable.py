@@ -63,9 +63,9 @@ def write_json(path: Path, value: object) -> None:
     write_file(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
-def read_json(path: Path, advice: str = "copy it again", most_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
+def read_json(path: Path, advice: str = "copy it again") -> dict[str, Any]:
     """The object in a JSON file; ValueError for anything else. advice: what to do about that."""
-    return _parse(path, _read(path, most_bytes), advice)
+    return _parse(path, _read(path, MAX_JSON_BYTES), advice)
 
 
 def write_sealed_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -179,14 +179,14 @@ def check_writable(folder: Path, option: str) -> None:
 
 
 @contextmanager
-def lock_folder(folder: Path, *, wait: bool = False) -> Iterator[None]:
+def lock_folder(folder: Path) -> Iterator[None]:
     """Keep other processes out of a folder while the block runs; the lock dies with this process.
 
-    With `wait` this process waits for its turn, otherwise a locked folder is a ValueError.
+    ValueError where another one holds it.
     """
     make_folder(folder)
     # Not the file's mere existence instead of a lock, where those are missing: it would outlive this process.
-    lock = FileLock(folder / ".lock", timeout=-1 if wait else 0, poll_interval=0.1, fallback_to_soft=False)
+    lock = FileLock(folder / ".lock", timeout=0, fallback_to_soft=False)
     try:
         lock.acquire()
     except Timeout:

@@ -55,7 +55,7 @@ class Progress:
     def __enter__(self) -> Self:
         self._started = self._spoken = time.monotonic()
         self._marks.append((self._started, self._already))
-        if not _quiet and _live is None and _is_terminal():
+        if not _quiet and _live is None and sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
             self._open_bar()
         return self
 
@@ -83,9 +83,11 @@ class Progress:
     def _status_since(self, moment: float, done: int) -> str:
         elapsed = time.monotonic() - moment
         rate = (self.done - done) / elapsed if elapsed >= 1 else 0.0  # before that it would be noise
-        parts = [self._count()]
+        of = "" if self.total is None else f" of {self.total:,}"
+        parts = [f"{self.done:,}{of} {self.unit}".rstrip()]
         if rate > 0:
-            parts.append(f"{_number(rate)} {self.unit}/s".replace(" /s", "/s"))
+            number = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2f}"
+            parts.append(f"{number} {self.unit}/s".replace(" /s", "/s"))
         if rate > 0 and self.total is not None and self.done < self.total:
             parts.append(f"{duration((self.total - self.done) / rate)} left")
         return ", ".join([*parts, self._note] if self._note else parts)
@@ -104,10 +106,6 @@ class Progress:
             self._marks.append((now, self.done))
         while len(self._marks) > 1 and now - self._marks[1][0] >= RECENT_S:
             self._marks.popleft()
-
-    def _count(self) -> str:
-        of = "" if self.total is None else f" of {self.total:,}"
-        return f"{self.done:,}{of} {self.unit}".rstrip()
 
     def _show(self) -> None:
         if self._bar is not None:
@@ -151,11 +149,3 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600:,} h {whole % 3600 // 60:02d} min"
-
-
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 10 else f"{value:.2f}"
-
-
-def _is_terminal() -> bool:
-    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"

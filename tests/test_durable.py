@@ -69,6 +69,6 @@ def test_a_file_system_without_locks_is_named_and_not_taken_for_a_busy_folder(tm
     monkeypatch.setattr(fcntl, "flock", flock)
     with (
         pytest.raises(OSError, match=r"this file system cannot lock files \(No locks available\)"),
-        lock_folder(tmp_path, wait=True),
+        lock_folder(tmp_path),
     ):
         pass

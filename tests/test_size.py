@@ -15,14 +15,14 @@ from nanollm.config import SWITCHES, kinds_of
 from tests.test_floor_plan import PACKAGE, Imports, read_imports
 
 LIMITS = {
-    "package, lines of Python": 26_250,
+    "package, lines of Python": 26_150,
     "package, files": 149,
     "options of all verbs": 464,
     "modules behind pretrain": 52,
     "modules behind rl.grpo": 51,
     "modules behind serve": 34,
 }
-"""What was reached, plus 3 %."""
+"""What was reached, rounded up."""
 
 
 def python_files(folder: Path) -> list[Path]:

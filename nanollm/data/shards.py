@@ -218,12 +218,11 @@ class Shards:
             paths = [file.with_suffix(end) for end in (".npy", ".offsets.npy", ".flags.npy")[: 2 + self.has_flags]]
             stamps = {path.name: _stamp(path) for path in paths}  # before they are read
             how = "size" if stamps.items() <= known.items() else verify
-            tokens = _map(file, "<u2", shard["tokens"], shard, how)
-            offsets = _map(file.with_suffix(".offsets.npy"), "<i8", shard["documents"], shard, how)
+            form = ("<u2", shard["tokens"]), ("<i8", shard["documents"]), ("|u1", shard["tokens"])
+            tokens, offsets, *flags = (_map(path, *each, shard, how) for path, each in zip(paths, form, strict=False))
             self._tokens.append(tokens)
             self._offsets.append(offsets)
-            if self.has_flags:
-                self._flags.append(_map(file.with_suffix(".flags.npy"), "|u1", shard["tokens"], shard, how))
+            self._flags += flags
             if how == "size":
                 continue
             if (largest := int(tokens.max())) >= self.vocab_size:

@@ -29,23 +29,21 @@ def is_prepared(path: Path) -> bool:
     return (path / MANIFEST).exists() or (path / PROGRESS).exists()
 
 
-def check(path: Path, tokenizer: Tokenizer, split: str = "train") -> None:
+def check(path: Path, tokenizer: Tokenizer) -> None:
     """Raise, before anything long begins, what reading these documents would raise."""
     if is_prepared(path):
-        Shards.open(path, split, tokenizer_fingerprint=tokenizer.fingerprint, verify="size")  # `read` reads every byte
+        Shards.open(path, tokenizer_fingerprint=tokenizer.fingerprint, verify="size")  # `read` reads every byte
     else:
         find_files([path])
 
 
-def read(
-    path: Path, text_column: str, tokenizer: Tokenizer, on_bad: OnBad, split: str = "train"
-) -> Iterator[tuple[str, str]]:
-    """(where it stands, its text) of each document of a file, a folder of files, or a split of a prepared folder.
+def read(path: Path, text_column: str, tokenizer: Tokenizer, on_bad: OnBad) -> Iterator[tuple[str, str]]:
+    """(where it stands, its text) of each document of a file, a folder of files, or the split train of a prepared one.
 
     A prepared folder must have been written with this tokenizer.
     """
     if is_prepared(path):
-        yield from _read_prepared(path, tokenizer, split)
+        yield from _read_prepared(path, tokenizer)
         return
     for file in find_files([path]):
         for number, text in enumerate(read_texts([file], text_column, on_bad), start=1):
@@ -63,8 +61,8 @@ def read_all(path: Path, text_column: str, tokenizer: Tokenizer) -> Iterator[tup
         say(f"{path}: {len(bad):,} bad records were left out, the first: {bad[0]}")
 
 
-def _read_prepared(folder: Path, tokenizer: Tokenizer, split: str) -> Iterator[tuple[str, str]]:
-    shards = Shards.open(folder, split, tokenizer_fingerprint=tokenizer.fingerprint)
+def _read_prepared(folder: Path, tokenizer: Tokenizer) -> Iterator[tuple[str, str]]:
+    shards = Shards.open(folder, tokenizer_fingerprint=tokenizer.fingerprint)
     starts = [*shards.document_offsets().tolist(), shards.tokens_total]
     is_mark = tokenizer.token_bytes == 0
     for number, (start, end) in enumerate(pairwise(starts), start=1):
@@ -72,7 +70,7 @@ def _read_prepared(folder: Path, tokenizer: Tokenizer, split: str) -> Iterator[t
         # A mark stands between two messages and has no text: without a border their words would run together.
         messages = np.split(ids, np.flatnonzero(is_mark[ids]))
         text = "\n".join(filter(None, (tokenizer.decode(message.tolist()) for message in messages)))
-        yield f"{folder}, {split} document {number:,}", text
+        yield f"{folder}, train document {number:,}", text
 
 
 def bits_of_texts(bundle: Bundle, texts: Iterable[str]) -> Documents:

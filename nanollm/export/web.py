@@ -64,24 +64,7 @@ OWN = ("data:", "blob:")  # addresses of what a page made itself
 ROUNDED = 0.1
 """How far apart logits may be where each engine rounds what it computes with, in its own order."""
 Reply = tuple[list[tuple[int, float]], str]  # id and log-probability of each token, and why there are no more
-ASK = """async ([content, count]) => {
-    const { readModel, streamReply } = await import("./page/server.js");
-    await readModel();
-    const messages = [{ role: "user", content }];
-    const asked = { messages, max_tokens: count, temperature: 0, logprobs: true, top_logprobs: 1 };
-    const tokens = [];
-    let finish = null;
-    try {
-        for await (const { chunk } of streamReply(asked)) {
-            tokens.push(...(chunk.choices[0]?.logprobs?.content ?? []).map(({ id, logprob }) => [id, logprob]));
-            finish = chunk.choices[0]?.finish_reason ?? finish;
-        }
-    } catch (error) {
-        if (!error.title) throw error;
-        finish = `${error.title} ${error.advice}`;
-    }
-    return [tokens, finish];
-}"""
+ASK = Path(__file__).with_name("ask_tab.js")
 
 
 def check_size(size: float, what: str) -> None:
@@ -215,7 +198,7 @@ def compare_in_browser(model: Path, bundle: Bundle, dtype: str, prompts: int) ->
         page.on("pageerror", lambda it: complaints.append(str(it)))
         page.goto(address)
         for text, _ in fitting:
-            found.append(page.evaluate(ASK, [text, count]))
+            found.append(page.evaluate(ASK.read_text("utf-8"), [text, count]))
             bar.advance()
     yield Check("requests to elsewhere", "none", ", ".join(elsewhere) or "none", not elsewhere)
     yield Check("complaints of the browser", "none", "; ".join(complaints) or "none", not complaints)

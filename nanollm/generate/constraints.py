@@ -19,7 +19,7 @@ from multiprocessing.context import SpawnProcess
 from typing import Any
 
 from nanollm.extras import require
-from nanollm.text.chat import ToolChoice, reply_ends
+from nanollm.text.chat import Calls, reply_ends
 from nanollm.text.tokenizer import CALL, Tokenizer
 
 MAX_SIZE = 2**17
@@ -66,24 +66,17 @@ def choice_rule(choices: Sequence[str]) -> str:
     return " | ".join(map(json.dumps, choices))
 
 
-def reply_grammar(
-    reply: str,
-    tokenizer: Tokenizer,
-    functions: Sequence[Mapping[str, Any]] = (),
-    choice: ToolChoice = None,
-    *,
-    is_parallel: bool = True,
-) -> str:
-    """A reply by its rule, or calls of functions (of OpenAI's form); free text may come before calls.
+def reply_grammar(reply: str, tokenizer: Tokenizer, calls: Calls) -> str:
+    """A reply by its rule, or calls of functions; free text may come before calls.
 
     Only where a call is certain, or a function is `strict`, is a schema refused that cannot be followed altogether.
     """
+    functions, is_required, is_parallel = calls
     if not functions:
         return f"start: {reply}"
-    is_required, is_parallel = choice not in (None, "auto"), is_parallel and not isinstance(choice, Mapping)
     number = {(True, True): "+", (True, False): "", (False, True): "*", (False, False): "?"}[is_required, is_parallel]
-    calls = f"(<[{tokenizer.mark_id(CALL)}]> call){number}"
-    start = calls if is_required else f"reply {calls}" if reply == TEXT else f"reply | {calls}"
+    called = f"(<[{tokenizer.mark_id(CALL)}]> call){number}"
+    start = called if is_required else f"reply {called}" if reply == TEXT else f"reply | {called}"
     names = [f"call{place}" for place in range(len(functions))]
     lines = [f"start: {start}", f"reply: {reply}"[: None if "reply" in start else 0], f"call: {' | '.join(names)}"]
     for rule, function in zip(names, functions, strict=True):

@@ -17,10 +17,10 @@ from nanollm.generate.request import Completion, Quantize, Request
 from nanollm.generate.sampling import SamplingConfig
 from nanollm.generate.tools import tool_caller, with_tools
 from nanollm.text.chat import (
+    Calls,
     Conversation,
     Message,
     ToolChoice,
-    callable_functions,
     encode_prompt,
     function_text,
     reply_borders,
@@ -32,6 +32,7 @@ from nanollm.world import DeviceName, DtypeName, World
 
 Schema = Mapping[str, Any]
 """A JSON schema."""
+NO_CALLS = Calls()
 Messages = Sequence[Mapping[str, Any]]
 """A conversation as the server takes it: [{"role": "user", "content": "..."}, ...]."""
 
@@ -86,10 +87,11 @@ class LanguageModel:
         is_one = isinstance(messages, str) or isinstance(messages[0], Mapping)
         asked: Any = [messages] if is_one else messages
         c = GenerateConfig(**settings)
-        calls: Any = {"tools": tools, "choice": tool_choice, "is_parallel": parallel_tool_calls}
+        told = [*map(function_text, tools)]
+        calls = Calls.of(tools, tool_choice, is_parallel=parallel_tool_calls)
         replies = [
-            message_of(each.ids, self.tokenizer, c.stop, has_calls=tool_choice != "none") if tools else text
-            for text, each in self.complete(asked, c, schema, is_chat=True, **calls)
+            message_of(each.ids, self.tokenizer, c.stop, has_calls=bool(calls.functions)) if tools else text
+            for text, each in self.complete(asked, c, schema, is_chat=True, calls=calls, told=told)
         ]
         return replies[0] if is_one else replies
 
@@ -143,17 +145,14 @@ class LanguageModel:
         schema: Schema | None = None,
         *,
         is_chat: bool,
-        tools: Sequence[Mapping[str, Any]] = (),
-        choice: ToolChoice = None,
-        is_parallel: bool = True,
+        calls: Calls = NO_CALLS,
+        told: Sequence[str] = (),
     ) -> list[tuple[str, Completion]]:
-        """Text and completion of each, in one batch."""
-        told = [*map(function_text, tools)]
-        functions = callable_functions(tools, choice)
-        constraint = self._constraint(schema, functions, choice, is_parallel)
+        """Text and completion of each, in one batch. told: of functions, where some may be called."""
+        constraint = self._constraint(schema, calls)
         completions = generate(
             self.bundle.model,
-            [self._encode(each, is_chat, told if functions else ()) for each in asked],
+            [self._encode(each, is_chat, told if calls.functions else ()) for each in asked],
             c,
             max_tokens=c.max_tokens,
             stop_token_ids=self._ends(is_chat),
@@ -163,25 +162,18 @@ class LanguageModel:
             constraint=None if constraint is None else constraint.copy,
             quantize=self.quantize,
         )
-        return [(text_of(each.ids, self.tokenizer, c.stop), each) for each in completions]
+        return [(TextStream(self.tokenizer, c.stop).read(each.ids), each) for each in completions]
 
     @cached_property
     def _compiler(self) -> Compiler:
         return Compiler(self.tokenizer)
 
-    def _constraint(
-        self,
-        schema: Schema | None,
-        functions: Sequence[Mapping[str, Any]] = (),
-        choice: ToolChoice = None,
-        is_parallel: bool = True,
-    ) -> Constraint | None:
-        if schema is None and not functions:
+    def _constraint(self, schema: Schema | None, calls: Calls = NO_CALLS) -> Constraint | None:
+        if schema is None and not calls.functions:
             return None
         rule = TEXT if schema is None else json_rule(schema)
         try:
-            grammar = reply_grammar(rule, self.tokenizer, functions, choice, is_parallel=is_parallel)
-            return self._compiler.compile(grammar)
+            return self._compiler.compile(reply_grammar(rule, self.tokenizer, calls))
         except ValueError as error:
             raise ValueError(f"{'schema' if schema is not None else 'tools'}: {error}") from None
 
@@ -216,8 +208,7 @@ def load(
 
 def message_of(ids: Sequence[int], tokenizer: Tokenizer, stops: Sequence[str], *, has_calls: bool) -> dict[str, Any]:
     """The same text as a message in OpenAI's form, with its calls; the last may be cut in its arguments."""
-    stream = TextStream(tokenizer, stops)
-    text = "".join(map(stream.push, ids)) + stream.close()
+    text = (stream := TextStream(tokenizer, stops)).read(ids)
     call_id = tokenizer.mark_id(CALL) if has_calls else None
     marks = [begin for token, begin in zip(ids, stream.begins, strict=False) if token == call_id]
     content, *calls = [text[begin:end] for begin, end in pairwise([0, *marks, len(text)])]
@@ -227,9 +218,3 @@ def message_of(ids: Sequence[int], tokenizer: Tokenizer, stops: Sequence[str], *
         if space
     ]
     return {"role": "assistant", "content": content or (None if made else ""), "tool_calls": made}
-
-
-def text_of(ids: Sequence[int], tokenizer: Tokenizer, stops: Sequence[str]) -> str:
-    """The text of the ids, up to the first stop text in it."""
-    stream = TextStream(tokenizer, stops)
-    return "".join(map(stream.push, ids)) + stream.close()

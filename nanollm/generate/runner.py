@@ -3,6 +3,7 @@
 The engine says which tokens to read. On CPUs decoding.cpp runs them, elsewhere the model itself.
 """
 
+import weakref
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
@@ -126,7 +127,7 @@ class TorchRunner:
         """The output after the wanted tokens of each chunk; those of like lengths are padded to the longest."""
         self._forget([chunk.row for chunk in chunks])
         outputs = dict[int, ModelOutput]()
-        for group in alike([len(chunk.ids) for chunk in chunks]):
+        for group in group_by_length([len(chunk.ids) for chunk in chunks]):
             outputs |= zip(group, self._prefill_together([chunks[index] for index in group]), strict=True)
         return [outputs[index] for index in range(len(chunks))]
 
@@ -194,7 +195,7 @@ class TorchRunner:
         decoded, lines = self._decode(columns)
         is_cuda = decoded.drawn.is_cuda
         host = torch.empty(decoded.drawn.shape, dtype=torch.int32, pin_memory=is_cuda)
-        host.copy_(decoded.drawn, non_blocking=True)
+        host.copy_(decoded.drawn, non_blocking=is_cuda)
         event = torch.cuda.Event() if is_cuda else None
         if event is not None:
             event.record()
@@ -245,7 +246,8 @@ class DecodeStep:
 
     def __init__(self, runner: TorchRunner, lines: int, in_use: int, is_whole: bool) -> None:
         """For rows that hold `in_use` tokens at most; is_whole: line i is row i."""
-        self.runner, self.in_use, self.is_whole = runner, in_use, is_whole
+        self.runner = weakref.proxy(runner)  # a cycle would keep its cache until it is looked for
+        self.in_use, self.is_whole = in_use, is_whole
         self.idle = np.zeros((5, lines), dtype=np.int32)
         self.idle[0] = runner.rows
         self.inputs = torch.from_numpy(self.idle).to(runner.newest.device, copy=True)
@@ -257,8 +259,8 @@ class DecodeStep:
         """Fill the buffers and compute; an adapter's weights are in no graph."""
         filled = self.idle.copy()
         filled[:, lines] = columns
-        host = torch.from_numpy(filled)
-        self.inputs.copy_(host.pin_memory() if self.inputs.is_cuda else host, non_blocking=True)
+        host, is_cuda = torch.from_numpy(filled), self.inputs.is_cuda
+        self.inputs.copy_(host.pin_memory() if is_cuda else host, non_blocking=is_cuda)
         self.runs += not is_adapted
         if is_adapted or self.runner.pool is None or self.runs <= CAPTURE_AFTER:
             return self.compute()
@@ -296,7 +298,7 @@ def can_capture(model: Transformer) -> bool:
     return is_able and all(layer.experts.can_group(weight) for layer in model.moe_layers())
 
 
-def alike(lengths: Sequence[int]) -> list[list[int]]:
+def group_by_length(lengths: Sequence[int]) -> list[list[int]]:
     """Numbers of chunks in groups, each of which, padded to its longest, is half as large again as it is at most: few
     passes, and a long prompt alone."""
     groups, longest, real = list[list[int]](), 0, 0

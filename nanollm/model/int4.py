@@ -36,8 +36,7 @@ def is_int4(name: str, weight: Tensor) -> bool:
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     """(..., O, I) to numbers from 0 to 15, uint8 of the same shape, and scales (..., O, G) in float16."""
     groups, scales = with_scales(weight)
-    inverse = torch.where(scales == 0, 0, 1 / scales)
-    return (groups * inverse + 8.5).floor().clamp(0, 15).to(torch.uint8).flatten(-2), scales[..., 0].half()
+    return numbers(groups, scales).to(torch.uint8).flatten(-2), scales[..., 0].half()
 
 
 def rounded(name: str, weight: Tensor) -> Tensor:
@@ -51,8 +50,7 @@ def rounded(name: str, weight: Tensor) -> Tensor:
     groups, scales = with_scales(weight)
     mantissa, exponent = torch.frexp(scales)
     scales = torch.where(scales.abs() < SMALLEST, 0, torch.ldexp((mantissa * 32).round() / 32, exponent))
-    inverse = torch.where(scales == 0, 0, 1 / scales)
-    return (((groups * inverse + 8.5).floor().clamp(0, 15) - 8) * scales).flatten(-2)
+    return ((numbers(groups, scales) - 8) * scales).flatten(-2)
 
 
 def was_trained_for_it(weights: Mapping[str, Tensor]) -> bool:
@@ -62,6 +60,11 @@ def was_trained_for_it(weights: Mapping[str, Tensor]) -> bool:
         for name, weight in weights.items()
         if is_int4(name, weight)
     )
+
+
+def numbers(groups: Tensor, scales: Tensor) -> Tensor:
+    """0 to 15, float32, of groups (..., O, G, 32) and scales (..., O, G, 1)."""
+    return (groups * torch.where(scales == 0, 0, 1 / scales) + 8.5).floor().clamp(0, 15)
 
 
 def with_scales(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from nanollm.config import check_at_least
 from nanollm.model.transformer import Transformer
 from nanollm.train.loss import token_logprobs
 
@@ -91,9 +92,7 @@ class ObjectiveConfig:
             raise ValueError(f"objective.clip_low must be below 1, got {self.clip_low}")
         if not self.cispo_max >= 1:
             raise ValueError(f"objective.cispo_max must be at least 1, got {self.cispo_max}")
-        for name in ("mini_batches", "updates"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"objective.{name} must be at least 1, got {getattr(self, name)}")
+        check_at_least(1, self, "mini_batches", "updates", prefix="objective.")
         if self.importance_cap and not self.importance_cap >= 1:
             raise ValueError(f"objective.importance_cap must be at least 1, or 0 (off), got {self.importance_cap}")
 

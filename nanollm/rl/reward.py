@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Self
 
+from nanollm.config import check_at_least
 from nanollm.rl.sandbox import Judge
 from nanollm.sources.environments import Verdict
 from nanollm.sources.gsm8k import ANSWER_MARK, Problem, extract_answer, number_of, true_share
@@ -46,8 +47,7 @@ class RewardConfig:
                 )
             if not math.isfinite(weight):
                 raise ValueError(f"reward.weights: the weight of {name} must be a number, got {weight}")
-        if self.soft_tokens < 1:
-            raise ValueError(f"reward.soft_tokens must be at least 1, got {self.soft_tokens}")
+        check_at_least(1, self, "soft_tokens", prefix="reward.")
         if not 0 < self.timeout_s <= LONGEST_S:
             raise ValueError(f"reward.timeout_s must be above 0 and at most {LONGEST_S:,}, got {self.timeout_s}")
 

@@ -15,6 +15,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from nanollm.config import check_at_least
 from nanollm.durable import make_folder, write_file
 from nanollm.generate.engine import generate
 from nanollm.generate.request import MakeTool
@@ -56,11 +57,8 @@ class RolloutConfig:
     before each step (docs/post-training.md), for models that outgrow one device."""
 
     def __post_init__(self) -> None:
-        for name in ("prompts", "group_size", "max_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"rollout.{name} must be at least 1, got {getattr(self, name)}")
-        if self.resample < 0:
-            raise ValueError(f"rollout.resample must be at least 0, got {self.resample}")
+        check_at_least(1, self, "prompts", "group_size", "max_tokens", prefix="rollout.")
+        check_at_least(0, self, "resample", prefix="rollout.")
         if not (math.isfinite(self.temperature) and self.temperature > 0):
             raise ValueError(
                 f"rollout.temperature must be above 0 (at 0 all replies to a problem are equal), got {self.temperature}"

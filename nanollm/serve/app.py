@@ -288,11 +288,11 @@ class Service:
 
     async def _constraint(self, body: ChatRequest | CompletionRequest) -> Constraint | None:
         """What the replies must look like; one after the other, because a large schema takes a core for a while."""
-        field, make_rule = next((form for form in body.forms if form[1] is not None), ("tools", None))
-        if make_rule is None and not body.calls:
+        field, make_rule = next(iter(body.forms), ("tools", None))
+        if make_rule is None and not body.calls.functions:
             return None
         try:
-            grammar = reply_grammar(make_rule() if make_rule else TEXT, self.tokenizer, **body.calls)
+            grammar = reply_grammar(make_rule() if make_rule else TEXT, self.tokenizer, body.calls)
             async with self._compiling:
                 return await asyncio.to_thread(self.examiner.compile, grammar)
         except (ValueError, RecursionError) as error:
@@ -383,7 +383,7 @@ class Service:
             for number, prompt in enumerate(prompt for prompt in prompts for _ in range(body.n or 1))
         ]
         submission = self.engine.submit(requests)
-        call_id = self.tokenizer.mark_id(CALL) if body.calls else None
+        call_id = self.tokenizer.mark_id(CALL) if body.calls.functions else None
         choices = [
             Choice(index, self.detokenizer, body.stops, call_id, request.prompt if is_echo else (), has_reply=limit > 0)
             for index, request in enumerate(requests)
@@ -419,11 +419,9 @@ def conversation_of(given: Sequence[ChatMessage], tools: Sequence[FunctionTool] 
                 raise refusal("messages", f"the message before has no call with the tool_call_id {stray[0]!r:.80}")
             members.sort(key=lambda each: ids.index(str(each.tool_call_id)))
         messages += members
-    functions = [tool.model_dump(exclude_none=True, exclude={"function": {"strict"}}) for tool in tools]
     try:
-        conversation = Conversation(
-            tuple(Message.of(message.openai) for message in messages), tuple(map(function_text, functions))
-        )
+        functions = tuple(function_text(tool.model_dump()) for tool in tools)
+        conversation = Conversation(tuple(Message.of(message.openai) for message in messages), functions)
     except ValueError as error:
         raise refusal("messages", str(error)) from error
     if conversation.messages[-1].role == "assistant":

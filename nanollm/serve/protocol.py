@@ -14,7 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from starlette.exceptions import HTTPException
 
 from nanollm.generate.constraints import OBJECT, choice_rule, json_rule, regex_rule
-from nanollm.text.chat import NAME, callable_functions
+from nanollm.text.chat import NAME, Calls
 
 Json = dict[str, Any]
 FinishReason = Literal["stop", "length", "tool_calls"]
@@ -243,32 +243,32 @@ class SamplingRequest(KnownFields):
                 raise ValueError(f"{name} expects at least 1 token, or -1 for as many as fit, got 0")
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options expects stream to be true")
-        if len(given := [field for field, form in self.forms if form is not None]) > 1:
+        if len(given := [field for field, _ in self.forms]) > 1:
             raise ValueError(f"{given[1]} and {given[0]} both say what the reply must look like; send one")
         return self
 
     @property
-    def calls(self) -> Json:
-        """What reply_grammar must know of calls; nothing where a reply may call nothing."""
-        return {}
+    def calls(self) -> Calls:
+        """What a reply may call: nothing but in a chat."""
+        return Calls()
 
     @property
-    def forms(self) -> list[tuple[str, Callable[[], str] | None]]:
-        """What may say what the reply must look like, and what makes a grammar's rule of it, if it does."""
-        wanted, more = self.response_format or ResponseFormat(type="text"), self.structured_outputs
-        more = more or StructuredOutputs.model_validate({})
-        schema = OBJECT if wanted.type == "json_object" else None
-        schema = wanted.json_schema.written if wanted.json_schema is not None else schema
-        other = OBJECT if more.json_object else more.written
-        return [
-            ("response_format", None if schema is None else partial(json_rule, schema)),
-            ("guided_json", None if self.guided_json is None else partial(json_rule, self.guided_json)),
-            ("guided_regex", None if self.guided_regex is None else partial(regex_rule, self.guided_regex)),
-            ("guided_choice", None if self.guided_choice is None else partial(choice_rule, self.guided_choice)),
-            ("structured_outputs", None if other is None else partial(json_rule, other)),
-            ("structured_outputs", None if more.regex is None else partial(regex_rule, more.regex)),
-            ("structured_outputs", None if more.choice is None else partial(choice_rule, more.choice)),
+    def forms(self) -> list[tuple[str, Callable[[], str]]]:
+        """Each field that says what the reply must look like, and what makes a grammar's rule of it."""
+        wanted = self.response_format or ResponseFormat(type="text")
+        more = self.structured_outputs or StructuredOutputs.model_validate({})
+        known: list[tuple[str, Callable[[Any], str], Any]] = [
+            ("response_format", json_rule, OBJECT if wanted.type == "json_object" else None),
+            ("response_format", json_rule, wanted.json_schema and wanted.json_schema.written),
+            ("guided_json", json_rule, self.guided_json),
+            ("guided_regex", regex_rule, self.guided_regex),
+            ("guided_choice", choice_rule, self.guided_choice),
+            ("structured_outputs.json_object", json_rule, OBJECT if more.json_object else None),
+            ("structured_outputs.json", json_rule, more.written),
+            ("structured_outputs.regex", regex_rule, more.regex),
+            ("structured_outputs.choice", choice_rule, more.choice),
         ]
+        return [(field, partial(rule, value)) for field, rule, value in known if value is not None]
 
     @property
     def token_limit(self) -> int:
@@ -406,15 +406,14 @@ class ChatRequest(SamplingRequest):
 
     @model_validator(mode="after")
     def _refuse_tools_that_are_not_there(self) -> Self:
-        assert self.calls is not None
+        _ = self.calls  # which checks them
         return self
 
     @property
-    def calls(self) -> Json:
+    def calls(self) -> Calls:
         choice = self.tool_choice.model_dump() if isinstance(self.tool_choice, NamedTool) else self.tool_choice
-        functions = callable_functions([tool.model_dump() for tool in self.tools or ()], choice)
-        is_parallel = self.parallel_tool_calls is not False
-        return {"functions": functions, "choice": choice, "is_parallel": is_parallel} if functions else {}
+        tools = [tool.model_dump() for tool in self.tools or ()]
+        return Calls.of(tools, choice, is_parallel=self.parallel_tool_calls is not False)
 
     @property
     def engine_top_logprobs(self) -> int | None:

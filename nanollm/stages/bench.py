@@ -163,7 +163,7 @@ class Config:
     tokens: int = 8
     """Tokens decoded per reply and repetition."""
     quantize: Quantize = "none"
-    """int8: weights in one byte each, with a scale per output; int4: in four bits, with a scale for every 32."""
+    """int8: one byte per weight, with a scale for each output; int4: four bits, with a scale for every 32 weights."""
     kernels: Kernels = "auto"
     """native: the compiled forward pass for CPUs; torch: the model's own operations."""
     json: bool = False

@@ -47,7 +47,7 @@ class Config(ChatConfig):
     """Tools that the model may call while it replies, such as calculator. null: those the model was trained with; none:
     no tools."""
     quantize: Quantize = "none"
-    """int8: weights in one byte each, with a scale per output; int4: in four bits, with a scale for every 32."""
+    """int8: one byte per weight, with a scale for each output; int4: four bits, with a scale for every 32 weights."""
     device: DeviceName = "auto"
     """Where to compute."""
     dtype: DtypeName = "auto"

@@ -45,7 +45,7 @@ class Config:
     """Tools that the model may call while it replies, such as calculator. null: those the model was trained with; none:
     no tools."""
     quantize: Quantize = "none"
-    """int8: weights in one byte each, with a scale per output; int4: in four bits, with a scale for every 32."""
+    """int8: one byte per weight, with a scale for each output; int4: four bits, with a scale for every 32 weights."""
     max_running: int = 16
     """Maximum number of replies generated at once; 64 more may wait."""
     deadline_s: float = 300.0

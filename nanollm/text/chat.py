@@ -12,12 +12,13 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, Self, get_args
 
 import numpy as np
 import numpy.typing as npt
 
-from nanollm.text.tokenizer import ASSISTANT, CALL, END, MARKS, SYSTEM, TOOL, USER, Tokenizer
+from nanollm.text.tokenizer import ASSISTANT, CALL, END, SYSTEM, TOOL, USER, Tokenizer
 
 Ids = npt.NDArray[np.integer]
 Trained = npt.NDArray[np.bool_]
@@ -98,24 +99,32 @@ ToolChoice = Literal["none", "auto", "required"] | Mapping[str, Any] | None
 """OpenAI's; {"type": "function", "function": {"name": ...}}: this one. None: auto."""
 
 
-def callable_functions(tools: Sequence[Mapping[str, Any]], choice: ToolChoice) -> list[Mapping[str, Any]]:
-    """The functions of these tools that a reply may call. ValueError where tools and choice do not fit."""
-    functions = {tool["function"]["name"]: tool["function"] for tool in tools}
-    names = [tool["function"]["name"] for tool in tools]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise ValueError(f"tools has the name {twice} twice")
-    for name, function in functions.items():
-        if (function.get("parameters") or {}).get("type", "object") != "object":
-            raise ValueError(f"tools: the parameters of {name} must describe an object")
-    if isinstance(choice, Mapping):
-        if (name := (choice.get("function") or {}).get("name")) not in functions:
-            raise ValueError(f"tool_choice names {name!r:.100}, tools has {', '.join(names) or 'none'}")
-        return [functions[name]]
-    if choice not in (None, "none", "auto", "required"):
-        raise ValueError(f"tool_choice must be none, auto, required or name a function, got {choice!r:.100}")
-    if choice == "required" and not names:
-        raise ValueError("tool_choice required expects tools, got none")
-    return [] if choice == "none" else [*functions.values()]
+class Calls(NamedTuple):
+    """What a reply may call."""
+
+    functions: Sequence[Mapping[str, Any]] = ()  # in OpenAI's form
+    is_required: bool = False
+    is_parallel: bool = True  # whether it may call several
+
+    @classmethod
+    def of(cls, tools: Sequence[Mapping[str, Any]], choice: ToolChoice, *, is_parallel: bool) -> Self:
+        """As OpenAI says it; tools as `function_text` takes them. ValueError where tools and choice do not fit."""
+        names = [tool["function"]["name"] for tool in tools]
+        functions = {name: tool["function"] for name, tool in zip(names, tools, strict=True)}
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"tools has the name {twice} twice")
+        for name, function in functions.items():
+            if (function.get("parameters") or {}).get("type", "object") != "object":
+                raise ValueError(f"tools: the parameters of {name} must describe an object")
+        if isinstance(choice, Mapping):
+            if (name := (choice.get("function") or {}).get("name")) not in functions:
+                raise ValueError(f"tool_choice names {name!r:.100}, tools has {', '.join(names) or 'none'}")
+            return cls([functions[name]], is_required=True, is_parallel=False)
+        if choice not in (None, "none", "auto", "required"):
+            raise ValueError(f"tool_choice must be none, auto, required or name a function, got {choice!r:.100}")
+        if choice == "required" and not names:
+            raise ValueError("tool_choice required expects tools, got none")
+        return cls() if choice == "none" else cls([*functions.values()], choice == "required", is_parallel)
 
 
 @dataclass(frozen=True)
@@ -359,72 +368,15 @@ def _rooms(lengths: Ids, excess: int) -> list[int]:
     return rooms
 
 
-# What transformers and the engines that read its templates render: tokenised with the marks recognised, the text gives
-# the ids of encode_conversation and encode_prompt. Those can hold a message that spells a mark, because each content is
-# encoded by itself; a template is one text and cannot, so it refuses such a message. There is no {% generation %}
-# around the assistant's words: only transformers knows that tag, and plain jinja2 stops at it.
-_TEMPLATE = r"""
-{%- set marks = MARKS -%}
-{%- set first = 1 if messages and messages[0]['role'] == 'system' else 0 -%}
-{%- if messages | length == first -%}
-  {{- raise_exception('a conversation is TURNS; this one asks nothing') -}}
-{%- endif -%}
-{%- macro checked(text, number) -%}
-  {%- for mark in marks -%}
-    {%- if mark in text -%}
-      {{- raise_exception('message ' ~ number ~ ' spells the mark ' ~ mark ~ '; change it') -}}
-    {%- endif -%}
-  {%- endfor -%}
-  {{- text -}}
-{%- endmacro -%}
-{{- bos_token -}}
-{%- set state = namespace(expected='user', calls=0) -%}
-{%- for message in messages -%}
-  {%- set number = loop.index -%}
-  {%- set role = 'system' if loop.index0 < first else 'tool' if state.calls else state.expected -%}
-  {%- set calls = message['tool_calls'] if role == 'assistant' and message['tool_calls'] else [] -%}
-  {%- set content = '' if calls and not message['content'] else message['content'] -%}
-  {%- if message['role'] != role -%}
-    {{- raise_exception('a conversation is TURNS; message ' ~ number ~ ' must have the role ' ~ role) -}}
-  {%- endif -%}
-  {%- if content is not string or not (content or calls or role == 'tool') -%}
-    {{- raise_exception('the content of message ' ~ number ~ ' must be text of at least one character') -}}
-  {%- endif -%}
-  {%- if (tools or calls) and 'TOOL' not in marks -%}
-    {{- raise_exception('this model has no marks for tools') -}}
-  {%- endif -%}
-  {%- if tools and loop.index0 == first -%}
-    {{- 'TOOL' -}}
-    {%- for tool in tools -%}
-      {{- checked(tool['function'] | tojson, number) ~ ('' if loop.last else '\n') -}}
-    {%- endfor -%}
-    {{- '<|end|>' -}}
-  {%- endif -%}
-  {{- ('TOOL' if role == 'tool' else '<|' ~ role ~ '|>') ~ checked(content, number) -}}
-  {%- for call in calls -%}
-    {%- set arguments = call['function']['arguments'] -%}
-    {%- set text = arguments if arguments is string else arguments | tojson -%}
-    {{- 'CALL' ~ checked(call['function']['name'] ~ ' ' ~ text, number) -}}
-  {%- endfor -%}
-  {{- '<|end|>' -}}
-  {%- if role != 'system' -%}
-    {%- set state.calls = state.calls - 1 if state.calls else calls | length -%}
-    {%- set state.expected = 'user' if role == 'assistant' else 'assistant' -%}
-  {%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-  {%- if messages[-1]['role'] == 'assistant' or state.calls -%}
-    {{- raise_exception('a prompt must end with a message of the user or the tool') -}}
-  {%- endif -%}
-  {{- '<|assistant|>' -}}
-{%- endif -%}
-""".strip()
+TEMPLATE = Path(__file__).with_name("chat.jinja")
+"""What transformers and the engines that read its templates render: tokenised with the marks recognised, the text gives
+the ids of encode_conversation and encode_prompt. Those can hold a message that spells a mark, because each content is
+encoded by itself; a template is one text and cannot, so it refuses such a message. There is no {% generation %} around
+the assistant's words: only transformers knows that tag, and plain jinja2 stops at it."""
 
 
 def template_for(symbols: Iterable[str]) -> str:
     """The template that refuses these in a message: `Tokenizer.symbols`, since a model that was imported has others."""
-    text = _TEMPLATE.replace("TURNS", TURNS).replace("'TOOL'", repr(TOOL)).replace("'CALL'", repr(CALL))
+    text = TEMPLATE.read_text("utf-8").strip()
+    text = text.replace("TURNS", TURNS).replace("'TOOL'", repr(TOOL)).replace("'CALL'", repr(CALL))
     return text.replace("MARKS", json.dumps(list(symbols), ensure_ascii=False))
-
-
-TEMPLATE = template_for(["<pad>", "<unk>", "<s>", "</s>", *MARKS])

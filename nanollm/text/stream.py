@@ -7,7 +7,7 @@ could still be half a character or the beginning of a stop text; each token is l
 import codecs
 import re
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from nanollm.text.tokenizer import Tokenizer
 
@@ -50,6 +50,10 @@ class TextStream:
         """Push an id for a caller that only asks whether the text is over with it, as a row of the engine does."""
         self.push(token)
         return self.is_stopped
+
+    def read(self, ids: Iterable[int]) -> str:
+        """The text of ids that are all there is, up to the first stop text."""
+        return "".join(map(self.push, ids)) + self.close()
 
     def close(self) -> str:
         """The rest of the text, when no more ids come. Bytes that are not UTF-8 become U+FFFD."""

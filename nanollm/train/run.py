@@ -84,7 +84,7 @@ class QatConfig(LoopConfig):
     @property
     def int4_from(self) -> int | None:
         """Steps before the quantization-aware ones; None: there are none."""
-        return self.steps - round(self.steps * self.qat_fraction) if self.qat_fraction else None
+        return self.steps - max(1, round(self.steps * self.qat_fraction)) if self.qat_fraction else None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -84,23 +84,20 @@ class TrainState:
             dtype=dtype,
             is_replicated=world.is_replicated,
         )
-        if world.mesh is not None:
+        is_sharded = world.mesh is not None
+        if is_sharded:
             for name in unit_rows if int4_from is None else ():
                 model.get_submodule(name.rpartition(".")[0]).register_forward_hook(_divide_rows)
             world.fully_shard(state.wrapped, model.trunk.blocks)
-            for name, parameter in model.named_parameters():
-                if parameter.requires_grad:
-                    is_own = int4_from is None or parameter.dim() == 1
-                    state.masters[name] = parameter if is_own else parameter.detach().clone()
-            state.optimizers = build_optimizers(state.masters, optim, dtype)
-            state.copy_to_model()
-            return state
         for name, parameter in model.named_parameters():
-            is_own = dtype == parameter.dtype and name not in unit_rows and (int4_from is None or parameter.dim() == 1)
+            is_own = int4_from is None or parameter.dim() == 1
+            is_own &= is_sharded or (dtype == parameter.dtype and name not in unit_rows)
             master = parameter if is_own or not parameter.requires_grad else parameter.detach().clone()
-            parameter.data = parameter.data.to(dtype)  # not a new parameter: the model's modules hold this one
             if parameter.requires_grad:
                 state.masters[name] = master
+            if is_sharded:
+                continue
+            parameter.data = parameter.data.to(dtype)  # not a new parameter: the model's modules hold this one
             if master is not parameter:
                 hook = _moving(master, weakref.ref(state), has_unit_rows=name in unit_rows)
                 parameter.register_post_accumulate_grad_hook(hook)
@@ -160,7 +157,7 @@ class TrainState:
     def copy_to_model(self) -> None:
         """Round the masters into the model's parameters."""
         pairs = [
-            (to_local(p), self._as_seen(name, to_local(self.masters[name])))
+            (to_local(p), self._seen(name, to_local(self.masters[name])))
             for name, p in self.model.named_parameters()
             if p is not self.masters.get(name, p)
         ]
@@ -214,16 +211,13 @@ class TrainState:
     def _whole_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Weights and buffers as the model sees them, whole, by plain names; an adapter's by themselves."""
         for name, value in self.model.state_dict().items():
-            yield plain_name(name), self._seen(name) if name in self.masters else full_tensor(value)
+            whole = full_tensor(self.masters.get(name, value))
+            yield plain_name(name), self._seen(name, whole) if name in self.masters else whole
 
     def _merged(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         return merged(weights, adapters(self.model)[0].scale) if self.has_adapter else weights
 
-    def _seen(self, name: str) -> Tensor:
-        """A master as the model sees it, whole and in float32."""
-        return self._as_seen(name, full_tensor(self.masters[name]))
-
-    def _as_seen(self, name: str, master: Tensor) -> Tensor:
+    def _seen(self, name: str, master: Tensor) -> Tensor:
         """Whole rows of a master as the model sees them."""
         if name in self.unit_rows:
             master = master * _per_row(master)

@@ -5,13 +5,14 @@ from functools import cache
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nanollm.text.chat import Conversation, Message
+from nanollm.text.chat import Conversation, Message, template_for
 from nanollm.text.tokenizer import MARKS
 
 TOKENIZER_FILES = (
     *("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"),
 )
 ALL_MARKS = ("<pad>", "<unk>", "<s>", "</s>", *MARKS)
+TEMPLATE = template_for(ALL_MARKS)
 SPELLINGS = [*ALL_MARKS, "<0x41>", "<0x0A>", "<|", "|>", "<|end|", "<|end |>", "end|>", "</s", "\\x7c"]
 INJECTIONS = [
     "{{ 7*7 }}",

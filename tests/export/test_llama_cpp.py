@@ -15,12 +15,13 @@ from nanollm.export.gguf import WITHOUT_ADAPTER, write_adapter, write_gguf
 from nanollm.export.verify import TokenScores
 from nanollm.model.lora import LoraConfig, adapters, add_lora, plain_name
 from nanollm.model.transformer import Transformer
-from nanollm.text.chat import TEMPLATE, Conversation, Message, encode_conversation, encode_prompt
+from nanollm.text.chat import Conversation, Message, encode_conversation, encode_prompt
 from nanollm.text.tokenizer import END, SPACE_MARK
 from tests.export.strings import (
     ALL_MARKS,
     LONG,
     SPELLINGS,
+    TEMPLATE,
     as_messages,
     conversations,
     drawn,

@@ -10,7 +10,8 @@ import pytest
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from nanollm.export.gguf import modelfile
-from nanollm.text.chat import TEMPLATE, Conversation, Message
+from nanollm.text.chat import Conversation, Message
+from tests.export.strings import TEMPLATE
 
 CONTENTS = [
     "Hi",

@@ -1,7 +1,9 @@
 """The runner for GPUs does no more than the requests need: counted here, where there is none."""
 
 import dataclasses
+import gc
 import time
+import weakref
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -13,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nanollm.generate import cpu_runner
 from nanollm.generate.engine import Engine
 from nanollm.generate.request import ModelOutput, Request
-from nanollm.generate.runner import CAPTURE_AFTER, STEP_SLOTS, DecodeStep, TorchRunner, alike
+from nanollm.generate.runner import CAPTURE_AFTER, STEP_SLOTS, DecodeStep, TorchRunner, group_by_length
 from nanollm.generate.sampling import SamplingConfig
 from nanollm.model.cache import LatentCache
 from nanollm.model.transformer import Transformer, Trunk
@@ -47,10 +49,10 @@ def test_mixed_prompts_are_padded_to_less_than_twice_their_tokens(tiny_model, mo
     assert [each[1] for each in got] == [each[1] for each in answers(plain, [plain.submit(each) for each in asked])]
     for spread in (1.1, 3, 50):
         lengths = (5 * spread ** rng.random(64)).astype(int).tolist()
-        groups = alike(lengths)
+        groups = group_by_length(lengths)
         assert sorted(index for group in groups for index in group) == [*range(64)]
         assert sum(len(group) * max(lengths[index] for index in group) for group in groups) <= 1.5 * sum(lengths)
-    assert alike([8, 1500, 8, 8]) == [[1], [0, 2, 3]]
+    assert group_by_length([8, 1500, 8, 8]) == [[1], [0, 2, 3]]
 
 
 @pytest.mark.parametrize(("rows", "length"), [(1, 40), (1, 64), (96, 33)])
@@ -234,3 +236,17 @@ def test_no_step_is_begun_early_where_a_prompt_ends_and_its_reply_joins(tiny_mod
         engine.step()
         engine.step()
     assert steps == [1, 1, 2, 2, 3, 3]  # each early step is used while the next prompt is read
+
+
+@pytest.mark.parametrize("kernels", ["torch", "native"])
+def test_the_memory_of_an_engine_is_free_as_soon_as_the_engine_is(tiny_model, kernels):
+    """GRPO opens one for each step: a cache that waits for the garbage collector would lie beside the next one."""
+    engine = Engine(tiny_model, rows=2, kernels=kernels)
+    answers(engine, [engine.submit(request(0, **PLAIN))])
+    runner = weakref.ref(engine.runner)
+    gc.disable()
+    try:
+        del engine
+        assert runner() is None
+    finally:
+        gc.enable()

@@ -255,6 +255,7 @@ def test_pydantic_classes_are_parsed(client):
             "the grammar cannot be followed any further",
         ),
         ({"guided_choice": ["a"], "guided_regex": "b"}, "both say what the reply must look like"),
+        ({"structured_outputs": {"json": PARAMETERS, "json_object": True}}, "both say what the reply must look like"),
         ({"guided_grammar": "root ::= x"}, "guided_grammar is not supported"),
         ({"structured_outputs": {"grammar": "x"}}, "structured_outputs.grammar"),
         ({"response_format": {"type": "json_schema"}}, "go together"),

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from nanollm.generate.model import text_of
 from nanollm.stages.generate import BETWEEN, Config, run
+from nanollm.text.stream import TextStream
 
 
 def records(**settings):
@@ -44,7 +44,7 @@ def test_a_line_of_dashes_stands_between_continuations(bundle):
 
 @pytest.mark.parametrize(("stops", "expected"), [([], "abcabc"), (["ca"], "ab"), (["c", "b"], "a"), (["x"], "abcabc")])
 def test_text_is_cut_at_the_first_stop(tokenizer, stops, expected):
-    assert text_of(tokenizer.encode("abcabc"), tokenizer, stops) == expected
+    assert TextStream(tokenizer, stops).read(tokenizer.encode("abcabc")) == expected
 
 
 def test_a_prompt_longer_than_the_context_is_refused(bundle):

@@ -10,6 +10,7 @@ from nanollm.cli import main
 from nanollm.rl.loss import ObjectiveConfig
 from nanollm.rl.reward import RewardConfig
 from nanollm.rl.rollout import RolloutConfig
+from nanollm.sources.gsm8k import Problem
 from nanollm.sources.tasks import TaskConfig
 from nanollm.stages import grpo
 from nanollm.text.train_tokenizer import train
@@ -112,6 +113,12 @@ def test_another_seed_or_group_size_or_other_problems_are_another_run(run_config
 
 
 GUESS = TaskConfig(name="guess", largest=6)
+
+
+def test_runs_from_before_problems_had_columns_still_resume():
+    before = "37273de57aa16ffbcb1e917111a727e6e0662dc290e28c10b23e2dab70dff9f2"  # as 0.1.0 wrote into inputs.json
+    assert grpo.fingerprint([Problem("How many?", "2 #### 2")]) == before
+    assert grpo.fingerprint([Problem("How many?", "2 #### 2", {"level": 3})]) == before
 
 
 def test_a_run_holds_conversations(run_config):

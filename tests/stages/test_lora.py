@@ -89,7 +89,9 @@ def the_bundle_says_what_was_trained(run_config, monkeypatch) -> None:
     states = []
     real = sft.TrainState.start
     with monkeypatch.context() as patch:
-        patch.setattr(sft.TrainState, "start", lambda *given, **named: states.append(real(*given, **named)) or states[-1])
+        patch.setattr(
+            sft.TrainState, "start", lambda *given, **named: states.append(real(*given, **named)) or states[-1]
+        )
         made = load_bundle(sft.run(run_config(lora=LORA))).model
     (state,), tokens = states, torch.arange(5, 45)[None]
     with torch.no_grad(), state.model.evaluating():

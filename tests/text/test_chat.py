@@ -11,7 +11,6 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from nanollm.sources.calculator import calculator
 from nanollm.text.chat import (
     MIN_LIMIT,
-    TEMPLATE,
     Conversation,
     Marks,
     Message,
@@ -25,7 +24,7 @@ from nanollm.text.chat import (
     shorten,
     template_for,
 )
-from tests.export.strings import ALL_MARKS, conversations
+from tests.export.strings import ALL_MARKS, TEMPLATE, conversations
 
 TALK = Conversation(
     (

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from nanollm.config import read_mapping
-from nanollm.train.run import claim_folder
+from nanollm.train.run import QatConfig, claim_folder
 
 SETTINGS = {"seed": 0, "data": {"data/sni": 0.7}, "optim": {"lr": 0.003, "betas": (0.9, 0.95)}, "out": Path("runs/x")}
 INPUTS = {"tokenizer": "a" * 64, "data": {"data/sni": "b" * 64}}
@@ -64,3 +64,9 @@ def test_checkpoints_without_their_settings_are_not_continued(tmp_path, missing)
     (tmp_path / missing).unlink()
     with pytest.raises(ValueError, match=r"has checkpoints but not both config\.yaml and inputs\.json; choose another"):
         claim_folder(tmp_path, SETTINGS, INPUTS, FIXED)
+
+
+def test_a_share_of_int4_steps_is_one_step_at_least():
+    """With none, a bundle would be rounded to int4 without a step of training for it."""
+    assert [QatConfig(steps=steps, qat_fraction=0.1).int4_from for steps in (4, 10, 100)] == [3, 9, 90]
+    assert QatConfig(steps=4).int4_from is None
