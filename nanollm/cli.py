@@ -42,6 +42,7 @@ VERBS = {
         "serve": "serve an OpenAI-compatible API and a chat page",
         "bench": "measure inference speed on this machine",
         "info": "parameter count, memory and FLOPs of a model",
+        "scale": "train small models to predict the loss of larger ones",
         "plan": "estimate memory, time and cost of a training run",
         "report": "write an HTML page of a run, or of several side by side",
     },

@@ -151,7 +151,10 @@ def check_seed(seed: int, name: str = "seed") -> None:
 
 
 def parse_options(verb: str, stage: types.ModuleType, words: Sequence[str]) -> tuple[Any, bool]:
-    """The Config of a stage, and whether --dry_run was given. --help and --print_config end in SystemExit."""
+    """The Config of a stage, and whether --dry_run was given. --help and --print_config end in SystemExit.
+
+    A stage with a function `within` chooses by --budget what was not given, which wins.
+    """
     kinds = kinds_of(stage)
     above = sort_words(words, kinds, getattr(stage, "POSITIONAL", ()))
     switches = [option for name, option in SWITCHES.items() if above.pop(name, None)]
@@ -162,15 +165,24 @@ def parse_options(verb: str, stage: types.ModuleType, words: Sequence[str]) -> t
             below[name] = load_preset(name, str(value), TextLoader)
         elif is_sequence(kinds.get(name)) and isinstance(value, str) and not is_null(value, kinds[name]):
             below[name] = [value]  # jsonargparse would take it for a file that lists the values
-    settings = [to_yaml(as_meant(given, kinds)) for given in (below, above)]
     parser = parser_of(verb, stage, kinds)
-    try:
-        parsed = parser.parse_args([*(f"--config={each}" for each in settings), *switches])
-    except argparse.ArgumentError as error:
-        raise ValueError(explain(str(error), kinds)) from None
-    values = parser.instantiate(parsed)
-    config = stage.Config(**{field.name: values[field.name] for field in dataclasses.fields(stage.Config)})
-    return config, "dry_run" in parsed
+
+    def parse(chosen: Mapping[str, Any], *switches: str) -> tuple[Any, bool]:
+        settings = [to_yaml(as_meant(given, kinds)) for given in (chosen, below, above)]
+        try:
+            parsed = parser.parse_args([*(f"--config={each}" for each in settings), *switches])
+        except argparse.ArgumentError as error:
+            raise ValueError(explain(str(error), kinds)) from None
+        values = parser.instantiate(parsed)
+        config = stage.Config(**{field.name: values[field.name] for field in dataclasses.fields(stage.Config)})
+        return config, "dry_run" in parsed
+
+    chosen = {}
+    if hasattr(stage, "within") and SWITCHES["help"] not in switches:
+        budget = [layer.pop("budget") for layer in (above, below) if "budget" in layer]
+        if budget and budget[0] not in (None, "null"):
+            chosen = stage.within(budget[0], below | above, lambda given: parse(given)[0])
+    return parse(chosen, *switches)
 
 
 def load_config(kind: str, name: str, cls: type[Any]) -> Any:

@@ -15,10 +15,10 @@ from nanollm.config import SWITCHES, kinds_of
 from tests.test_floor_plan import PACKAGE, Imports, read_imports
 
 LIMITS = {
-    "package, lines of Python": 25_500,
-    "package, files": 147,
-    "options of all verbs": 454,
-    "modules behind pretrain": 49,
+    "package, lines of Python": 26_150,
+    "package, files": 149,
+    "options of all verbs": 464,
+    "modules behind pretrain": 52,
     "modules behind rl.grpo": 51,
     "modules behind serve": 34,
 }

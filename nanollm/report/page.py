@@ -105,15 +105,19 @@ def write_report(out: Path, world: World) -> None:
         say(f"the page could not be written ({error!r}); mend that, and ask again: nanollm report {out}")
 
 
-def write_page(page: Path, runs: Sequence[RunFolder], refresh_s: float | None = None) -> None:
+def write_page(
+    page: Path, runs: Sequence[RunFolder], refresh_s: float | None = None, **more: "Sequence[Chart]"
+) -> None:
     """See render."""
-    write_file(page, render(runs, refresh_s, page.parent).encode())
+    write_file(page, render(runs, refresh_s, page.parent, **more).encode())
 
 
-def render(runs: Sequence[RunFolder], refresh_s: float | None = None, folder: Path = Path()) -> str:
+def render(
+    runs: Sequence[RunFolder], refresh_s: float | None = None, folder: Path = Path(), **more: "Sequence[Chart]"
+) -> str:
     """The page as HTML, to be written to `folder`: of one run, or of several with the first in front.
 
-    With `refresh_s` the browser reads the page again after so many seconds.
+    With `refresh_s` the browser reads the page again after so many seconds; `more` are sections with other charts.
     """
     templates = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -128,7 +132,7 @@ def render(runs: Sequence[RunFolder], refresh_s: float | None = None, folder: Pa
         legend=keys([run.name for run in runs]),
         facts=list(facts(runs)),
         changed=differing_settings(runs) if runs[1:] else [],
-        charts={title: list(charts(runs, chosen)) for title, chosen in QUANTITIES.items()},
+        charts={**more, **{title: list(charts(runs, chosen)) for title, chosen in QUANTITIES.items()}},
         unmoved=[each.title for chosen in QUANTITIES.values() for each in chosen if is_unmoved(runs, each)],
         parts=list(reward_parts(runs)),
         experts=[(run, *experts(run)) for run in runs if run.loads],

@@ -8,7 +8,7 @@ training of a model of about that size was measured to reach.
 import json
 import math
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -23,13 +23,13 @@ from nanollm.kernels import attention as fused
 from nanollm.model.config import ModelConfig
 from nanollm.progress import duration, say
 from nanollm.train.memory import TrainingMemory, training_memory
+from nanollm.train.scaling import LEVEL, Ladder, tokens_per_step
 from nanollm.world import World
 
 POSITIONAL = ("model",)
 
 TOKENS_PER_PARAMETER = 20
-MIN_STEPS = 1500
-"""Fewer are too few to learn by, whatever each of them sees."""
+VALIDATION_TOKENS = 2**16
 
 MFU = {
     "cpu": {"nano-1m": 0.28, "nano-5m": 0.40, "nano-20m": 0.52, "nano-60m": 0.46, "nano-327m": 0.50},
@@ -69,6 +69,8 @@ class Config:
     """Dense bfloat16 TFLOP/s of each GPU, in place of the known value."""
     batch_size: int | None = None
     """Sequences per optimizer step, over all GPUs; null: chosen by the number of tokens."""
+    scale: Path | None = None
+    """A ladder, the scale.json of nanollm scale: the loss to expect of its recipe, with an interval."""
     price: float | None = None
     """Price per hour of one GPU, or of this machine."""
     json: bool = False
@@ -179,13 +181,29 @@ def choose(m: ModelConfig, h: Hardware, batch_size: int, gpus: int) -> Layout | 
 
 
 def good_batch_size(m: ModelConfig, tokens: float, gpus: int = 1) -> int:
-    """Sequences of a step to begin with: a power of two of them for each GPU.
+    """Sequences of a step to begin with: a power of two of them for each GPU."""
+    return gpus * 2 ** max(0, round(math.log2(tokens_per_step(tokens) / m.context_length / gpus)))
 
-    The batch that DeepSeek LLM's fit gives a budget of compute (arXiv:2401.02954, section 3.1: 0.292 C^0.3271 tokens,
-    fitted from 1e17 to 2e19 FLOPs), unless that leaves fewer than MIN_STEPS steps.
-    """
-    wanted = min(0.292 * (tokens * m.training_flops_per_token()) ** 0.3271, tokens / MIN_STEPS)
-    return gpus * 2 ** max(0, round(math.log2(wanted / m.context_length / gpus)))
+
+def recipe(m: ModelConfig, h: Hardware, batch_size: int, tokens: float) -> dict[str, Any]:
+    """Options of pretrain for so many tokens, at least one step: what ladders are trained with and --budget chooses."""
+    layout = choose(m, h, batch_size, 1)
+    if layout is None:
+        raise ValueError(nothing_fits(m, h, batch_size, 1, f"a model of {m.total_parameters:,} parameters"))
+    steps = max(1, int(tokens / batch_size / m.context_length))
+    return {
+        "train.steps": steps,
+        "train.batch_size": batch_size,
+        "train.micro_batch_size": layout.micro_batch_size,
+        "speed.recompute": layout.recompute,
+        **manner(m, steps),
+    }
+
+
+def manner(m: ModelConfig, steps: int) -> dict[str, Any]:
+    """What of these does not depend on the machine."""
+    windows = max(1, VALIDATION_TOKENS // m.context_length)
+    return {"start": "fast", "optim.warmup_steps": steps // 20, "validation_windows": windows}
 
 
 # --- the plan ---
@@ -202,19 +220,38 @@ def describe(c: Config, h: Hardware) -> dict[str, Any]:
     steps = math.ceil(tokens / (batch_size * m.context_length))
     memory, libraries = memory_of(m, h, layout), LIBRARIES[h.kind]
     time = time_facts(m, h, layout, steps)
+    seen = steps * batch_size * m.context_length
     return {
         "model": c.model,
         "parameters": {"total": m.total_parameters, "active": m.active_parameters},
         "context_length": m.context_length,
-        "tokens": steps * batch_size * m.context_length,
+        "tokens": seen,
         "steps": steps,
         "hardware": asdict(h) | {"count": c.gpus, "is_measured": c.gpu is None and c.tflops is None},
         "layout": asdict(layout) | {"batch_size": batch_size},
         "memory_bytes": asdict(memory) | {"libraries": libraries, "total": memory.total + libraries, "of": h.memory},
         "time": time,
         "cost": None if c.price is None or time is None else c.price * time["gpu_hours"],
-        "command": command(c, layout, steps),
+        "loss": None if c.scale is None else loss_facts(Ladder.read(c.scale), m, seen),
+        "command": command(c, m, layout, steps),
     }
+
+
+def loss_facts(ladder: Ladder, m: ModelConfig, tokens: float) -> dict[str, Any]:
+    """Bits per byte to expect on the ladder's validation text, or the reason why nothing can be said."""
+    try:
+        found = ladder.predict(m, tokens)
+    except ValueError as reason:
+        return {"unknown": str(reason)}
+    return {"bits_per_byte": found.value, "low": found.low, "high": found.high, "level": LEVEL, "ladder": ladder.name}
+
+
+def told(loss: Mapping[str, Any]) -> str:
+    """The same in words."""
+    if "unknown" in loss:
+        return f"unknown: {loss['unknown']}"
+    interval = f"{loss['level']:.0%} interval {loss['low']:.3f} to {loss['high']:.3f}"
+    return f"{loss['bits_per_byte']:.3f} bits per byte, {interval}, as the runs of {loss['ladder']} have it"
 
 
 def time_facts(m: ModelConfig, h: Hardware, layout: Layout, steps: int) -> dict[str, Any] | None:
@@ -236,6 +273,13 @@ def time_facts(m: ModelConfig, h: Hardware, layout: Layout, steps: int) -> dict[
     }
 
 
+def tokens_per_s(m: ModelConfig, h: Hardware) -> float | None:
+    """In one process; None where the smallest step does not fit."""
+    layout = choose(m, h, 1, 1)
+    facts = layout and time_facts(m, h, layout, 1)
+    return facts["tokens_per_s"] if facts else None
+
+
 def nothing_fits(m: ModelConfig, h: Hardware, batch_size: int, gpus: int, name: str) -> str:
     """The message that says what would fit instead."""
     assert h.memory is not None
@@ -245,7 +289,7 @@ def nothing_fits(m: ModelConfig, h: Hardware, batch_size: int, gpus: int, name: 
     return f"{name} does not fit into {size(h.memory)}: its smallest step takes {size(least)}{hint}"
 
 
-def command(c: Config, layout: Layout, steps: int) -> str:
+def command(c: Config, m: ModelConfig, layout: Layout, steps: int) -> str:
     """What to type; TOKENIZER and TOKENS stand for the folders that tokenizer and preprocess made."""
     start = ["nanollm", "pretrain"]
     if layout.gpus > GPUS_PER_HOST:
@@ -254,7 +298,8 @@ def command(c: Config, layout: Layout, steps: int) -> str:
         start = ["torchrun", "--standalone", f"--nproc-per-node={layout.gpus}", "-m", *start]
     paths = ["--tokenizer_path", "TOKENIZER", "--data", "TOKENS", "--out", f"runs/{Path(c.model).stem}"]
     numbers = {"steps": steps, "batch_size": layout.batch_size, "micro_batch_size": layout.micro_batch_size}
-    train = [word for name, value in numbers.items() for word in (f"--train.{name}", str(value))]
+    chosen = {f"train.{name}": value for name, value in numbers.items()} | (manner(m, steps) if c.scale else {})
+    train = [word for name, value in chosen.items() for word in (f"--{name}", str(value))]
     more = ["--parallel", layout.parallel] * (layout.gpus > 1) + ["--speed.recompute"] * layout.recompute
     more += ["--device", "cpu"] * c.cpu
     return shlex.join([*start, "--model", c.model, *paths, *train, *more])
@@ -289,6 +334,8 @@ def table(facts: dict[str, Any]) -> str:
             f"as measured with {time['mfu_measured_with']}; not counted: validation, saving"
             + (", messages between GPUs" if gpus > 1 else "")
         )
+    if facts["loss"] is not None:
+        rows["loss"] = told(facts["loss"])
     if facts["cost"] is not None:
         rows["cost"] = f"{facts['cost']:,.2f} ({time['gpu_hours']:,.2f} hours)"
     return "\n".join([*(f"{name:<10}{text}" for name, text in rows.items()), "", facts["command"]])

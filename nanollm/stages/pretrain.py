@@ -1,18 +1,27 @@
 """Token files become a base model."""
 
 import dataclasses
+import math
+import os
 import re
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
+from contextlib import redirect_stderr
 from dataclasses import dataclass, field
 from functools import partial
+from io import StringIO
 from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 
-from nanollm.config import check_at_least
+from nanollm.config import check_at_least, load_preset, preset_names, read_mapping
 from nanollm.data.batches import Documents, Fetcher, TextShards, Windows
 from nanollm.data.order import Mixture, sources_of
 from nanollm.data.shards import Shards, Verification, read_manifest
+from nanollm.durable import make_folder
 from nanollm.evals.bits_per_byte import BitsPerByte, bits_per_byte
 from nanollm.generate.engine import generate
 from nanollm.generate.sampling import SamplingConfig
@@ -21,15 +30,20 @@ from nanollm.model.int4 import check_widths
 from nanollm.model.transformer import StartName, Transformer
 from nanollm.progress import say
 from nanollm.report.page import write_report
+from nanollm.stages import plan as planning
 from nanollm.text.tokenizer import Tokenizer
 from nanollm.train.loss import next_token_loss
+from nanollm.train.metrics import read_metrics
 from nanollm.train.optim import OptimConfig, default_lr, lr_at
-from nanollm.train.run import Run, RunConfig, TrainConfig
+from nanollm.train.run import Run, RunConfig, TrainConfig, flat
+from nanollm.train.scaling import Ladder, seconds_of, seen
 from nanollm.train.state import TrainState
 from nanollm.train.step import SIGMAS, train_step
 from nanollm.world import World
 
 SAMPLE_TOKENS = 48
+MIN_STEPS, MEASURED_S = 20, 8
+"""Of --budget: the shortest run, and how long its speed is measured."""
 AUTO = ["auto"]
 PROMPTS, PROMPT_WORDS, PROMPT_CHARS, PROMPT_TOKENS = 3, 4, 40, 4096
 """So many beginnings of lines, so long, from so many tokens of the text."""
@@ -54,6 +68,12 @@ class Config(RunConfig):
     weight is a share of the tokens seen, whatever the sizes of the folders."""
     train: TrainConfig
     """Length, batches and intervals."""
+    budget: str | None = None
+    """Time to train in on this machine, such as 10m or 1h30m, which is measured first: chooses the preset, the batch,
+    the steps and what goes with them, as far as they are not given."""
+    scale: Path | None = None
+    """A ladder on the same text, the scale.json of nanollm scale: says which loss to expect, and chooses --budget's
+    preset; null: the smallest preset that sees at most 20 tokens per parameter."""
     anneal: dict[float, dict[str, float]] = field(default_factory=dict)
     """Other mixtures from a fraction of the run on, {fraction: {folder: weight, ...}, ...}: {0.8: {data/books: 1}}
     reads books alone in the last fifth."""
@@ -75,6 +95,8 @@ class Config(RunConfig):
         super().__post_init__()
         object.__setattr__(self, "anneal", anneal_of(self.anneal))
         sources_of(self.data)
+        if self.budget is not None:
+            raise ValueError("budget: only the command line chooses by it; in Python give model and train")
         if self.sample_prompts == ["none"]:
             object.__setattr__(self, "sample_prompts", [])
         check_at_least(0, self, "validation_windows")
@@ -103,6 +125,84 @@ def anneal_of(given: Mapping[float, dict[str, float]]) -> dict[float, dict[str, 
         raise ValueError(f"anneal: expected each fraction once, got {', '.join(map(str, given))}")
     ordered = sorted((float(fraction), weights) for fraction, weights in given.items())
     return {fraction: sources_of(weights, f"anneal.{fraction}") for fraction, weights in ordered}
+
+
+# --- what a budget of time chooses ---
+
+
+def within(budget: str, given: Mapping[str, Any], parse: Callable[[Mapping[str, Any]], Config]) -> dict[str, Any]:
+    """Options for a run that ends in time on this machine.
+
+    `parse` makes the Config of these and of the given ones, which win.
+    """
+    began, seconds, names = time.monotonic(), seconds_of(budget), flat(given)
+    if "train.steps" in names:
+        raise ValueError("--budget chooses the number of steps; leave out --train.steps, or --budget")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("--budget is for one process; give several --train.steps, which nanollm plan computes")
+    micro = names.get("train.micro_batch_size", "1")
+    base = {"train.steps": "1", "train.batch_size": micro, "train.micro_batch_size": micro}
+    presets = [load_preset("model", name) for name in preset_names("model")]
+    c = parse({"model": presets[0], **base})
+    if (c.out / "config.yaml").exists():
+        say(f"{c.out} was begun before: what was chosen then holds")
+        return read_mapping(c.out / "config.yaml")
+    vocab_size = Tokenizer.load(c.tokenizer_path).vocab_size
+    text = sum(read_manifest(Path(folder))[0]["splits"]["train"]["tokens"] for folder in c.folders)
+    machine = planning.this_machine(c.device == "cpu")
+    ladder = Ladder.read(c.scale) if c.scale else None
+    fitting = []
+    for preset in presets:
+        model = {"model": preset | {"vocab_size": vocab_size}}
+        m = parse({**model, **base}).model
+        if rate := planning.tokens_per_s(m, machine):
+            tokens = rate * seconds
+            if ladder:
+                worth = ladder.law.value(m.multiplied_parameters, seen(tokens, ladder.text_tokens))
+            else:  # the first one with enough parameters, or the largest
+                worth = max(0.0, tokens / m.total_parameters - planning.TOKENS_PER_PARAMETER)
+            fitting.append((worth, rate, model, m))
+    if not fitting:
+        raise ValueError(planning.nothing_fits(m, machine, 1, 1, "the model"))
+    _, rate, model, m = min(fitting, key=lambda each: each[0])
+
+    def options(tokens: float) -> dict[str, Any]:
+        rows = c.train.batch_size if "train.batch_size" in names else planning.good_batch_size(m, tokens)
+        rows = -(-rows // c.train.micro_batch_size) * c.train.micro_batch_size
+        chosen = planning.recipe(m, machine, rows, tokens)
+        return model | chosen | {"train.validate_every": max(1, chosen["train.steps"] // 4)}
+
+    say(f"measuring how fast {m.total_parameters:,} parameters train here")
+    rate, rest_s = measure(parse(options(rate * seconds)), rate)
+    spent = time.monotonic() - began + 2.5 * rest_s  # three more validations take less than start and end
+    found = parse(chosen := options(max(1.0, rate * (0.95 * seconds - spent))))
+    t, per_step = found.train, found.train.batch_size * m.context_length
+    if t.steps < MIN_STEPS:
+        least = (MIN_STEPS * per_step / rate + spent) / 0.95
+        raise ValueError(f"--budget {budget} is too small: {MIN_STEPS} steps take {math.ceil(least)}s here")
+    tokens = t.steps * per_step
+    say(
+        f"{budget}: {m.total_parameters:,} parameters, {t.steps:,} steps of {t.batch_size} x {m.context_length} = "
+        f"{tokens:,} tokens ({tokens / text:.2f} epochs) at {rate:,.0f} tokens/s"
+    )
+    return chosen
+
+
+def measure(c: Config, guess: float) -> tuple[float, float]:
+    """Tokens per second of a short run with these settings, and the seconds that it needs for all else.
+
+    guess: tokens per second, to choose the length of the run by.
+    """
+    steps = round(MEASURED_S * guess / c.train.batch_size / c.model.context_length)
+    steps = min(max(steps, 8), 60)
+    began = time.monotonic()
+    make_folder(c.out.parent)
+    with TemporaryDirectory(dir=c.out.parent) as folder, redirect_stderr(StringIO()):
+        train = dataclasses.replace(c.train, steps=steps, log_every=steps // 4, validate_every=0)
+        run(dataclasses.replace(c, out=Path(folder), train=train, trackers=[]))
+        lines = read_metrics(Path(folder))
+    rate = median([line["tokens_per_s"] for line in lines if "tokens_per_s" in line][1:])  # the first fills caches
+    return rate, time.monotonic() - began - steps * c.train.batch_size * c.model.context_length / rate
 
 
 def plan(c: Config) -> str:
@@ -184,9 +284,12 @@ def mixture_of(c: Config) -> Mixture:
 
 
 def describe(c: Config, splits: Splits) -> list[str]:
-    """What will be seen of each folder."""
+    """What will be seen of each folder, and which loss to expect."""
     rows = c.train.steps * c.train.batch_size
     lines = []
+    if c.scale:
+        expected = planning.loss_facts(Ladder.read(c.scale), c.model, rows * c.model.context_length)
+        lines.append(f"loss to expect: {planning.told(expected)}")
     for (folder, split), drawn in zip(splits.items(), mixture_of(c).drawn(rows).tolist(), strict=True):
         line = f"{folder}: {drawn / rows:.1%} of the rows seen, {drawn / len(split):.2f} epochs of its {len(split):,}"
         lines.append(line + (f", which are {split.fill:.1%} full" if split.is_packed else ""))

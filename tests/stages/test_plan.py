@@ -89,7 +89,7 @@ def test_a_model_of_ones_own_is_planned_from_its_file(tmp_path):
 def test_one_gpu_is_started_plainly_a_host_by_torchrun_and_hosts_by_slurm():
     def start(gpus: int) -> str:
         layout = Layout(micro_batch_size=1, micro_batches=1, gpus=gpus, parallel="ddp", recompute=False)
-        return command(Config(model="nano-20m"), layout, 1).partition(" --model")[0]
+        return command(Config(model="nano-20m"), preset("nano-20m"), layout, 1).partition(" --model")[0]
 
     assert start(1) == "nanollm pretrain"
     assert start(8) == "torchrun --standalone --nproc-per-node=8 -m nanollm pretrain"
@@ -116,10 +116,10 @@ def test_the_model_is_divided_only_where_no_gpu_holds_it_alone():
     assert alone is not None and alone.parallel == "ddp"
 
 
-def test_the_step_to_begin_with_is_that_of_the_recipes():
+def test_the_step_to_begin_with_follows_the_tokens():
     assert good_batch_size(preset("nano-327m"), 9e9) * 2048 == 524_288
     assert good_batch_size(preset("nano-327m"), 9e9, gpus=8) == 256
-    assert good_batch_size(preset("nano-20m"), 7e6) == 4
+    assert good_batch_size(preset("nano-20m"), 7e6) == 8
     assert good_batch_size(preset("nano-1m"), 1) == 1
 
 
