@@ -154,6 +154,8 @@ def within(budget: str, given: Mapping[str, Any], parse: Callable[[Mapping[str, 
     fitting = []
     for preset in presets:
         model = {"model": preset | {"vocab_size": vocab_size}}
+        if ladder:
+            model["model"]["context_length"] = ladder.shape["context_length"]
         m = parse({**model, **base}).model
         if rate := planning.tokens_per_s(m, machine):
             tokens = rate * seconds

@@ -9,7 +9,7 @@ arXiv:2305.16264 measured; K fits. Without the head, N explained the runs of doc
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
@@ -184,6 +184,8 @@ class Ladder:
     points: Sequence[Point]
     text_tokens: float
     """Of the text, which longer runs read several times."""
+    shape: Mapping[str, int]
+    """What all runs share, and a run that is predicted must have too: vocab_size and context_length."""
 
     @classmethod
     def read(cls, file: Path) -> "Ladder":
@@ -191,8 +193,9 @@ class Ladder:
         found = read_json(file)
         try:
             points = [Point(each["parameters"], each["seen"], each["val_bpb"]) for each in found["runs"]]
-            return cls(str(file), points, found["text_tokens"])
-        except (KeyError, TypeError):
+            shape = {name: found["runs"][0]["model"][name] for name in ("vocab_size", "context_length")}
+            return cls(str(file), points, found["text_tokens"], shape)
+        except (IndexError, KeyError, TypeError):
             raise ValueError(f"{file} is not a ladder; give the scale.json of nanollm scale") from None
 
     @cached_property
@@ -204,6 +207,10 @@ class Ladder:
 
     def predict(self, m: ModelConfig, tokens: float) -> Expected:
         """The loss to expect. ValueError, with the reason, where nothing can be said."""
+        if other := [name for name, value in self.shape.items() if getattr(m, name) != value]:
+            raise ValueError(
+                f"the ladder's runs have {other[0]} {self.shape[other[0]]:,}, this one has {getattr(m, other[0]):,}"
+            )
         if tokens > MAX_EPOCHS * self.text_tokens:
             raise ValueError(
                 f"{tokens:,.0f} tokens are {tokens / self.text_tokens:.1f} epochs of the text, and what more than "

@@ -91,8 +91,9 @@ def test_fewer_than_three_sizes_are_no_ladder(ladder):
 @pytest.fixture
 def scale_json(tmp_path):
     """A ladder of known coefficients, and one whose last run contradicts the others."""
+    shape = {"vocab_size": 8192, "context_length": 1024}  # nano-20m's
     runs = [
-        {"parameters": n, "seen": d, "val_bpb": 0.75 + 35 / n**0.35 + 26 / d**0.25}
+        {"parameters": n, "seen": d, "val_bpb": 0.75 + 35 / n**0.35 + 26 / d**0.25, "model": shape}
         for n in (700_000, 1_700_000, 2_900_000, 5_300_000)
         for d in (4e5, 1.2e6, 3.6e6)
     ]
@@ -114,6 +115,8 @@ def test_plan_predicts_the_loss_with_an_interval_or_says_why_not(scale_json):
     assert "epochs of the text" in loss(tokens=1e9, scale=holds)["unknown"]
     assert "the fit does not hold" in loss(tokens=7e6, scale=broken)["unknown"]
     assert loss(tokens=7e6) is None
+    other = plan.run(plan.Config(model="nano-5m", gpu="h200", tokens=7e6, scale=holds))
+    assert "unknown: the ladder's runs have vocab_size 8,192, this one has 4,096" in other
     text = plan.run(plan.Config(model="nano-20m", gpu="h200", tokens=7e6, scale=holds))
     assert "bits per byte, 80% interval" in text
     assert "--start fast --optim.warmup_steps 42" in text.splitlines()[-1]
@@ -213,4 +216,5 @@ def test_longer_budgets_choose_larger_presets_and_batches(
     steps = [c.train.batch_size * c.model.context_length for c in runs]
     assert steps == sorted(steps) and len(set(steps)) == 3
     assert chosen("10m", "--scale", str(scale_json[0]), "--model", "nano-5m").model.d_model == 192
-    assert chosen("10m", "--scale", str(scale_json[0])).model.d_model == 128
+    by_ladder = chosen("10m", "--scale", str(scale_json[0])).model
+    assert (by_ladder.d_model, by_ladder.context_length) == (128, 1024)

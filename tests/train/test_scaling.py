@@ -65,12 +65,18 @@ def test_repeated_text_counts_less_and_beyond_four_epochs_not_at_all(tmp_path):
     assert 3.5e6 < seen(4e6, 1e6) < 4e6
     from tests.stages.conftest import MODEL
 
-    small = Ladder("small", ladder(), text_tokens=1e6)
-    assert small.predict(MODEL, 4e6).value > Ladder("large", ladder(), text_tokens=1e9).predict(MODEL, 4e6).value
+    shape = {"vocab_size": MODEL.vocab_size, "context_length": MODEL.context_length}
+    small = Ladder("small", ladder(), 1e6, shape)
+    assert small.predict(MODEL, 4e6).value > Ladder("large", ladder(), 1e9, shape).predict(MODEL, 4e6).value
+    with pytest.raises(ValueError, match=f"have context_length 2,048, this one has {MODEL.context_length}"):
+        Ladder("longer", ladder(), 1e9, shape | {"context_length": 2048}).predict(MODEL, 4e6)
     with pytest.raises(ValueError, match=r"4,100,000 tokens are 4\.1 epochs of the text"):
         small.predict(MODEL, 4.1e6)
     file = tmp_path / "scale.json"
-    runs = [{"parameters": each.parameters, "seen": each.tokens, "val_bpb": each.loss} for each in small.points]
+    runs = [
+        {"parameters": each.parameters, "seen": each.tokens, "val_bpb": each.loss, "model": shape}
+        for each in small.points
+    ]
     file.write_text(json.dumps({"text_tokens": 1e6, "runs": runs}))
     assert Ladder.read(file).predict(MODEL, 4e6) == small.predict(MODEL, 4e6)
     runs[3]["val_bpb"] = None
