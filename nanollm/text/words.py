@@ -76,8 +76,9 @@ class WordSpeller:
         assert recipe.kinds is not None
         kind_of = np.zeros(sys.maxunicode + 1, dtype=np.uint16)
         kind_of[[*map(ord, recipe.kinds)]] = [*recipe.kinds.values()]
-        # A piece with a space as a space would be of no use: every space of a text is marked.
-        learned = {token: piece for token, piece in recipe.learned.items() if " " not in piece}
+        # A piece with a space as a space would be of no use: every space of a text is marked. NUL is no piece to
+        # SentencePiece, which falls back to its byte.
+        learned = {token: piece for token, piece in recipe.learned.items() if " " not in piece and piece != "\0"}
         pieces = [piece.replace(SPACE, " ").encode() for piece in learned.values()]
         tokens = np.array([*learned], dtype=np.int32)
         scores = np.array(recipe.scores, dtype=np.float32)[tokens]
