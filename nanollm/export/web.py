@@ -1,31 +1,29 @@
 """Writes a folder for any static host: the chat page, llama.cpp as WebAssembly and a GGUF; and talks to it in Chromium.
 
-The page is the server's (serve/page) with tab.js in place of its requests. llama.cpp comes as wllama, from npm: a
-version whose checksum is known, kept like compiled libraries, or a folder of the user's.
+The page is the server's (serve/page) with tab.js in place of its requests. llama.cpp comes as wllama, which npm
+installs: a version whose checksum is known, kept like compiled libraries, or a folder of the user's.
 
 Sources: ngxson/wllama, README and guides; w3.org/TR/service-workers.
 """
 
 import hashlib
 import shutil
-import tarfile
+import subprocess
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from http.client import HTTPException
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib import import_module
 from importlib.util import find_spec
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
-from urllib.request import urlopen
 
 import torch
 
 from nanollm.bundle import Bundle
-from nanollm.durable import sha256_of, write_file, write_json
+from nanollm.durable import new_folder, sha256_of, write_file, write_json
 from nanollm.export import verify
 from nanollm.export.dense_to_moe import Dtype
 from nanollm.export.engines import ask_llama_cpp
@@ -38,17 +36,13 @@ from nanollm.text.chat import Conversation, encode_prompt, reply_ends
 from nanollm.text.tokenizer import END
 
 VERSION = "3.8.1"
-ADDRESS = "https://registry.npmjs.org/@wllama/{name}/-/{name}-{version}.tgz"
-SHA256 = {
-    "wllama": "bbe65fcc6d128d7853aed6d1699db7541e51a0363dc0135b8b68153acbf74670",
-    "wllama-compat": "94d433b69a17ae3a8b71d9e0a778630a40f320663a91888fd561bfdd617ef4ef",
-}
+SHA256 = "e90a989ec46f878578e9f6d836829daf9d0e06ad958d6b02a1e5e4a46901f9c2"  # of what is taken, in order of name
 TAKEN = {
     "wllama": {"index.min.js": "esm/index.min.js", "wllama.wasm": "esm/wasm/wllama.wasm", "LICENCE": "LICENCE"},
     "wllama-compat": {"compat.js": "wasm/wllama.js", "compat.wasm": "wasm/wllama.wasm"},  # for browsers such as Safari
 }
 """Of each package of npm: our names of its files, and theirs."""
-INSTALL = " ".join(["npm install", *(f"@wllama/{name}@{VERSION}" for name in SHA256)])
+INSTALL = " ".join(["npm install", *(f"@wllama/{name}@{VERSION}" for name in TAKEN)])
 MOST_BYTES = 2**31 - 1  # of a file that a browser holds in one piece
 PAGE = Path(__file__).parents[1] / "serve" / "page"
 SCRIPTS = {"page/server.js": Path(__file__).with_name("tab.js"), "offline.js": Path(__file__).with_name("offline.js")}
@@ -77,32 +71,32 @@ def check_size(size: float, what: str) -> None:
 
 
 def find_wllama(folder: Path | None) -> dict[str, bytes]:
-    """The files of wllama, from npm or a folder of its packages; ValueError that says what to do."""
+    """The files of wllama, which npm installs, or from a folder of its packages; ValueError that says what to do."""
     if folder is None:
-        return {ours: content for name in TAKEN for ours, content in unpacked(name).items()}
+        return installed()
     files = {ours: folder / "@wllama" / name / path for name in TAKEN for ours, path in TAKEN[name].items()}
     if lost := [file for file in files.values() if not file.is_file()]:
         raise ValueError(f"{lost[0]} is missing; --wllama takes the folder node_modules that this fills: {INSTALL}")
     return {ours: file.read_bytes() for ours, file in files.items()}
 
 
-def unpacked(name: str) -> dict[str, bytes]:
-    """What is taken of a package of npm, which is loaded unless it was before."""
-    kept = cache_folder() / f"{name}-{VERSION}.tgz"
-    if not kept.is_file() or sha256_of(kept) != SHA256[name]:
-        address = ADDRESS.format(name=name, version=VERSION)
-        say(f"loading {address}")
-        try:
-            with urlopen(address, timeout=60) as answer:
-                content = answer.read()
-        except (OSError, HTTPException) as error:
-            advice = f"run {INSTALL} where there is a network, then give --wllama node_modules"
-            raise ValueError(f"{address} cannot be loaded ({error}); {advice}") from error
-        if (found := hashlib.sha256(content).hexdigest()) != SHA256[name]:
-            raise ValueError(f"{address} must have the sha256 {SHA256[name]}, got {found}; does a proxy change it?")
-        write_file(kept, content)
-    with tarfile.open(kept) as members:
-        return {ours: members.extractfile(f"package/{path}").read() for ours, path in TAKEN[name].items()}  # type: ignore[union-attr]
+def installed() -> dict[str, bytes]:
+    """The files of wllama, installed from the registry that npm is set to, unless they were before."""
+    kept = cache_folder() / f"wllama-{VERSION}"
+    if not kept.is_dir():
+        say(f"{INSTALL}, once, into {kept}")
+        with new_folder(kept) as draft:
+            command = [shutil.which("npm") or "npm", *INSTALL.split()[1:], "--prefix", str(draft), "--ignore-scripts"]
+            try:
+                subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=True)
+            except (OSError, subprocess.CalledProcessError) as error:
+                reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[0]
+                advice = "run it where there are npm and a network, then give --wllama node_modules"
+                raise ValueError(f"{INSTALL} failed ({reason}); {advice}") from error
+    files = find_wllama(kept / "node_modules")
+    if (found := hashlib.sha256(b"".join(files[name] for name in sorted(files))).hexdigest()) != SHA256:
+        raise ValueError(f"the files of wllama in {kept} must have the sha256 {SHA256}, got {found}; remove the folder")
+    return files
 
 
 def write_web(folder: Path, bundle: Bundle, dtype: Dtype, name: str, wllama: Path | None) -> str:

@@ -98,11 +98,10 @@ def test_bad_input_costs_one_line_and_no_file(packages, complaint, monkeypatch, 
     assert "--wllama needs --format web, got gguf" in complaint("--wllama", "x", "--format", "gguf")
     monkeypatch.setattr(web, "cache_folder", lambda: tmp_path)
 
-    def unreachable(address, timeout):
-        raise OSError("no network")
-
-    monkeypatch.setattr(web, "urlopen", unreachable)
-    assert "cannot be loaded (no network); run npm install @wllama/wllama@" in complaint()
+    with monkeypatch.context() as patch:
+        patch.setenv("PATH", str(tmp_path))
+        assert "run it where there are npm and a network, then give --wllama node_modules" in complaint()
+    assert not [*tmp_path.glob("wllama-*")]
     monkeypatch.setattr(web, "MOST_BYTES", 1000)
     assert "choose a smaller --dtype" in complaint()
     monkeypatch.setattr(web, "find_spec", lambda _: None)
@@ -110,11 +109,12 @@ def test_bad_input_costs_one_line_and_no_file(packages, complaint, monkeypatch, 
         pass
 
 
-def test_what_npm_gives_must_have_the_checksum_that_is_known(complaint, monkeypatch, tmp_path):
-    (tmp_path / f"wllama-{web.VERSION}.tgz").write_bytes(b"torn")
-    monkeypatch.setattr(web, "cache_folder", lambda: tmp_path)
-    monkeypatch.setattr(web, "urlopen", lambda *_, **__: (tmp_path / f"wllama-{web.VERSION}.tgz").open("rb"))
-    assert f"must have the sha256 {web.SHA256['wllama']}, got" in complaint()
+def test_what_npm_gives_must_have_the_checksum_that_is_known(complaint, monkeypatch, packages):
+    monkeypatch.setattr(web, "cache_folder", lambda: packages.parent / "cache")
+    kept = packages.parent / "cache" / f"wllama-{web.VERSION}"
+    kept.mkdir(parents=True)
+    packages.rename(kept / "node_modules")
+    assert f"must have the sha256 {web.SHA256}, got" in complaint()
 
 
 # --- in Chromium ---
