@@ -261,8 +261,6 @@ def run(c: Config) -> Path:
             for step in run.steps():
                 stats = train_step(state, fetch(step), loss_of, lr_at(step, c.train.steps, c.optim), c.optim, world)
                 run.record(stats, windows.names(step, c.train.batch_size))
-                if state.step == c.train.int4_from:
-                    state.copy_to_model()  # from here on the model sees its weights in int4
                 if run.due(c.train.validate_every):
                     run.log(validate(c, state, tokenizer, validation, world))
                 if run.due(c.train.sample_every):

@@ -254,7 +254,7 @@ class Run:
         self._is_stepping, self._ended = False, time.perf_counter()
         self._seconds += self._ended - self._began
         self._tokens += tokens if tokens is not None else stats.tokens if stats else 0
-        self.state.step += 1
+        self.state.advance()
         self._bar.advance(restarts=self._is_first)  # the first step compiled, and filled every cache
         self._is_first = False
         self._bar.note(note if note is not None else f"loss {stats.loss:.3f}" if stats else "")

@@ -153,6 +153,12 @@ class TrainState:
         """Whether the loss is scaled so that its gradients are not too small for float16."""
         return self.dtype == torch.float16
 
+    def advance(self) -> None:
+        """Count a finished step; from `int4_from` on the model sees its matrices in int4."""
+        self.step += 1
+        if self.step == self.int4_from:
+            self.copy_to_model()
+
     @torch.no_grad()
     def copy_to_model(self) -> None:
         """Round the masters into the model's parameters."""

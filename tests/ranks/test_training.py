@@ -56,9 +56,7 @@ def steps(state: TrainState, world: World, count: int, **options: bool) -> list[
     for _ in range(count):
         stats = train_step(state, rows(state.step, world), loss_of, 1e-2, OPTIM, world)
         losses += [stats.loss, stats.grad_norm, *stats.expert_load[0]]
-        state.step += 1
-        if state.step == state.int4_from:
-            state.copy_to_model()
+        state.advance()
     return losses
 
 

@@ -34,9 +34,7 @@ def trained(state: TrainState, batches: list[Batch]) -> list[float]:
     losses = []
     for batch in batches:
         losses.append(train_step(state, [batch], next_token_loss, 1e-2, OptimConfig(), World()).loss)
-        state.step += 1
-        if state.step == state.int4_from:
-            state.copy_to_model()
+        state.advance()
     return losses
 
 
